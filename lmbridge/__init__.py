@@ -1,0 +1,75 @@
+"""Many threads, one LLM engine: a dedicated server thread owns the event loop and the model.
+
+Rule: public names only, bound when first used, so that ``import lmbridge`` loads neither torch, transformers nor flask.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmbridge.bridge import Bridge, RequestInfo
+    from lmbridge.chat import Chat
+    from lmbridge.client import Client
+    from lmbridge.engines.base import Engine
+    from lmbridge.errors import (
+        BridgeClosedError,
+        EngineDeadError,
+        EngineError,
+        EngineStartError,
+        ForkedError,
+        InvalidRequestError,
+        LMBridgeError,
+        MissingDependencyError,
+        ModelNotFoundError,
+        PromptTooLongError,
+        QueueFullError,
+        RequestAbortedError,
+        RequestTimeoutError,
+        UnknownEngineError,
+        UnsupportedEnvironmentError,
+        UnsupportedOptionError,
+        WrongThreadError,
+    )
+    from lmbridge.futures import ResponseFuture
+    from lmbridge.messages import Delta, GenerationConfig, Request, Response, Timings, Usage
+    from lmbridge.streams import AsyncStream, Stream
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "bridge": ("Bridge", "RequestInfo"),
+    "chat": ("Chat",),
+    "client": ("Client",),
+    "engines.base": ("Engine",),
+    "errors": (
+        "BridgeClosedError", "EngineDeadError", "EngineError", "EngineStartError", "ForkedError",
+        "InvalidRequestError", "LMBridgeError", "MissingDependencyError", "ModelNotFoundError", "PromptTooLongError",
+        "QueueFullError", "RequestAbortedError", "RequestTimeoutError", "UnknownEngineError",
+        "UnsupportedEnvironmentError", "UnsupportedOptionError", "WrongThreadError",
+    ),
+    "futures": ("ResponseFuture",),
+    "messages": ("Delta", "GenerationConfig", "Request", "Response", "Timings", "Usage"),
+    "streams": ("AsyncStream", "Stream"),
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AsyncStream", "Bridge", "BridgeClosedError", "Chat", "Client", "Delta", "Engine", "EngineDeadError",
+    "EngineError", "EngineStartError", "ForkedError", "GenerationConfig", "InvalidRequestError", "LMBridgeError",
+    "MissingDependencyError", "ModelNotFoundError", "PromptTooLongError", "QueueFullError", "Request",
+    "RequestAbortedError", "RequestInfo", "RequestTimeoutError", "Response", "ResponseFuture", "Stream", "Timings",
+    "UnknownEngineError", "UnsupportedEnvironmentError", "UnsupportedOptionError", "Usage", "WrongThreadError",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'lmbridge' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"lmbridge.{_HOME_OF[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

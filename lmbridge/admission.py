@@ -1,0 +1,213 @@
+"""Who may wait, and who is next: the bounded gate in front of the queue, and the queue with fair turns.
+
+Rule: these are the only places where requests queue. ``Gate`` is entered on the caller's thread and left on the server
+thread; ``Turns`` belongs to the server thread alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+
+from lmbridge.channel import Call
+from lmbridge.errors import QueueFullError
+
+
+class Gate:
+    """Bounds how many requests wait for the engine, in all and per client.
+
+    A place that falls free is handed to the caller that has waited longest, rather than raced for.
+    """
+
+    def __init__(self, max_pending: int, max_pending_per_client: int, reject: bool) -> None:
+        self._max_pending = max_pending
+        self._max_per_client = max_pending_per_client
+        self._reject = reject
+        self._lock = threading.Lock()
+        self._pending = 0  # guarded by _lock, as are the next three
+        self._per_client: Counter[str] = Counter()
+        self._waiters: deque[tuple[Call, Callable[[], None]]] = deque()
+        self._open = True
+
+    @property
+    def pending(self) -> int:
+        return self._pending
+
+    def try_enter(self, call: Call) -> bool:
+        """Take a place if there is one. Once the gate is closed everybody passes, to be refused further on."""
+        with self._lock:
+            return self._try(call)
+
+    def enter(self, call: Call) -> bool:
+        """Take a place, waiting for one up to the request's deadline; False when that has passed.
+
+        Raises:
+            QueueFullError: there is no place and the bridge was built with ``when_full="reject"``.
+        """
+        if self.try_enter(call):
+            return True
+        self._refuse_if_rejecting(call)
+        woken = threading.Event()
+        if self._wait(call, woken.set):
+            return True
+        deadline = call.request.deadline
+        try:
+            woken.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        except BaseException:
+            self._forget(call)
+            self.leave(call)
+            raise
+        self._forget(call)
+        return call.admitted
+
+    async def enter_async(self, call: Call) -> bool:
+        """``enter`` for a caller on another event loop, which must not be blocked."""
+        if self.try_enter(call):
+            return True
+        self._refuse_if_rejecting(call)
+        loop = asyncio.get_running_loop()
+        woken = asyncio.Event()
+        if self._wait(call, lambda: _wake(loop, woken)):
+            return True
+        deadline = call.request.deadline
+        try:
+            await asyncio.wait_for(woken.wait(), None if deadline is None else deadline - time.monotonic())
+        except asyncio.TimeoutError:
+            pass
+        except BaseException:
+            self._forget(call)
+            self.leave(call)
+            raise
+        self._forget(call)
+        return call.admitted
+
+    def leave(self, call: Call) -> None:
+        """Give the place back; a second time does nothing. Any thread."""
+        with self._lock:
+            if not call.admitted:
+                return
+            call.admitted = False
+            client = call.request.client
+            self._pending -= 1
+            self._per_client[client] -= 1
+            if not self._per_client[client]:
+                del self._per_client[client]
+            if self._waiters:
+                self._hand_over()
+
+    def close(self) -> None:
+        """Wake everybody who waits here, and hold nobody any more."""
+        with self._lock:
+            self._open = False
+            self._hand_over()
+
+    # --- with _lock held ---
+
+    def _try(self, call: Call) -> bool:
+        client = call.request.client
+        if self._open and (self._pending >= self._max_pending or self._per_client[client] >= self._max_per_client):
+            return False
+        call.admitted = True
+        self._pending += 1
+        self._per_client[client] += 1
+        return True
+
+    def _hand_over(self) -> None:
+        """Admit the longest waiting callers that fit; those whose own client is full keep their place in the line."""
+        for waiter in list(self._waiters):
+            call, wake = waiter
+            if self._try(call):
+                self._waiters.remove(waiter)
+                wake()
+            elif self._pending >= self._max_pending:
+                return
+
+    # --- without it ---
+
+    def _wait(self, call: Call, wake: Callable[[], None]) -> bool:
+        """Stand in line; True when a place fell free meanwhile."""
+        with self._lock:
+            if self._try(call):
+                return True
+            self._waiters.append((call, wake))
+            return False
+
+    def _forget(self, call: Call) -> None:
+        with self._lock:
+            self._waiters = deque(waiter for waiter in self._waiters if waiter[0] is not call)
+
+    def _refuse_if_rejecting(self, call: Call) -> None:
+        if not self._reject:
+            return
+        raise QueueFullError(
+            f"{self._pending} requests wait already (max_pending={self._max_pending}, max_pending_per_client="
+            f"{self._max_per_client}); this one was not taken. Try again later, or use when_full='block'."
+        )
+
+
+def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    with contextlib.suppress(RuntimeError):  # that loop has been closed: nobody waits there any more
+        loop.call_soon_threadsafe(event.set)
+
+
+class Turns:
+    """The queue between clients and engine: clients take turns, first come first served within one.
+
+    Each (client, priority) is a lane. The next request comes from the lane whose head has the highest priority, where
+    every ``AGING`` seconds of waiting count as one level; equal lanes take turns.
+    """
+
+    AGING = 10.0
+
+    def __init__(self) -> None:
+        self._lanes: dict[tuple[str, int], deque[Call]] = {}  # in order of turns: the first is next
+        self._size = 0
+        self._prioritised = 0  # how many of them have a priority of their own; usually none
+
+    def __len__(self) -> int:
+        return self._size
+
+    def push(self, call: Call) -> None:
+        lane = (call.request.client, call.request.priority)
+        self._lanes.setdefault(lane, deque()).append(call)
+        self._count(call, 1)
+
+    def pop(self) -> Call | None:
+        """The next call, or None. Its client goes to the end of the line."""
+        if not self._lanes:
+            return None
+        lane = self._next_lane()
+        queue = self._lanes.pop(lane)
+        call = queue.popleft()
+        if queue:
+            self._lanes[lane] = queue
+        self._count(call, -1)
+        return call
+
+    def remove(self, call: Call) -> None:
+        """Take out a call that will not be begun."""
+        lane = (call.request.client, call.request.priority)
+        queue = self._lanes[lane]
+        queue.remove(call)
+        self._count(call, -1)
+        if not queue:
+            del self._lanes[lane]
+
+    def _count(self, call: Call, step: int) -> None:
+        self._size += step
+        self._prioritised += step * (call.request.priority != 0)
+
+    def _next_lane(self) -> tuple[str, int]:
+        if not self._prioritised:
+            return next(iter(self._lanes))
+        now = time.monotonic()
+
+        def urgency(lane: tuple[str, int]) -> float:
+            waited = now - self._lanes[lane][0].request.created
+            return lane[1] + waited // self.AGING
+
+        return max(self._lanes, key=urgency)  # the first of equals, so turns hold

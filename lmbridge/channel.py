@@ -1,0 +1,214 @@
+"""The way between a caller and the server thread: a pair of janus queues, and the doorbell that says look.
+
+Rule: the only module that imports janus. A ``Call`` goes in by ``Channel.requests`` and is named again by each token
+that comes back by ``Channel.replies``; what was generated waits on the call itself, so a slow reader costs one token,
+not one per engine step.
+
+Theory of operation:
+
+1. A channel serves one consumer at a time: a thread in a call, the dispatcher of futures, or another event loop.
+2. Nobody awaits ``requests.async_q.get()``: each put would cost a ``call_soon_threadsafe`` and a task. A put rings the
+   one doorbell of all channels instead, and the loop drains them with ``get_nowait``.
+3. Tokens are hints. Whoever gets one looks at the call it names, so a late, double or foreign token does no harm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import janus
+
+from lmbridge.errors import BridgeClosedError
+from lmbridge.messages import Delta, FinishReason, Request, Timings, Usage
+
+
+@dataclass(slots=True)
+class Finish:
+    """How a call ended well."""
+
+    reason: FinishReason
+    usage: Usage
+    timings: Timings
+
+
+Outcome = Finish | BaseException
+
+
+class Call:
+    """One request on its way: what the caller's end and the loop end share.
+
+    ``deltas`` is appended by the server thread and popped by the caller; both ends of a deque are atomic.
+    """
+
+    __slots__ = (
+        "request", "channel", "client", "streaming", "deltas", "signalled", "admitted",
+        "engine", "began", "first_token", "tokens", "ended", "_settled", "__weakref__",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, channel: Channel, client: object, streaming: bool = False) -> None:
+        self.request = request
+        self.channel = channel
+        self.client = client  # closing it ends its calls
+        self.streaming = streaming  # a token per engine step, not only at the end
+        self.deltas: deque[Delta] = deque()
+        self.signalled = False  # a token is on its way; the reader clears it before it looks
+        self.admitted = False  # guarded by the gate's lock
+        self.engine: Any = None  # server thread only, as are the next four
+        self.began: float | None = None
+        self.first_token: float | None = None
+        self.tokens = 0
+        self.ended = False  # the server's final word has been said; read by anyone
+        self._settled: dict[str, Outcome] = {}
+
+    def settle(self, outcome: Outcome) -> bool:
+        """Try to be the one outcome; False when another was first. Any thread, any moment, no lock.
+
+        ``dict.setdefault`` is one atomic step, so an exception between decision and record cannot happen.
+        """
+        return self._settled.setdefault("outcome", outcome) is outcome
+
+    @property
+    def outcome(self) -> Outcome | None:
+        return self._settled.get("outcome")
+
+    def signal(self) -> None:
+        """Tell the reader that there is something to look at. Server thread only."""
+        if not self.signalled:
+            self.signalled = True
+            self.channel.signal(self)
+
+
+class Channel:
+    """One consumer's pair of janus queues.
+
+    ``bell`` is set where the consumer is an event loop, which must be woken rather than blocked.
+    """
+
+    __slots__ = ("requests", "replies", "bell", "__weakref__")
+
+    def __init__(self, bell: Doorbell | None = None) -> None:
+        self.requests: janus.Queue[Call] = janus.Queue()
+        self.replies: janus.Queue[Call] = janus.Queue()
+        self.bell = bell
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether its consumer was an event loop that is closed by now."""
+        return self.bell is not None and self.bell.deaf
+
+    # --- the caller's end: any thread but the server's ---
+
+    def send(self, call: Call) -> None:
+        """Put the call in. Never blocks.
+
+        Raises:
+            BridgeClosedError: the loop that would read it has ended.
+        """
+        try:
+            self.requests.sync_q.put(call)
+        except janus.SyncQueueShutDown:
+            raise BridgeClosedError("The bridge was closed; the request was not sent.") from None
+
+    def wait(self, timeout: float | None) -> Call | None:
+        """Block for the next token, at most ``timeout`` seconds; None when none came.
+
+        Raises:
+            BridgeClosedError: there is no token and the loop that would send one has ended.
+        """
+        if timeout is not None:
+            timeout = min(max(timeout, 0.0), threading.TIMEOUT_MAX)
+        try:
+            return self.replies.sync_q.get(timeout=timeout)
+        except janus.SyncQueueEmpty:
+            return None
+        except janus.SyncQueueShutDown:
+            raise BridgeClosedError("The bridge was closed.") from None
+
+    def next_token(self) -> Call | None:
+        """The next token that is there already; None when there is none. Raises as ``wait`` does."""
+        try:
+            return self.replies.sync_q.get_nowait()
+        except janus.SyncQueueEmpty:
+            return None
+        except janus.SyncQueueShutDown:
+            raise BridgeClosedError("The bridge was closed.") from None
+
+    def nudge(self, call: Call) -> None:
+        """Wake the consumer from any thread; takes a lock, so not from a finalizer or a signal handler."""
+        try:
+            self.replies.sync_q.put(call)
+        except janus.SyncQueueShutDown:
+            return
+        if self.bell is not None:
+            self.bell.ring()
+
+    # --- the loop end: the server thread only ---
+
+    def take(self) -> Call | None:
+        """The next call that was sent."""
+        try:
+            return self.requests.async_q.get_nowait()
+        except (janus.AsyncQueueEmpty, janus.AsyncQueueShutDown):
+            return None
+
+    def signal(self, call: Call) -> None:
+        """Put a token back. The consumer is woken by the queue's own condition, with the GIL kept."""
+        try:
+            self.replies.async_q.put_nowait(call)
+        except janus.AsyncQueueShutDown:
+            return
+        if self.bell is not None:
+            self.bell.ring()
+
+    def close(self) -> list[Call]:
+        """Refuse further calls, wake the consumer, and return the calls nobody took. The loop need not run."""
+        left = []
+        self.requests.shutdown()
+        while True:
+            try:
+                left.append(self.requests.sync_q.get_nowait())
+            except (janus.SyncQueueEmpty, janus.SyncQueueShutDown):
+                break
+        self.replies.shutdown()
+        if self.bell is not None:
+            self.bell.ring()
+        return left
+
+
+class Doorbell:
+    """Wakes one loop, at most once outstanding however many ring.
+
+    It cannot stick for long: if a ringer is killed between raising the flag and calling the loop, its owner's sweep
+    answers anyway and lowers the flag.
+    """
+
+    __slots__ = ("_loop", "_answer", "_rung")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, answer: Callable[[], None]) -> None:
+        self._loop = loop
+        self._answer = answer
+        self._rung = False  # raised by any thread, lowered on the loop only
+
+    def ring(self) -> None:
+        """Have the loop answer soon. Any thread, finalizers and signal handlers too; takes no lock."""
+        if self._rung:
+            return
+        self._rung = True
+        with contextlib.suppress(RuntimeError):  # the loop is closed: whatever ended it settles every call
+            self._loop.call_soon_threadsafe(self.answer)
+
+    @property
+    def deaf(self) -> bool:
+        """Whether its loop is closed."""
+        return self._loop.is_closed()
+
+    def answer(self) -> None:
+        """Look. On the loop only. The flag falls first, so that what comes meanwhile rings again."""
+        self._rung = False
+        self._answer()

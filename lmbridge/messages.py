@@ -1,0 +1,280 @@
+"""What crosses between the caller's thread and the server thread: plain data, no behaviour beyond checking itself.
+
+Rule: no thread, no queue and no engine is known here. Times are seconds on the monotonic clock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextvars import Context
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict, Union
+
+from lmbridge.errors import InvalidRequestError, LMBridgeError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+Message = dict[str, Any]
+"""One turn of a conversation: ``{"role": "user", "content": "…"}``."""
+
+Prompt = Union[str, Sequence[Message], Sequence[int]]
+"""One prompt: a text, a conversation, or token ids."""
+
+Logprobs = dict[int, float]
+"""One position: token id to log-probability; the token that was chosen comes first."""
+
+_OPENAI_NAMES = {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "seed": "random_seed",
+    "stop": "stop_words",
+    "top_logprobs": "logprobs",
+}
+_SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "random_seed")
+
+
+class Overrides(TypedDict, total=False):
+    """GenerationConfig's fields as keyword arguments of the verbs: ``bridge.infer(prompt, temperature=0.7)``."""
+
+    max_new_tokens: int
+    do_sample: bool | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    random_seed: int | None
+    stop_words: list[str] | None
+    stop_token_ids: list[int] | None
+    ignore_eos: bool
+    skip_special_tokens: bool
+    logprobs: int | None
+
+
+@dataclass
+class GenerationConfig:
+    """How to generate. Mutable, and copied when a request is submitted.
+
+    Attributes:
+        max_new_tokens: the most tokens to generate, >= 1. The room left in the model's context may end it earlier.
+        do_sample: True samples, False takes the most likely token; None samples when one of temperature, top_p,
+            top_k, min_p or random_seed is given and is greedy otherwise.
+        temperature: >= 0; 0 is greedy.
+        top_p: keep the smallest set of tokens whose probabilities reach this sum, in (0, 1].
+        top_k: keep the k most likely tokens, >= 1 (0 keeps all).
+        min_p: keep tokens at least this fraction as likely as the most likely one, in [0, 1].
+        repetition_penalty: > 0; above 1 makes tokens of the prompt and the answer less likely.
+        random_seed: the same seed gives the same text, whatever else is in the batch.
+        stop_words: texts that end the answer; the answer does not contain them.
+        stop_token_ids: token ids that end the answer, beside the model's own.
+        ignore_eos: go on after the model's own end-of-sequence tokens.
+        skip_special_tokens: leave special tokens out of the text.
+        logprobs: per generated token, its own log-probability and those of this many most likely tokens.
+    """
+
+    max_new_tokens: int = 512
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    random_seed: int | None = None
+    stop_words: list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+
+    def __new__(cls, *args: object, **fields: object) -> GenerationConfig:
+        _refuse_unknown(fields)
+        return super().__new__(cls)
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn at random rather than taken by highest probability."""
+        if self.temperature == 0 or self.top_k == 1:
+            return False
+        if self.do_sample is None:
+            return any(getattr(self, name) is not None for name in _SAMPLING_FIELDS)
+        return self.do_sample
+
+    def merged(self, overrides: Overrides) -> GenerationConfig:
+        """A checked copy with ``overrides`` applied over it.
+
+        Raises:
+            InvalidRequestError: a field is unknown, of the wrong type or out of range.
+        """
+        _refuse_unknown(overrides)
+        merged = object.__new__(type(self))
+        merged.__dict__.update(self.__dict__, **overrides)
+        merged.check()
+        return merged
+
+    def check(self) -> None:
+        """Raise InvalidRequestError, naming the field, unless every field is of its type and in its range."""
+        fields = self.__dict__
+        if fields == _DEFAULTS:  # the usual case: nothing was set
+            return
+        for name, (holds, expected) in _CHECKS.items():
+            if not holds(fields[name]):
+                raise InvalidRequestError(f"{name} must be {expected}, not {fields[name]!r}.", param=name)
+
+    def given(self) -> list[str]:
+        """The names of the fields that differ from their defaults."""
+        return [name for name, value in self.__dict__.items() if value != _DEFAULTS.get(name)]
+
+
+def _refuse_unknown(fields: Any) -> None:
+    for name in fields:
+        if name in _FIELD_NAMES:
+            continue
+        known = _OPENAI_NAMES.get(name)
+        hint = f"use {known}" if known else f"the fields are {', '.join(_FIELD_NAMES)}"
+        raise InvalidRequestError(f"GenerationConfig has no field {name!r}: {hint}.", param=name)
+
+
+def _is_int(value: object, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _is_number(value: object, low: float, high: float = float("inf"), above: bool = False) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return (low < value if above else low <= value) and value <= high and value != float("inf")
+
+
+def _is_list(value: object, kind: type) -> bool:
+    if not isinstance(value, (list, tuple)):
+        return False
+    return all(isinstance(item, kind) and not isinstance(item, bool) and item != "" for item in value)
+
+
+_FIELD_NAMES: dict[str, None] = {}  # filled below, once the class exists
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_new_tokens": (lambda v: _is_int(v, 1), "an int >= 1"),
+    "do_sample": (lambda v: v is None or isinstance(v, bool), "True, False or None"),
+    "temperature": (lambda v: v is None or _is_number(v, 0), "a number >= 0 or None"),
+    "top_p": (lambda v: v is None or _is_number(v, 0, 1, above=True), "a number in (0, 1] or None"),
+    "top_k": (lambda v: v is None or _is_int(v, 0), "an int >= 0 or None"),
+    "min_p": (lambda v: v is None or _is_number(v, 0, 1), "a number in [0, 1] or None"),
+    "repetition_penalty": (lambda v: v is None or _is_number(v, 0, above=True), "a number > 0 or None"),
+    "random_seed": (lambda v: v is None or _is_int(v, 0), "an int >= 0 or None"),
+    "stop_words": (lambda v: v is None or _is_list(v, str), "a list of texts that are not empty, or None"),
+    "stop_token_ids": (lambda v: v is None or _is_list(v, int), "a list of ints or None"),
+    "ignore_eos": (lambda v: isinstance(v, bool), "True or False"),
+    "skip_special_tokens": (lambda v: isinstance(v, bool), "True or False"),
+    "logprobs": (lambda v: v is None or (_is_int(v, 0) and v <= 20), "an int from 0 to 20 or None"),
+}
+_FIELD_NAMES.update(dict.fromkeys(f.name for f in dataclasses.fields(GenerationConfig)))
+_DEFAULTS: dict[str, object] = {}
+_DEFAULTS.update(GenerationConfig().__dict__)
+
+
+@dataclass(slots=True)
+class Request:
+    """One prompt on its way to the engine.
+
+    Attributes:
+        id: unique within the bridge.
+        prompt: see ``Prompt``; checked.
+        config: checked, and nobody else's.
+        raw: give a text to the model as it is, without the chat template.
+        client: the account whose turn it takes.
+        priority: higher goes first; waiting raises it.
+        deadline: monotonic time at which it fails, or None.
+        created: monotonic time of submission.
+        context: the caller's context variables.
+    """
+
+    id: str
+    prompt: Prompt
+    config: GenerationConfig
+    raw: bool
+    client: str
+    priority: int
+    deadline: float | None
+    created: float
+    context: Context
+
+
+@dataclass(slots=True)
+class Usage:
+    """Token counts; ``completion_tokens`` counts what the engine generated, the ending token included."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(slots=True)
+class Timings:
+    """Seconds since submission: until the engine took the request, until its first token, until its end."""
+
+    queued: float = 0.0
+    first_token: float | None = None
+    total: float = 0.0
+
+
+@dataclass(slots=True)
+class Delta:
+    """What one or more engine steps added to an answer.
+
+    Attributes:
+        text: new text; the texts of all deltas joined are the whole answer.
+        token_ids: new token ids, the ending token left out.
+        logprobs: one entry per token id when asked for, else None.
+        finish_reason: set on the last delta of a finished request.
+        usage: set on the last delta where the engine counts tokens itself.
+        error: set on the last delta of a failed request; a stream raises it.
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] | None = None
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    error: LMBridgeError | None = None
+
+
+@dataclass(slots=True)
+class Response:
+    """A whole answer.
+
+    Attributes:
+        text: the answer.
+        token_ids: its token ids, the ending token left out.
+        finish_reason: ``stop`` (the model or a stop word ended it), ``length`` (no room left), ``abort``.
+        usage: token counts.
+        timings: seconds.
+        logprobs: one entry per token id when asked for, else None.
+        request_id: the request it answers.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    logprobs: list[Logprobs] | None = None
+    request_id: str = ""
+
+
+def join_deltas(deltas: Sequence[Delta]) -> Delta:
+    """One delta that says what ``deltas`` said, in order. ``deltas`` holds at least one."""
+    if len(deltas) == 1:
+        return deltas[0]
+    logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
+    last = deltas[-1]
+    return Delta(
+        text="".join(delta.text for delta in deltas),
+        token_ids=[token for delta in deltas for token in delta.token_ids],
+        logprobs=logprobs if any(delta.logprobs is not None for delta in deltas) else None,
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+        error=last.error,
+    )

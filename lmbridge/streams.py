@@ -1,0 +1,304 @@
+"""A call whose answer is read while it grows.
+
+Rule: everything here runs on the caller's end and looks only at the ``Call``. ``Answer`` gathers what was generated;
+``Stream`` and ``AsyncStream`` are the two ways to read it. The server knows neither, so a stream that is dropped is
+finalized at once, and its finalizer aborts the call.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from lmbridge.channel import Call, Finish
+from lmbridge.errors import BridgeClosedError, LMBridgeError
+from lmbridge.messages import Delta, Response, Timings, Usage, join_deltas
+from lmbridge.server import timeout_error
+
+if TYPE_CHECKING:
+    from lmbridge.aio import LoopPort
+    from lmbridge.server import Server
+
+
+class Answer:
+    """What one call has generated so far, taken from the call bit by bit. One reader at a time."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self._read: list[Delta] = []
+
+    def take(self) -> Delta | None:
+        """All that came since the last take, merged; None when nothing did."""
+        self.call.signalled = False  # before looking, so that what comes now sends a new token
+        waiting = self.call.deltas
+        taken: list[Delta] = []
+        while waiting:
+            taken.append(waiting.popleft())
+        if not taken:
+            return None
+        delta = join_deltas(taken)
+        self._read.append(delta)
+        return delta
+
+    def response(self) -> Response:
+        """The whole answer of a call that has an outcome.
+
+        Raises:
+            BaseException: the call's error, with the text generated before it as ``partial``.
+        """
+        self.take()
+        whole = join_deltas(self._read) if self._read else Delta()
+        outcome = self.call.outcome
+        if isinstance(outcome, Finish):
+            return Response(
+                whole.text,
+                whole.token_ids,
+                outcome.reason,
+                outcome.usage,
+                outcome.timings,
+                whole.logprobs,
+                self.call.request.id,
+            )
+        assert outcome is not None
+        raise self.error(outcome)
+
+    def error(self, outcome: BaseException) -> BaseException:
+        """The call's error, completed with what its waiter knows."""
+        if isinstance(outcome, LMBridgeError):
+            outcome.request_id = self.call.request.id
+            outcome.partial = "".join(delta.text for delta in [*self._read, *self.call.deltas])
+        return outcome
+
+    def aborted(self) -> Finish:
+        """The outcome of a call that its own reader ends."""
+        now, created = time.monotonic(), self.call.request.created
+        tokens = sum(len(delta.token_ids) for delta in [*self._read, *self.call.deltas])
+        queued = (self.call.began or now) - created
+        first = self.call.first_token
+        timings = Timings(queued, None if first is None else first - created, now - created)
+        return Finish("abort", Usage(completion_tokens=tokens), timings)
+
+
+class _Reading:
+    """What both kinds of stream share: they end once, are read once, and abort when they are left."""
+
+    _leaves_channel = False  # whether the channel is this call's alone, to be dropped with it
+
+    def __init__(self, server: Server, call: Call, owner: object) -> None:
+        self._server = server
+        self._call = call
+        self._owner = owner  # keeps the bridge alive for as long as the stream is
+        self._answer = Answer(call)
+        self._iterated = False
+        self._turn = threading.Lock()  # held while somebody waits for the next delta
+
+    @property
+    def request_id(self) -> str:
+        return self._call.request.id
+
+    @property
+    def response(self) -> Response:
+        """The whole answer, with usage and timings; ``finish_reason`` is ``abort`` for a stream that was left.
+
+        Raises:
+            RuntimeError: the stream has not ended yet.
+            LMBridgeError: the error it ended with.
+        """
+        if self._call.outcome is None:
+            raise RuntimeError("The stream has not ended yet; read it to its end, or close it, before .response.")
+        return self._answer.response()
+
+    def __repr__(self) -> str:
+        outcome = self._call.outcome
+        state = "open" if outcome is None else getattr(outcome, "reason", type(outcome).__name__)
+        return f"<{type(self).__name__} {self.request_id} {state}>"
+
+    def __del__(self) -> None:
+        # A finalizer may run in the middle of anything, with any lock held: it may only append to a deque and ring.
+        if hasattr(self, "_answer"):
+            self._leave()
+
+    def _leave(self) -> bool:
+        """Abort unless the call has an outcome; takes no lock."""
+        if self._call.outcome is not None or not self._call.settle(self._answer.aborted()):
+            return False
+        self._server.abort(self._call, leave_channel=self._leaves_channel)
+        return True
+
+    def _begin(self) -> None:
+        if self._iterated:
+            raise RuntimeError("A stream can be iterated once; its whole answer is in .response.")
+        self._iterated = True
+
+    def _end(self) -> bool:
+        """Whether the call has ended and everything was read; raises the error it ended with."""
+        outcome = self._call.outcome
+        if outcome is None or self._call.deltas:
+            return False
+        if isinstance(outcome, Finish):
+            return True
+        raise self._answer.error(outcome)
+
+    def _remaining(self) -> float | None:
+        """Seconds to the deadline; settles the call once it has passed."""
+        deadline = self._call.request.deadline
+        if deadline is None:
+            return None
+        remaining = deadline - time.monotonic()
+        if remaining <= 0 and self._call.settle(timeout_error(self._call)):
+            self._server.abort(self._call, leave_channel=self._leaves_channel)
+        return max(0.0, remaining)
+
+
+class Stream(_Reading):
+    """The deltas of one answer, as they come: ``for delta in stream``.
+
+    Leaving the loop, ``close``, the end of a ``with`` and dropping the stream abort the generation. Deltas that come
+    while nobody reads are merged into the next one.
+    """
+
+    _leaves_channel = True
+
+    def __init__(self, server: Server, call: Call, owner: object, release: Callable[[Call], None]) -> None:
+        self._release: Callable[[Call], None] | None = release  # takes the call's channel back, once
+        super().__init__(server, call, owner)
+
+    def __iter__(self) -> Iterator[Delta]:
+        self._begin()
+        return self._iterate()
+
+    def _iterate(self) -> Iterator[Delta]:
+        # A generator of its own: only the for loop holds it, so that `break` drops it and this finally runs at once,
+        # even while the Stream itself is held.
+        try:
+            while True:
+                try:
+                    delta = next(self)
+                except StopIteration:
+                    return
+                yield delta
+        finally:
+            self._leave()
+
+    def __next__(self) -> Delta:
+        """The next delta.
+
+        Raises:
+            StopIteration: the answer is complete, or the stream was closed.
+            RuntimeError: another thread waits for the next delta already.
+            RequestTimeoutError: the deadline has passed; other LMBridgeErrors as they come.
+        """
+        if not self._turn.acquire(blocking=False):
+            raise RuntimeError("Another thread is reading this stream; give each thread a stream of its own.")
+        try:
+            while True:
+                if (delta := self._answer.take()) is not None:
+                    return delta
+                if self._end():
+                    raise StopIteration
+                self._wait()
+        except (StopIteration, LMBridgeError):
+            raise
+        except BaseException:  # KeyboardInterrupt while waiting: nobody reads on
+            self._leave()
+            raise
+        finally:
+            self._give_back()
+            self._turn.release()
+
+    def close(self) -> None:
+        """Abort the generation if it still runs; a reader in another thread sees the end. Any thread, any time."""
+        if self._leave():
+            self._call.channel.nudge(self._call)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _give_back(self) -> None:
+        release = self._release
+        if release is not None and self._call.ended and not self._call.deltas:
+            self._release = None
+            release(self._call)
+
+    def _wait(self) -> None:
+        remaining = self._remaining()
+        if self._call.outcome is not None:
+            return
+        try:
+            self._call.channel.wait(remaining)
+        except BridgeClosedError:
+            self._call.settle(self._server.closed_error())
+
+
+class AsyncStream(_Reading):
+    """``Stream`` for another event loop: ``async for delta in stream``. Cancelling the reading task aborts."""
+
+    def __init__(self, server: Server, call: Call, owner: object, port: LoopPort) -> None:
+        self._port = port
+        super().__init__(server, call, owner)
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        self._begin()
+        return _AsyncIteration(self)
+
+    async def __anext__(self) -> Delta:
+        """The next delta; raises StopAsyncIteration at the end, and otherwise what ``Stream.__next__`` raises."""
+        if not self._turn.acquire(blocking=False):
+            raise RuntimeError("Another task is reading this stream; give each task a stream of its own.")
+        try:
+            while True:
+                if (delta := self._answer.take()) is not None:
+                    return delta
+                if self._end():
+                    raise StopAsyncIteration
+                await self._port.wait(self._call, self._remaining())
+        except (StopAsyncIteration, LMBridgeError):
+            raise
+        except BaseException:  # the reading task was cancelled
+            self._leave()
+            raise
+        finally:
+            self._turn.release()
+
+    async def whole(self) -> Response:
+        """Read to the end and return the whole answer."""
+        try:
+            while self._call.outcome is None:
+                self._call.signalled = False
+                await self._port.wait(self._call, self._remaining())
+        except BaseException:
+            self._leave()
+            raise
+        return self._answer.response()
+
+    async def aclose(self) -> None:
+        """Abort the generation if it still runs."""
+        if self._leave():
+            self._port.tell(self._call)
+
+    async def __aenter__(self) -> AsyncStream:
+        return self
+
+    async def __aexit__(self, *exc_info: Any) -> None:
+        await self.aclose()
+
+
+class _AsyncIteration:
+    """What ``async for`` holds: its end, by ``break`` too, aborts even while the stream itself is held."""
+
+    def __init__(self, stream: AsyncStream) -> None:
+        self._stream = stream
+
+    def __aiter__(self) -> _AsyncIteration:
+        return self
+
+    async def __anext__(self) -> Delta:
+        return await self._stream.__anext__()
+
+    def __del__(self) -> None:
+        self._stream._leave()
