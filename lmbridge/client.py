@@ -143,7 +143,7 @@ class Client(Verbs):
         server = self._server(blocking=True)
         dispatcher = self._supervisor.dispatcher(server)
         call = Call(request, dispatcher.channel, self)
-        future = ResponseFuture(server, call, owner, self._supervisor.check_process)
+        future = ResponseFuture(server, call, owner)
         dispatcher.expect(call, future)
         try:
             self._send_or_raise(server, call)

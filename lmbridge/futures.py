@@ -9,7 +9,6 @@ from __future__ import annotations
 import concurrent.futures
 import threading
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lmbridge.channel import Call, Channel
@@ -27,12 +26,11 @@ _DEADLINE_LOOK = 0.25  # seconds between two looks at deadlines, which nobody el
 class ResponseFuture(concurrent.futures.Future[Response]):
     """The future of one answer. ``cancel`` works until it is done: it aborts the generation."""
 
-    def __init__(self, server: Server, call: Call, owner: object, check_process: Callable[[], None]) -> None:
+    def __init__(self, server: Server, call: Call, owner: object) -> None:
         super().__init__()
         self._owner = owner  # keeps the bridge alive for as long as the future is
         self._server = server
         self._call = call
-        self._check_process = check_process
 
     @property
     def request_id(self) -> str:
@@ -52,11 +50,11 @@ class ResponseFuture(concurrent.futures.Future[Response]):
 
     def result(self, timeout: float | None = None) -> Response:
         """The answer; raises what ``infer`` would have raised, or TimeoutError after ``timeout`` seconds."""
-        self._check_process()
+        self._server.check_process()
         return super().result(timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        self._check_process()
+        self._server.check_process()
         return super().exception(timeout)
 
 

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
 import threading
 import time
 from collections import Counter, deque
@@ -23,6 +24,7 @@ from lmbridge.engines.base import Engine, engine_error
 from lmbridge.errors import (
     BridgeClosedError,
     EngineDeadError,
+    ForkedError,
     InvalidRequestError,
     LMBridgeError,
     RequestTimeoutError,
@@ -41,6 +43,7 @@ class Server:
 
     def __init__(self, gate: Gate) -> None:
         self.loop = asyncio.new_event_loop()
+        self._pid = os.getpid()
         self.thread_id: int | None = None  # set once, by the server thread
         self.gate = gate
         self._bell = Doorbell(self.loop, self._answer)
@@ -60,6 +63,19 @@ class Server:
         self._emptied.set()
 
     # --- any thread ---
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a copy in a child process, whose thread does not exist."""
+        return self._pid != os.getpid()
+
+    def check_process(self) -> None:
+        """Raise ForkedError in a child of the process that this server runs in. Comes before every lock."""
+        if self.forked:
+            raise ForkedError(
+                f"The bridge was started in process {self._pid}; its thread and model do not exist in this child. "
+                "Build the Bridge after the fork (under gunicorn: in the worker, or without --preload)."
+            )
 
     def lease(self) -> Channel:
         """A channel for one consumer.

@@ -122,7 +122,7 @@ class _Reading:
 
     def _leave(self) -> bool:
         """Abort unless the call has an outcome; takes no lock."""
-        if self._call.outcome is not None or not self._call.settle(self._answer.aborted()):
+        if self._call.outcome is not None or self._server.forked or not self._call.settle(self._answer.aborted()):
             return False
         self._server.abort(self._call, leave_channel=self._leaves_channel)
         return True
@@ -190,6 +190,7 @@ class Stream(_Reading):
             RuntimeError: another thread waits for the next delta already.
             RequestTimeoutError: the deadline has passed; other LMBridgeErrors as they come.
         """
+        self._server.check_process()
         if not self._turn.acquire(blocking=False):
             raise RuntimeError("Another thread is reading this stream; give each thread a stream of its own.")
         try:
@@ -248,6 +249,7 @@ class AsyncStream(_Reading):
 
     async def __anext__(self) -> Delta:
         """The next delta; raises StopAsyncIteration at the end, and otherwise what ``Stream.__next__`` raises."""
+        self._server.check_process()
         if not self._turn.acquire(blocking=False):
             raise RuntimeError("Another task is reading this stream; give each task a stream of its own.")
         try:

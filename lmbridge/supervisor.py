@@ -28,7 +28,6 @@ from lmbridge.errors import (
     BridgeClosedError,
     EngineDeadError,
     EngineStartError,
-    ForkedError,
     LMBridgeError,
     RequestTimeoutError,
     UnsupportedEnvironmentError,
@@ -95,20 +94,15 @@ class Supervisor:
 
     def running(self) -> Server | None:
         """The server if there is one in this process. Takes no lock."""
-        return self._server if self._pid == os.getpid() else None
+        return None if self._server is None or self._server.forked else self._server
 
     def check_process(self) -> None:
         """Raise ForkedError in a child of the process that started the server. Comes before every lock."""
-        if self._pid == os.getpid():
-            return
-        if self._server is None:  # nothing had started: this process may begin anew
+        if self._server is not None:
+            self._server.check_process()
+        elif self._pid != os.getpid():  # nothing had started: this process may begin anew, with a lock nobody holds
             self._pid = os.getpid()
             self._lock = threading.Lock()
-            return
-        raise ForkedError(
-            f"The bridge was started in process {self._pid}; its thread and model do not exist in this child. "
-            "Build the Bridge after the fork (under gunicorn: in the worker, or without --preload)."
-        )
 
     def dispatcher(self, server: Server) -> Dispatcher:
         """The dispatcher of futures; started when first needed."""
@@ -166,7 +160,7 @@ class Supervisor:
 
     def close(self, drain: bool, timeout: float) -> None:
         """End the server and wait for its thread, at most ``timeout`` seconds and some grace. Idempotent."""
-        if self._pid != os.getpid():  # a child's copy: nothing of it runs here
+        if self._server is not None and self._server.forked:  # nothing of it runs here
             return
         thread = self.request_stop(drain, timeout)
         if thread is None or threading.current_thread() is thread:
