@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 
 from lmbridge.channel import Call
@@ -28,14 +28,20 @@ class Gate:
         self._max_per_client = max_pending_per_client
         self._reject = reject
         self._lock = threading.Lock()
-        self._pending = 0  # guarded by _lock, as are the next three
-        self._per_client: Counter[str] = Counter()
+        # A call is inside when it is a key here. Each entry is made and removed by one atomic step, so that a caller
+        # who is interrupted in between leaves nothing miscounted. Guarded by _lock, as are the next three.
+        self._inside: dict[Call, None] = {}
+        self._of_client: dict[str, dict[Call, None]] = {}
         self._waiters: deque[tuple[Call, Callable[[], None]]] = deque()
         self._open = True
 
     @property
     def pending(self) -> int:
-        return self._pending
+        return len(self._inside)
+
+    def inside(self) -> list[Call]:
+        """The calls that have a place now."""
+        return list(self._inside)
 
     def try_enter(self, call: Call) -> bool:
         """Take a place if there is one. Once the gate is closed everybody passes, to be refused further on."""
@@ -62,7 +68,7 @@ class Gate:
             self.leave(call)
             raise
         self._forget(call)
-        return call.admitted
+        return call in self._inside
 
     async def enter_async(self, call: Call) -> bool:
         """``enter`` for a caller on another event loop, which must not be blocked."""
@@ -83,19 +89,18 @@ class Gate:
             self.leave(call)
             raise
         self._forget(call)
-        return call.admitted
+        return call in self._inside
 
     def leave(self, call: Call) -> None:
         """Give the place back; a second time does nothing. Any thread."""
         with self._lock:
-            if not call.admitted:
-                return
-            call.admitted = False
             client = call.request.client
-            self._pending -= 1
-            self._per_client[client] -= 1
-            if not self._per_client[client]:
-                del self._per_client[client]
+            self._inside.pop(call, None)
+            of_client = self._of_client.get(client)
+            if of_client is not None:
+                of_client.pop(call, None)
+                if not of_client:
+                    del self._of_client[client]
             if self._waiters:
                 self._hand_over()
 
@@ -109,11 +114,13 @@ class Gate:
 
     def _try(self, call: Call) -> bool:
         client = call.request.client
-        if self._open and (self._pending >= self._max_pending or self._per_client[client] >= self._max_per_client):
-            return False
-        call.admitted = True
-        self._pending += 1
-        self._per_client[client] += 1
+        if self._open:
+            if len(self._inside) >= self._max_pending:
+                return False
+            if len(self._of_client.get(client, ())) >= self._max_per_client:
+                return False
+        self._of_client.setdefault(client, {})[call] = None
+        self._inside[call] = None
         return True
 
     def _hand_over(self) -> None:
@@ -123,7 +130,7 @@ class Gate:
             if self._try(call):
                 self._waiters.remove(waiter)
                 wake()
-            elif self._pending >= self._max_pending:
+            elif len(self._inside) >= self._max_pending:
                 return
 
     # --- without it ---
@@ -144,7 +151,7 @@ class Gate:
         if not self._reject:
             return
         raise QueueFullError(
-            f"{self._pending} requests wait already (max_pending={self._max_pending}, max_pending_per_client="
+            f"{self.pending} requests wait already (max_pending={self._max_pending}, max_pending_per_client="
             f"{self._max_per_client}); this one was not taken. Try again later, or use when_full='block'."
         )
 

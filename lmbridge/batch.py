@@ -71,13 +71,15 @@ class Batch:
         while self._waiting:
             index, request = self._waiting[0]
             call = Call(request, self._channel, self._client)
+            others = bool(self._open)
+            self._open[call] = index  # first, so that it will be aborted whatever happens next
             if not self._gate.try_enter(call):
-                if self._open:
+                if others:
+                    del self._open[call]
                     return
                 if not self._gate.enter(call):
                     call.settle(timeout_error(call))
             self._waiting.popleft()
-            self._open[call] = index  # before it is sent, so that whatever happens next it will be aborted
             if call.outcome is None:
                 self._server.submit(call)
 

@@ -16,16 +16,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import operator
 import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import janus
 
 from lmbridge.errors import BridgeClosedError
 from lmbridge.messages import Delta, FinishReason, Request, Timings, Usage
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -47,7 +50,7 @@ class Call:
     """
 
     __slots__ = (
-        "request", "channel", "client", "streaming", "deltas", "signalled", "admitted",
+        "request", "channel", "client", "streaming", "deltas", "signalled",
         "engine", "began", "first_token", "tokens", "ended", "_settled", "__weakref__",
     )  # fmt: skip
 
@@ -58,7 +61,6 @@ class Call:
         self.streaming = streaming  # a token per engine step, not only at the end
         self.deltas: deque[Delta] = deque()
         self.signalled = False  # a token is on its way; the reader clears it before it looks
-        self.admitted = False  # guarded by the gate's lock
         self.engine: Any = None  # server thread only, as are the next four
         self.began: float | None = None
         self.first_token: float | None = None
@@ -84,6 +86,59 @@ class Call:
             self.channel.signal(self)
 
 
+class _Condition:
+    """The part of ``threading.Condition`` that janus uses, safe against exceptions thrown into a waiting thread.
+
+    Ctrl-C and ``PyThreadState_SetAsyncExc`` strike between any two bytecodes. The standard class takes and gives back
+    its lock in Python functions, so an exception that strikes inside them leaves the lock held, or gives back one that
+    somebody else holds; seen to stick the server thread within seconds. Here each step is one call into C, and the
+    interpreter looks for such exceptions only after it, inside the ``try`` or ``with`` that undoes the step.
+    """
+
+    __slots__ = ("_lock", "_waiters")
+
+    __enter__ = property(operator.attrgetter("_lock.__enter__"))
+    __exit__ = property(operator.attrgetter("_lock.__exit__"))
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+        self._waiters: deque[threading.Lock] = deque()  # guarded by _lock
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Give the lock back, wait to be notified, take it again. False when ``timeout`` seconds passed first."""
+        waiter = threading.Lock()
+        waiter.acquire()
+        self._waiters.append(waiter)
+        notified = False
+        try:
+            self._lock.release()
+            notified = waiter.acquire(True, -1 if timeout is None else timeout)
+        finally:
+            self._lock.acquire()
+            if not notified and waiter in self._waiters:
+                self._waiters.remove(waiter)
+        return notified
+
+    def notify(self) -> None:
+        """Wake the thread that has waited longest."""
+        if self._waiters:
+            self._waiters.popleft().release()
+
+    def notify_all(self) -> None:
+        while self._waiters:
+            self._waiters.popleft().release()
+
+
+class _Queue(janus.Queue[T]):
+    """A janus queue whose sync side is safe to interrupt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Attributes of janus 2; a test fails when a newer one stops using them.
+        self._sync_not_empty = _Condition(self._sync_mutex)  # type: ignore[assignment]
+        self._sync_not_full = _Condition(self._sync_mutex)  # type: ignore[assignment]
+
+
 class Channel:
     """One consumer's pair of janus queues.
 
@@ -93,14 +148,9 @@ class Channel:
     __slots__ = ("requests", "replies", "bell", "__weakref__")
 
     def __init__(self, bell: Doorbell | None = None) -> None:
-        self.requests: janus.Queue[Call] = janus.Queue()
-        self.replies: janus.Queue[Call] = janus.Queue()
+        self.requests: janus.Queue[Call] = _Queue()
+        self.replies: janus.Queue[Call] = _Queue()
         self.bell = bell
-
-    @property
-    def abandoned(self) -> bool:
-        """Whether its consumer was an event loop that is closed by now."""
-        return self.bell is not None and self.bell.deaf
 
     # --- the caller's end: any thread but the server's ---
 
@@ -202,11 +252,6 @@ class Doorbell:
         self._rung = True
         with contextlib.suppress(RuntimeError):  # the loop is closed: whatever ended it settles every call
             self._loop.call_soon_threadsafe(self.answer)
-
-    @property
-    def deaf(self) -> bool:
-        """Whether its loop is closed."""
-        return self._loop.is_closed()
 
     def answer(self) -> None:
         """Look. On the loop only. The flag falls first, so that what comes meanwhile rings again."""

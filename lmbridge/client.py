@@ -107,12 +107,12 @@ class Client(Verbs):
             raise
         except BaseException:  # KeyboardInterrupt, or an exception thrown into this thread
             call.settle(RequestAbortedError("The waiting thread was interrupted."))
-            server.abort(call, leave_channel=True)
+            server.abort(call)
             raise
         if call.ended:
             self._take_back(server, call.channel)
         else:
-            server.abort(call, leave_channel=True)
+            server.abort(call)
         return Answer(call).response()
 
     def run_batch(
@@ -124,11 +124,7 @@ class Client(Verbs):
             return []
         server = self._server(blocking=True)
         channel = self._lease(server)
-        try:
-            results = Batch(server, channel, self, keep, progress).run(requests)
-        except BaseException:
-            server.discard(channel)
-            raise
+        results = Batch(server, channel, self, keep, progress).run(requests)
         self._take_back(server, channel)
         return results
 

@@ -15,6 +15,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable
 
@@ -48,9 +49,11 @@ class Server:
         self.gate = gate
         self._bell = Doorbell(self.loop, self._answer)
         self._rung: deque[Channel] = deque()  # appended by any thread, popped by the server thread; as the next
-        self._aborted: deque[tuple[Call, bool]] = deque()
+        self._aborted: deque[Call] = deque()
         self._lock = threading.Lock()
-        self._channels: set[Channel] = set()  # guarded by _lock, as is the next
+        # By id, weakly: a channel that its consumer has dropped disappears with the last call in it. Not a WeakSet,
+        # which breaks when one thread looks while another drops. Added under _lock, as is the next.
+        self._channels: dict[int, weakref.ref[Channel]] = {}
         self._closed: BaseException | None = None
         self._idle: deque[Channel] = deque()  # any thread; append and pop are atomic
         self.living: dict[str, Call] = {}  # server thread only, as are the rest; others may copy it to look
@@ -59,6 +62,7 @@ class Server:
         self._turns = Turns()
         self._load: Counter[Engine] = Counter()
         self._pump_due = False
+        self._missing: set[Call] = set()  # as of the last sweep
         self._emptied = asyncio.Event()
         self._emptied.set()
 
@@ -95,16 +99,15 @@ class Server:
         with self._lock:
             if self._closed is not None:
                 raise closed_error(self._closed)
-            self._channels.add(channel)
+            key = id(channel)
+            self._channels[key] = weakref.ref(channel, functools.partial(self._channels.pop, key))
 
     def give_back(self, channel: Channel) -> None:
-        """Return a channel all of whose calls have had the server's final word. Takes no lock."""
-        self._idle.append(channel)
+        """Return a channel all of whose calls have had the server's final word. Takes no lock.
 
-    def discard(self, channel: Channel) -> None:
-        """Forget a channel; it is never lent again."""
-        with self._lock:
-            self._channels.discard(channel)
+        One that was left with a call in it is just dropped: it disappears with that call.
+        """
+        self._idle.append(channel)
 
     def submit(self, call: Call) -> None:
         """Send an admitted call to the loop.
@@ -116,13 +119,9 @@ class Server:
         self._rung.append(call.channel)
         self._bell.ring()
 
-    def abort(self, call: Call, leave_channel: bool = False) -> None:
-        """Have the engine stop a call that its caller has settled. Takes no lock: finalizers use it.
-
-        ``leave_channel``: nobody will look at its channel again, so it is not lent again either: the server has not
-        said its final word there.
-        """
-        self._aborted.append((call, leave_channel))
+    def abort(self, call: Call) -> None:
+        """Have the engine stop a call that its caller has settled. Takes no lock: finalizers use it."""
+        self._aborted.append(call)
         self._bell.ring()
 
     def run_soon(self, function: Callable[[], None]) -> None:
@@ -136,13 +135,12 @@ class Server:
         """End every call and refuse the next, with ``cause`` chained. The loop need not run any more."""
         with self._lock:
             self._closed = cause
-            channels = list(self._channels)
         self.gate.close()
         lost = list(self.living.values())
         self.living.clear()
         for call in lost:
             call.settle(closed_error(cause))
-        for channel in channels:
+        for channel in self._alive():
             for call in channel.close():
                 call.settle(closed_error(cause))
 
@@ -179,6 +177,17 @@ class Server:
             if not call.ended:
                 self._finish(call, fresh(error))
 
+    def _alive(self) -> list[Channel]:
+        """The channels somebody still holds."""
+        found = []
+        for key, reference in list(self._channels.items()):
+            channel = reference()
+            if channel is not None:
+                found.append(channel)
+            else:
+                self._channels.pop(key, None)
+        return found
+
     async def drained(self) -> None:
         """Return when no call lives."""
         await self._emptied.wait()
@@ -187,16 +196,16 @@ class Server:
         """Look, now and then, at what no bell announced: killed ringers, deadlines nobody waits for, idle channels."""
         while True:
             await asyncio.sleep(SWEEP_INTERVAL)
-            with self._lock:
-                channels = list(self._channels)
-            for channel in channels:
-                self._collect(channel)
-                if channel.abandoned:
-                    self.discard(channel)
-            self._bell.answer()
-            self._expire(time.monotonic())
-            while len(self._idle) > IDLE_CHANNELS:
-                self.discard(self._idle.popleft())
+            try:
+                for channel in self._alive():
+                    self._collect(channel)
+                self._bell.answer()
+                self._expire(time.monotonic())
+                self._reclaim_places()
+                while len(self._idle) > IDLE_CHANNELS:
+                    self._idle.popleft()
+            except Exception:  # the backstop itself must not end
+                logger.exception("The server's sweep failed; it goes on.")
 
     def abort_where(self, chosen: Callable[[Call], bool], error: LMBridgeError) -> None:
         """End the living calls that ``chosen`` picks, each with a copy of ``error``."""
@@ -211,11 +220,9 @@ class Server:
         while self._rung:
             self._collect(self._rung.popleft())
         while self._aborted:
-            call, leave_channel = self._aborted.popleft()
+            call = self._aborted.popleft()
             self._collect(call.channel)  # its caller may have been interrupted between put and ring
             self._abort(call)
-            if leave_channel:
-                self.discard(call.channel)
         self._pump()
 
     def _collect(self, channel: Channel) -> None:
@@ -294,6 +301,17 @@ class Server:
             if deadline is not None and now > deadline and call.settle(timeout_error(call)):
                 call.signal()
                 self._abort(call)
+
+    def _reclaim_places(self) -> None:
+        """Empty the gate of calls that never came: their callers were killed between entering and sending.
+
+        A call that is missing at two sweeps in a row is taken for lost. Should its caller merely be slow, there is
+        one more call in the queue than allowed.
+        """
+        missing = {call for call in self.gate.inside() if call.request.id not in self.living}
+        for call in missing & self._missing:
+            self.gate.leave(call)
+        self._missing = missing
 
     # --- from the engine ---
 

@@ -84,8 +84,6 @@ class Answer:
 class _Reading:
     """What both kinds of stream share: they end once, are read once, and abort when they are left."""
 
-    _leaves_channel = False  # whether the channel is this call's alone, to be dropped with it
-
     def __init__(self, server: Server, call: Call, owner: object) -> None:
         self._server = server
         self._call = call
@@ -124,7 +122,7 @@ class _Reading:
         """Abort unless the call has an outcome; takes no lock."""
         if self._call.outcome is not None or self._server.forked or not self._call.settle(self._answer.aborted()):
             return False
-        self._server.abort(self._call, leave_channel=self._leaves_channel)
+        self._server.abort(self._call)
         return True
 
     def _begin(self) -> None:
@@ -148,7 +146,7 @@ class _Reading:
             return None
         remaining = deadline - time.monotonic()
         if remaining <= 0 and self._call.settle(timeout_error(self._call)):
-            self._server.abort(self._call, leave_channel=self._leaves_channel)
+            self._server.abort(self._call)
         return max(0.0, remaining)
 
 
@@ -158,8 +156,6 @@ class Stream(_Reading):
     Leaving the loop, ``close``, the end of a ``with`` and dropping the stream abort the generation. Deltas that come
     while nobody reads are merged into the next one.
     """
-
-    _leaves_channel = True
 
     def __init__(self, server: Server, call: Call, owner: object, release: Callable[[Call], None]) -> None:
         self._release: Callable[[Call], None] | None = release  # takes the call's channel back, once

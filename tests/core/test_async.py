@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -113,7 +114,7 @@ def test_a_full_queue_does_not_block_the_loop(scripted: Scripted) -> None:
     async def crowd() -> list[str]:
         tasks = [asyncio.ensure_future(bridge.ainfer(f"task {n}")) for n in range(4)]
         for number in range(4):
-            await asyncio.to_thread(engine.wait_for, lambda e, n=number: len(e.started) == n + 1)
+            await asyncio.to_thread(engine.wait_for, partial(_started, number + 1))
             await asyncio.to_thread(engine.step, 2)
         return [answer.text for answer in await asyncio.gather(*tasks)]
 
@@ -162,3 +163,7 @@ def test_closed_loops_are_not_kept(scripted: Scripted) -> None:
     while any(loop() is not None for loop in loops[:5]):  # the server notices within its next looks around
         bridge.infer("still here")
         gc.collect()
+
+
+def _started(count: int, engine: ScriptedEngine) -> bool:
+    return len(engine.started) == count

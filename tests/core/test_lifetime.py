@@ -241,6 +241,8 @@ def test_a_dead_instance_is_not_rebuilt(scripted: Scripted) -> None:
     bridge, engine = scripted()
     bridge.start()
     engine.crash(ValueError("device lost"))
+    while bridge.state == "ready":
+        bridge.stats()
     with pytest.raises(EngineDeadError, match="factory"):
         bridge.infer("hello", timeout=10)
 
