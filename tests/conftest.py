@@ -12,9 +12,9 @@ from lmbridge import Bridge
 from lmbridge.testing import ScriptedEngine
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def no_thread_left() -> Iterator[None]:
-    """A bridge that is closed leaves no thread of its own behind."""
+    """Bridges that are closed leave no thread of their own behind; looked at when a module is through."""
     before = set(threading.enumerate())
     yield
     left = [t for t in threading.enumerate() if t not in before and t.name.startswith("lmbridge")]
