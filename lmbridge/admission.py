@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from lmbridge.channel import Call
+from lmbridge.call import Call
 from lmbridge.errors import QueueFullError
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from lmbridge.channel import Call, Channel, Doorbell
+from lmbridge.call import Call
+from lmbridge.channel import Channel, Doorbell
 from lmbridge.errors import BridgeClosedError
 
 if TYPE_CHECKING:

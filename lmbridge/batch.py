@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lmbridge.channel import Call, Channel
+from lmbridge.call import Call, timeout_error
+from lmbridge.channel import Channel
 from lmbridge.errors import BridgeClosedError, LMBridgeError
 from lmbridge.messages import Request, Response
-from lmbridge.server import Server, timeout_error
+from lmbridge.server import Server
 from lmbridge.streams import Answer
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class Batch:
 
     def _abort_rest(self) -> None:
         for call in self._open:
-            if call.settle(Answer(call).aborted()):
+            if call.settle(call.finish("abort")):
                 self._server.abort(call)
 
 

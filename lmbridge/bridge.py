@@ -19,8 +19,9 @@ from lmbridge.client import Client
 from lmbridge.engines import engine_factory
 from lmbridge.engines.base import Engine
 from lmbridge.errors import InvalidRequestError, RequestAbortedError
+from lmbridge.host import Host
 from lmbridge.messages import GenerationConfig
-from lmbridge.supervisor import State, Supervisor
+from lmbridge.supervisor import Recipe, State
 from lmbridge.verbs import Verbs
 
 Model = str | Path | Engine | Callable[[], Engine]
@@ -50,6 +51,7 @@ class Bridge(Verbs):
         max_pending: how many requests may wait for the engine.
         max_pending_per_client: how many of them may be one client's.
         when_full: ``"block"`` has callers wait for room up to their deadline, ``"reject"`` raises QueueFullError.
+        stall_timeout: an engine that has work and says nothing for this many seconds is taken for dead; None trusts it.
         engine_options: the engine's own options.
 
     Raises:
@@ -65,12 +67,13 @@ class Bridge(Verbs):
         max_pending: int = 1024,
         max_pending_per_client: int = 256,
         when_full: Literal["block", "reject"] = "block",
+        stall_timeout: float | None = 300.0,
         **engine_options: Any,
     ) -> None:
         _check_limits(max_pending, max_pending_per_client, when_full, timeout)
-        factory, self._label, rebuildable = _resolve(model, engine, engine_options)
+        recipe = _recipe(model, engine, engine_options)
         gate = Gate(max_pending, max_pending_per_client, reject=when_full == "reject")
-        self._supervisor = Supervisor(factory, rebuildable, gate, timeout)
+        self._host = Host(recipe, gate, timeout, stall_timeout)
         self._threads = threading.local()  # .client: the thread's own client, dropped when the thread ends
 
     # --- lifetime ---
@@ -82,7 +85,7 @@ class Bridge(Verbs):
             EngineStartError: it could not be loaded.
             RequestTimeoutError: it was not ready in time; loading goes on.
         """
-        self._supervisor.start(timeout)
+        self._host.start(timeout)
         return self
 
     def close(self, *, drain: bool = False, timeout: float = 10.0) -> None:
@@ -94,7 +97,30 @@ class Bridge(Verbs):
             drain: let running and waiting requests finish.
             timeout: seconds for that; what is left then is aborted.
         """
-        self._supervisor.close(drain, timeout)
+        self._host.close(drain, timeout)
+
+    def swap(
+        self,
+        model: Model,
+        engine: str = "transformers",
+        *,
+        overlap: bool = True,
+        timeout: float | None = None,
+        **engine_options: Any,
+    ) -> None:
+        """Exchange the model; blocks until the new one serves, and no request fails.
+
+        Args:
+            model, engine, engine_options: as for the Bridge itself.
+            overlap: load the new model beside the old one, which needs memory for both; what runs finishes on the old
+                one. False holds new requests back, lets what runs finish, frees the old model and loads the new one.
+            timeout: with ``overlap=False``, seconds for what runs to finish.
+
+        Raises:
+            EngineStartError: the new model could not be loaded; the old one goes on (or is brought back).
+            RequestTimeoutError: what runs did not finish in time; the old one goes on.
+        """
+        self._host.swap(_recipe(model, engine, engine_options), overlap, timeout)
 
     def __enter__(self) -> Bridge:
         return self.start()
@@ -104,8 +130,8 @@ class Bridge(Verbs):
 
     def __del__(self) -> None:
         # A finalizer may run in the middle of anything: no locks, no logging, no joining.
-        supervisor = getattr(self, "_supervisor", None)
-        if supervisor is not None and supervisor.drop():
+        host = getattr(self, "_host", None)
+        if host is not None and host.drop():
             message = f"unclosed {self!r}; use `with Bridge(...)` or close()"
             warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
 
@@ -113,7 +139,7 @@ class Bridge(Verbs):
 
     def client(self, name: str | None = None) -> Client:
         """A client of your own: a fairness account with its own pair of queues and the same verbs."""
-        return Client(self._supervisor, name or f"client-{id(object()):x}", bridge=self)
+        return Client(self._host, name or f"client-{id(object()):x}", bridge=self)
 
     def chat(self, config: GenerationConfig | None = None, *, system: str | None = None) -> Chat:
         """A conversation that keeps its history; see ``lmbridge.chat.Chat``."""
@@ -121,7 +147,7 @@ class Bridge(Verbs):
 
     def abort(self, request_id: str) -> None:
         """Abort the living request of that id; its caller gets RequestAbortedError. Unknown ids are ignored."""
-        server = self._supervisor.running()
+        server = self._host.running()
         if server is not None:
             error = RequestAbortedError(f"Request {request_id} was aborted by bridge.abort().")
             server.run_soon(lambda: server.abort_where(lambda call: call.request.id == request_id, error))
@@ -131,11 +157,11 @@ class Bridge(Verbs):
     @property
     def state(self) -> State:
         """``new``, ``loading``, ``ready``, ``restarting``, ``failed``, ``closing`` or ``closed``."""
-        return self._supervisor.state
+        return self._host.status.state
 
     def requests(self) -> list[RequestInfo]:
         """The living requests, oldest first: those that wait for the engine and those in it."""
-        server = self._supervisor.running()
+        server = self._host.running()
         calls = [] if server is None else list(server.living.values())
         now = time.monotonic()
         return [
@@ -151,33 +177,32 @@ class Bridge(Verbs):
 
     def stats(self) -> dict[str, float]:
         """What the engine counts of itself (``in_flight``, ``steps``, ``tokens`` …); empty while there is none."""
-        return self._supervisor.ask_engine(lambda engine: engine.stats()) or {}
+        return self._host.ask_engine(lambda engine: engine.stats()) or {}
 
     def __repr__(self) -> str:
         living = self.requests()
         clients = len({request.client for request in living})
-        return f"<Bridge {self.state} model={self._label} clients={clients} in_flight={len(living)}>"
+        return f"<Bridge {self.state} model={self._host.label} clients={clients} in_flight={len(living)}>"
 
     def _client(self) -> Client:
         try:
             found: Client = self._threads.client
         except AttributeError:
-            found = self._threads.client = Client(self._supervisor, f"thread-{threading.get_ident()}")
+            found = self._threads.client = Client(self._host, f"thread-{threading.get_ident()}")
         return found
 
 
-def _resolve(model: Any, engine: str, options: dict[str, Any]) -> tuple[Callable[[], Engine], str, bool]:
-    """What builds the engine, what to call it, and whether it can be built again."""
+def _recipe(model: Any, engine: str, options: dict[str, Any]) -> Recipe:
     if isinstance(model, (str, Path)):
-        return engine_factory(engine, str(model), options), str(model), True
+        return Recipe(engine_factory(engine, str(model), options), str(model), rebuildable=True)
     if options:
         raise InvalidRequestError(
             f"Options such as {next(iter(options))!r} go with a model given by name; give them to the engine itself."
         )
     if isinstance(model, Engine):
-        return lambda: model, model.describe(), False
+        return Recipe(lambda: model, model.describe(), rebuildable=False)
     if callable(model):
-        return model, getattr(model, "__name__", type(model).__name__), True
+        return Recipe(model, getattr(model, "__name__", type(model).__name__), rebuildable=True)
     raise InvalidRequestError(
         f"model must be a name, a folder, an Engine or a function that builds one, not {type(model).__name__}.", "model"
     )

@@ -20,70 +20,14 @@ import operator
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import janus
 
+from lmbridge.call import Call
 from lmbridge.errors import BridgeClosedError
-from lmbridge.messages import Delta, FinishReason, Request, Timings, Usage
 
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class Finish:
-    """How a call ended well."""
-
-    reason: FinishReason
-    usage: Usage
-    timings: Timings
-
-
-Outcome = Finish | BaseException
-
-
-class Call:
-    """One request on its way: what the caller's end and the loop end share.
-
-    ``deltas`` is appended by the server thread and popped by the caller; both ends of a deque are atomic.
-    """
-
-    __slots__ = (
-        "request", "channel", "client", "streaming", "deltas", "signalled",
-        "engine", "began", "first_token", "tokens", "ended", "_settled", "__weakref__",
-    )  # fmt: skip
-
-    def __init__(self, request: Request, channel: Channel, client: object, streaming: bool = False) -> None:
-        self.request = request
-        self.channel = channel
-        self.client = client  # closing it ends its calls
-        self.streaming = streaming  # a token per engine step, not only at the end
-        self.deltas: deque[Delta] = deque()
-        self.signalled = False  # a token is on its way; the reader clears it before it looks
-        self.engine: Any = None  # server thread only, as are the next four
-        self.began: float | None = None
-        self.first_token: float | None = None
-        self.tokens = 0
-        self.ended = False  # the server's final word has been said; read by anyone
-        self._settled: dict[str, Outcome] = {}
-
-    def settle(self, outcome: Outcome) -> bool:
-        """Try to be the one outcome; False when another was first. Any thread, any moment, no lock.
-
-        ``dict.setdefault`` is one atomic step, so an exception between decision and record cannot happen.
-        """
-        return self._settled.setdefault("outcome", outcome) is outcome
-
-    @property
-    def outcome(self) -> Outcome | None:
-        return self._settled.get("outcome")
-
-    def signal(self) -> None:
-        """Tell the reader that there is something to look at. Server thread only."""
-        if not self.signalled:
-            self.signalled = True
-            self.channel.signal(self)
 
 
 class _Condition:
@@ -138,6 +82,10 @@ class _Queue(janus.Queue[T]):
         self._sync_not_empty = _Condition(self._sync_mutex)  # type: ignore[assignment]
         self._sync_not_full = _Condition(self._sync_mutex)  # type: ignore[assignment]
 
+    def rebind(self) -> None:
+        """Let another loop use the async side. Only once the first loop will not come back to it."""
+        self._loop = None
+
 
 class Channel:
     """One consumer's pair of janus queues.
@@ -148,8 +96,8 @@ class Channel:
     __slots__ = ("requests", "replies", "bell", "__weakref__")
 
     def __init__(self, bell: Doorbell | None = None) -> None:
-        self.requests: janus.Queue[Call] = _Queue()
-        self.replies: janus.Queue[Call] = _Queue()
+        self.requests: _Queue[Call] = _Queue()
+        self.replies: _Queue[Call] = _Queue()
         self.bell = bell
 
     # --- the caller's end: any thread but the server's ---
@@ -215,6 +163,11 @@ class Channel:
             return
         if self.bell is not None:
             self.bell.ring()
+
+    def rebind(self) -> None:
+        """Go over to another server's loop; the first one is stuck and has been left behind."""
+        self.requests.rebind()
+        self.replies.rebind()
 
     def close(self) -> list[Call]:
         """Refuse further calls, wake the consumer, and return the calls nobody took. The loop need not run."""

@@ -14,17 +14,18 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from lmbridge.batch import Batch, Result
-from lmbridge.channel import Call, Channel
+from lmbridge.call import Call, timeout_error
+from lmbridge.channel import Channel
 from lmbridge.errors import BridgeClosedError, InvalidRequestError, LMBridgeError, QueueFullError, RequestAbortedError
 from lmbridge.futures import ResponseFuture
 from lmbridge.messages import GenerationConfig, Request, Response
 from lmbridge.prompts import check_prompt
-from lmbridge.server import Server, timeout_error
+from lmbridge.server import Server
 from lmbridge.streams import Answer, AsyncStream, Stream
 from lmbridge.verbs import CallOptions, Verbs
 
 if TYPE_CHECKING:
-    from lmbridge.supervisor import Supervisor
+    from lmbridge.host import Host
 
 _ids = itertools.count(1)
 _PREFIX = f"req-{secrets.token_hex(3)}"
@@ -38,9 +39,9 @@ class Client(Verbs):
     closes it, which aborts what it has running.
     """
 
-    def __init__(self, supervisor: Supervisor, name: str, bridge: object = None) -> None:
+    def __init__(self, host: Host, name: str, bridge: object = None) -> None:
         self.name = name
-        self._supervisor = supervisor
+        self._host = host
         self._bridge = bridge  # keeps it alive; None for a thread's own client, which the bridge holds itself
         self._own: list[Channel] = []  # its pair while no call uses it; append and pop are atomic
         self._closed = False
@@ -54,7 +55,7 @@ class Client(Verbs):
     def close(self) -> None:
         """Abort what runs in this client's name through it, and refuse further calls. The bridge goes on."""
         self._closed = True
-        server = self._supervisor.running()
+        server = self._host.running()
         if server is not None:
             server.run_soon(lambda: server.abort_where(self._is_mine, self._closed_error()))
             self._return_channel(server)
@@ -66,8 +67,8 @@ class Client(Verbs):
         self.close()
 
     def __del__(self) -> None:
-        supervisor = getattr(self, "_supervisor", None)
-        server = supervisor.running() if supervisor is not None else None
+        host = getattr(self, "_host", None)
+        server = host.running() if host is not None else None
         if server is not None:
             self._return_channel(server)
 
@@ -75,7 +76,7 @@ class Client(Verbs):
 
     def request(self, prompt: Any, config: GenerationConfig | None, options: CallOptions) -> Request:
         """Check everything and make the request; nothing has been sent when this raises."""
-        timeout = options.pop("timeout", self._supervisor.timeout)
+        timeout = options.pop("timeout", self._host.timeout)
         name = options.pop("client", self.name)
         raw = options.pop("raw", False)
         priority = options.pop("priority", 0)
@@ -137,7 +138,7 @@ class Client(Verbs):
 
     def open_future(self, request: Request, owner: object) -> ResponseFuture:
         server = self._server(blocking=True)
-        dispatcher = self._supervisor.dispatcher(server)
+        dispatcher = self._host.dispatcher(server)
         call = Call(request, dispatcher.channel, self)
         future = ResponseFuture(server, call, owner)
         dispatcher.expect(call, future)
@@ -169,7 +170,7 @@ class Client(Verbs):
 
     async def open_async_stream(self, request: Request, owner: object, streaming: bool = True) -> AsyncStream:
         server = self._server(blocking=False)
-        port = self._supervisor.port(server, asyncio.get_running_loop())
+        port = self._host.port(server, asyncio.get_running_loop())
         call = Call(request, port.channel, self, streaming)
         stream = AsyncStream(server, call, owner, port)
         if not await server.gate.enter_async(call):
@@ -180,7 +181,7 @@ class Client(Verbs):
     # --- their parts ---
 
     def _server(self, blocking: bool) -> Server:
-        server = self._supervisor.server(blocking)
+        server = self._host.server(blocking)
         if self._closed:
             raise self._closed_error()
         return server

@@ -11,10 +11,10 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from lmbridge.channel import Call, Channel
+from lmbridge.call import Call, timeout_error
+from lmbridge.channel import Channel
 from lmbridge.errors import BridgeClosedError
 from lmbridge.messages import Response
-from lmbridge.server import timeout_error
 from lmbridge.streams import Answer
 
 if TYPE_CHECKING:

@@ -16,22 +16,21 @@ import os
 import threading
 import time
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 
 from lmbridge.admission import Gate, Turns
-from lmbridge.channel import Call, Channel, Doorbell, Finish, Outcome
-from lmbridge.engines.base import Engine, engine_error
+from lmbridge.call import Call, Outcome, closed_error, lost_error, timeout_error
+from lmbridge.channel import Channel, Doorbell
+from lmbridge.engines.base import engine_error
 from lmbridge.errors import (
-    BridgeClosedError,
-    EngineDeadError,
     ForkedError,
     InvalidRequestError,
     LMBridgeError,
-    RequestTimeoutError,
     fresh,
 )
-from lmbridge.messages import Delta, FinishReason, Timings, Usage
+from lmbridge.messages import Delta
+from lmbridge.seat import Seat
 
 logger = logging.getLogger("lmbridge")
 
@@ -56,11 +55,13 @@ class Server:
         self._channels: dict[int, weakref.ref[Channel]] = {}
         self._closed: BaseException | None = None
         self._idle: deque[Channel] = deque()  # any thread; append and pop are atomic
+        self._left_behind = False  # set by the watchdog once this loop is stuck
+        self._successor: Server | None = None  # who has taken over then
+        self.heartbeat = time.monotonic()  # of the last sweep; read by the watchdog
         self.living: dict[str, Call] = {}  # server thread only, as are the rest; others may copy it to look
-        self.engine: Engine | None = None
+        self.seat: Seat | None = None  # of the engine that gets what comes now
         self.refusal: LMBridgeError | None = None
         self._turns = Turns()
-        self._load: Counter[Engine] = Counter()
         self._pump_due = False
         self._missing: set[Call] = set()  # as of the last sweep
         self._emptied = asyncio.Event()
@@ -72,6 +73,15 @@ class Server:
     def forked(self) -> bool:
         """Whether this is a copy in a child process, whose thread does not exist."""
         return self._pid != os.getpid()
+
+    @property
+    def left_behind(self) -> bool:
+        """Whether this server's thread was stuck and another server has taken over."""
+        return self._left_behind
+
+    def leave_behind(self) -> None:
+        """Be silent from now on, should the stuck thread ever wake up. Called by the watchdog."""
+        self._left_behind = True
 
     def check_process(self) -> None:
         """Raise ForkedError in a child of the process that this server runs in. Comes before every lock."""
@@ -96,6 +106,9 @@ class Server:
 
     def register(self, channel: Channel) -> None:
         """Make the loop answer for a channel that somebody built himself."""
+        if self._successor is not None:
+            self._successor.register(channel)
+            return
         with self._lock:
             if self._closed is not None:
                 raise closed_error(self._closed)
@@ -148,25 +161,27 @@ class Server:
         """What a call ends with that finds the loop gone. Any thread."""
         return closed_error(self._closed or RuntimeError("the loop is not running"))
 
-    def install(self, engine: Engine) -> None:
-        """Begin to hand requests to this engine."""
-        self.engine = engine
+    def install(self, seat: Seat) -> None:
+        """Hand what waits and what comes to this engine from now on."""
+        self.seat = seat
+        self.refusal = None
         self._pump()
 
-    def fail_engine(self, engine: Engine, cause: BaseException) -> None:
+    def vacate(self, seat: Seat) -> None:
+        """Hand nothing more to this engine; what it has begun goes on, what waits goes on waiting."""
+        if self.seat is seat:
+            self.seat = None
+
+    def fail_begun(self, seat: Seat, cause: BaseException) -> None:
         """End what the dead engine had begun; what waits goes on waiting."""
-        if self.engine is engine:
-            self.engine = None
-        for call in [call for call in self.living.values() if call.engine is engine]:
-            error = EngineDeadError(f"The engine died while it worked on this request: {cause!r}. Send it again.")
-            error.retryable = True
-            error.__cause__ = cause
-            self._finish(call, error)
+        self.vacate(seat)
+        for call in [call for call in self.living.values() if call.seat is seat]:
+            self._finish(call, lost_error(cause))
 
     def refuse(self, error: LMBridgeError) -> None:
         """End what waits, and every later call, with a copy of ``error``."""
         self.refusal = error
-        for call in [call for call in self.living.values() if call.engine is None]:
+        for call in [call for call in self.living.values() if call.seat is None]:
             self._finish(call, fresh(error))
 
     def end_all(self, error: LMBridgeError) -> None:
@@ -196,6 +211,7 @@ class Server:
         """Look, now and then, at what no bell announced: killed ringers, deadlines nobody waits for, idle channels."""
         while True:
             await asyncio.sleep(SWEEP_INTERVAL)
+            self.heartbeat = time.monotonic()
             try:
                 for channel in self._alive():
                     self._collect(channel)
@@ -214,9 +230,31 @@ class Server:
                 call.signal()
                 self._abort(call)
 
+    def take_over(self, stuck: Server) -> None:
+        """Go on where a server whose loop is stuck was left behind: its channels, and the calls that still wait.
+
+        Runs on the new server's thread. Should the stuck one wake up, it finds that it has a successor and is silent.
+        """
+        stuck._successor = self
+        stuck.run_soon(stuck.loop.stop)
+        self._rung, self._aborted, self._idle = stuck._rung, stuck._aborted, stuck._idle
+        for channel in stuck._alive():
+            channel.rebind()
+            self.register(channel)
+        cause = TimeoutError("the server thread was stuck and has been replaced")
+        for call in list(stuck.living.values()):
+            if call.seat is None:
+                self._arrive(call)
+            else:
+                call.ended = True
+                call.settle(lost_error(cause))
+                call.channel.nudge(call)
+
     # --- arrivals ---
 
     def _answer(self) -> None:
+        if self._left_behind:
+            return
         while self._rung:
             self._collect(self._rung.popleft())
         while self._aborted:
@@ -252,12 +290,11 @@ class Server:
     def _pump(self) -> None:
         """Begin waiting calls while the engine has room."""
         self._pump_due = False
-        engine = self.engine
-        while engine is not None and self._turns and self._load[engine] < engine.max_batch_size:
+        while (seat := self.seat) is not None and seat.has_room:
             call = self._turns.pop()
-            assert call is not None
-            self._begin(call, engine)
-            engine = self.engine
+            if call is None:
+                break
+            self._begin(call, seat)
 
     def _pump_soon(self) -> None:
         """Pump after the engine's present step, so that one step's finished requests are replaced together."""
@@ -265,12 +302,12 @@ class Server:
             self._pump_due = True
             self.loop.call_soon(self._pump)
 
-    def _begin(self, call: Call, engine: Engine) -> None:
+    def _begin(self, call: Call, seat: Seat) -> None:
         self.gate.leave(call)
-        call.engine = engine
+        call.seat = seat
         call.began = time.monotonic()
-        self._load[engine] += 1
-        request = call.request
+        seat.take()
+        request, engine = call.request, seat.engine
         logger.debug("begin %s of %s", request.id, request.client)
         try:
             engine.check(request)
@@ -285,14 +322,14 @@ class Server:
         if call.ended or self.living.get(call.request.id) is not call:
             self.gate.leave(call)  # it may have been admitted and never sent
             return
-        if call.engine is None:
+        if call.seat is None:
             assert call.outcome is not None
             self._finish(call, call.outcome)
             return
         try:
-            call.request.context.run(call.engine.abort_request, call.request.id)
+            call.request.context.run(call.seat.engine.abort_request, call.request.id)
         except BaseException as cause:
-            call.engine.on_death(cause)  # an engine that cannot abort cannot be trusted with its batch
+            call.seat.die(cause)  # an engine that cannot abort cannot be trusted with its batch
 
     def _expire(self, now: float) -> None:
         """End calls whose deadline has passed while nobody waits on them to notice."""
@@ -317,8 +354,10 @@ class Server:
 
     def _on_delta(self, call: Call, delta: Delta) -> None:
         """The sink of one call."""
-        if call.ended:
+        if call.ended or self._left_behind:
             return
+        assert call.seat is not None
+        call.seat.progress += 1
         if call.first_token is None and (delta.token_ids or delta.text):
             call.first_token = time.monotonic()
         call.tokens += len(delta.token_ids)
@@ -327,29 +366,17 @@ class Server:
         if delta.error is not None:
             self._finish(call, delta.error)
         elif delta.finish_reason is not None:
-            self._finish(call, self._summary(call, delta.finish_reason, delta.usage))
+            self._finish(call, call.finish(delta.finish_reason, delta.usage))
         elif call.streaming:
             call.signal()
-
-    def _summary(self, call: Call, reason: FinishReason, usage: Usage | None) -> Finish:
-        created, now = call.request.created, time.monotonic()
-        timings = Timings(
-            queued=(call.began or now) - created,
-            first_token=None if call.first_token is None else call.first_token - created,
-            total=now - created,
-        )
-        return Finish(reason, usage or Usage(completion_tokens=call.tokens), timings)
 
     def _finish(self, call: Call, outcome: Outcome) -> None:
         """The server's final word on a call it knew."""
         del self.living[call.request.id]
-        if call.engine is None:
+        if call.seat is None:
             self._turns.remove(call)
-            self.gate.leave(call)
         else:
-            self._load[call.engine] -= 1
-            if not self._load[call.engine]:
-                del self._load[call.engine]
+            call.seat.leave()
         if not self.living:
             self._emptied.set()
         self._say(call, outcome)
@@ -363,22 +390,3 @@ class Server:
         call.settle(outcome)
         call.signal()
         logger.debug("end %s: %s", call.request.id, type(outcome).__name__)
-
-
-def timeout_error(call: Call) -> RequestTimeoutError:
-    """What a call whose deadline has passed ends with."""
-    where = "the engine" if call.began is not None else "the queue"
-    waited = time.monotonic() - call.request.created
-    return RequestTimeoutError(
-        f"Request {call.request.id} passed its deadline after {waited:.1f} s in {where}; generation was aborted. "
-        "Give a longer timeout, or fewer max_new_tokens."
-    )
-
-
-def closed_error(cause: BaseException) -> LMBridgeError:
-    """What a call ends with when the loop is gone: a waiter's own instance, with the cause chained."""
-    if isinstance(cause, BridgeClosedError):
-        return fresh(cause)
-    error = BridgeClosedError(f"The server thread has ended ({cause!r}); the request was lost. Build a new Bridge.")
-    error.__cause__ = cause
-    return error

@@ -12,10 +12,9 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from lmbridge.channel import Call, Finish
+from lmbridge.call import Call, Finish, timeout_error
 from lmbridge.errors import BridgeClosedError, LMBridgeError
-from lmbridge.messages import Delta, Response, Timings, Usage, join_deltas
-from lmbridge.server import timeout_error
+from lmbridge.messages import Delta, Response, join_deltas
 
 if TYPE_CHECKING:
     from lmbridge.aio import LoopPort
@@ -71,15 +70,6 @@ class Answer:
             outcome.partial = "".join(delta.text for delta in [*self._read, *self.call.deltas])
         return outcome
 
-    def aborted(self) -> Finish:
-        """The outcome of a call that its own reader ends."""
-        now, created = time.monotonic(), self.call.request.created
-        tokens = sum(len(delta.token_ids) for delta in [*self._read, *self.call.deltas])
-        queued = (self.call.began or now) - created
-        first = self.call.first_token
-        timings = Timings(queued, None if first is None else first - created, now - created)
-        return Finish("abort", Usage(completion_tokens=tokens), timings)
-
 
 class _Reading:
     """What both kinds of stream share: they end once, are read once, and abort when they are left."""
@@ -120,7 +110,7 @@ class _Reading:
 
     def _leave(self) -> bool:
         """Abort unless the call has an outcome; takes no lock."""
-        if self._call.outcome is not None or self._server.forked or not self._call.settle(self._answer.aborted()):
+        if self._call.outcome is not None or self._server.forked or not self._call.settle(self._call.finish("abort")):
             return False
         self._server.abort(self._call)
         return True

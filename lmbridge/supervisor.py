@@ -1,27 +1,18 @@
-"""The life of the server thread and of the engine in it: started when first needed, rebuilt when it dies, ended once.
+"""The engine's life: loaded, watched, rebuilt when it dies, exchanged for another, closed.
 
-Rule: callers' threads ask here for the running server and get it, or the reason why there is none. What the engine goes
-through is one coroutine on the server thread, ``_keep``.
+Rule: server thread only. One coroutine, ``run``, is the whole life; everything else here is one of its chapters.
 """
 
 from __future__ import annotations
 
 import asyncio
-import atexit
 import concurrent.futures
-import functools
 import logging
-import os
-import sys
-import threading
 import time
-import weakref
 from collections import deque
-from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from lmbridge.admission import Gate
-from lmbridge.aio import LoopPort
 from lmbridge.engines import EngineFactory
 from lmbridge.engines.base import Engine
 from lmbridge.errors import (
@@ -30,321 +21,285 @@ from lmbridge.errors import (
     EngineStartError,
     LMBridgeError,
     RequestTimeoutError,
-    UnsupportedEnvironmentError,
-    WrongThreadError,
-    fresh,
 )
-from lmbridge.futures import Dispatcher
+from lmbridge.seat import Seat
 from lmbridge.server import Server
 
 logger = logging.getLogger("lmbridge")
 
-T = TypeVar("T")
 State = Literal["new", "loading", "ready", "restarting", "failed", "closing", "closed"]
 
 MAX_FAILURES = 3  # deaths within FAILURE_WINDOW seconds after which the engine stays down
 FAILURE_WINDOW = 300.0
 FIRST_BACKOFF = 0.1  # seconds before the first rebuild; each further one waits four times longer
-ASK_PATIENCE = 1.0  # seconds to wait for the loop's answer to a question
 CLOSE_GRACE = 10.0  # seconds an engine may take to close before it is left behind
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How to build the engine, what to call it, and whether it can be built again."""
+
+    build: EngineFactory
+    label: str
+    rebuildable: bool
+
+
+@dataclass
+class Status:
+    """What everybody may see of the engine's life. Written by the server thread once that runs."""
+
+    state: State = "new"
+    ready: concurrent.futures.Future[None] = field(default_factory=concurrent.futures.Future)
+    deaths: deque[float] = field(default_factory=deque)  # monotonic times; outlive a replaced server thread
+
+    def loaded(self) -> None:
+        self.state = "ready"
+        if not self.ready.done():
+            self.ready.set_result(None)
+
+    def failed(self, error: LMBridgeError) -> None:
+        self.state = "failed"
+        if not self.ready.done():
+            self.ready.set_exception(error)
+
+
+@dataclass
+class Swap:
+    """A request to exchange the engine; ``done`` tells whoever asked."""
+
+    recipe: Recipe
+    overlap: bool
+    timeout: float | None
+    done: concurrent.futures.Future[None] = field(default_factory=concurrent.futures.Future)
+
+
 class Supervisor:
-    """Starts, watches and ends one server thread with one engine."""
+    """Keeps one engine at the server until it is told to stop."""
 
-    def __init__(self, factory: EngineFactory, rebuildable: bool, gate: Gate, timeout: float | None) -> None:
-        self.timeout = timeout
-        self.gate = gate
-        self.state: State = "new"  # written by the server thread once it runs
-        self._factory = factory
-        self._rebuildable = rebuildable
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._server: Server | None = None  # guarded by _lock when written, as are the next four
-        self._thread: threading.Thread | None = None
-        self._dispatcher: Dispatcher | None = None
-        self._ports: dict[asyncio.AbstractEventLoop, LoopPort] = {}
-        self._closed = False
-        self._ready: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._drain_until: float | None = None  # server thread only, as are the next three
+    def __init__(self, server: Server, recipe: Recipe, status: Status) -> None:
+        self.recipe = recipe
+        self._server = server
+        self._status = status
         self._stop = asyncio.Event()
-        self._deaths: deque[float] = deque()
-        self._dead: asyncio.Future[BaseException] | None = None
+        self._drain_until: float | None = None
+        self._swaps: deque[Swap] = deque()
+        self._called = asyncio.Event()  # to stop, or to swap
+        self._retiring: set[asyncio.Task[None]] = set()
 
-    # --- any thread ---
+    def stop(self, drain: bool, timeout: float) -> None:
+        """End ``run``: after what lives has finished, at most ``timeout`` seconds, or at once."""
+        if drain and not self._stop.is_set():
+            self._drain_until = time.monotonic() + timeout
+        self._stop.set()
+        self._called.set()
 
-    def server(self, blocking: bool) -> Server:
-        """The running server; starts it when this is the first call.
+    def swap(self, request: Swap) -> None:
+        """Exchange the engine as soon as the present one is in a state to be exchanged."""
+        self._swaps.append(request)
+        self._called.set()
 
-        Raises:
-            ForkedError: the bridge was started in another process.
-            BridgeClosedError: it was closed.
-            WrongThreadError: ``blocking`` on the server thread.
-        """
-        self.check_process()
-        server = self._server
-        if server is None or self._closed:
-            server = self._start()
-        if blocking and threading.get_ident() == server.thread_id:
-            raise WrongThreadError(
-                "This blocking call was made on the server thread, which would wait for itself forever. "
-                "Use await bridge.ainfer(...), or call from another thread."
-            )
-        return server
-
-    def running(self) -> Server | None:
-        """The server if there is one in this process. Takes no lock."""
-        return None if self._server is None or self._server.forked else self._server
-
-    def check_process(self) -> None:
-        """Raise ForkedError in a child of the process that started the server. Comes before every lock."""
-        if self._server is not None:
-            self._server.check_process()
-        elif self._pid != os.getpid():  # nothing had started: this process may begin anew, with a lock nobody holds
-            self._pid = os.getpid()
-            self._lock = threading.Lock()
-
-    def dispatcher(self, server: Server) -> Dispatcher:
-        """The dispatcher of futures; started when first needed."""
-        if self._dispatcher is None:
-            with self._lock:
-                if self._dispatcher is None:
-                    self._dispatcher = Dispatcher(server)
-        return self._dispatcher
-
-    def port(self, server: Server, loop: asyncio.AbstractEventLoop) -> LoopPort:
-        """The port of somebody else's loop; made when first needed."""
-        port = self._ports.get(loop)
-        if port is None:
-            with self._lock:
-                self._ports = {other: port for other, port in self._ports.items() if not other.is_closed()}
-                port = self._ports[loop] = LoopPort(server, loop)
-        return port
-
-    def ask_engine(self, question: Callable[[Engine], T]) -> T | None:
-        """What ``question`` finds on the server thread; None without an engine, or when the loop does not answer."""
-        server = self.running()
-        if server is None:
-            return None
-        answer: concurrent.futures.Future[T | None] = concurrent.futures.Future()
-
-        def ask() -> None:
-            try:
-                answer.set_result(None if server.engine is None else question(server.engine))
-            except Exception as error:
-                answer.set_exception(error)
-
-        if threading.get_ident() == server.thread_id:
-            ask()
-        else:
-            server.run_soon(ask)
+    async def run(self, after_death: BaseException | None = None) -> None:
+        """The whole life. ``after_death``: why the engine of a server thread before this one was lost."""
+        sweep = asyncio.ensure_future(self._server.sweep())
+        seat: Seat | None = None
         try:
-            return answer.result(ASK_PATIENCE)
-        except concurrent.futures.TimeoutError:
-            return None
-
-    def start(self, timeout: float | None) -> None:
-        """Start, and block until the engine is ready.
-
-        Raises:
-            EngineStartError: it could not be loaded.
-            RequestTimeoutError: it was not ready in time; loading goes on.
-        """
-        self.server(blocking=True)
-        try:
-            error = self._ready.exception(timeout)
-        except concurrent.futures.TimeoutError:
-            raise RequestTimeoutError(f"The engine was not ready after {timeout} s; it goes on loading.") from None
-        if error is not None:
-            raise fresh(error)
-
-    def close(self, drain: bool, timeout: float) -> None:
-        """End the server and wait for its thread, at most ``timeout`` seconds and some grace. Idempotent."""
-        if self._server is not None and self._server.forked:  # nothing of it runs here
-            return
-        thread = self.request_stop(drain, timeout)
-        if thread is None or threading.current_thread() is thread:
-            return
-        thread.join(timeout + CLOSE_GRACE + 1.0)
-        if thread.is_alive():
-            logger.warning("The server thread %s is stuck, probably in native code; it is left behind.", thread.name)
-
-    def request_stop(self, drain: bool, timeout: float) -> threading.Thread | None:
-        """Have the server end; does not wait. The thread to wait for, if there is one."""
-        with self._lock:
-            self._closed = True
-            server, thread = self._server, self._thread
-        if server is None:
-            self.state = "closed"
-        else:
-            server.run_soon(functools.partial(self._begin_stop, drain, timeout))
-        return thread
-
-    def drop(self) -> bool:
-        """Have the server end at once; for finalizers: takes no lock and waits for nobody. False: nothing ran."""
-        server = self.running()
-        if server is None or self._closed:
-            return False
-        self._closed = True
-        server.run_soon(functools.partial(self._begin_stop, False, 0.0))
-        return True
-
-    # --- starting ---
-
-    def _start(self) -> Server:
-        with self._lock:
-            if self._closed and self._server is not None and self.state == "failed":
-                raise self._server.closed_error()
-            if self._closed:
-                raise BridgeClosedError("The bridge is closed; build a new one.")
-            if self._server is None:
-                _check_environment()
-                server = Server(self.gate)
-                self._thread = threading.Thread(target=self._run, args=(server,), name="lmbridge server", daemon=True)
-                self.state = "loading"
-                self._thread.start()
-                self._server = server
-                _started.add(self)
-            return self._server
-
-    def _run(self, server: Server) -> None:
-        """The server thread, from its first to its last moment."""
-        server.thread_id = threading.get_ident()
-        cause: BaseException = BridgeClosedError("The bridge was closed; its requests were aborted.")
-        try:
-            server.loop.run_until_complete(self._keep(server))
-        except BaseException as error:  # the loop was stopped from outside, or something was thrown in
-            cause = error
-            logger.error("The server thread ended unexpectedly: %r", error)
-        finally:
-            self._closed = True
-            self.state = "closed" if isinstance(cause, BridgeClosedError) else "failed"
-            server.close(cause)
-            if not self._ready.done():
-                self._ready.set_exception(server.closed_error())
-            _close_loop(server.loop)
-            _started.discard(self)
-
-    # ================= the server thread only =================
-
-    async def _keep(self, server: Server) -> None:
-        """Keep an engine in the server until the bridge is closed."""
-        sweep = asyncio.ensure_future(server.sweep())
-        try:
+            if after_death is None or await self._survives(after_death):
+                seat = await self._open(self.recipe)
             while not self._stop.is_set():
-                if not await self._live(server):
-                    await self._stop.wait()
-            self.state = "closing"
-            server.end_all(BridgeClosedError("The bridge was closed; its requests were aborted."))
+                await self._until_called(seat)
+                if self._swaps and not self._stop.is_set():
+                    seat = await self._exchange(seat, self._swaps.popleft())
+                elif seat is not None and seat.dead.done():
+                    seat = await self._replace(seat)
+            await self._wind_up(seat)
         finally:
             sweep.cancel()
 
-    async def _live(self, server: Server) -> bool:
-        """One engine's life. Whether there may be a next one."""
-        engine: Engine | None = None
-        try:
-            try:
-                engine = self._factory()
-                self._dead = server.loop.create_future()
-                engine.on_death = functools.partial(self._on_death, self._dead)
-                if not await self._start_engine(engine):
-                    return True
-            except Exception as cause:
-                self._fail_start(server, cause)
-                return False
-            self.state = "ready"
-            server.install(engine)
-            if not self._ready.done():
-                self._ready.set_result(None)
-            cause_of_death = await self._death(server)
-            if cause_of_death is None:
-                return True
-            server.fail_engine(engine, cause_of_death)
-            return self._may_rebuild(server, cause_of_death) and await self._back_off()
-        finally:
-            if engine is not None:
-                server.engine = None
-                await _close_engine(engine)
+    # --- loading ---
 
-    async def _start_engine(self, engine: Engine) -> bool:
-        """Load the engine; False when the bridge is closed meanwhile."""
-        starting = asyncio.ensure_future(_start_guarded(engine))
-        await self._first_of(starting)
-        if starting.done():
-            starting.result()
-            return True
+    async def _open(self, recipe: Recipe) -> Seat | None:
+        """Load an engine and give it the seat; None when that failed, or when it is time to stop."""
+        try:
+            seat = await self._load(recipe)
+        except Exception as cause:
+            logger.error("The engine could not be loaded: %r", cause)
+            self._stay_down(start_error(cause))
+            return None
+        if seat is not None:
+            self._install(seat)
+        return seat
+
+    def _install(self, seat: Seat) -> None:
+        seat.dead.add_done_callback(lambda dead: self._server.fail_begun(seat, dead.result()))
+        self._status.loaded()
+        self._server.install(seat)
+
+    async def _load(self, recipe: Recipe) -> Seat | None:
+        """A loaded engine; None when it is time to stop.
+
+        Raises:
+            Exception: it could not be loaded, and has been closed.
+        """
+        engine = recipe.build()
+        seat = Seat(engine)
+        starting = asyncio.ensure_future(_start(engine))
+        await self._unless_stopped(starting)
+        if starting.done() and starting.exception() is None:
+            return seat
         starting.cancel()
         await asyncio.wait([starting], timeout=CLOSE_GRACE)
-        return False
-
-    async def _death(self, server: Server) -> BaseException | None:
-        """Wait until the engine dies (its cause) or the bridge is closed and drained (None)."""
-        assert self._dead is not None
-        await self._first_of(self._dead)
-        if self._dead.done():
-            return self._dead.result()
-        if self._drain_until is not None:
-            draining = asyncio.ensure_future(server.drained())
-            patience = max(0.0, self._drain_until - time.monotonic())
-            either: list[asyncio.Future[Any]] = [draining, self._dead]
-            await asyncio.wait(either, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-            draining.cancel()
-        server.end_all(BridgeClosedError("The bridge was closed; its requests were aborted."))
+        await _close(engine)
+        if not self._stop.is_set():
+            starting.result()
         return None
 
-    def _on_death(self, dead: asyncio.Future[BaseException], cause: BaseException) -> None:
-        if not dead.done():
-            dead.set_result(cause)
+    # --- dying ---
 
-    def _fail_start(self, server: Server, cause: Exception) -> None:
-        error = EngineStartError(f"The engine could not be loaded: {cause}. Build a new Bridge once that is mended.")
-        error.__cause__ = cause
-        logger.error("The engine could not be loaded: %r", cause)
-        self._stay_down(server, error)
+    async def _replace(self, seat: Seat) -> Seat | None:
+        """Follow a dead engine with a new one; None when it stays down."""
+        await _close(seat.engine)
+        return await self._open(self.recipe) if await self._survives(seat.dead.result()) else None
 
-    def _may_rebuild(self, server: Server, cause: BaseException) -> bool:
+    async def _survives(self, cause: BaseException) -> bool:
+        """Whether a new engine may follow one that died of ``cause``; waits before it may."""
         logger.error("The engine died: %r", cause)
-        now = time.monotonic()
-        self._deaths.append(now)
-        while now - self._deaths[0] > FAILURE_WINDOW:
-            self._deaths.popleft()
-        if not self._rebuildable:
+        deaths, now = self._status.deaths, time.monotonic()
+        deaths.append(now)
+        while now - deaths[0] > FAILURE_WINDOW:
+            deaths.popleft()
+        if not self.recipe.rebuildable:
             why = "it was given as an instance, which cannot be rebuilt; give a factory"
-        elif len(self._deaths) >= MAX_FAILURES:
-            why = f"it died {len(self._deaths)} times in {FAILURE_WINDOW:.0f} s and stays down"
+        elif _is_sticky(cause):
+            why = "the device is in a state that only a new process clears; restart the process"
+        elif len(deaths) >= MAX_FAILURES:
+            why = f"it died {len(deaths)} times in {FAILURE_WINDOW:.0f} s and stays down"
         else:
+            self._status.state = "restarting"
+            await self._unless_stopped(timeout=FIRST_BACKOFF * 4 ** (len(deaths) - 1))
             return True
-        error = EngineDeadError(f"The engine is dead ({cause!r}): {why}. Build a new Bridge.")
+        error = EngineDeadError(f"The engine is dead ({cause!r}): {why}. Build a new Bridge, or swap in another model.")
         error.__cause__ = cause
-        self._stay_down(server, error)
+        self._stay_down(error)
         return False
 
-    def _stay_down(self, server: Server, error: LMBridgeError) -> None:
-        self.state = "failed"
-        server.refuse(error)
-        if not self._ready.done():
-            self._ready.set_exception(error)
+    def _stay_down(self, error: LMBridgeError) -> None:
+        self._status.failed(error)
+        self._server.refuse(error)
 
-    async def _back_off(self) -> bool:
-        self.state = "restarting"
-        delay = FIRST_BACKOFF * 4 ** (len(self._deaths) - 1)
-        logger.warning("The engine is rebuilt in %.1f s.", delay)
-        await self._first_of(timeout=delay)
-        return True
+    # --- swapping ---
 
-    async def _first_of(self, *futures: asyncio.Future[Any], timeout: float | None = None) -> None:
-        """Wait for any of ``futures``, for the call to stop, or for ``timeout`` seconds."""
-        stopping: asyncio.Future[Any] = asyncio.ensure_future(self._stop.wait())
-        await asyncio.wait([*futures, stopping], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
+    async def _exchange(self, old: Seat | None, swap: Swap) -> Seat | None:
+        """Put another engine into the old one's place; the engine that has it afterwards, which may be the old one."""
+        try:
+            if swap.overlap or old is None:
+                new = await self._load(swap.recipe)
+                if new is not None and old is not None:
+                    self._retire(old)
+            else:
+                new = await self._load_in_place(old, swap)
+        except Exception as cause:
+            error = cause if isinstance(cause, LMBridgeError) else start_error(cause)
+            logger.error("The swap failed: %s", error)
+            swap.done.set_exception(error)
+            return self._server.seat
+        if new is None:
+            swap.done.set_exception(BridgeClosedError("The bridge was closed before the new model was ready."))
+            return old
+        self.recipe = swap.recipe
+        self._install(new)
+        swap.done.set_result(None)
+        return new
 
-    def _begin_stop(self, drain: bool, timeout: float) -> None:
-        if drain:
-            self._drain_until = time.monotonic() + timeout
-        self._stop.set()
+    async def _load_in_place(self, old: Seat, swap: Swap) -> Seat | None:
+        """Drain and free the old engine, then load the new one; a failed load brings the old one back."""
+        self._server.vacate(old)
+        quiet = asyncio.ensure_future(old.quiet())
+        await self._unless_stopped(quiet, old.dead, timeout=swap.timeout)
+        quiet.cancel()
+        if old.load and not old.dead.done():
+            self._server.install(old)
+            raise RequestTimeoutError(f"What runs did not finish within {swap.timeout} s; the old model goes on.")
+        await _close(old.engine)
+        try:
+            return await self._load(swap.recipe)
+        except Exception:
+            await self._open(self.recipe)
+            raise
+
+    def _retire(self, seat: Seat) -> None:
+        """Let the engine finish what it has begun, and close it then."""
+        self._server.vacate(seat)
+        task = asyncio.ensure_future(self._see_off(seat))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    async def _see_off(self, seat: Seat) -> None:
+        quiet = asyncio.ensure_future(seat.quiet())
+        either: list[asyncio.Future[Any]] = [quiet, seat.dead]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        quiet.cancel()
+        await _close(seat.engine)
+
+    # --- stopping ---
+
+    async def _wind_up(self, seat: Seat | None) -> None:
+        """Drain as asked, end what is left, close every engine."""
+        self._status.state = "closing"
+        if self._drain_until is not None and seat is not None:
+            drained = asyncio.ensure_future(self._server.drained())
+            either: list[asyncio.Future[Any]] = [drained, seat.dead]
+            patience = max(0.0, self._drain_until - time.monotonic())
+            await asyncio.wait(either, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            drained.cancel()
+        closed = BridgeClosedError("The bridge was closed; its requests were aborted.")
+        for swap in self._swaps:
+            swap.done.set_exception(closed)
+        self._server.end_all(closed)
+        if seat is not None:
+            await _close(seat.engine)
+        if self._retiring:
+            await asyncio.wait(self._retiring, timeout=CLOSE_GRACE)
+
+    # --- waiting ---
+
+    async def _until_called(self, seat: Seat | None) -> None:
+        """Wait for a call to stop or to swap, or for the engine's death."""
+        self._called.clear()
+        if self._stop.is_set() or self._swaps:
+            return
+        called: asyncio.Future[Any] = asyncio.ensure_future(self._called.wait())
+        await asyncio.wait([called] if seat is None else [called, seat.dead], return_when=asyncio.FIRST_COMPLETED)
+        called.cancel()
+
+    async def _unless_stopped(self, *futures: asyncio.Future[Any], timeout: float | None = None) -> None:
+        """Wait for any of ``futures`` or for ``timeout`` seconds; a call to stop ends the wait too."""
+        stopped: asyncio.Future[Any] = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait([*futures, stopped], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
 
 
-async def _start_guarded(engine: Engine) -> None:
+def start_error(cause: BaseException) -> EngineStartError:
+    """What everybody gets while an engine that could not be loaded is not replaced."""
+    error = EngineStartError(f"The engine could not be loaded: {cause}. Build a new Bridge once that is mended.")
+    error.__cause__ = cause
+    return error
+
+
+def _is_sticky(cause: BaseException) -> bool:
+    """Whether the cause is a device error after which every later call to the device fails too.
+
+    A guess by name: torch's AcceleratorError, and messages of older versions. Lack of memory is not sticky.
+    """
+    chain: BaseException | None = cause
+    while chain is not None:
+        text = str(chain)
+        if type(chain).__name__ == "AcceleratorError" or "CUDA error" in text or "device-side assert" in text:
+            return True
+        chain = chain.__cause__
+    return False
+
+
+async def _start(engine: Engine) -> None:
     """Start the engine; a library that calls exit() must not take the loop with it."""
     try:
         await engine.start()
@@ -352,48 +307,10 @@ async def _start_guarded(engine: Engine) -> None:
         raise RuntimeError(f"{engine.name} asked the process to exit: {cause!r}") from cause
 
 
-async def _close_engine(engine: Engine) -> None:
+async def _close(engine: Engine) -> None:
     try:
         await asyncio.wait_for(engine.close(), CLOSE_GRACE)
     except asyncio.TimeoutError:
         logger.warning("The engine %s did not close within %.0f s; it is left behind.", engine.name, CLOSE_GRACE)
     except Exception:
         logger.exception("The engine %s failed while closing.", engine.name)
-
-
-def _close_loop(loop: asyncio.AbstractEventLoop) -> None:
-    """Cancel what an engine left on the loop, and close it."""
-    try:
-        tasks = asyncio.all_tasks(loop)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            loop.run_until_complete(asyncio.wait(tasks, timeout=1.0))
-        loop.run_until_complete(loop.shutdown_asyncgens())
-    except BaseException:
-        logger.debug("Leftovers on the loop would not end.", exc_info=True)
-    finally:
-        loop.close()
-
-
-def _check_environment() -> None:
-    """Refuse processes whose threads are not threads."""
-    patched = getattr(sys.modules.get("gevent.monkey"), "is_module_patched", lambda name: False)("threading")
-    eventlet = getattr(sys.modules.get("eventlet.patcher"), "is_monkey_patched", lambda name: False)("thread")
-    if patched or eventlet:
-        raise UnsupportedEnvironmentError(
-            "threading is patched by gevent or eventlet, so the server thread would be a greenlet and block every "
-            "other one. Use real threads: gunicorn -k gthread, for example."
-        )
-
-
-_started: weakref.WeakSet[Supervisor] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    """End the bridges nobody closed; by now no non-daemon thread runs that could use them."""
-    for supervisor in list(_started):
-        if supervisor.running() is not None:
-            logger.warning("A Bridge was not closed; use `with Bridge(...)` or bridge.close().")
-            supervisor.close(drain=False, timeout=0.0)

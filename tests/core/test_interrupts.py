@@ -89,7 +89,7 @@ def test_interrupted_callers_strand_nobody(quick_switches: None, seed: int) -> N
         assert sum(caller.right for caller in callers) > 100
         assert sum(caller.mixed for caller in callers) == 0
         assert [error for caller in callers for error in caller.errors] == []
-        gate = bridge._supervisor.gate
+        gate = bridge._host.gate
         while bridge.requests() or gate.pending or engine.active:  # the sweep finds what was lost on the way
             bridge.stats()
         del callers, caller
@@ -104,7 +104,7 @@ def test_janus_uses_what_was_made_safe() -> None:
         asking = threading.Thread(target=bridge.infer, args=("one",))
         asking.start()
         engine.wait_for(lambda e: e.active == 1)
-        call = next(iter(bridge._supervisor.server(True).living.values()))
+        call = next(iter(bridge._host.server(True).living.values()))
         condition: Any = call.channel.replies._sync_not_empty
         while not condition._waiters:
             assert asking.is_alive()

@@ -180,7 +180,7 @@ def test_a_closed_client_ends_its_own_calls_only(scripted: Scripted) -> None:
 def test_short_lived_threads_leave_nothing(scripted: Scripted) -> None:
     """1,000 threads that each ask once do not leave channels, clients or requests behind."""
     bridge, _ = scripted()
-    server = bridge._supervisor.server(True)
+    server = bridge._host.server(True)
     for _ in range(20):
         threads = [threading.Thread(target=bridge.infer, args=("hello",)) for _ in range(50)]
         for thread in threads:
@@ -255,7 +255,7 @@ def test_a_loop_stopped_from_outside_holds_nobody(scripted: Scripted) -> None:
     with ThreadPoolExecutor(2) as pool:
         waiting = pool.submit(bridge.infer, "also waiting")
         engine.wait_for(lambda e: e.active == 2)
-        loop = bridge._supervisor.server(True).loop
+        loop = bridge._host.server(True).loop
         loop.call_soon_threadsafe(loop.stop)
         assert isinstance(waiting.exception(10), BridgeClosedError)
     assert isinstance(future.exception(10), BridgeClosedError)

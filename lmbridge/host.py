@@ -1,0 +1,315 @@
+"""The server thread's life: started when first needed, told from its copies in forked children, replaced when it is
+stuck, ended once.
+
+Rule: callers' threads ask here for the running server and get it, or the reason why there is none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import functools
+import logging
+import os
+import sys
+import threading
+import traceback
+import weakref
+from collections.abc import Callable
+from typing import TypeVar
+
+from lmbridge.admission import Gate
+from lmbridge.aio import LoopPort
+from lmbridge.engines.base import Engine
+from lmbridge.errors import (
+    BridgeClosedError,
+    InvalidRequestError,
+    RequestTimeoutError,
+    UnsupportedEnvironmentError,
+    WrongThreadError,
+    fresh,
+)
+from lmbridge.futures import Dispatcher
+from lmbridge.server import Server
+from lmbridge.supervisor import CLOSE_GRACE, Recipe, Status, Supervisor, Swap
+from lmbridge.watchdog import Watchdog
+
+logger = logging.getLogger("lmbridge")
+T = TypeVar("T")
+
+ASK_PATIENCE = 1.0  # seconds to wait for the loop's answer to a question
+
+
+class Host:
+    """Starts one server thread, looks after it and ends it."""
+
+    def __init__(self, recipe: Recipe, gate: Gate, timeout: float | None, stall_timeout: float | None) -> None:
+        self.timeout = timeout
+        self.gate = gate
+        self.status = Status()
+        self._recipe = recipe
+        self._stall_timeout = stall_timeout
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._server: Server | None = None  # guarded by _lock when written, as are the rest
+        self._supervisor: Supervisor | None = None
+        self._thread: threading.Thread | None = None
+        self._dispatcher: Dispatcher | None = None
+        self._ports: dict[asyncio.AbstractEventLoop, LoopPort] = {}
+        self._closed = False
+
+    @property
+    def label(self) -> str:
+        """What the present engine is called."""
+        return (self._supervisor.recipe if self._supervisor is not None else self._recipe).label
+
+    # --- what callers ask for ---
+
+    def server(self, blocking: bool) -> Server:
+        """The running server; starts it when this is the first call.
+
+        Raises:
+            ForkedError: the bridge was started in another process.
+            BridgeClosedError: it was closed.
+            WrongThreadError: ``blocking`` on the server thread.
+        """
+        self.check_process()
+        server = self._server
+        if server is None or self._closed:
+            server = self._start()
+        if blocking and threading.get_ident() == server.thread_id:
+            raise WrongThreadError(
+                "This blocking call was made on the server thread, which would wait for itself forever. "
+                "Use await bridge.ainfer(...), or call from another thread."
+            )
+        return server
+
+    def running(self) -> Server | None:
+        """The server if there is one in this process. Takes no lock."""
+        return None if self._server is None or self._server.forked else self._server
+
+    def check_process(self) -> None:
+        """Raise ForkedError in a child of the process that started the server. Comes before every lock."""
+        if self._server is not None:
+            self._server.check_process()
+        elif self._pid != os.getpid():  # nothing had started: this process may begin anew, with a lock nobody holds
+            self._pid = os.getpid()
+            self._lock = threading.Lock()
+
+    def dispatcher(self, server: Server) -> Dispatcher:
+        """The dispatcher of futures; started when first needed."""
+        if self._dispatcher is None:
+            with self._lock:
+                if self._dispatcher is None:
+                    self._dispatcher = Dispatcher(server)
+        return self._dispatcher
+
+    def port(self, server: Server, loop: asyncio.AbstractEventLoop) -> LoopPort:
+        """The port of somebody else's loop; made when first needed."""
+        port = self._ports.get(loop)
+        if port is None:
+            with self._lock:
+                self._ports = {other: port for other, port in self._ports.items() if not other.is_closed()}
+                port = self._ports[loop] = LoopPort(server, loop)
+        return port
+
+    def ask_engine(self, question: Callable[[Engine], T]) -> T | None:
+        """What ``question`` finds on the server thread; None without an engine, or when the loop does not answer."""
+        server = self.running()
+        if server is None:
+            return None
+        answer: concurrent.futures.Future[T | None] = concurrent.futures.Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(None if server.seat is None else question(server.seat.engine))
+            except Exception as error:
+                answer.set_exception(error)
+
+        if threading.get_ident() == server.thread_id:
+            ask()
+        else:
+            server.run_soon(ask)
+        try:
+            return answer.result(ASK_PATIENCE)
+        except concurrent.futures.TimeoutError:
+            return None
+
+    # --- from start to end ---
+
+    def start(self, timeout: float | None) -> None:
+        """Start, and block until the engine is ready.
+
+        Raises:
+            EngineStartError: it could not be loaded.
+            RequestTimeoutError: it was not ready in time; loading goes on.
+        """
+        self.server(blocking=True)
+        try:
+            error = self.status.ready.exception(timeout)
+        except concurrent.futures.TimeoutError:
+            raise RequestTimeoutError(f"The engine was not ready after {timeout} s; it goes on loading.") from None
+        if error is not None:
+            raise fresh(error)
+
+    def swap(self, recipe: Recipe, overlap: bool, timeout: float | None) -> None:
+        """Exchange the engine and block until the new one has the seat.
+
+        Raises:
+            EngineStartError: it could not be loaded; the old one goes on.
+            RequestTimeoutError: ``overlap=False``, and what runs did not finish in time; the old one goes on.
+            InvalidRequestError: ``overlap=False``, and the old engine could not be brought back after a failed load.
+        """
+        self.check_process()
+        with self._lock:
+            if self._server is None and not self._closed:
+                self._recipe = recipe
+                return
+        server = self.server(blocking=True)
+        supervisor = self._supervisor
+        assert supervisor is not None
+        if not overlap and not supervisor.recipe.rebuildable:
+            raise InvalidRequestError(
+                "overlap=False frees the old model first, and one given as an instance could not be brought back if "
+                "the new one failed to load; use overlap=True, or build the Bridge from a factory.",
+                "overlap",
+            )
+        request = Swap(recipe, overlap, timeout)
+        server.run_soon(functools.partial(supervisor.swap, request))
+        error = request.done.exception()
+        if error is not None:
+            raise fresh(error)
+
+    def close(self, drain: bool, timeout: float) -> None:
+        """End the server and wait for its thread, at most ``timeout`` seconds and some grace. Idempotent."""
+        if self._server is not None and self._server.forked:  # nothing of it runs here
+            return
+        with self._lock:
+            self._closed = True
+        self._request_stop(drain, timeout)
+        thread = self._thread
+        if thread is None:
+            self.status.state = "closed"
+        elif threading.current_thread() is not thread:
+            thread.join(timeout + CLOSE_GRACE + 1.0)
+            if thread.is_alive():
+                logger.warning("%s; it is left behind.", describe_stuck(thread))
+
+    def drop(self) -> bool:
+        """Have the server end at once; for finalizers: takes no lock and waits for nobody. False: nothing ran."""
+        if self.running() is None or self._closed:
+            return False
+        self._closed = True
+        self._request_stop(False, 0.0)
+        return True
+
+    def _request_stop(self, drain: bool, timeout: float) -> None:
+        if self._server is not None and self._supervisor is not None:
+            self._server.run_soon(functools.partial(self._supervisor.stop, drain, timeout))
+
+    # --- the thread ---
+
+    def _start(self) -> Server:
+        with self._lock:
+            if self._closed and self._server is not None and self.status.state == "failed":
+                raise self._server.closed_error()
+            if self._closed:
+                raise BridgeClosedError("The bridge is closed; build a new one.")
+            if self._server is None:
+                _check_environment()
+                self._server = self._launch(self._recipe, None)
+                _started.add(self)
+            return self._server
+
+    def _launch(self, recipe: Recipe, stuck: Server | None) -> Server:
+        """A server on a new thread. With _lock held."""
+        self.status.state = "loading"
+        server = Server(self.gate)
+        self._supervisor = Supervisor(server, recipe, self.status)
+        self._thread = threading.Thread(
+            target=self._run, args=(server, self._supervisor, stuck), name="lmbridge server", daemon=True
+        )
+        self._thread.start()
+        if self._stall_timeout is not None:
+            Watchdog(server, self._thread, self._stall_timeout, self._replace).start()
+        return server
+
+    def _run(self, server: Server, supervisor: Supervisor, stuck: Server | None) -> None:
+        """The server thread, from its first to its last moment."""
+        server.thread_id = threading.get_ident()
+        cause: BaseException = BridgeClosedError("The bridge was closed; its requests were aborted.")
+        try:
+            lost = None
+            if stuck is not None:
+                server.take_over(stuck)
+                lost = TimeoutError("the engine blocked the server thread")
+            server.loop.run_until_complete(supervisor.run(after_death=lost))
+        except BaseException as error:  # the loop was stopped from outside, or something was thrown in
+            cause = error
+            if not server.left_behind:
+                logger.error("The server thread ended unexpectedly: %r", error)
+        finally:
+            if not server.left_behind:
+                self._closed = True
+                self.status.state = "closed" if isinstance(cause, BridgeClosedError) else "failed"
+                server.close(cause)
+                if not self.status.ready.done():
+                    self.status.ready.set_exception(server.closed_error())
+                _started.discard(self)
+            _close_loop(server.loop)
+
+    def _replace(self, stuck: Server, thread: threading.Thread) -> None:
+        """Leave a stuck server thread behind and go on with a new one. Called by the watchdog."""
+        with self._lock:
+            if self._closed or self._server is not stuck or self._supervisor is None:
+                return
+            logger.error("%s; it is left behind, and the engine is rebuilt on a new thread.", describe_stuck(thread))
+            stuck.leave_behind()
+            self._server = self._launch(self._supervisor.recipe, stuck)
+
+
+def describe_stuck(thread: threading.Thread) -> str:
+    """Names a stuck thread and the place where it is stuck."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    stack = traceback.extract_stack(frame)[-3:] if frame is not None else []
+    places = ", called from ".join(f"{place.name} ({place.filename}:{place.lineno})" for place in reversed(stack))
+    return f"The thread {thread.name!r} is stuck in {places or 'unknown code'}"
+
+
+def _close_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel what an engine left on the loop, and close it."""
+    try:
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            loop.run_until_complete(asyncio.wait(tasks, timeout=1.0))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+    except BaseException:
+        logger.debug("Leftovers on the loop would not end.", exc_info=True)
+    finally:
+        loop.close()
+
+
+def _check_environment() -> None:
+    """Refuse processes whose threads are not threads."""
+    patched = getattr(sys.modules.get("gevent.monkey"), "is_module_patched", lambda name: False)("threading")
+    eventlet = getattr(sys.modules.get("eventlet.patcher"), "is_monkey_patched", lambda name: False)("thread")
+    if patched or eventlet:
+        raise UnsupportedEnvironmentError(
+            "threading is patched by gevent or eventlet, so the server thread would be a greenlet and block every "
+            "other one. Use real threads: gunicorn -k gthread, for example."
+        )
+
+
+_started: weakref.WeakSet[Host] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """End the bridges nobody closed; by now no non-daemon thread runs that could use them."""
+    for host in list(_started):
+        if host.running() is not None:
+            logger.warning("A Bridge was not closed; use `with Bridge(...)` or bridge.close().")
+            host.close(drain=False, timeout=0.0)

@@ -1,0 +1,47 @@
+"""One engine's place at the server: what it works on, whether it moves, and whether it has died.
+
+Rule: server thread only, but for ``load`` and ``progress``, which the watchdog reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from lmbridge.engines.base import Engine
+
+
+class Seat:
+    """An engine and the calls it has begun."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.load = 0  # calls begun and not ended
+        self.progress = 0  # rises with everything the engine says
+        self.dead: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+        engine.on_death = self.die
+
+    @property
+    def has_room(self) -> bool:
+        return self.load < self.engine.max_batch_size
+
+    def take(self) -> None:
+        """One more call has begun."""
+        self.load += 1
+        self._quiet.clear()
+
+    def leave(self) -> None:
+        """One call has ended."""
+        self.load -= 1
+        if not self.load:
+            self._quiet.set()
+
+    async def quiet(self) -> None:
+        """Return when the engine works on nothing."""
+        await self._quiet.wait()
+
+    def die(self, cause: BaseException) -> None:
+        """The engine cannot go on. The first cause counts."""
+        if not self.dead.done():
+            self.dead.set_result(cause)
