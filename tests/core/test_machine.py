@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -113,7 +114,8 @@ class BridgeMachine(RuleBasedStateMachine):
         del pair
         if leave == "close":
             stream.close()
-            assert text.startswith(stream.response.text)
+            with suppress(*ENDS):  # it may have ended before
+                assert text.startswith(stream.response.text)
         elif leave == "break":
             while not stream._call.deltas and stream._call.outcome is None:
                 self.engines[-1].step()
