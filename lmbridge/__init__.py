@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lmbridge.bridge import Bridge, RequestInfo
+    from lmbridge.bridge import Bridge, Health, RequestInfo
     from lmbridge.chat import Chat
     from lmbridge.client import Client
     from lmbridge.engines.base import Engine
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "bridge": ("Bridge", "RequestInfo"),
+    "bridge": ("Bridge", "Health", "RequestInfo"),
     "chat": ("Chat",),
     "client": ("Client",),
     "engines.base": ("Engine",),
@@ -57,8 +57,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AsyncStream", "Bridge", "BridgeClosedError", "Chat", "Client", "Delta", "Engine", "EngineDeadError",
-    "EngineError", "EngineStartError", "ForkedError", "GenerationConfig", "InvalidRequestError", "LMBridgeError",
-    "MissingDependencyError", "ModelNotFoundError", "PromptTooLongError", "QueueFullError", "Request",
+    "EngineError", "EngineStartError", "ForkedError", "GenerationConfig", "Health", "InvalidRequestError",
+    "LMBridgeError", "MissingDependencyError", "ModelNotFoundError", "PromptTooLongError", "QueueFullError", "Request",
     "RequestAbortedError", "RequestInfo", "RequestTimeoutError", "Response", "ResponseFuture", "Stream", "Timings",
     "UnknownEngineError", "UnsupportedEnvironmentError", "UnsupportedOptionError", "Usage", "WrongThreadError",
 ]  # fmt: skip

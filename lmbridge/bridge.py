@@ -38,6 +38,26 @@ class RequestInfo:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Health:
+    """What ``bridge.health()`` says.
+
+    Attributes:
+        state: as ``Bridge.state``; requests are served while it is ``ready``, and kept while it is ``starting`` or
+            ``restarting``.
+        reason: why it is ``restarting`` or ``failed``; else "".
+        waiting: requests that wait for the engine.
+        running: requests in the engine.
+        restarts: how often a dead engine has been followed by a new one.
+    """
+
+    state: State
+    reason: str
+    waiting: int
+    running: int
+    restarts: int
+
+
 class Bridge(Verbs):
     """Lets any number of threads share one LLM engine.
 
@@ -156,8 +176,15 @@ class Bridge(Verbs):
 
     @property
     def state(self) -> State:
-        """``new``, ``loading``, ``ready``, ``restarting``, ``failed``, ``closing`` or ``closed``."""
+        """``new``, ``starting``, ``ready``, ``restarting``, ``draining``, ``failed`` or ``closed``."""
         return self._host.status.state
+
+    def health(self) -> Health:
+        """The state with its reason and what goes on. Never blocks, so that a stuck engine can be told from outside."""
+        living = self.requests()
+        running = sum(request.state == "running" for request in living)
+        status = self._host.status
+        return Health(status.state, status.reason, len(living) - running, running, status.restarts)
 
     def requests(self) -> list[RequestInfo]:
         """The living requests, oldest first: those that wait for the engine and those in it."""

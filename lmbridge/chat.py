@@ -5,7 +5,7 @@ Rule: knows the verbs and plain messages, nothing else. The history changes only
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from lmbridge.messages import Delta, GenerationConfig, Message, Response
@@ -35,12 +35,15 @@ class Chat:
         self._keep(turn, response)
         return response
 
-    def stream(self, text: str, **options: Unpack[CallOptions]) -> Iterator[Delta]:
-        """Say ``text`` and yield the answer as it grows; a turn that is left or fails is not remembered."""
+    def stream(self, text: str, **options: Unpack[CallOptions]) -> Generator[Delta, None, None]:
+        """Say ``text`` and yield the answer as it grows; a turn that is left or fails is not remembered.
+
+        Leaving the loop or ``close()`` stops the engine.
+        """
         turn = self._turn(text)
         stream = self._caller.stream(turn, self._config, **options)
 
-        def deltas() -> Iterator[Delta]:
+        def deltas() -> Generator[Delta, None, None]:
             yield from stream
             self._keep(turn, stream.response)
 

@@ -224,7 +224,7 @@ class Host:
 
     def _launch(self, recipe: Recipe, stuck: Server | None) -> Server:
         """A server on a new thread. With _lock held."""
-        self.status.state = "loading"
+        self.status.state = "starting"
         server = Server(self.gate)
         self._supervisor = Supervisor(server, recipe, self.status)
         self._thread = threading.Thread(
@@ -252,12 +252,18 @@ class Host:
         finally:
             if not server.left_behind:
                 self._closed = True
-                self.status.state = "closed" if isinstance(cause, BridgeClosedError) else "failed"
+                self._note_end(cause)
                 server.close(cause)
                 if not self.status.ready.done():
                     self.status.ready.set_exception(server.closed_error())
                 _started.discard(self)
             _close_loop(server.loop)
+
+    def _note_end(self, cause: BaseException) -> None:
+        if isinstance(cause, BridgeClosedError):
+            self.status.state, self.status.reason = "closed", ""
+        else:
+            self.status.state, self.status.reason = "failed", f"the server thread ended: {cause!r}"
 
     def _replace(self, stuck: Server, thread: threading.Thread) -> None:
         """Leave a stuck server thread behind and go on with a new one. Called by the watchdog."""

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable
 
 from lmbridge.admission import Gate, Turns
-from lmbridge.call import Call, Outcome, closed_error, lost_error, timeout_error
+from lmbridge.call import Call, Finish, Outcome, closed_error, lost_error, timeout_error
 from lmbridge.channel import Channel, Doorbell
 from lmbridge.engines.base import engine_error
 from lmbridge.errors import (
@@ -308,7 +308,6 @@ class Server:
         call.began = time.monotonic()
         seat.take()
         request, engine = call.request, seat.engine
-        logger.debug("begin %s of %s", request.id, request.client)
         try:
             engine.check(request)
             request.context.run(engine.add_request, request, functools.partial(self._on_delta, call))
@@ -389,4 +388,13 @@ class Server:
         call.ended = True
         call.settle(outcome)
         call.signal()
-        logger.debug("end %s: %s", call.request.id, type(outcome).__name__)
+        if logger.isEnabledFor(logging.DEBUG):
+            _log(call)
+
+
+def _log(call: Call) -> None:
+    """One line a request, never with its text."""
+    outcome, request = call.outcome, call.request
+    end = outcome.reason if isinstance(outcome, Finish) else type(outcome).__name__
+    age = time.monotonic() - request.created
+    logger.debug("request %s of client %s: %s, %d tokens in %.3f s", request.id, request.client, end, call.tokens, age)

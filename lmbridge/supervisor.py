@@ -27,7 +27,7 @@ from lmbridge.server import Server
 
 logger = logging.getLogger("lmbridge")
 
-State = Literal["new", "loading", "ready", "restarting", "failed", "closing", "closed"]
+State = Literal["new", "starting", "ready", "restarting", "draining", "failed", "closed"]
 
 MAX_FAILURES = 3  # deaths within FAILURE_WINDOW seconds after which the engine stays down
 FAILURE_WINDOW = 300.0
@@ -49,16 +49,18 @@ class Status:
     """What everybody may see of the engine's life. Written by the server thread once that runs."""
 
     state: State = "new"
+    reason: str = ""  # why it is not ready, where there is more to say than the state
+    restarts: int = 0
     ready: concurrent.futures.Future[None] = field(default_factory=concurrent.futures.Future)
     deaths: deque[float] = field(default_factory=deque)  # monotonic times; outlive a replaced server thread
 
     def loaded(self) -> None:
-        self.state = "ready"
+        self.state, self.reason = "ready", ""
         if not self.ready.done():
             self.ready.set_result(None)
 
     def failed(self, error: LMBridgeError) -> None:
-        self.state = "failed"
+        self.state, self.reason = "failed", str(error)
         if not self.ready.done():
             self.ready.set_exception(error)
 
@@ -174,7 +176,8 @@ class Supervisor:
         elif len(deaths) >= MAX_FAILURES:
             why = f"it died {len(deaths)} times in {FAILURE_WINDOW:.0f} s and stays down"
         else:
-            self._status.state = "restarting"
+            self._status.state, self._status.reason = "restarting", f"the engine died: {cause!r}"
+            self._status.restarts += 1
             await self._unless_stopped(timeout=FIRST_BACKOFF * 4 ** (len(deaths) - 1))
             return True
         error = EngineDeadError(f"The engine is dead ({cause!r}): {why}. Build a new Bridge, or swap in another model.")
@@ -244,7 +247,7 @@ class Supervisor:
 
     async def _wind_up(self, seat: Seat | None) -> None:
         """Drain as asked, end what is left, close every engine."""
-        self._status.state = "closing"
+        self._status.state = "draining"
         if self._drain_until is not None and seat is not None:
             drained = asyncio.ensure_future(self._server.drained())
             either: list[asyncio.Future[Any]] = [drained, seat.dead]
@@ -280,7 +283,8 @@ class Supervisor:
 
 def start_error(cause: BaseException) -> EngineStartError:
     """What everybody gets while an engine that could not be loaded is not replaced."""
-    error = EngineStartError(f"The engine could not be loaded: {cause}. Build a new Bridge once that is mended.")
+    why = str(cause).rstrip(".") or repr(cause)
+    error = EngineStartError(f"The engine could not be loaded: {why}. Build a new Bridge once that is mended.")
     error.__cause__ = cause
     return error
 

@@ -61,7 +61,8 @@ class ScriptedEngine(Engine):
         max_batch_size: int = 64,
     ) -> None:
         self.max_batch_size = max_batch_size
-        self.steps = 0  # written on the server thread, read by anyone, as are the next four
+        self.steps = 0  # written on the server thread, read by anyone, as are the next five
+        self.tokens = 0
         self.started: list[str] = []
         self.aborted: list[str] = []
         self.closed = False
@@ -150,7 +151,7 @@ class ScriptedEngine(Engine):
             work.finish("abort")
 
     def stats(self) -> dict[str, float]:
-        return {"in_flight": float(len(self._active)), "steps": float(self.steps)}
+        return {"in_flight": float(len(self._active)), "steps": float(self.steps), "tokens": float(self.tokens)}
 
     async def close(self) -> None:
         self._active.clear()
@@ -161,6 +162,7 @@ class ScriptedEngine(Engine):
     def _step(self) -> None:
         self._stepping = False
         self._tell(lambda: setattr(self, "steps", self.steps + 1))
+        self.tokens += len(self._active)
         for request_id, work in list(self._active.items()):
             if work.text in self._failing:
                 del self._active[request_id]

@@ -64,6 +64,38 @@ def test_repr_shows_what_is_going_on(scripted: Scripted) -> None:
         future.cancel()
 
 
+def test_health_tells_the_truth(scripted: Scripted) -> None:
+    """health() says what a load balancer must know, in every state, with the reason where it is not ready."""
+    gate = threading.Event()
+    bridge, engine = scripted(ScriptedEngine(manual=True, max_batch_size=1, start_gate=gate))
+    assert bridge.health().state == "new"
+    futures = [bridge.submit("one"), bridge.submit("two")]
+    assert bridge.health().state == "starting"
+    gate.set()
+    engine.wait_for(lambda e: e.active == 1)
+    health = bridge.health()
+    assert (health.state, health.waiting, health.running, health.restarts) == ("ready", 1, 1, 0)
+    engine.crash(ValueError("device lost"))
+    assert futures[1].exception(10) is not None
+    health = bridge.health()
+    assert health.state == "failed"
+    assert "device lost" in health.reason
+    bridge.close()
+    assert bridge.health().state == "closed"
+
+
+def test_one_log_line_a_request(scripted: Scripted, caplog: pytest.LogCaptureFixture) -> None:
+    """At DEBUG each request leaves one line with its id, client and end, and never its text."""
+    bridge, _ = scripted()
+    with caplog.at_level("DEBUG", "lmbridge"):
+        bridge.infer("secret words", request_id="r1", client="ann")
+        bridge.close()
+    lines = [record.getMessage() for record in caplog.records if "r1" in record.getMessage()]
+    assert len(lines) == 1
+    assert "client ann: stop, 2 tokens" in lines[0]
+    assert "secret" not in caplog.text
+
+
 def test_start_reports_a_failed_load(scripted: Scripted) -> None:
     """start() raises what went wrong in loading, with the cause; later calls say the same at once."""
     bridge, engine = scripted(ScriptedEngine(start_error=OSError("no such weights")))
@@ -96,7 +128,7 @@ def test_a_deadline_covers_loading(scripted: Scripted) -> None:
         bridge.infer("hello", timeout=0.1)
     with pytest.raises(RequestTimeoutError):
         bridge.start(timeout=0.1)
-    assert bridge.state == "loading"
+    assert bridge.state == "starting"
     gate.set()
     assert bridge.infer("hello").text == "hello"
 

@@ -1,0 +1,226 @@
+"""Watch threads share one model.
+
+Eight threads ask eight different questions at once, and each streams its own
+answer; then the same threads ask one at a time behind a lock, for comparison;
+then one answer is left in the middle, and the engine stops working on it. The
+exit status is 0 only if every answer reached the thread that asked for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lmbridge.cli.demo_view import Screen, View, choose_view
+from lmbridge.cli.terminal import MODEL_HELP, add_engine_arguments, loaded, one_line
+from lmbridge.messages import GenerationConfig, Response
+
+if TYPE_CHECKING:
+    from lmbridge.bridge import Bridge
+
+SUMMARY = "watch eight threads share one model"
+CONFIG = GenerationConfig(max_new_tokens=400)  # greedy: the same prompt gets the same answer every time
+BREAK_AFTER = 10  # tokens of the answer that is left in the middle
+SETTLED = 0.2  # seconds in which the engine's token count must not move before it is believed
+PATIENCE = 10.0  # seconds to wait for that
+
+# What each thread asks, and a word that the right answer has and no other answer here.
+QUESTIONS = (
+    ("Write a long story about a fox.", "fox"),
+    ("What is the capital of France?", "Paris"),
+    ("Write a long story about an owl.", "owl"),
+    ("What is 37 + 48?", "85"),
+    ("Write a long story about a bear.", "bear"),
+    ("What colour is a flamingo?", "pink"),
+    ("Write a long story about a wolf.", "wolf"),
+    ("What is the opposite of friend?", "enemy"),
+    ("Write a long story about a penguin.", "penguin"),
+    ("What is the capital of Japan?", "Tokyo"),
+    ("Write a long story about a tiger.", "tiger"),
+    ("What is 21 + 72?", "93"),
+    ("Write a long story about a hedgehog.", "hedgehog"),
+    ("What colour is lavender?", "purple"),
+    ("Write a long story about a dolphin.", "dolphin"),
+    ("What is the opposite of success?", "failure"),
+)
+
+
+@dataclass
+class Turn:
+    """One question and what has come of it. Written by its own thread only; the view reads it at any time."""
+
+    thread: str
+    prompt: str
+    word: str
+    state: str = "waiting"
+    text: str = ""
+    response: Response | None = None
+    error: Exception | None = None
+
+    @property
+    def right(self) -> bool:
+        """Whether the answer to this question is what came."""
+        return self.response is not None and says(self.response.text, self.word)
+
+    @property
+    def tokens(self) -> int:
+        return 0 if self.response is None else self.response.usage.completion_tokens
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="demo", help=MODEL_HELP)
+    add_engine_arguments(parser)
+    parser.add_argument(
+        "--threads",
+        metavar="N",
+        type=_thread_count,
+        default=8,
+        help=f"how many, 1 to {len(QUESTIONS)} (default: 8)",
+    )
+
+
+def _thread_count(text: str) -> int:
+    if text.isdecimal() and 1 <= int(text) <= len(QUESTIONS):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {len(QUESTIONS)}")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    with loaded(arguments) as bridge:
+        return 0 if show(bridge, arguments.threads, choose_view()) else 1
+
+
+def show(bridge: Bridge, threads: int, view: View) -> bool:
+    """The whole demo on a bridge that is ready; whether every answer reached its own thread."""
+    bridge.infer("Hello!", max_new_tokens=4)  # an engine's first request is slower than the others
+    at_once, together = new_turns(threads), 0.0
+    with view.screen(f"{threads} threads ask one model at once", at_once) as screen:
+        together = run_threads(at_once, lambda turn: stream_answer(bridge, turn, screen))
+    in_turn, one_by_one = new_turns(threads), 0.0
+    lock = threading.Lock()
+    with view.screen("The same, one at a time behind a lock", in_turn, passing=True) as screen:
+        one_by_one = run_threads(in_turn, lambda turn: infer_behind(lock, bridge, turn, screen))
+    view.say(comparison(at_once, together, in_turn, one_by_one))
+    view.say(leave_by_break(bridge, max(at_once, key=lambda turn: turn.tokens)))
+    return verdict(at_once + in_turn, view)
+
+
+# --- asking ---
+
+
+def new_turns(count: int) -> list[Turn]:
+    return [Turn(f"thread {number}", *question) for number, question in enumerate(QUESTIONS[:count], start=1)]
+
+
+def run_threads(turns: list[Turn], work: Callable[[Turn], None]) -> float:
+    """Do ``work`` for each turn in a thread of its own, all at once; the seconds until the last has ended."""
+
+    def worker(turn: Turn) -> None:
+        try:
+            work(turn)
+        except Exception as error:
+            turn.error = error
+        turn.state = "done" if turn.right else "failed"
+
+    threads = [threading.Thread(target=worker, args=(turn,), name=turn.thread) for turn in turns]
+    began = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.monotonic() - began
+
+
+def stream_answer(bridge: Bridge, turn: Turn, screen: Screen) -> None:
+    """Ask, and show the answer as it grows."""
+    turn.state = "answering"
+    stream = bridge.stream(turn.prompt, CONFIG)
+    for delta in stream:
+        turn.text += delta.text
+        screen.grew(turn, delta.text)
+    turn.response = stream.response
+    screen.grew(turn, "\n")
+
+
+def infer_behind(lock: threading.Lock, bridge: Bridge, turn: Turn, screen: Screen) -> None:
+    """Ask as one must where threads may not share the model: alone."""
+    with lock:
+        turn.state = "answering"
+        turn.response = bridge.infer(turn.prompt, CONFIG)
+    turn.text = turn.response.text
+
+
+# --- what came of it ---
+
+
+def comparison(at_once: list[Turn], together: float, in_turn: list[Turn], one_by_one: float) -> str:
+    """The measured ratio, in one line."""
+    tokens, tokens_in_turn = (sum(turn.tokens for turn in turns) for turns in (at_once, in_turn))
+    same = f"{tokens} tokens each" if tokens == tokens_in_turn else f"{tokens} and {tokens_in_turn} tokens"
+    return (
+        f"At once {together:.1f} s, one at a time behind a lock {one_by_one:.1f} s ({same}): "
+        f"sharing is {one_by_one / together:.1f} times as fast here."
+    )
+
+
+def leave_by_break(bridge: Bridge, turn: Turn) -> str:
+    """Leave the longest answer in the middle, and say what the engine counts as done for it."""
+    before = engine_count(bridge)
+    seen = 0
+    for delta in bridge.stream(turn.prompt, CONFIG):
+        seen += len(delta.token_ids)
+        if seen >= BREAK_AFTER:
+            break
+    made = engine_count(bridge) - before
+    return (
+        f"A stream left by break after {seen} tokens: the engine counts {made} tokens made for it, "
+        f"of the {turn.tokens} of the whole answer; {turn.tokens - made} tokens saved."
+    )
+
+
+def engine_count(bridge: Bridge) -> int:
+    """The tokens that the engine says it has made since it started, once that number stands still.
+
+    An engine that does not count tokens counts steps; a request that is alone in it gets a token in each.
+    """
+    count, since, began = -1.0, 0.0, time.monotonic()
+    while (now := time.monotonic()) - began < PATIENCE:
+        stats = bridge.stats()
+        latest = stats.get("tokens", stats.get("steps", 0.0))
+        if latest != count or stats.get("in_flight", 0.0):
+            count, since = latest, now
+        elif now - since >= SETTLED:
+            break
+        time.sleep(SETTLED / 10)
+    return int(count)
+
+
+def verdict(turns: list[Turn], view: View) -> bool:
+    """Say whether every answer reached its own thread, and which did not."""
+    lost = [turn for turn in turns if not turn.right]
+    for line in dict.fromkeys(_what_came(turn, turns) for turn in lost):
+        view.say(line)
+    if lost:
+        view.say(f"{len(lost)} of {len(turns)} answers did not reach their own thread.")
+    else:
+        view.say(f"Every one of the {len(turns)} answers reached its own thread.")
+    return not lost
+
+
+def _what_came(turn: Turn, turns: list[Turn]) -> str:
+    asked = f"{turn.thread} asked {turn.prompt!r} and got"
+    if turn.response is None:
+        return f"{asked} an error: {one_line(turn.error)}"
+    owners = sorted({other.thread for other in turns if says(turn.response.text, other.word)})
+    whose = f", the answer of {' or '.join(owners)}" if owners else ""
+    return f"{asked} {one_line(turn.response.text)[:60]!r}{whose}"
+
+
+def says(text: str, word: str) -> bool:
+    """Whether ``text`` has ``word`` as a word of its own."""
+    return re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) is not None

@@ -1,0 +1,140 @@
+"""What the commands share: errors as one line, the model's options, and the display while a model loads.
+
+Rule: standard library only at import; rich is imported where something is drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from lmbridge.errors import LMBridgeError
+
+if TYPE_CHECKING:
+    from lmbridge.bridge import Bridge
+
+MODEL_HELP = "a folder, a hub id, or demo, the bundled model (the default)"
+DEBUG = "LMBRIDGE_TRACEBACK"  # the environment variable that lets errors through with their traceback
+
+
+# --- errors ---
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Run ``command``; what it raises becomes one line on stderr and status 1, Ctrl-C status 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a model may say what the terminal's encoding cannot
+            stream.reconfigure(errors="replace")
+    try:
+        return command()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            raise
+        complain(error if isinstance(error, LMBridgeError) else f"{error!r} ({DEBUG}=1 shows where)")
+        return 1
+
+
+def complain(problem: object) -> None:
+    """Say what went wrong, as one line on stderr."""
+    print(f"lmbridge: {one_line(problem)}", file=sys.stderr, flush=True)
+
+
+def one_line(text: object) -> str:
+    """``text`` without its line ends and other runs of blanks."""
+    return " ".join(str(text).split())
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries log and warn out of the display; what matters reaches the user as an error."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    logging.getLogger("lmbridge").addHandler(logging.NullHandler())
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+# --- the model ---
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say which engine runs the model, and how."""
+    parser.add_argument("--engine", default="transformers", help="what runs it (default: transformers)")
+    parser.add_argument(
+        "--option",
+        dest="options",
+        metavar="NAME=VALUE",
+        type=_option,
+        action="append",
+        default=[],
+        help="an option of the engine, such as device=cpu; may be given again",
+    )
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):  # a plain word: device=cpu
+        return name, value
+
+
+@contextlib.contextmanager
+def loaded(arguments: argparse.Namespace, *, quiet: bool = False) -> Iterator[Bridge]:
+    """A bridge to the model that the arguments name, loaded under a progress display; closed at the end.
+
+    Args:
+        arguments: with ``model``, ``engine`` and ``options``.
+        quiet: show nothing unless stderr is a terminal.
+    """
+    from lmbridge.bridge import Bridge
+
+    quiet_libraries()
+    bridge = Bridge(arguments.model, engine=arguments.engine, **dict(arguments.options))
+    try:
+        _load(bridge, str(arguments.model), quiet)
+        yield bridge
+    finally:
+        bridge.close()
+
+
+def _load(bridge: Bridge, model: str, quiet: bool) -> None:
+    began = time.monotonic()
+    try:
+        if sys.stderr.isatty():
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would overwrite the spinner
+            with _spinner(f"Loading the model {model}"):
+                bridge.start()
+        else:
+            bridge.start()
+    except KeyboardInterrupt:
+        # The engine's thread may be inside torch's import or reading weights. Nothing can end it there, and
+        # the interpreter's own end would wait for it, or crash under it.
+        os._exit(130)
+    if not quiet:
+        print(f"The model {model} is loaded ({time.monotonic() - began:.1f} s).", flush=True)
+
+
+@contextlib.contextmanager
+def _spinner(text: str) -> Iterator[None]:
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        progress.add_task(text, total=None)
+        yield

@@ -1,0 +1,103 @@
+"""``lmbridge chat``: typed into, piped into, stopped in the middle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lmbridge import Bridge, BridgeClosedError, GenerationConfig, InvalidRequestError, PromptTooLongError
+from lmbridge.cli import chat
+from lmbridge.testing import ScriptedEngine
+
+if TYPE_CHECKING:
+    from tests.cli.conftest import Open, Run
+
+Scripted = Callable[..., tuple[Bridge, ScriptedEngine]]
+
+
+def test_piped(run: Run) -> None:
+    """Questions from a pipe get their answers, a line each, and nothing else is printed."""
+    done = run("chat", stdin="What is 37 + 48?\n\nWhat is the capital of Peru?\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    first, second = done.stdout.splitlines()
+    assert "85" in first
+    assert "Lima" in second
+
+
+def test_typed_and_stopped(terminal: Open) -> None:
+    """With the bundled model: Ctrl-C stops a story, the next question is answered, Ctrl-D leaves."""
+    with terminal("chat") as command:
+        command.read_until("you> ")
+        command.send("Tell me a long story about a fox.\n")
+        command.read_until("fox.\r\n")
+        command.read_until(" ")  # of the answer
+        command.send("\x03")
+        command.read_until("(stopped; this turn is forgotten)")
+        command.read_until("you> ")
+        command.send("What is the capital of France?\n")
+        command.read_until("Paris")
+        command.read_until("you> ")
+        command.send("\x04")
+        assert command.exit_status() == 0
+        assert "Traceback" not in command.shown
+
+
+def test_stopping_frees_the_engine(terminal: Open, scripted_command: list[str]) -> None:
+    """Ctrl-C aborts the answer on the engine and leaves the turn out of the history."""
+    with terminal("chat", command=scripted_command) as command:
+        command.read_until("you> ")
+        command.interrupt("(Ctrl-D leaves)")
+        command.read_until("you> ")
+        command.send("a story\n")
+        command.read_until("and again")
+        command.send("\x03")
+        command.read_until("(stopped; this turn is forgotten)")
+        command.read_until("you> ")
+        command.send("hello\n")
+        command.read_until("You said hello.")
+        command.read_until("you> ")
+        command.send("\x04")
+        command.read_until("aborted 1, active 0")
+        command.read_until("remembered: ['hello', 'You said hello.']")
+        assert command.exit_status() == 0
+
+
+def test_an_error_ends_one_turn_only(scripted: Scripted, capsys: pytest.CaptureFixture[str]) -> None:
+    """A turn that fails is one line on stderr; the next is answered, and a script sees that one failed."""
+    bridge, engine = scripted()
+    engine.refuse("bad", InvalidRequestError("not\nthis"))
+    engine.refuse("long", PromptTooLongError("too long"))
+    assert not chat.answer_each(bridge.chat(), ["good\n", "bad\n", "long\n", "\n", "better\n"])
+    out, err = capsys.readouterr()
+    assert out.split() == ["good", "better"]
+    assert err.splitlines() == [
+        "lmbridge: not this",
+        "lmbridge: too long (/reset begins a new conversation)",
+    ]
+
+
+def test_an_answer_that_was_cut_off(scripted: Scripted, capsys: pytest.CaptureFixture[str]) -> None:
+    """An answer that hit the limit of its length says so, or it would look like the whole."""
+    bridge, _ = scripted()
+    assert chat.answer_each(bridge.chat(GenerationConfig(max_new_tokens=2)), ["one two three"])
+    out, err = capsys.readouterr()
+    assert out == "one two\n"
+    assert "cut off" in err
+
+
+def test_reset(scripted: Scripted, capsys: pytest.CaptureFixture[str]) -> None:
+    """/reset forgets the conversation but not the system message."""
+    bridge, _ = scripted()
+    conversation = bridge.chat(system="Be brief.")
+    chat.answer_each(conversation, ["hello\n", "/reset\n"])
+    assert conversation.messages == [{"role": "system", "content": "Be brief."}]
+
+
+def test_a_bridge_that_is_closed_ends_the_conversation(scripted: Scripted) -> None:
+    """When the bridge is gone the conversation ends, instead of failing at every line."""
+    bridge, _ = scripted()
+    bridge.close()
+    with pytest.raises(BridgeClosedError):
+        chat.answer_each(bridge.chat(), ["hello\n"] * 2)
