@@ -407,6 +407,67 @@ def test_an_unstarted_bridge_starts_in_the_child() -> None:
     assert done.stdout == "child\nparent\n", done.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_multiprocessing_with_fork() -> None:
+    """A multiprocessing worker started by fork is told as well, and can build a bridge of its own."""
+    done = run_script("""
+        import multiprocessing
+        bridge = Bridge(ScriptedEngine)
+        print(bridge.infer("parent").text, flush=True)
+        def work():
+            try:
+                bridge.infer("inherited")
+            except ForkedError:
+                with Bridge(ScriptedEngine) as own:
+                    print(own.infer("child's own").text, flush=True)
+        child = multiprocessing.get_context("fork").Process(target=work)
+        child.start()
+        child.join(30)
+        print(child.exitcode)
+        bridge.close()
+    """)
+    assert done.stdout == "parent\nchild's own\n0\n", done.stderr
+
+
+def test_sigterm_ends_a_script() -> None:
+    """A script that is told to terminate does, while a request is being answered."""
+    done = run_script("""
+        import os, signal, threading
+        engine = ScriptedEngine(manual=True)
+        bridge = Bridge(engine)
+        def terminate():
+            engine.wait_for(lambda e: e.active == 1)
+            os.kill(os.getpid(), signal.SIGTERM)
+        threading.Thread(target=terminate, daemon=True).start()
+        bridge.infer("never answered")
+    """)
+    assert done.returncode == -15
+    assert "Traceback" not in done.stderr
+
+
+def test_file_descriptors_do_not_pile_up() -> None:
+    """Bridges that come and go leave no file descriptor open."""
+    descriptors = Path("/proc/self/fd")
+    counts = []
+    for _ in range(20):
+        with Bridge(ScriptedEngine) as bridge:
+            bridge.submit("hello").result(10)
+        counts.append(len(list(descriptors.iterdir())))
+    assert counts[-1] <= counts[0]
+
+
+def test_opentelemetry_context_reaches_the_engine(scripted: Scripted) -> None:
+    """A span's context set by the caller is the current one where the engine takes the request."""
+    baggage = pytest.importorskip("opentelemetry.baggage", reason="pip install opentelemetry-api")
+    context = pytest.importorskip("opentelemetry.context")
+    bridge, _ = scripted(ScriptedEngine(lambda request: [str(baggage.get_baggage("user"))]))
+    token = context.attach(baggage.set_baggage("user", "ann"))
+    try:
+        assert bridge.infer("who?").text == "ann"
+    finally:
+        context.detach(token)
+
+
 def test_mistakes_in_the_constructor_raise_there() -> None:
     """A wrong model, engine or option is told where the Bridge is built, not at the first call."""
     with pytest.raises(ModelNotFoundError, match="no-such-folder"):
