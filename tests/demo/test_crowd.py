@@ -65,7 +65,7 @@ def by_conversation(bridge: Bridge, text: str, config: GenerationConfig) -> str:
 
 
 def test_a_mixed_crowd(demo: Bridge) -> None:
-    """64 threads with 20 prompts each, of mixed kinds, lengths, settings and verbs: each gets the answer to its own question.
+    """64 threads with 20 prompts each, mixed in kind, length, settings and verb: each gets its own answer.
 
     What the model cannot answer even alone says nothing about whose answer is whose, and is left out.
     """
