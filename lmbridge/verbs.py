@@ -95,8 +95,8 @@ class Verbs:
         Raises:
             InvalidRequestError: prompt or config are wrong; nothing was sent.
             RequestTimeoutError: the deadline passed; ``partial`` holds what was generated.
-            QueueFullError, EngineError, BridgeClosedError, RequestAbortedError, ForkedError, WrongThreadError.
-            For a list the first error is raised with its position as ``index``, and the rest is aborted.
+            LMBridgeError: what else may happen to a request; see the guide. For a list the first error is raised,
+                with its position as ``index``, and the rest is aborted.
         """
         client = self._client()
         if is_batch(prompt):

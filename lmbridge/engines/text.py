@@ -1,0 +1,216 @@
+"""From token ids to text as they arrive: incremental detokenisation and stop words.
+
+Rule: no torch and no engine is known here; a tokenizer is anything with Hugging Face's ``decode``. One ``Vocabulary``
+belongs to an engine, one ``TextStream`` to each answer, and both are used on the server thread only.
+
+The texts a stream hands out, joined, are exactly what decoding all its tokens at once would give. Three things keep a
+naive difference of two decodings from that:
+
+- a token may end inside a character. The decoding then ends in U+FFFD, which is held back until it is settled;
+- byte tokens (``<0xF0>``) are decoded as a run: a bad byte turns the whole run into U+FFFD, so that a run is held back
+  until another token ends it;
+- the first token of a text is decoded unlike the others (a leading space goes, a word piece loses its space). So each
+  window begins with the last token already shown, and tokens without text, which would not count as a first token
+  (skipped special ones, ids the tokenizer does not know), never enter a window.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_LONGEST_CHARACTER = 4  # bytes of UTF-8, hence the most tokens one character can spread over
+
+
+class Vocabulary:
+    """What streams ask of a tokenizer, remembered per token."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self._special = frozenset(token for token, content in added.items() if content.special)
+        self._kinds: dict[int, str] = {}
+        self._lengths: dict[tuple[int, bool], int] = {}
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """The text of ``token_ids`` by themselves."""
+        if self._backend is not None:
+            text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        else:
+            text = self._tokenizer.decode(
+                token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        return text
+
+    def kind(self, token_id: int) -> str:
+        """``"text"``, ``"byte"``, ``"special"``, or ``"unknown"`` to the tokenizer."""
+        kind = self._kinds.get(token_id)
+        if kind is None:
+            kind = self._kinds[token_id] = self._classify(token_id)
+        return kind
+
+    def length(self, token_id: int, skip_special_tokens: bool) -> int:
+        """The length of the token's text when it stands alone."""
+        key = token_id, skip_special_tokens
+        length = self._lengths.get(key)
+        if length is None:
+            length = self._lengths[key] = len(self.decode([token_id], skip_special_tokens))
+        return length
+
+    def _classify(self, token_id: int) -> str:
+        if token_id in self._special:
+            return "special"
+        try:
+            token = self._tokenizer.convert_ids_to_tokens(token_id)
+        except (IndexError, KeyError, OverflowError):  # beyond a vocabulary that the model pads
+            token = None
+        if token is None:
+            return "unknown"
+        return "byte" if _BYTE_TOKEN.fullmatch(token) else "text"
+
+
+class Detokenizer:
+    """One answer's tokens to text; the cost per token does not grow with the answer."""
+
+    def __init__(self, vocabulary: Vocabulary, skip_special_tokens: bool = True) -> None:
+        self._vocabulary = vocabulary
+        self._skip = skip_special_tokens
+        self._window: list[int] = []  # the last token shown, then those not shown in full
+        self._shown = 0  # characters of the window's text that were handed out
+
+    def push(self, token_id: int) -> str:
+        """The text that ``token_id`` settles, which may be none."""
+        kind = self._vocabulary.kind(token_id)
+        if kind == "unknown" or (kind == "special" and self._skip):
+            return ""
+        self._window.append(token_id)
+        if kind == "byte":
+            return ""
+        text = self._vocabulary.decode(self._window, self._skip)
+        settled = len(text) - text.endswith(_BROKEN)
+        new = text[self._shown : settled]
+        self._shown = max(self._shown, settled)
+        self._slide(settled == len(text), token_id)
+        return new
+
+    def finish(self) -> str:
+        """What was held back; characters that broke off come as U+FFFD."""
+        text = self._vocabulary.decode(self._window, self._skip)[self._shown :] if self._window else ""
+        self._window, self._shown = [], 0
+        return text
+
+    def _slide(self, settled: bool, token_id: int) -> None:
+        if settled:
+            self._window = [token_id]
+            self._shown = self._vocabulary.length(token_id, self._skip)
+        elif len(self._window) > 2 * _LONGEST_CHARACTER:  # broken bytes without end
+            self._window = self._window[-_LONGEST_CHARACTER:]
+            self._shown = len(self._vocabulary.decode(self._window, self._skip)) - 1
+
+
+class StopWords:
+    """Looks for stop words in a text that arrives in pieces.
+
+    The word that is complete first wins, so that the outcome does not depend on how the text was cut into pieces;
+    of two that end together, the longer one.
+    """
+
+    def __init__(self, words: Iterable[str]) -> None:
+        self._words = list(words)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """The text that can be shown: nothing of a stop word, nor of what may become one, nor after one."""
+        if self.stopped:
+            return ""
+        text = self._held + text
+        found = [(at + len(word), at) for word in self._words if (at := text.find(word)) >= 0]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return text[: min(found)[1]]
+        keep = len(text) - max((_overlap(text, word) for word in self._words), default=0)
+        self._held = text[keep:]
+        return text[:keep]
+
+    def finish(self) -> str:
+        """What was held back and did not become a stop word."""
+        text, self._held = self._held, ""
+        return text
+
+
+def _overlap(text: str, word: str) -> int:
+    """The length of the longest beginning of ``word``, short of all of it, that ``text`` ends with."""
+    longest = min(len(word) - 1, len(text))
+    return next((size for size in range(longest, 0, -1) if text.endswith(word[:size])), 0)
+
+
+@dataclass(slots=True)
+class Piece:
+    """What a stream hands out at once.
+
+    Attributes:
+        text: new text.
+        tokens: how many more of the tokens pushed may be shown with it.
+        stopped: a stop word was completed; the tokens not shown so far are dropped.
+    """
+
+    text: str
+    tokens: int
+    stopped: bool = False
+
+
+class TextStream:
+    """One answer's text and how many of its tokens belong to it.
+
+    While a text is held back because it may become a stop word, so are its tokens. When it did, the tokens shown are
+    those with any of their text before the stop word; the last may hold the word's beginning too.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, stop_words: Sequence[str] | None = None, skip_special_tokens: bool = True
+    ) -> None:
+        self._detokenizer = Detokenizer(vocabulary, skip_special_tokens)
+        self._stop_words = StopWords(stop_words) if stop_words else None
+        self._starts: list[int] = []  # where the text of each token not shown begins; only with stop words
+        self._length = 0  # characters detokenised
+        self._shown = 0  # characters handed out
+
+    def push(self, token_ids: Sequence[int]) -> Piece:
+        """Take tokens in, get out what can be shown."""
+        if self._stop_words is None:
+            return Piece("".join([self._detokenizer.push(token_id) for token_id in token_ids]), len(token_ids))
+        text = ""
+        for token_id in token_ids:
+            self._starts.append(self._length)
+            text += self._scan(self._detokenizer.push(token_id), self._stop_words)
+            if self._stop_words.stopped:
+                break
+        return Piece(text, self._release(), self._stop_words.stopped)
+
+    def finish(self) -> Piece:
+        """The rest of an answer that no stop word has ended so far; what was held back may still do so."""
+        text = self._detokenizer.finish()
+        if self._stop_words is None:
+            return Piece(text, 0)
+        text = self._scan(text, self._stop_words)
+        if self._stop_words.stopped:
+            return Piece(text, self._release(), True)
+        return Piece(text + self._stop_words.finish(), len(self._starts))
+
+    def _scan(self, text: str, stop_words: StopWords) -> str:
+        self._length += len(text)
+        text = stop_words.push(text)
+        self._shown += len(text)
+        return text
+
+    def _release(self) -> int:
+        count = sum(start < self._shown for start in self._starts)
+        del self._starts[:count]
+        return count
