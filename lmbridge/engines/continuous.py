@@ -263,6 +263,7 @@ def _build_manager(model: Any, options: ModelOptions, sampler: Sampler, listener
 
     def generate_and_tell() -> None:
         nonlocal generate
+        threading.current_thread().name = "lmbridge generation"
         try:
             generate()
             error = status.fatal_error

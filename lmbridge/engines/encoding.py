@@ -71,6 +71,14 @@ class PromptEncoder:
         return token
 
 
+def characters(prompt: object) -> int:
+    """About how many characters there are to tokenise; token ids need no tokenising."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    messages = prompt if isinstance(prompt, (list, tuple)) else ()
+    return sum(len(str(message.get("content"))) for message in messages if isinstance(message, dict))
+
+
 def _plain(message: object) -> Message:
     """The message with its content as one text; parts of it that are texts are joined."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:

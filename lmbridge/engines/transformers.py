@@ -17,7 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmbridge.engines.base import Engine, EngineThread, Sink, engine_error
-from lmbridge.engines.encoding import PromptEncoder
+from lmbridge.engines.encoding import PromptEncoder, characters
 from lmbridge.engines.models import find_model
 from lmbridge.engines.options import ModelOptions
 from lmbridge.engines.running import Running
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 OLDEST_TRANSFORMERS = (5, 17)
 INLINE_CHARACTERS = 8_000
 """A prompt of up to this many characters is tokenised at once; it takes about two milliseconds."""
-CLOSE_TIMEOUT = 10.0
+CLOSE_TIMEOUT = 5.0
 """Seconds to wait at the end for a step that is still running."""
 
 
@@ -166,10 +166,12 @@ class TransformersEngine(Engine):
         self._requests.clear()
         self._keys.clear()
         self._core = None
-        if self._started:
-            self._started = False
-            await self._thread.run(self._unload)
-        self._thread.close()
+        started, self._started = self._started, False
+        try:
+            if started:
+                await self._thread.run(self._unload)
+        finally:  # whoever waits for a hanging step may give up
+            self._thread.close()
 
     # --------------------------------------------------------------------------------------------------------- requests
 
@@ -184,7 +186,7 @@ class TransformersEngine(Engine):
         core = self._alive()
         prompt = request.prompt
         running = self._new_running(request, sink, core)
-        if _characters(prompt) <= INLINE_CHARACTERS:
+        if characters(prompt) <= INLINE_CHARACTERS:
             self._submit(running, self._encoder.encode(prompt, request.raw))
             return
         self._remember(running)
@@ -365,11 +367,3 @@ def _import_library() -> Any:
             'install them with: pip install --upgrade torch "transformers>=5.17" psutil'
         ) from cause
     return continuous
-
-
-def _characters(prompt: Any) -> int:
-    """About how much there is to tokenise; token ids need no tokenising."""
-    if isinstance(prompt, str):
-        return len(prompt)
-    messages = prompt if isinstance(prompt, (list, tuple)) else ()
-    return sum(len(str(message.get("content"))) for message in messages if isinstance(message, dict))

@@ -64,8 +64,11 @@ def test_other_shapes_of_models_equal_generate(tmp_path: Path, family: str, sett
 
     async def scenario() -> None:
         async with driven(model, max_chunk_size=48) as driver:
-            answers = await driver.all([driver.add(prompt, max_new_tokens=40) for prompt in PROMPTS])
-        for prompt, answer in zip(PROMPTS, answers, strict=True):
+            answers = [driver.add(prompt, max_new_tokens=40) for prompt in PROMPTS]
+            await answers[-1].first()
+            late = driver.add([78], max_new_tokens=40)  # its prompt is one token, as if it were decoding
+            await driver.all([*answers, late])
+        for prompt, answer in zip([*PROMPTS, [78]], [*answers, late], strict=True):
             assert answer.token_ids == generate(reference, prompt, 40)
 
     asyncio.run(scenario())

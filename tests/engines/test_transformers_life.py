@@ -163,8 +163,12 @@ def test_generation_threads_are_daemons(llama: str) -> None:
     async def scenario() -> None:
         before = set(threading.enumerate())
         async with driven(llama):
-            assert all(thread.daemon for thread in set(threading.enumerate()) - before)
-        assert not [thread for thread in set(threading.enumerate()) - before if not thread.name.startswith("lmbridge")]
+            ours = set(threading.enumerate()) - before
+            assert sorted(thread.name for thread in ours) == ["lmbridge generation", "lmbridge transformers"]
+            assert all(thread.daemon for thread in ours)
+        for thread in ours:
+            thread.join(10)
+            assert not thread.is_alive()
 
     asyncio.run(scenario())
 
