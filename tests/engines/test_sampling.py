@@ -12,7 +12,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmbridge.engines.sampling import Plan, Sampler, draw, draw_filtered, filtered, uniform
+from lmbridge.engines.transformers.sampling import Plan, Sampler, draw, draw_filtered, filtered, uniform
 from lmbridge.messages import GenerationConfig
 
 VOCABULARY = 500

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from lmbridge.engines.continuous import Core
+from lmbridge.engines.transformers.continuous import Core
 from tests.engines.conftest import BYTES, EOS, driven, generate, save_model
 
 PROMPTS = [[5, 9, 200], [7] * 40, list(range(1, 130)), [250, 3], list(range(200, 20, -1)), [77]]

@@ -18,7 +18,7 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from lmbridge.engines import engine_class, engine_factory
-from lmbridge.engines import transformers as module
+from lmbridge.engines.transformers import engine as module
 from lmbridge.engines.transformers import TransformersEngine
 from lmbridge.errors import (
     EngineDeadError,
@@ -91,11 +91,11 @@ def test_making_one_loads_nothing(llama: str) -> None:
     assert done.stdout.strip() == f"{llama} on transformers"
 
 
-@pytest.mark.parametrize("name", ["transformers", "lmbridge.engines.continuous"])
+@pytest.mark.parametrize("name", ["transformers", "lmbridge.engines.transformers.continuous"])
 def test_a_missing_package_is_named_with_its_command(llama: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The user would read an ImportError from deep inside and not know what to install."""
     monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delattr("lmbridge.engines.continuous", raising=False)
+    monkeypatch.delattr("lmbridge.engines.transformers.continuous", raising=False)
 
     async def scenario() -> None:
         with pytest.raises(MissingDependencyError, match="pip install"):

@@ -14,7 +14,7 @@ from lmbridge.engines.text import Piece, TextStream
 from lmbridge.messages import Delta, FinishReason, Logprobs, Request, Usage
 
 if TYPE_CHECKING:
-    from lmbridge.engines.sampling import Plan
+    from lmbridge.engines.transformers.sampling import Plan
 
 
 @dataclass(slots=True)

@@ -17,11 +17,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmbridge.engines.base import Engine, EngineThread, Sink, engine_error
-from lmbridge.engines.encoding import PromptEncoder, characters
 from lmbridge.engines.models import find_model
-from lmbridge.engines.options import ModelOptions
-from lmbridge.engines.running import Running
 from lmbridge.engines.text import Piece, TextStream, Vocabulary
+from lmbridge.engines.transformers.encoding import PromptEncoder, characters
+from lmbridge.engines.transformers.options import ModelOptions
+from lmbridge.engines.transformers.running import Running
 from lmbridge.errors import (
     EngineDeadError,
     LMBridgeError,
@@ -31,7 +31,7 @@ from lmbridge.errors import (
 from lmbridge.messages import Delta, FinishReason, GenerationConfig, Request
 
 if TYPE_CHECKING:
-    from lmbridge.engines.continuous import Core, Listener
+    from lmbridge.engines.transformers.continuous import Core, Listener
 
 OLDEST_TRANSFORMERS = (5, 17)
 INLINE_CHARACTERS = 8_000
@@ -219,7 +219,7 @@ class TransformersEngine(Engine):
         return self._core
 
     def _new_running(self, request: Request, sink: Sink, core: Core) -> Running:
-        from lmbridge.engines.sampling import Plan
+        from lmbridge.engines.transformers.sampling import Plan
 
         config = request.config
         stop_ids = frozenset(config.stop_token_ids or ()) | (frozenset() if config.ignore_eos else core.eos)
@@ -360,7 +360,7 @@ def _import_library() -> Any:
 
         if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST_TRANSFORMERS:
             raise ImportError(f"transformers {transformers.__version__} is too old")
-        from lmbridge.engines import continuous
+        from lmbridge.engines.transformers import continuous
     except ImportError as cause:
         raise MissingDependencyError(
             f"The transformers engine needs torch, transformers >= 5.17 and psutil ({cause}); "

@@ -27,9 +27,9 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.utils import logging as transformers_logging
 
-from lmbridge.engines import attention
-from lmbridge.engines.options import ModelOptions
-from lmbridge.engines.sampling import Sampler
+from lmbridge.engines.transformers import attention
+from lmbridge.engines.transformers.options import ModelOptions
+from lmbridge.engines.transformers.sampling import Sampler
 
 EXIT_GRACE = 5.0
 """Seconds that the end of the process waits for a model that is loading, or for a step under way."""
