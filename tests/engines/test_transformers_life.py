@@ -18,8 +18,8 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from lmbridge.engines import engine_class, engine_factory
-from lmbridge.engines.transformers import engine as module
 from lmbridge.engines.transformers import TransformersEngine
+from lmbridge.engines.transformers import engine as module
 from lmbridge.errors import (
     EngineDeadError,
     EngineError,
