@@ -151,8 +151,7 @@ class Client(Verbs):
 
     async def run_async(self, request: Request, owner: object) -> Response:
         """Send one request and await its answer; a stream nobody reads bit by bit."""
-        stream = await self.open_async_stream(request, owner, streaming=False)
-        return await stream.whole()
+        return await self.open_async_stream(request, owner, streaming=False).whole()
 
     async def run_batch_async(
         self, prompts: Sequence[Any], config: GenerationConfig | None, options: Any, keep: bool, owner: object
@@ -168,15 +167,10 @@ class Client(Verbs):
             await asyncio.gather(*tasks, return_exceptions=True)
             raise
 
-    async def open_async_stream(self, request: Request, owner: object, streaming: bool = True) -> AsyncStream:
+    def open_async_stream(self, request: Request, owner: object, streaming: bool = True) -> AsyncStream:
         server = self._server(blocking=False)
         port = self._host.port(server, asyncio.get_running_loop())
-        call = Call(request, port.channel, self, streaming)
-        stream = AsyncStream(server, call, owner, port)
-        if not await server.gate.enter_async(call):
-            raise timeout_error(call)
-        server.submit(call)
-        return stream
+        return AsyncStream(server, Call(request, port.channel, self, streaming), owner, port)
 
     # --- their parts ---
 

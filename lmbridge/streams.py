@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from lmbridge.call import Call, Finish, timeout_error
@@ -223,11 +223,20 @@ class Stream(_Reading):
 
 
 class AsyncStream(_Reading):
-    """``Stream`` for another event loop: ``async for delta in stream``. Cancelling the reading task aborts."""
+    """``Stream`` for another event loop: ``async for delta in stream``. Cancelling the reading task aborts.
+
+    Sending may have to wait for room in the queue, so it is done by the first delta asked for, or by awaiting the
+    stream, which gives the stream itself.
+    """
 
     def __init__(self, server: Server, call: Call, owner: object, port: LoopPort) -> None:
         self._port = port
+        self._sent = False
         super().__init__(server, call, owner)
+
+    def __await__(self) -> Generator[Any, None, AsyncStream]:
+        yield from self._send().__await__()
+        return self
 
     def __aiter__(self) -> AsyncIterator[Delta]:
         self._begin()
@@ -239,6 +248,7 @@ class AsyncStream(_Reading):
         if not self._turn.acquire(blocking=False):
             raise RuntimeError("Another task is reading this stream; give each task a stream of its own.")
         try:
+            await self._send()
             while True:
                 if (delta := self._answer.take()) is not None:
                     return delta
@@ -256,6 +266,7 @@ class AsyncStream(_Reading):
     async def whole(self) -> Response:
         """Read to the end and return the whole answer."""
         try:
+            await self._send()
             while self._call.outcome is None:
                 self._call.signalled = False
                 await self._port.wait(self._call, self._remaining())
@@ -263,6 +274,24 @@ class AsyncStream(_Reading):
             self._leave()
             raise
         return self._answer.response()
+
+    async def _send(self) -> None:
+        """Enter the gate and send, once.
+
+        Raises:
+            RequestTimeoutError: the deadline passed at the gate.
+            QueueFullError: there is no room, and the bridge does not wait for it.
+        """
+        if self._sent:
+            return
+        self._sent = True
+        try:
+            if not await self._server.gate.enter_async(self._call):
+                raise timeout_error(self._call)
+            self._server.submit(self._call)
+        except LMBridgeError as error:
+            self._call.settle(error)
+            raise
 
     async def aclose(self) -> None:
         """Abort the generation if it still runs."""

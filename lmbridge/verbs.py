@@ -165,12 +165,15 @@ class Verbs:
             return await client.run_batch_async(prompt, config, options, return_exceptions, self)
         return await client.run_async(client.request(prompt, config, options), self)
 
-    async def astream(
+    def astream(
         self,
         prompt: str | list[Message] | list[int],
         config: GenerationConfig | None = None,
         **options: Unpack[CallOptions],
     ) -> AsyncStream:
-        """``stream`` for a task on any other event loop: ``async for delta in await bridge.astream(prompt)``."""
+        """``stream`` for a task on any other event loop: ``async for delta in bridge.astream(prompt)``.
+
+        What is wrong raises here; the request is sent by the first delta asked for, or by ``await bridge.astream(…)``.
+        """
         client = self._client()
-        return await client.open_async_stream(client.request(prompt, config, options), self)
+        return client.open_async_stream(client.request(prompt, config, options), self)

@@ -12,7 +12,14 @@ from functools import partial
 
 import pytest
 
-from lmbridge import Bridge, BridgeClosedError, EngineError, RequestTimeoutError
+from lmbridge import (
+    Bridge,
+    BridgeClosedError,
+    EngineError,
+    InvalidRequestError,
+    QueueFullError,
+    RequestTimeoutError,
+)
 from lmbridge.testing import ScriptedEngine
 
 Scripted = Callable[..., tuple[Bridge, ScriptedEngine]]
@@ -37,11 +44,44 @@ def test_astream(scripted: Scripted) -> None:
     bridge, _ = scripted(ScriptedEngine(step_time=0.001))
 
     async def read() -> tuple[str, str]:
-        stream = await bridge.astream("once upon a time")
+        stream = bridge.astream("once upon a time")
         text = "".join([delta.text async for delta in stream])
         return text, stream.response.text
 
     assert asyncio.run(read()) == ("once upon a time", "once upon a time")
+
+
+def test_astream_sent_before_it_is_read(scripted: Scripted) -> None:
+    """Awaiting the stream sends it, so that generation may begin before the first delta is asked for."""
+    bridge, engine = scripted(ScriptedEngine(manual=True))
+    bridge.start()
+
+    async def read() -> list[str]:
+        stream = await bridge.astream("a b")
+        await asyncio.to_thread(engine.wait_for, lambda e: e.active == 1)
+        await asyncio.to_thread(engine.step, 2)
+        return [delta.text async for delta in stream]
+
+    assert asyncio.run(read()) == ["a b"]
+
+
+def test_astream_without_room(scripted: Scripted) -> None:
+    """A full queue that rejects is told by the stream, and a wrong prompt by the call itself."""
+    bridge, engine = scripted(ScriptedEngine(manual=True, max_batch_size=1), max_pending=1, when_full="reject")
+    futures = [bridge.submit("running")]
+    engine.wait_for(lambda e: e.active == 1)
+    futures.append(bridge.submit("waiting"))
+
+    async def read() -> None:
+        with pytest.raises(InvalidRequestError):
+            bridge.astream("")
+        with pytest.raises(QueueFullError):
+            async for _ in bridge.astream("no room"):
+                pass
+
+    asyncio.run(read())
+    for future in futures:
+        future.cancel()
 
 
 def test_a_list(scripted: Scripted) -> None:
