@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import concurrent.futures
 import functools
+import importlib
 import logging
 import os
 import sys
@@ -17,7 +18,7 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lmbridge.admission import Gate
 from lmbridge.aio import LoopPort
@@ -307,6 +308,20 @@ def _check_environment() -> None:
             "threading is patched by gevent or eventlet, so the server thread would be a greenlet and block every "
             "other one. Use real threads: gunicorn -k gthread, for example."
         )
+    if _in_subinterpreter():
+        raise UnsupportedEnvironmentError(
+            "This is a subinterpreter; torch and other native libraries serve the main one only. Build the Bridge there."
+        )
+
+
+def _in_subinterpreter() -> bool:
+    for name in ("_interpreters", "_xxsubinterpreters"):  # before Python 3.13
+        try:
+            interpreters: Any = importlib.import_module(name)
+        except ImportError:
+            continue
+        return bool(interpreters.get_current() != interpreters.get_main())
+    return False
 
 
 _started: weakref.WeakSet[Host] = weakref.WeakSet()

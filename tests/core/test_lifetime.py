@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import types
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from lmbridge import (
     ModelNotFoundError,
     RequestTimeoutError,
     UnknownEngineError,
+    UnsupportedEnvironmentError,
 )
 from lmbridge.testing import ScriptedEngine
 
@@ -466,6 +468,40 @@ def test_opentelemetry_context_reaches_the_engine(scripted: Scripted) -> None:
         assert bridge.infer("who?").text == "ann"
     finally:
         context.detach(token)
+
+
+@pytest.mark.parametrize(
+    ("module", "function"), [("gevent.monkey", "is_module_patched"), ("eventlet.patcher", "is_monkey_patched")]
+)
+def test_patched_threads_are_refused(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch, module: str, function: str
+) -> None:
+    """Where a library replaces threads by greenlets, the first call says so instead of blocking everything."""
+    fake = types.ModuleType(module)
+    setattr(fake, function, lambda name: True)
+    monkeypatch.setitem(sys.modules, module, fake)
+    bridge, _ = scripted()
+    with pytest.raises(UnsupportedEnvironmentError, match="gthread"):
+        bridge.infer("hello")
+
+
+@pytest.mark.skipif(sys.version_info[:2] not in ((3, 10), (3, 11)), reason="the private module it drives changes")
+def test_a_subinterpreter_is_refused(tmp_path: Path) -> None:
+    """A subinterpreter is told that the model cannot live there."""
+    told = tmp_path / "told"
+    source = f"""
+        from lmbridge import Bridge, UnsupportedEnvironmentError
+        from lmbridge.testing import ScriptedEngine
+        try:
+            Bridge(ScriptedEngine).start()
+        except UnsupportedEnvironmentError as error:
+            open({str(told)!r}, "w").write(str(error))
+    """
+    run_script(f"""
+        import _xxsubinterpreters as interpreters
+        interpreters.run_string(interpreters.create(), {textwrap.dedent(source)!r})
+    """)
+    assert "subinterpreter" in told.read_text()
 
 
 def test_mistakes_in_the_constructor_raise_there() -> None:
