@@ -310,7 +310,7 @@ def _check_environment() -> None:
         )
     if _in_subinterpreter():
         raise UnsupportedEnvironmentError(
-            "This is a subinterpreter; torch and other native libraries serve the main one only. Build the Bridge there."
+            "This is a subinterpreter; torch and other native libraries serve the main one. Build the Bridge there."
         )
 
 

@@ -490,6 +490,8 @@ def test_a_subinterpreter_is_refused(tmp_path: Path) -> None:
     """A subinterpreter is told that the model cannot live there."""
     told = tmp_path / "told"
     source = f"""
+        import sys
+        sys.path[:] = {[str(Path(lmbridge.__file__).parents[1]), *sys.path]!r}
         from lmbridge import Bridge, UnsupportedEnvironmentError
         from lmbridge.testing import ScriptedEngine
         try:
