@@ -126,7 +126,7 @@ class Engine(ABC):
             last = Delta(finish_reason="abort")
         except LMBridgeError as error:
             last = Delta(error=error)
-        except Exception as cause:
+        except BaseException as cause:  # SystemExit too, which would otherwise take the loop with it
             last = Delta(error=engine_error(f"{self.name} failed: {cause!r}.", cause))
         sink(last)
 

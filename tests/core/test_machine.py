@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -16,6 +17,7 @@ import lmbridge.supervisor
 from lmbridge import (
     Bridge,
     BridgeClosedError,
+    Delta,
     EngineDeadError,
     QueueFullError,
     RequestAbortedError,
@@ -108,8 +110,12 @@ class BridgeMachine(RuleBasedStateMachine):
         self.bridge.abort(pair[0].request_id)
         self.until_read()
 
-    @rule(pair=consumes(streams), leave=st.sampled_from(["close", "drop", "break", "read"]))
-    def end_stream(self, pair: tuple[Stream, str], leave: str) -> None:
+    @rule(
+        pair=consumes(streams),
+        leave=st.sampled_from(["close", "drop", "break", "read"]),
+        count=st.integers(1, 3),
+    )
+    def end_stream(self, pair: tuple[Stream, str], leave: str, count: int) -> None:
         stream, text = pair
         del pair
         if leave == "close":
@@ -117,19 +123,33 @@ class BridgeMachine(RuleBasedStateMachine):
             with suppress(*ENDS):  # it may have ended before
                 assert text.startswith(stream.response.text)
         elif leave == "break":
-            while not stream._call.deltas and stream._call.outcome is None:
-                self.engines[-1].step()
-            try:
-                for delta in stream:
-                    assert text.startswith(delta.text)
-                    break
-            except ENDS:
-                pass
+            self.read_some(stream, text, count)
         elif leave == "read":
             self.read_to_the_end(stream, text)
         del stream
         gc.collect(0)
         self.until_read()
+
+    def read_some(self, stream: Stream, text: str, count: int) -> None:
+        heard = ""
+        with suppress(*ENDS):
+            for delta in self.stepping(stream):
+                heard += delta.text
+                count -= 1
+                if not count:
+                    break
+        assert text.startswith(heard)
+
+    def stepping(self, stream: Stream) -> Iterator[Delta]:
+        """The stream's deltas, with a step of the engine whenever there is none to read."""
+        deltas = iter(stream)
+        while True:
+            while not stream._call.deltas and stream._call.outcome is None:
+                self.engines[-1].step()
+            try:
+                yield next(deltas)
+            except StopIteration:
+                return
 
     def read_to_the_end(self, stream: Stream, text: str) -> None:
         while stream._call.outcome is None:
@@ -156,6 +176,14 @@ class BridgeMachine(RuleBasedStateMachine):
         swapping.result()
         self.until_read()
 
+    @rule()
+    def close_and_build_anew(self) -> None:
+        """Close with whatever is in flight: all of it ends at once, and nothing is left."""
+        self.bridge.close()
+        self.look_at_ends()
+        self.bridge = Bridge(self.build, max_pending=3, when_full="reject", stall_timeout=None)
+        self.bridge.start()
+
     @invariant()
     def each_ends_at_most_once(self) -> None:
         assert all(times <= 1 for times in self.ended.values())
@@ -165,17 +193,23 @@ class BridgeMachine(RuleBasedStateMachine):
             return
         while any(not future.done() for future, _ in self.open):
             self.engines[-1].step()
-        for future, text in self.open:
-            if future.cancelled():
-                continue
-            error = future.exception(10)
-            assert isinstance(error, ENDS) if error is not None else future.result().text == text
         self.bridge.close()
+        self.look_at_ends()
+        self.patch.undo()
+
+    def look_at_ends(self) -> None:
+        """After a close: every future has ended exactly once, with its own answer or an error, and nothing is left."""
+        for future, text in self.open:
+            if not future.cancelled():
+                error = future.exception(10)
+                assert isinstance(error, ENDS) if error is not None else future.result().text == text
+        dispatcher = self.bridge._host._dispatcher
+        if dispatcher is not None:
+            dispatcher._thread.join(10)  # the callbacks of the last ones have run
         assert self.bridge.requests() == []
         assert self.bridge._host.gate.pending == 0
         assert all(engine.closed for engine in self.engines)
         assert all(times == 1 for times in self.ended.values())
-        self.patch.undo()
 
 
 TestBridgeMachine = BridgeMachine.TestCase

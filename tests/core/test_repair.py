@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import threading
@@ -11,7 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from lmbridge import Bridge, EngineDeadError, EngineStartError, InvalidRequestError, RequestTimeoutError
+from lmbridge import (
+    Bridge,
+    BridgeClosedError,
+    EngineDeadError,
+    EngineStartError,
+    InvalidRequestError,
+    RequestTimeoutError,
+)
 from lmbridge.testing import ScriptedEngine
 
 Scripted = Callable[..., tuple[Bridge, ScriptedEngine]]
@@ -197,3 +205,44 @@ def test_swap_before_the_start_and_after_a_failure() -> None:
     bridge.swap(ScriptedEngine)
     assert bridge.infer("back").text == "back"
     bridge.close()
+
+
+def test_a_killed_server_thread_holds_nobody(scripted: Scripted) -> None:
+    """An exception thrown into the server thread ends every waiting and every later call, with the cause chained."""
+    bridge, engine = scripted(ScriptedEngine(manual=True))
+    futures = [bridge.submit(f"number {number}") for number in range(3)]
+    stream = bridge.stream("a stream")
+    engine.wait_for(lambda e: e.active == 4)
+    server = bridge._host.server(True)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(server.thread_id or 0), ctypes.py_object(SystemExit))
+    server.run_soon(lambda: None)  # it strikes at the thread's next bytecode
+    errors = [future.exception(10) for future in futures]
+    assert all(isinstance(error, BridgeClosedError) for error in errors)
+    assert isinstance(errors[0].__cause__, SystemExit) if errors[0] is not None else False
+    with pytest.raises(BridgeClosedError):
+        next(stream)
+    with pytest.raises(BridgeClosedError, match="server thread"):
+        bridge.infer("later")
+    assert bridge.health().state == "failed"
+
+
+def test_calls_that_race_close() -> None:
+    """Whoever calls while somebody closes gets an answer or BridgeClosedError, and never hangs."""
+    for _ in range(50):
+        bridge = Bridge(ScriptedEngine)
+        bridge.start()
+        go = threading.Barrier(5)
+
+        def ask(bridge: Bridge = bridge, go: threading.Barrier = go) -> bool:
+            go.wait()
+            try:
+                while True:
+                    assert bridge.infer("racing", timeout=30).text == "racing"
+            except BridgeClosedError:
+                return True
+
+        with ThreadPoolExecutor(4) as pool:
+            asking = [pool.submit(ask) for _ in range(4)]
+            go.wait()
+            bridge.close()
+            assert all(call.result(30) for call in asking)
