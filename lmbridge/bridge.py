@@ -5,6 +5,7 @@ Rule: used from any thread but the server's. It puts the parts together and keep
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 import warnings
@@ -23,6 +24,8 @@ from lmbridge.host import Host
 from lmbridge.messages import GenerationConfig
 from lmbridge.supervisor import Recipe, State
 from lmbridge.verbs import Verbs
+
+_numbers = itertools.count(1)  # for clients without a name
 
 Model = str | Path | Engine | Callable[[], Engine]
 
@@ -159,7 +162,7 @@ class Bridge(Verbs):
 
     def client(self, name: str | None = None) -> Client:
         """A client of your own: a fairness account with its own pair of queues and the same verbs."""
-        return Client(self._host, name or f"client-{id(object()):x}", bridge=self)
+        return Client(self._host, name or f"client-{next(_numbers)}", bridge=self)
 
     def chat(self, config: GenerationConfig | None = None, *, system: str | None = None) -> Chat:
         """A conversation that keeps its history; see ``lmbridge.chat.Chat``."""

@@ -25,6 +25,7 @@ from lmbridge.aio import LoopPort
 from lmbridge.engines.base import Engine
 from lmbridge.errors import (
     BridgeClosedError,
+    EngineStartError,
     InvalidRequestError,
     RequestTimeoutError,
     UnsupportedEnvironmentError,
@@ -251,6 +252,7 @@ class Host:
             if not server.left_behind:
                 logger.error("The server thread ended unexpectedly: %r", error)
         finally:
+            supervisor.fail_swaps(BridgeClosedError("The server thread ended before the new model was ready."))
             if not server.left_behind:
                 self._closed = True
                 self._note_end(cause)
@@ -273,6 +275,7 @@ class Host:
                 return
             logger.error("%s; it is left behind, and the engine is rebuilt on a new thread.", describe_stuck(thread))
             stuck.leave_behind()
+            self._supervisor.fail_swaps(EngineStartError("The server thread was stuck; ask for the swap again."))
             self._server = self._launch(self._supervisor.recipe, stuck)
 
 

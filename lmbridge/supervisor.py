@@ -84,7 +84,7 @@ class Supervisor:
         self._status = status
         self._stop = asyncio.Event()
         self._drain_until: float | None = None
-        self._swaps: deque[Swap] = deque()
+        self._swaps: deque[Swap] = deque()  # the first one may be under way
         self._called = asyncio.Event()  # to stop, or to swap
         self._retiring: set[asyncio.Task[None]] = set()
 
@@ -100,6 +100,13 @@ class Supervisor:
         self._swaps.append(request)
         self._called.set()
 
+    def fail_swaps(self, error: LMBridgeError) -> None:
+        """Tell those who wait for a swap that there will be none. The loop need not run any more."""
+        while self._swaps:
+            swap = self._swaps.popleft()
+            if not swap.done.done():
+                swap.done.set_exception(error)
+
     async def run(self, after_death: BaseException | None = None) -> None:
         """The whole life. ``after_death``: why the engine of a server thread before this one was lost."""
         sweep = asyncio.ensure_future(self._server.sweep())
@@ -110,7 +117,8 @@ class Supervisor:
             while not self._stop.is_set():
                 await self._until_called(seat)
                 if self._swaps and not self._stop.is_set():
-                    seat = await self._exchange(seat, self._swaps.popleft())
+                    seat = await self._exchange(seat, self._swaps[0])
+                    self._swaps.popleft()
                 elif seat is not None and seat.dead.done():
                     seat = await self._replace(seat)
             await self._wind_up(seat)
@@ -255,8 +263,7 @@ class Supervisor:
             await asyncio.wait(either, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
             drained.cancel()
         closed = BridgeClosedError("The bridge was closed; its requests were aborted.")
-        for swap in self._swaps:
-            swap.done.set_exception(closed)
+        self.fail_swaps(closed)
         self._server.end_all(closed)
         if seat is not None:
             await _close(seat.engine)

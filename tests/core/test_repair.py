@@ -246,3 +246,21 @@ def test_calls_that_race_close() -> None:
             go.wait()
             bridge.close()
             assert all(call.result(30) for call in asking)
+
+
+def _stop_loop(bridge: Bridge) -> None:
+    loop = bridge._host.server(True).loop
+    loop.call_soon_threadsafe(loop.stop)
+
+
+@pytest.mark.parametrize("end", [Bridge.close, _stop_loop])
+def test_a_swap_ends_with_its_server_thread(end: Callable[[Bridge], None]) -> None:
+    """Whoever waits for a swap is told when the bridge is closed, or its loop stopped, while the new model loads."""
+    bridge, loading = Bridge(ScriptedEngine), ScriptedEngine(start_gate=threading.Event())
+    bridge.start()
+    with ThreadPoolExecutor(1) as pool:
+        swapping = pool.submit(bridge.swap, loading)
+        while not loading.threads:
+            bridge.stats()
+        end(bridge)
+        assert isinstance(swapping.exception(30), BridgeClosedError)
