@@ -337,6 +337,7 @@ def test_threads_that_outlive_the_main_thread_are_served() -> None:
     done = run_script("""
         import threading
         bridge = Bridge(ScriptedEngine())
+        bridge.submit("Python 3.12 starts no thread once the main one has ended").result()
         main = threading.current_thread()
         def later():
             main.join()
