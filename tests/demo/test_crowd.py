@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from examples.demo_model import world
 from examples.demo_model.world import Question
 from lmbridge import Bridge, GenerationConfig
@@ -64,6 +66,7 @@ def by_conversation(bridge: Bridge, text: str, config: GenerationConfig) -> str:
     return bridge.infer([{"role": "user", "content": text}], config).text
 
 
+@pytest.mark.timeout(300)
 def test_a_mixed_crowd(demo: Bridge) -> None:
     """64 threads with 20 prompts each, mixed in kind, length, settings and verb: each gets its own answer.
 
