@@ -27,6 +27,7 @@ class Thrown(BaseException):
 def quick_switches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Threads take turns as often as possible, so that every window is hit; a thread may end by what is thrown."""
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # it is thrown into finalizers too
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -68,7 +69,6 @@ class Caller(threading.Thread):
         self.mixed += not same
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # thrown into finalizers too
 @pytest.mark.parametrize("seed", [1, 2])
 def test_interrupted_callers_strand_nobody(quick_switches: None, seed: int) -> None:
     """Thousands of exceptions at random moments: no wrong answer, no stuck thread, nothing left behind."""
