@@ -5,6 +5,7 @@ Rule: no queue and no thread is known here. What is written by one end only says
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from lmbridge.messages import Delta, FinishReason, Request, Timings, Usage
 if TYPE_CHECKING:
     from lmbridge.channel import Channel
     from lmbridge.seat import Seat
+
+logger = logging.getLogger("lmbridge")
 
 
 @dataclass(slots=True)
@@ -108,3 +111,13 @@ def lost_error(cause: BaseException) -> EngineDeadError:
     error.retryable = True
     error.__cause__ = cause
     return error
+
+
+def log_end(call: Call) -> None:
+    """One line a request at DEBUG, never with its text."""
+    if not logger.isEnabledFor(logging.DEBUG):
+        return
+    outcome, request = call.outcome, call.request
+    end = outcome.reason if isinstance(outcome, Finish) else type(outcome).__name__
+    age = time.monotonic() - request.created
+    logger.debug("request %s of client %s: %s, %d tokens in %.3f s", request.id, request.client, end, call.tokens, age)

@@ -82,9 +82,10 @@ class _Queue(janus.Queue[T]):
         self._sync_not_empty = _Condition(self._sync_mutex)  # type: ignore[assignment]
         self._sync_not_full = _Condition(self._sync_mutex)  # type: ignore[assignment]
 
-    def rebind(self) -> None:
-        """Let another loop use the async side. Only once the first loop will not come back to it."""
-        self._loop = None
+    def _get_loop(self) -> asyncio.AbstractEventLoop:
+        """janus refuses a second loop; ours may have to outlive a loop that is stuck and was left behind."""
+        self._loop = asyncio.get_running_loop()
+        return self._loop
 
 
 class Channel:
@@ -163,11 +164,6 @@ class Channel:
             return
         if self.bell is not None:
             self.bell.ring()
-
-    def rebind(self) -> None:
-        """Go over to another server's loop; the first one is stuck and has been left behind."""
-        self.requests.rebind()
-        self.replies.rebind()
 
     def close(self) -> list[Call]:
         """Refuse further calls, wake the consumer, and return the calls nobody took. The loop need not run."""

@@ -24,7 +24,7 @@ class Seat:
 
     @property
     def has_room(self) -> bool:
-        return self.load < self.engine.max_batch_size
+        return self.load < self.engine.max_batch_size and not self.dead.done()
 
     def take(self) -> None:
         """One more call has begun."""

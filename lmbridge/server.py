@@ -20,10 +20,11 @@ from collections import deque
 from collections.abc import Callable
 
 from lmbridge.admission import Gate, Turns
-from lmbridge.call import Call, Finish, Outcome, closed_error, lost_error, timeout_error
+from lmbridge.call import Call, Outcome, closed_error, log_end, lost_error, timeout_error
 from lmbridge.channel import Channel, Doorbell
 from lmbridge.engines.base import engine_error
 from lmbridge.errors import (
+    EngineDeadError,
     ForkedError,
     InvalidRequestError,
     LMBridgeError,
@@ -106,14 +107,13 @@ class Server:
 
     def register(self, channel: Channel) -> None:
         """Make the loop answer for a channel that somebody built himself."""
-        if self._successor is not None:
-            self._successor.register(channel)
-            return
         with self._lock:
             if self._closed is not None:
                 raise closed_error(self._closed)
             key = id(channel)
             self._channels[key] = weakref.ref(channel, functools.partial(self._channels.pop, key))
+        if self._successor is not None:  # it may have looked at our channels a moment ago
+            self._successor.register(channel)
 
     def give_back(self, channel: Channel) -> None:
         """Return a channel all of whose calls have had the server's final word. Takes no lock.
@@ -233,13 +233,13 @@ class Server:
     def take_over(self, stuck: Server) -> None:
         """Go on where a server whose loop is stuck was left behind: its channels, and the calls that still wait.
 
-        Runs on the new server's thread. Should the stuck one wake up, it finds that it has a successor and is silent.
+        Runs on the new server's thread. Should the stuck one wake up, it finds that it was left behind, hands over
+        what it has in hand (``_arrive``) and is silent.
         """
         stuck._successor = self
         stuck.run_soon(stuck.loop.stop)
         self._rung, self._aborted, self._idle = stuck._rung, stuck._aborted, stuck._idle
         for channel in stuck._alive():
-            channel.rebind()
             self.register(channel)
         cause = TimeoutError("the server thread was stuck and has been replaced")
         for call in list(stuck.living.values()):
@@ -268,6 +268,8 @@ class Server:
             self._arrive(call)
 
     def _arrive(self, call: Call) -> None:
+        if self.living.get(call.request.id) is call:  # both a stuck server and its successor found it
+            return
         if call.outcome is not None:  # its caller has given up meanwhile
             call.ended = True
             self.gate.leave(call)
@@ -282,6 +284,8 @@ class Server:
             self.living[call.request.id] = call
             self._emptied.clear()
             self._turns.push(call)
+            if self._left_behind and self._successor is not None:  # this thread was slow rather than stuck
+                self._successor.run_soon(functools.partial(self._successor._arrive, call))
             return
         self._say(call, error)
 
@@ -290,6 +294,8 @@ class Server:
     def _pump(self) -> None:
         """Begin waiting calls while the engine has room."""
         self._pump_due = False
+        if self._left_behind:
+            return
         while (seat := self.seat) is not None and seat.has_room:
             call = self._turns.pop()
             if call is None:
@@ -311,6 +317,13 @@ class Server:
         try:
             engine.check(request)
             request.context.run(engine.add_request, request, functools.partial(self._on_delta, call))
+        except (
+            EngineDeadError
+        ) as death:  # it knew before it told: the call has not begun, and waits for the next engine
+            seat.leave()
+            call.seat = call.began = None
+            self._turns.push(call)
+            seat.die(death.__cause__ or death)
         except LMBridgeError as error:
             self._finish(call, error)
         except BaseException as cause:  # SystemExit too: no engine may take the loop with it
@@ -388,13 +401,4 @@ class Server:
         call.ended = True
         call.settle(outcome)
         call.signal()
-        if logger.isEnabledFor(logging.DEBUG):
-            _log(call)
-
-
-def _log(call: Call) -> None:
-    """One line a request, never with its text."""
-    outcome, request = call.outcome, call.request
-    end = outcome.reason if isinstance(outcome, Finish) else type(outcome).__name__
-    age = time.monotonic() - request.created
-    logger.debug("request %s of client %s: %s, %d tokens in %.3f s", request.id, request.client, end, call.tokens, age)
+        log_end(call)
