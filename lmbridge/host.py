@@ -274,7 +274,7 @@ class Host:
             if self._closed or self._server is not stuck or self._supervisor is None:
                 return
             logger.error("%s; it is left behind, and the engine is rebuilt on a new thread.", describe_stuck(thread))
-            stuck.leave_behind()
+            stuck.left_behind = True
             self._supervisor.fail_swaps(EngineStartError("The server thread was stuck; ask for the swap again."))
             self._server = self._launch(self._supervisor.recipe, stuck)
 

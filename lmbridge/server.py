@@ -56,7 +56,7 @@ class Server:
         self._channels: dict[int, weakref.ref[Channel]] = {}
         self._closed: BaseException | None = None
         self._idle: deque[Channel] = deque()  # any thread; append and pop are atomic
-        self._left_behind = False  # set by the watchdog once this loop is stuck
+        self.left_behind = False  # set by the watchdog once this loop is stuck: be silent should it ever wake up
         self._successor: Server | None = None  # who has taken over then
         self.heartbeat = time.monotonic()  # of the last sweep; read by the watchdog
         self.living: dict[str, Call] = {}  # server thread only, as are the rest; others may copy it to look
@@ -74,15 +74,6 @@ class Server:
     def forked(self) -> bool:
         """Whether this is a copy in a child process, whose thread does not exist."""
         return self._pid != os.getpid()
-
-    @property
-    def left_behind(self) -> bool:
-        """Whether this server's thread was stuck and another server has taken over."""
-        return self._left_behind
-
-    def leave_behind(self) -> None:
-        """Be silent from now on, should the stuck thread ever wake up. Called by the watchdog."""
-        self._left_behind = True
 
     def check_process(self) -> None:
         """Raise ForkedError in a child of the process that this server runs in. Comes before every lock."""
@@ -253,7 +244,7 @@ class Server:
     # --- arrivals ---
 
     def _answer(self) -> None:
-        if self._left_behind:
+        if self.left_behind:
             return
         while self._rung:
             self._collect(self._rung.popleft())
@@ -284,7 +275,7 @@ class Server:
             self.living[call.request.id] = call
             self._emptied.clear()
             self._turns.push(call)
-            if self._left_behind and self._successor is not None:  # this thread was slow rather than stuck
+            if self.left_behind and self._successor is not None:  # this thread was slow rather than stuck
                 self._successor.run_soon(functools.partial(self._successor._arrive, call))
             return
         self._say(call, error)
@@ -294,7 +285,7 @@ class Server:
     def _pump(self) -> None:
         """Begin waiting calls while the engine has room."""
         self._pump_due = False
-        if self._left_behind:
+        if self.left_behind:
             return
         while (seat := self.seat) is not None and seat.has_room:
             call = self._turns.pop()
@@ -366,7 +357,7 @@ class Server:
 
     def _on_delta(self, call: Call, delta: Delta) -> None:
         """The sink of one call."""
-        if call.ended or self._left_behind:
+        if call.ended or self.left_behind:
             return
         assert call.seat is not None
         call.seat.progress += 1
