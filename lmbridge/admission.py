@@ -16,6 +16,8 @@ from collections.abc import Callable
 from lmbridge.call import Call
 from lmbridge.errors import QueueFullError
 
+IDLE_CLIENTS = 256  # of how many clients that have nothing inside the gate keeps the (empty) books
+
 
 class Gate:
     """Bounds how many requests wait for the engine, in all and per client.
@@ -27,7 +29,7 @@ class Gate:
         self._max_pending = max_pending
         self._max_per_client = max_pending_per_client
         self._reject = reject
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         # A call is inside when it is a key here. Each entry is made and removed by one atomic step, so that a caller
         # who is interrupted in between leaves nothing miscounted. Guarded by _lock, as are the next three.
         self._inside: dict[Call, None] = {}
@@ -45,8 +47,20 @@ class Gate:
 
     def try_enter(self, call: Call) -> bool:
         """Take a place if there is one. Once the gate is closed everybody passes, to be refused further on."""
+        client = call.request.client
         with self._lock:
-            return self._try(call)
+            of_client = self._of_client.get(client)
+            if self._open:
+                if len(self._inside) >= self._max_pending:
+                    return False
+                if of_client is not None and len(of_client) >= self._max_per_client:
+                    return False
+            if of_client is None:
+                self._of_client[client] = {call: None}
+            else:
+                of_client[call] = None
+            self._inside[call] = None
+            return True
 
     def enter(self, call: Call) -> bool:
         """Take a place, waiting for one up to the request's deadline; False when that has passed.
@@ -93,13 +107,15 @@ class Gate:
 
     def leave(self, call: Call) -> None:
         """Give the place back; a second time does nothing. Any thread."""
+        if call not in self._inside:
+            return
         with self._lock:
             client = call.request.client
             self._inside.pop(call, None)
             of_client = self._of_client.get(client)
             if of_client is not None:
                 of_client.pop(call, None)
-                if not of_client:
+                if not of_client and len(self._of_client) > IDLE_CLIENTS:
                     del self._of_client[client]
             if self._waiters:
                 self._hand_over()
@@ -110,35 +126,20 @@ class Gate:
             self._open = False
             self._hand_over()
 
-    # --- with _lock held ---
-
-    def _try(self, call: Call) -> bool:
-        client = call.request.client
-        if self._open:
-            if len(self._inside) >= self._max_pending:
-                return False
-            if len(self._of_client.get(client, ())) >= self._max_per_client:
-                return False
-        self._of_client.setdefault(client, {})[call] = None
-        self._inside[call] = None
-        return True
-
     def _hand_over(self) -> None:
         """Admit the longest waiting callers that fit; those whose own client is full keep their place in the line."""
         for waiter in list(self._waiters):
             call, wake = waiter
-            if self._try(call):
+            if self.try_enter(call):
                 self._waiters.remove(waiter)
                 wake()
             elif len(self._inside) >= self._max_pending:
                 return
 
-    # --- without it ---
-
     def _wait(self, call: Call, wake: Callable[[], None]) -> bool:
         """Stand in line; True when a place fell free meanwhile."""
         with self._lock:
-            if self._try(call):
+            if self.try_enter(call):
                 return True
             self._waiters.append((call, wake))
             return False
@@ -172,27 +173,29 @@ class Turns:
 
     def __init__(self) -> None:
         self._lanes: dict[tuple[str, int], deque[Call]] = {}  # in order of turns: the first is next
-        self._size = 0
-        self._prioritised = 0  # how many of them have a priority of their own; usually none
+        self._prioritised = 0  # how many calls have a priority of their own; usually none
 
-    def __len__(self) -> int:
-        return self._size
+    def __bool__(self) -> bool:
+        return bool(self._lanes)
 
     def push(self, call: Call) -> None:
-        lane = (call.request.client, call.request.priority)
-        self._lanes.setdefault(lane, deque()).append(call)
-        self._count(call, 1)
+        request = call.request
+        lane = (request.client, request.priority)
+        queue = self._lanes.get(lane)
+        if queue is None:
+            self._lanes[lane] = deque((call,))
+        else:
+            queue.append(call)
+        self._prioritised += request.priority != 0
 
-    def pop(self) -> Call | None:
-        """The next call, or None. Its client goes to the end of the line."""
-        if not self._lanes:
-            return None
-        lane = self._next_lane()
+    def pop(self) -> Call:
+        """The next call, of which there must be one. Its client goes to the end of the line."""
+        lane = self._most_urgent() if self._prioritised else next(iter(self._lanes))
         queue = self._lanes.pop(lane)
         call = queue.popleft()
         if queue:
             self._lanes[lane] = queue
-        self._count(call, -1)
+        self._prioritised -= call.request.priority != 0
         return call
 
     def remove(self, call: Call) -> None:
@@ -200,17 +203,11 @@ class Turns:
         lane = (call.request.client, call.request.priority)
         queue = self._lanes[lane]
         queue.remove(call)
-        self._count(call, -1)
+        self._prioritised -= call.request.priority != 0
         if not queue:
             del self._lanes[lane]
 
-    def _count(self, call: Call, step: int) -> None:
-        self._size += step
-        self._prioritised += step * (call.request.priority != 0)
-
-    def _next_lane(self) -> tuple[str, int]:
-        if not self._prioritised:
-            return next(iter(self._lanes))
+    def _most_urgent(self) -> tuple[str, int]:
         now = time.monotonic()
 
         def urgency(lane: tuple[str, int]) -> float:

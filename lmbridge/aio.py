@@ -10,8 +10,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from lmbridge.call import Call
-from lmbridge.channel import Channel, Doorbell
-from lmbridge.errors import BridgeClosedError
+from lmbridge.channel import Channel, Closed, Doorbell, Empty
 
 if TYPE_CHECKING:
     from lmbridge.server import Server
@@ -45,9 +44,11 @@ class LoopPort:
 
     def _answer(self) -> None:
         try:
-            while (call := self.channel.next_token()) is not None:
-                self.tell(call)
-        except BridgeClosedError:
+            while True:
+                self.tell(self.channel.wait(False))
+        except Empty:
+            pass
+        except Closed:
             for call in list(self._waiting):
                 call.settle(self._server.closed_error())
                 self.tell(call)

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lmbridge.call import Call, timeout_error
-from lmbridge.channel import Channel
-from lmbridge.errors import BridgeClosedError, LMBridgeError
+from lmbridge.channel import Channel, Closed, Empty
+from lmbridge.errors import LMBridgeError
 from lmbridge.messages import Request, Response
 from lmbridge.server import Server
 from lmbridge.streams import Answer
@@ -94,8 +94,10 @@ class Batch:
                 self._server.abort(call)
             return call
         try:
-            token = self._channel.wait(None if deadline is None else deadline - now)
-        except BridgeClosedError:
+            token = self._channel.wait(True, None if deadline is None else deadline - now)
+        except Empty:
+            return None
+        except Closed:
             token = next(iter(self._open))
             token.settle(self._server.closed_error())
         return token if token in self._open and token.outcome is not None else None

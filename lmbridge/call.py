@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lmbridge.errors import BridgeClosedError, EngineDeadError, LMBridgeError, RequestTimeoutError, fresh
-from lmbridge.messages import Delta, FinishReason, Request, Timings, Usage
+from lmbridge.messages import Delta, FinishReason, Request, Response, Timings, Usage
 
 if TYPE_CHECKING:
     from lmbridge.channel import Channel
@@ -21,27 +19,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lmbridge")
 
 
-@dataclass(slots=True)
-class Finish:
-    """How a call ended well."""
-
-    reason: FinishReason
-    usage: Usage
-    timings: Timings
-
-
-Outcome = Finish | BaseException
+Outcome = Response | BaseException
+"""How a call ended. The reader fills a Response's text, token ids and logprobs in from the deltas."""
 
 
 class Call:
     """One request on its way: what the caller's end and the loop end share.
 
-    ``deltas`` is appended by the server thread and popped by the caller; both ends of a deque are atomic.
+    ``deltas`` is appended by the server thread and emptied by the caller, each in one atomic step.
     """
 
     __slots__ = (
         "request", "channel", "client", "streaming", "deltas", "signalled",
-        "seat", "began", "first_token", "tokens", "ended", "_settled", "__weakref__",
+        "seat", "began", "first_token", "tokens", "ended", "outcomes", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, request: Request, channel: Channel, client: object, streaming: bool = False) -> None:
@@ -49,35 +39,34 @@ class Call:
         self.channel = channel
         self.client = client  # closing it ends its calls
         self.streaming = streaming  # a token per engine step, not only at the end
-        self.deltas: deque[Delta] = deque()
+        self.deltas: list[Delta] = []
         self.signalled = False  # a token is on its way; the reader clears it before it looks
         self.seat: Seat | None = None  # where it runs; server thread only, as are the next four
         self.began: float | None = None
         self.first_token: float | None = None
         self.tokens = 0
         self.ended = False  # the server's final word has been said; read by anyone
-        self._settled: dict[str, Outcome] = {}
+        self.outcomes: list[Outcome] = []  # the ends that were proposed; the first one counts
 
     def settle(self, outcome: Outcome) -> bool:
         """Try to be the one outcome; False when another was first. Any thread, any moment, no lock.
 
-        ``dict.setdefault`` is one atomic step, so an exception between decision and record cannot happen.
+        ``list.append`` is one atomic step that decides and records, so nothing can come between the two.
         """
-        return self._settled.setdefault("outcome", outcome) is outcome
+        self.outcomes.append(outcome)
+        return self.outcomes[0] is outcome
 
     @property
     def outcome(self) -> Outcome | None:
-        return self._settled.get("outcome")
+        return self.outcomes[0] if self.outcomes else None
 
-    def finish(self, reason: FinishReason, usage: Usage | None = None) -> Finish:
+    def finish(self, reason: FinishReason, usage: Usage | None = None) -> Response:
         """The outcome of a call that ends now without an error; tokens are counted where the engine does not."""
         created, now = self.request.created, time.monotonic()
-        timings = Timings(
-            queued=(self.began or now) - created,
-            first_token=None if self.first_token is None else self.first_token - created,
-            total=now - created,
-        )
-        return Finish(reason, usage or Usage(completion_tokens=self.tokens), timings)
+        first_token = None if self.first_token is None else self.first_token - created
+        timings = Timings((self.began or now) - created, first_token, now - created)
+        usage = usage or Usage(completion_tokens=self.tokens)
+        return Response("", [], reason, usage, timings, None, self.request.id)
 
     def signal(self) -> None:
         """Tell the reader that there is something to look at. Server thread only."""
@@ -114,10 +103,8 @@ def lost_error(cause: BaseException) -> EngineDeadError:
 
 
 def log_end(call: Call) -> None:
-    """One line a request at DEBUG, never with its text."""
-    if not logger.isEnabledFor(logging.DEBUG):
-        return
+    """One line a request, never with its text."""
     outcome, request = call.outcome, call.request
-    end = outcome.reason if isinstance(outcome, Finish) else type(outcome).__name__
+    end = outcome.finish_reason if isinstance(outcome, Response) else type(outcome).__name__
     age = time.monotonic() - request.created
     logger.debug("request %s of client %s: %s, %d tokens in %.3f s", request.id, request.client, end, call.tokens, age)

@@ -9,13 +9,14 @@ import asyncio
 import contextvars
 import itertools
 import secrets
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from lmbridge.batch import Batch, Result
 from lmbridge.call import Call, timeout_error
-from lmbridge.channel import Channel
+from lmbridge.channel import Channel, Closed, Empty
 from lmbridge.errors import BridgeClosedError, InvalidRequestError, LMBridgeError, QueueFullError, RequestAbortedError
 from lmbridge.futures import ResponseFuture
 from lmbridge.messages import GenerationConfig, Request, Response
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _ids = itertools.count(1)
 _PREFIX = f"req-{secrets.token_hex(3)}"
+_LONGEST = threading.TIMEOUT_MAX / 2  # seconds; a lock waits no longer, not even for math.inf
 _DEFAULT_CONFIG = GenerationConfig()  # never handed out: engines get it, and engines do not write
 
 
@@ -77,31 +79,38 @@ class Client(Verbs):
     def request(self, prompt: Any, config: GenerationConfig | None, options: CallOptions) -> Request:
         """Check everything and make the request; nothing has been sent when this raises."""
         timeout = options.pop("timeout", self._host.timeout)
-        name = options.pop("client", self.name)
-        raw = options.pop("raw", False)
-        priority = options.pop("priority", 0)
-        request_id = options.pop("request_id", None)
+        client, raw, priority, request_id = self.name, False, 0, None
+        if options:
+            client = _checked_text(options.pop("client", client), "client")
+            raw = options.pop("raw", raw)
+            priority = _checked_priority(options.pop("priority", priority))
+            request_id = options.pop("request_id", None)
         if options or config is not None:
             config = _merge(config, options)
         now = time.monotonic()
         return Request(
-            id=f"{_PREFIX}-{next(_ids)}" if request_id is None else _checked_text(request_id, "request_id"),
-            prompt=check_prompt(prompt),
-            config=config or _DEFAULT_CONFIG,
-            raw=raw,
-            client=_checked_text(name, "client"),
-            priority=_checked_priority(priority),
-            deadline=None if timeout is None else now + _checked_timeout(timeout),
-            created=now,
-            context=contextvars.copy_context(),
+            f"{_PREFIX}-{next(_ids)}" if request_id is None else _checked_text(request_id, "request_id"),
+            check_prompt(prompt),
+            config or _DEFAULT_CONFIG,
+            raw,
+            client,
+            priority,
+            None if timeout is None else now + _checked_timeout(timeout),
+            now,
+            contextvars.copy_context(),
         )
 
     def run(self, request: Request) -> Response:
         """Send one request and block for its answer."""
-        server = self._server(blocking=True)
+        server = self._host.server(True)
+        if self._closed:
+            raise self._closed_error()
         call = Call(request, self._lease(server), self)
         try:
-            self._send(server, call)
+            if server.gate.try_enter(call) or server.gate.enter(call):
+                server.submit(call)
+            else:
+                call.settle(timeout_error(call))
             self._await_outcome(server, call)
         except QueueFullError:
             self._take_back(server, call.channel)
@@ -206,15 +215,8 @@ class Client(Verbs):
             error.index = index
             raise
 
-    def _send(self, server: Server, call: Call) -> None:
-        """Enter the gate and send; a call whose deadline passed at the gate is settled instead."""
-        if server.gate.enter(call):
-            server.submit(call)
-        else:
-            call.settle(timeout_error(call))
-
     def _send_or_raise(self, server: Server, call: Call) -> None:
-        """``_send`` for a call that nobody waits on yet."""
+        """Enter the gate and send a call that nobody waits on yet."""
         try:
             if not server.gate.enter(call):
                 raise timeout_error(call)
@@ -226,15 +228,17 @@ class Client(Verbs):
 
     def _await_outcome(self, server: Server, call: Call) -> None:
         deadline = call.request.deadline
-        while call.outcome is None:
+        while not call.outcomes:
             call.signalled = False
             remaining = None if deadline is None else deadline - time.monotonic()
             if remaining is not None and remaining <= 0:
                 call.settle(timeout_error(call))
                 return
             try:
-                call.channel.wait(remaining)
-            except BridgeClosedError:
+                call.channel.wait(True, remaining)
+            except Empty:
+                pass
+            except Closed:
                 call.settle(server.closed_error())
 
     def _lease(self, server: Server) -> Channel:
@@ -273,7 +277,7 @@ def _merge(config: GenerationConfig | None, overrides: Any) -> GenerationConfig:
 
 def _checked_timeout(timeout: Any) -> float:
     if isinstance(timeout, (int, float)) and not isinstance(timeout, bool) and timeout >= 0:
-        return timeout
+        return min(timeout, _LONGEST)
     raise InvalidRequestError(f"timeout must be seconds >= 0 or None, not {timeout!r}.", "timeout")
 
 

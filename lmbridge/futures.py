@@ -12,8 +12,7 @@ import time
 from typing import TYPE_CHECKING
 
 from lmbridge.call import Call, timeout_error
-from lmbridge.channel import Channel
-from lmbridge.errors import BridgeClosedError
+from lmbridge.channel import Channel, Closed, Empty
 from lmbridge.messages import Response
 from lmbridge.streams import Answer
 
@@ -83,12 +82,13 @@ class Dispatcher:
     def _run(self) -> None:
         while True:
             try:
-                call = self.channel.wait(_DEADLINE_LOOK if self._open else None)
-            except BridgeClosedError:
-                break
-            if call is not None:
+                call = self.channel.wait(True, _DEADLINE_LOOK if self._open else None)
                 self._resolve(call)
-            del call  # the thread must not keep an answer alive while it waits for the next
+                del call  # the thread must not keep an answer alive while it waits for the next
+            except Empty:
+                pass
+            except Closed:
+                break
             self._expire(time.monotonic())
         for call in list(self._open):
             call.settle(self._server.closed_error())

@@ -76,9 +76,8 @@ class Host:
             BridgeClosedError: it was closed.
             WrongThreadError: ``blocking`` on the server thread.
         """
-        self.check_process()
         server = self._server
-        if server is None or self._closed:
+        if server is None or self._closed or server.pid != os.getpid():
             server = self._start()
         if blocking and threading.get_ident() == server.thread_id:
             raise WrongThreadError(
@@ -213,6 +212,7 @@ class Host:
     # --- the thread ---
 
     def _start(self) -> Server:
+        self.check_process()
         with self._lock:
             if self._closed and self._server is not None and self.status.state == "failed":
                 raise self._server.closed_error()
@@ -240,6 +240,7 @@ class Host:
     def _run(self, server: Server, supervisor: Supervisor, stuck: Server | None) -> None:
         """The server thread, from its first to its last moment."""
         server.thread_id = threading.get_ident()
+        server.relay.open()
         cause: BaseException = BridgeClosedError("The bridge was closed; its requests were aborted.")
         try:
             lost = None

@@ -123,7 +123,10 @@ class GenerationConfig:
 
     def given(self) -> list[str]:
         """The names of the fields that differ from their defaults."""
-        return [name for name, value in self.__dict__.items() if value != _DEFAULTS.get(name)]
+        fields = self.__dict__
+        if fields == _DEFAULTS:
+            return []
+        return [name for name, value in fields.items() if value != _DEFAULTS.get(name)]
 
 
 def _refuse_unknown(fields: Any) -> None:

@@ -18,28 +18,25 @@ class Seat:
         self.load = 0  # calls begun and not ended
         self.progress = 0  # rises with everything the engine says
         self.dead: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
-        self._quiet = asyncio.Event()
-        self._quiet.set()
+        self._quiet: asyncio.Event | None = None  # there while somebody waits for it
         engine.on_death = self.die
 
     @property
-    def has_room(self) -> bool:
-        return self.load < self.engine.max_batch_size and not self.dead.done()
-
-    def take(self) -> None:
-        """One more call has begun."""
-        self.load += 1
-        self._quiet.clear()
+    def room(self) -> int:
+        """How many more calls the engine takes now."""
+        return 0 if self.dead.done() else self.engine.max_batch_size - self.load
 
     def leave(self) -> None:
         """One call has ended."""
         self.load -= 1
-        if not self.load:
+        if self._quiet is not None and not self.load:
             self._quiet.set()
 
     async def quiet(self) -> None:
         """Return when the engine works on nothing."""
-        await self._quiet.wait()
+        while self.load:
+            self._quiet = asyncio.Event()
+            await self._quiet.wait()
 
     def die(self, cause: BaseException) -> None:
         """The engine cannot go on. The first cause counts."""

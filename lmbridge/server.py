@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 from lmbridge.admission import Gate, Turns
 from lmbridge.call import Call, Outcome, closed_error, log_end, lost_error, timeout_error
-from lmbridge.channel import Channel, Doorbell
+from lmbridge.channel import Channel, Closed, Doorbell
 from lmbridge.engines.base import engine_error
 from lmbridge.errors import (
     EngineDeadError,
@@ -31,6 +31,7 @@ from lmbridge.errors import (
     fresh,
 )
 from lmbridge.messages import Delta
+from lmbridge.relay import Relay
 from lmbridge.seat import Seat
 
 logger = logging.getLogger("lmbridge")
@@ -44,10 +45,11 @@ class Server:
 
     def __init__(self, gate: Gate) -> None:
         self.loop = asyncio.new_event_loop()
-        self._pid = os.getpid()
+        self.pid = os.getpid()
         self.thread_id: int | None = None  # set once, by the server thread
         self.gate = gate
         self._bell = Doorbell(self.loop, self._answer)
+        self.relay = Relay(self.loop, self._bell.ring)
         self._rung: deque[Channel] = deque()  # appended by any thread, popped by the server thread; as the next
         self._aborted: deque[Call] = deque()
         self._lock = threading.Lock()
@@ -65,21 +67,20 @@ class Server:
         self._turns = Turns()
         self._pump_due = False
         self._missing: set[Call] = set()  # as of the last sweep
-        self._emptied = asyncio.Event()
-        self._emptied.set()
+        self._emptied: asyncio.Event | None = None  # there while somebody waits for it
 
     # --- any thread ---
 
     @property
     def forked(self) -> bool:
         """Whether this is a copy in a child process, whose thread does not exist."""
-        return self._pid != os.getpid()
+        return self.pid != os.getpid()
 
     def check_process(self) -> None:
         """Raise ForkedError in a child of the process that this server runs in. Comes before every lock."""
         if self.forked:
             raise ForkedError(
-                f"The bridge was started in process {self._pid}; its thread and model do not exist in this child. "
+                f"The bridge was started in process {self.pid}; its thread and model do not exist in this child. "
                 "Build the Bridge after the fork (under gunicorn: in the worker, or without --preload)."
             )
 
@@ -92,7 +93,7 @@ class Server:
         try:
             return self._idle.pop()
         except IndexError:
-            channel = Channel()
+            channel = Channel(relay=self.relay)
             self.register(channel)
             return channel
 
@@ -119,9 +120,13 @@ class Server:
         Raises:
             BridgeClosedError: the loop has ended.
         """
-        call.channel.send(call)
+        try:
+            call.channel.send(call)
+        except Closed:
+            raise self.closed_error() from None
         self._rung.append(call.channel)
-        self._bell.ring()
+        if not self._bell.rung:
+            self.relay.ring()
 
     def abort(self, call: Call) -> None:
         """Have the engine stop a call that its caller has settled. Takes no lock: finalizers use it."""
@@ -147,6 +152,7 @@ class Server:
         for channel in self._alive():
             for call in channel.close():
                 call.settle(closed_error(cause))
+        self.relay.wake_all()
 
     def closed_error(self) -> LMBridgeError:
         """What a call ends with that finds the loop gone. Any thread."""
@@ -196,7 +202,9 @@ class Server:
 
     async def drained(self) -> None:
         """Return when no call lives."""
-        await self._emptied.wait()
+        while self.living:
+            self._emptied = asyncio.Event()
+            await self._emptied.wait()
 
     async def sweep(self) -> None:
         """Look, now and then, at what no bell announced: killed ringers, deadlines nobody waits for, idle channels."""
@@ -229,6 +237,7 @@ class Server:
         """
         stuck._successor = self
         stuck.run_soon(stuck.loop.stop)
+        stuck.relay.wake_all()
         self._rung, self._aborted, self._idle = stuck._rung, stuck._aborted, stuck._idle
         for channel in stuck._alive():
             self.register(channel)
@@ -246,13 +255,17 @@ class Server:
     def _answer(self) -> None:
         if self.left_behind:
             return
-        while self._rung:
-            self._collect(self._rung.popleft())
+        self.relay.hold()
+        while self._rung:  # one entry for each call sent
+            call = self._rung.popleft().take()
+            if call is not None:
+                self._arrive(call)
         while self._aborted:
-            call = self._aborted.popleft()
-            self._collect(call.channel)  # its caller may have been interrupted between put and ring
-            self._abort(call)
+            aborted = self._aborted.popleft()
+            self._collect(aborted.channel)  # its caller may have been interrupted between put and ring
+            self._abort(aborted)
         self._pump()
+        self.relay.start()
 
     def _collect(self, channel: Channel) -> None:
         while (call := channel.take()) is not None:
@@ -261,7 +274,7 @@ class Server:
     def _arrive(self, call: Call) -> None:
         if self.living.get(call.request.id) is call:  # both a stuck server and its successor found it
             return
-        if call.outcome is not None:  # its caller has given up meanwhile
+        if call.outcomes:  # its caller has given up meanwhile
             call.ended = True
             self.gate.leave(call)
             return
@@ -273,7 +286,10 @@ class Server:
             error = fresh(self.refusal)
         else:
             self.living[call.request.id] = call
-            self._emptied.clear()
+            seat = self.seat
+            if seat is not None and not self._turns and seat.room > len(self._rung) and not self.left_behind:
+                self._begin(call, seat)  # there is room for all that come now: nobody has to wait for a turn
+                return
             self._turns.push(call)
             if self.left_behind and self._successor is not None:  # this thread was slow rather than stuck
                 self._successor.run_soon(functools.partial(self._successor._arrive, call))
@@ -287,11 +303,8 @@ class Server:
         self._pump_due = False
         if self.left_behind:
             return
-        while (seat := self.seat) is not None and seat.has_room:
-            call = self._turns.pop()
-            if call is None:
-                break
-            self._begin(call, seat)
+        while self._turns and (seat := self.seat) is not None and seat.room > 0:
+            self._begin(self._turns.pop(), seat)
 
     def _pump_soon(self) -> None:
         """Pump after the engine's present step, so that one step's finished requests are replaced together."""
@@ -303,7 +316,7 @@ class Server:
         self.gate.leave(call)
         call.seat = seat
         call.began = time.monotonic()
-        seat.take()
+        seat.load += 1
         request, engine = call.request, seat.engine
         try:
             engine.check(request)
@@ -359,18 +372,17 @@ class Server:
         """The sink of one call."""
         if call.ended or self.left_behind:
             return
-        assert call.seat is not None
-        call.seat.progress += 1
+        call.seat.progress += 1  # type: ignore[union-attr]
         if call.first_token is None and (delta.token_ids or delta.text):
             call.first_token = time.monotonic()
         call.tokens += len(delta.token_ids)
-        if call.outcome is None:
+        if not call.outcomes:
             call.deltas.append(delta)
         if delta.error is not None:
             self._finish(call, delta.error)
         elif delta.finish_reason is not None:
             self._finish(call, call.finish(delta.finish_reason, delta.usage))
-        elif call.streaming:
+        elif call.streaming and not call.signalled:
             call.signal()
 
     def _finish(self, call: Call, outcome: Outcome) -> None:
@@ -380,7 +392,7 @@ class Server:
             self._turns.remove(call)
         else:
             call.seat.leave()
-        if not self.living:
+        if self._emptied is not None and not self.living:
             self._emptied.set()
         self._say(call, outcome)
         self._pump_soon()
@@ -392,4 +404,5 @@ class Server:
         call.ended = True
         call.settle(outcome)
         call.signal()
-        log_end(call)
+        if logger.isEnabledFor(logging.DEBUG):
+            log_end(call)

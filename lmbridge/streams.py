@@ -12,8 +12,9 @@ import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
-from lmbridge.call import Call, Finish, timeout_error
-from lmbridge.errors import BridgeClosedError, LMBridgeError
+from lmbridge.call import Call, timeout_error
+from lmbridge.channel import Closed, Empty
+from lmbridge.errors import LMBridgeError
 from lmbridge.messages import Delta, Response, join_deltas
 
 if TYPE_CHECKING:
@@ -30,14 +31,13 @@ class Answer:
 
     def take(self) -> Delta | None:
         """All that came since the last take, merged; None when nothing did."""
-        self.call.signalled = False  # before looking, so that what comes now sends a new token
-        waiting = self.call.deltas
-        taken: list[Delta] = []
-        while waiting:
-            taken.append(waiting.popleft())
-        if not taken:
+        call = self.call
+        call.signalled = False  # before looking, so that what comes now sends a new token
+        if not call.deltas:
             return None
-        delta = join_deltas(taken)
+        taken = call.deltas[:]
+        del call.deltas[: len(taken)]
+        delta = taken[0] if len(taken) == 1 else join_deltas(taken)
         self._read.append(delta)
         return delta
 
@@ -47,19 +47,12 @@ class Answer:
         Raises:
             BaseException: the call's error, with the text generated before it as ``partial``.
         """
-        self.take()
-        whole = join_deltas(self._read) if self._read else Delta()
+        deltas = [*self._read, *self.call.deltas]
+        whole = join_deltas(deltas) if deltas else Delta()
         outcome = self.call.outcome
-        if isinstance(outcome, Finish):
-            return Response(
-                whole.text,
-                whole.token_ids,
-                outcome.reason,
-                outcome.usage,
-                outcome.timings,
-                whole.logprobs,
-                self.call.request.id,
-            )
+        if isinstance(outcome, Response):
+            outcome.text, outcome.token_ids, outcome.logprobs = whole.text, whole.token_ids, whole.logprobs
+            return outcome
         assert outcome is not None
         raise self.error(outcome)
 
@@ -100,7 +93,7 @@ class _Reading:
 
     def __repr__(self) -> str:
         outcome = self._call.outcome
-        state = "open" if outcome is None else getattr(outcome, "reason", type(outcome).__name__)
+        state = "open" if outcome is None else getattr(outcome, "finish_reason", type(outcome).__name__)
         return f"<{type(self).__name__} {self.request_id} {state}>"
 
     def __del__(self) -> None:
@@ -125,7 +118,7 @@ class _Reading:
         outcome = self._call.outcome
         if outcome is None or self._call.deltas:
             return False
-        if isinstance(outcome, Finish):
+        if isinstance(outcome, Response):
             return True
         raise self._answer.error(outcome)
 
@@ -159,11 +152,7 @@ class Stream(_Reading):
         # A generator of its own: only the for loop holds it, so that `break` drops it and this finally runs at once,
         # even while the Stream itself is held.
         try:
-            while True:
-                try:
-                    delta = next(self)
-                except StopIteration:
-                    return
+            while (delta := self._next()) is not None:
                 yield delta
         finally:
             self._leave()
@@ -176,23 +165,30 @@ class Stream(_Reading):
             RuntimeError: another thread waits for the next delta already.
             RequestTimeoutError: the deadline has passed; other LMBridgeErrors as they come.
         """
+        delta = self._next()
+        if delta is None:
+            raise StopIteration
+        return delta
+
+    def _next(self) -> Delta | None:
+        """The next delta; None at the end."""
         self._server.check_process()
-        if not self._turn.acquire(blocking=False):
+        if not self._turn.acquire(False):
             raise RuntimeError("Another thread is reading this stream; give each thread a stream of its own.")
         try:
-            while True:
-                if (delta := self._answer.take()) is not None:
-                    return delta
-                if self._end():
-                    raise StopIteration
+            while (delta := self._answer.take()) is None:
+                if self._call.outcomes and self._end():
+                    break
                 self._wait()
-        except (StopIteration, LMBridgeError):
+            return delta
+        except LMBridgeError:
             raise
         except BaseException:  # KeyboardInterrupt while waiting: nobody reads on
             self._leave()
             raise
         finally:
-            self._give_back()
+            if self._call.ended:
+                self._give_back()
             self._turn.release()
 
     def close(self) -> None:
@@ -208,17 +204,19 @@ class Stream(_Reading):
 
     def _give_back(self) -> None:
         release = self._release
-        if release is not None and self._call.ended and not self._call.deltas:
+        if release is not None and not self._call.deltas:
             self._release = None
             release(self._call)
 
     def _wait(self) -> None:
         remaining = self._remaining()
-        if self._call.outcome is not None:
+        if self._call.outcomes:
             return
         try:
-            self._call.channel.wait(remaining)
-        except BridgeClosedError:
+            self._call.channel.wait(True, remaining)
+        except Empty:
+            pass
+        except Closed:
             self._call.settle(self._server.closed_error())
 
 

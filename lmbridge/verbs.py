@@ -99,7 +99,7 @@ class Verbs:
                 with its position as ``index``, and the rest is aborted.
         """
         client = self._client()
-        if is_batch(prompt):
+        if not isinstance(prompt, str) and is_batch(prompt):
             return client.run_batch(prompt, config, options, return_exceptions, progress)
         return client.run(client.request(prompt, config, options))
 

@@ -23,8 +23,8 @@ def order(*calls: Call) -> list[str]:
     for one in calls:
         turns.push(one)
     popped = [turns.pop() for _ in calls]
-    assert turns.pop() is None
-    return [one.request.id for one in popped if one is not None]
+    assert not turns
+    return [one.request.id for one in popped]
 
 
 def test_clients_alternate() -> None:
@@ -53,4 +53,4 @@ def test_removing_keeps_the_order() -> None:
     turns.remove(calls[2])
     left = turns.pop()
     assert left is calls[1]
-    assert len(turns) == 0
+    assert not turns

@@ -1,0 +1,85 @@
+"""Threads that wait for the same step of the engine wake one another, and none is forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+from lmbridge import Bridge
+from lmbridge.relay import Relay
+from lmbridge.testing import ScriptedEngine
+
+CROWD = 48
+
+
+def answers_of_one_step() -> list[str]:
+    """What a crowd of threads gets that one step answers."""
+    engine = ScriptedEngine(manual=True, max_batch_size=CROWD)
+    with Bridge(engine) as bridge, ThreadPoolExecutor(CROWD) as pool:
+        asked = [pool.submit(bridge.infer, str(number), timeout=60) for number in range(CROWD)]
+        engine.wait_for(lambda e: e.active == CROWD)
+        engine.step()
+        return [future.result(60).text for future in asked]
+
+
+def test_a_crowd_is_answered() -> None:
+    assert answers_of_one_step() == [str(number) for number in range(CROWD)]
+
+
+def test_a_crowd_is_answered_beside_a_busy_thread() -> None:
+    """Where each hand-over takes long, everybody is woken at once."""
+    ended = threading.Event()
+
+    def compute() -> None:
+        while not ended.is_set():
+            sum(range(1000))
+
+    busy = threading.Thread(target=compute)
+    busy.start()
+    try:
+        assert answers_of_one_step() == [str(number) for number in range(CROWD)]
+    finally:
+        ended.set()
+        busy.join()
+
+
+def test_a_thread_that_does_not_pass_on_keeps_nobody_asleep() -> None:
+    """It may have been killed as it woke."""
+    waiters = [threading.Lock() for _ in range(CROWD)]
+    for waiter in waiters:
+        waiter.acquire()
+
+    async def all_woken() -> None:
+        relay = Relay(asyncio.get_running_loop(), ring=lambda: None)
+        relay.open()
+        for waiter in waiters:
+            relay.wake(waiter)
+        while any(waiter.locked() for waiter in waiters):
+            await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(all_woken(), 30))
+
+
+def test_who_sends_during_a_relay_is_heard() -> None:
+    """The doorbell is held back only as long as somebody is still to wake, who may have something to send too."""
+    rung: list[int] = []
+
+    async def send_during() -> None:
+        relay = Relay(asyncio.get_running_loop(), ring=lambda: rung.append(1))
+        relay.open()
+        waiters = [threading.Lock() for _ in range(3)]
+        for waiter in waiters:
+            waiter.acquire()
+            relay.wake(waiter)
+        relay.start()  # two of three are woken
+        relay.ring()
+        assert rung == []
+        relay.pass_on()
+        assert rung == []
+        relay.pass_on()
+        assert rung == [1]
+        relay.ring()
+        assert rung == [1, 1]
+
+    asyncio.run(send_during())
