@@ -11,7 +11,7 @@ import argparse
 from typing import NoReturn, Protocol
 
 import lmbridge
-from lmbridge.cli import chat, demo
+from lmbridge.cli import bench, chat, demo
 from lmbridge.cli.terminal import guarded
 
 
@@ -28,6 +28,7 @@ class Command(Protocol):
 COMMANDS: dict[str, Command] = {
     "demo": demo,
     "chat": chat,
+    "bench": bench,
 }
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["demo", "chat", "--version"]),
+        (["--help"], ["demo", "chat", "bench", "--version"]),
         (["demo", "--help"], ["Eight threads", "--threads", "--model", "--engine", "--option"]),
         (["chat", "--help"], ["Ctrl-C", "Ctrl-D", "--system", "--max-new-tokens", "--temperature", "--seed"]),
     ],

@@ -1,0 +1,302 @@
+"""Put a model, or a server, under load and measure it.
+
+  lmbridge bench MODEL                      through a bridge in this process
+  lmbridge bench --url http://host:8000/v1  any OpenAI-compatible server
+
+Each client is a thread: it sends a prompt, reads the answer, sends the next.
+With --rate, requests arrive at random times instead, so many a second, and the
+time a request waits for a free client counts. Prompts are random words, each
+different, the same for the same --seed.
+
+The bridge's share is what the bridge itself costs: the same load goes straight
+to the same engine too, in turn with the bridge, and no thread is crossed; the
+share is 1 - tokens/s through the bridge / tokens/s without it.
+
+Ctrl-C ends the load and shows what was measured so far. The exit status is 1 if
+every request failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lmbridge.cli.bench_bridge import BridgeTarget, Native, engine_of
+from lmbridge.cli.bench_load import Round, Target, poisson
+from lmbridge.cli.bench_plot import check_matplotlib, draw
+from lmbridge.cli.bench_prompts import Prompts
+from lmbridge.cli.bench_report import Result, as_json, as_text, summarize
+from lmbridge.cli.bench_url import UrlTarget, find_model, open_client
+from lmbridge.cli.terminal import MODEL_HELP, add_engine_arguments, loaded
+from lmbridge.errors import EngineError, InvalidRequestError, LMBridgeError
+from lmbridge.messages import GenerationConfig
+
+if TYPE_CHECKING:
+    from lmbridge.bridge import Bridge
+
+SUMMARY = "measure a model or a server under load"
+REQUESTS_PER_CLIENT = 4
+MOST_CONNECTIONS = 1000  # of one HTTP client; more clients would wait for each other there
+HIDDEN = (
+    "api_key",
+    "command",
+    "name",
+    "json",
+    "plot",
+    "usual_engine",
+)  # of the arguments: secret, or no setting of what was measured
+
+Advance = Callable[[int], None]
+
+
+# --- the command line ---
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="MODEL", nargs="?", help=MODEL_HELP)
+    add_engine_arguments(parser)
+    parser.set_defaults(usual_engine=parser.get_default("engine"))
+    _add_load_arguments(parser.add_argument_group("the load"))
+    server = parser.add_argument_group("a server instead of a model")
+    server.add_argument("--url", help="its base URL, which usually ends with /v1")
+    server.add_argument("--model", metavar="NAME", help="the model to ask for (default: its only one)")
+    server.add_argument("--api-key", metavar="KEY", help="(default: $OPENAI_API_KEY)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", metavar="FILE", type=_file, help="write all figures and every request")
+    output.add_argument("--plot", metavar="FILE", type=_file, help="write a picture, a PNG")
+
+
+def _add_load_arguments(load: argparse._ArgumentGroup) -> None:
+    load.add_argument("--clients", metavar="N", type=_positive, default=64, help="threads (default: 64)")
+    load.add_argument("--requests", metavar="N", type=_positive, help="in all (default: 4 for each client)")
+    load.add_argument("--rate", metavar="R", type=_rate, help="requests arriving a second (default: as answered)")
+    load.add_argument("--prompt-tokens", metavar="N", type=_positive, default=128, help="about (default: 128)")
+    load.add_argument(
+        "--shared-prefix", metavar="N", type=_count, default=0, help="of these, the same in all (default: 0)"
+    )
+    load.add_argument("--max-new-tokens", metavar="N", type=_positive, default=64, help="(default: 64)")
+    load.add_argument("--stop-at-eos", action="store_true", help="let answers end by themselves")
+    load.add_argument(
+        "--stream", action=argparse.BooleanOptionalAction, default=True, help="read answers as they grow (the default)"
+    )
+    load.add_argument("--warmup", metavar="N", type=_count, help="requests before (default: one for each client)")
+    load.add_argument("--timeout", metavar="S", type=_rate, default=600.0, help="for a request (default: 600)")
+    load.add_argument("--seed", metavar="N", type=_count, default=0, help="of prompts and arrivals (default: 0)")
+    load.add_argument("--no-native", action="store_true", help="do not measure the bridge's share")
+
+
+def _count(text: str) -> int:
+    if text.isdecimal():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 0")
+
+
+def _positive(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number > 0")
+
+
+def _rate(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number > 0")
+
+
+def _file(text: str) -> str:
+    """A file that can be written once the load is over: it would be a pity to learn then that it cannot."""
+    if os.path.isdir(os.path.dirname(text) or ".") and not os.path.isdir(text):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is in no folder that exists, or is one")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Fill in the defaults that depend on others, and raise InvalidRequestError where options contradict each other."""
+    if arguments.requests is None:
+        arguments.requests = REQUESTS_PER_CLIENT * arguments.clients
+    if arguments.warmup is None:
+        arguments.warmup = min(arguments.clients, arguments.requests)
+    if arguments.shared_prefix > arguments.prompt_tokens:
+        raise InvalidRequestError("--shared-prefix is a part of --prompt-tokens, and cannot be more.", "shared_prefix")
+    if arguments.url is None:
+        _refuse(arguments, ("model", "api_key"), "goes with --url; a model in this process is named without an option")
+        arguments.target = arguments.target or "demo"
+        return
+    arguments.engine = None if arguments.engine == arguments.usual_engine else arguments.engine
+    _refuse(arguments, ("target", "engine", "options"), "goes with a model in this process, not with --url")
+    if arguments.clients > MOST_CONNECTIONS:
+        raise InvalidRequestError(f"--clients can be {MOST_CONNECTIONS} at most with --url.", "clients")
+
+
+def _refuse(arguments: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    shown = {"target": "MODEL", "options": "--option"}
+    for name in names:
+        if getattr(arguments, name):
+            raise InvalidRequestError(f"{shown.get(name) or '--' + name.replace('_', '-')} {why}.", name)
+
+
+# --- the run ---
+
+
+def run(arguments: argparse.Namespace) -> int:
+    check(arguments)
+    if arguments.plot:
+        check_matplotlib()
+    if arguments.url:
+        return bench_url(arguments)
+    arguments.model = arguments.target
+    with loaded(arguments) as bridge:
+        return bench_bridge(bridge, arguments)
+
+
+def bench_url(arguments: argparse.Namespace) -> int:
+    """The whole command against a server."""
+    with open_client(arguments.url, arguments.api_key, arguments.timeout) as client:
+        model = arguments.model or find_model(client, arguments.url)
+        target = UrlTarget(client, model, arguments.max_new_tokens, arguments.stream)
+        prompts = Prompts(arguments.prompt_tokens, arguments.shared_prefix, arguments.seed, count=None)
+        result = new_result(arguments, f"{model} at {arguments.url}", ignore_eos=False, prompts_by="words")
+        result.no_share = "a server's own cannot be told from here"
+        return Bench(arguments, target, prompts, result).run()
+
+
+def bench_bridge(bridge: Bridge, arguments: argparse.Namespace) -> int:
+    """The whole command on a bridge that is ready."""
+    engine, _ = engine_of(bridge)
+    ignore_eos = not arguments.stop_at_eos and "ignore_eos" in engine.supports
+    config = GenerationConfig(max_new_tokens=arguments.max_new_tokens, ignore_eos=ignore_eos)
+    target = BridgeTarget(bridge, config, arguments.timeout, arguments.stream)
+    prompts = Prompts(arguments.prompt_tokens, arguments.shared_prefix, arguments.seed, target.count_tokens)
+    result = new_result(arguments, engine.describe(), ignore_eos, prompts_by="tokens")
+    result.max_batch_size = engine.max_batch_size
+    native: Native | None = Native(bridge, config, arguments.clients)
+    if arguments.rate:
+        native, result.no_share = None, "the rate decides how many tokens come in a second"
+    elif arguments.no_native:
+        native, result.no_share = None, "--no-native"
+    return Bench(arguments, target, prompts, result, native, bridge.stats).run()
+
+
+def new_result(arguments: argparse.Namespace, label: str, ignore_eos: bool, prompts_by: str) -> Result:
+    settings = {name: value for name, value in vars(arguments).items() if name not in HIDDEN}
+    began = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    settings["options"] = dict(arguments.options)
+    return Result({**settings, "ignore_eos": ignore_eos, "prompts_by": prompts_by}, label, began)
+
+
+class Bench:
+    """One run: warms up, measures, reports."""
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        target: Target,
+        prompts: Prompts,
+        result: Result,
+        native: Native | None = None,
+        stats: Callable[[], dict[str, float]] = dict,
+    ) -> None:
+        self._arguments = arguments
+        self._target = target
+        self._prompts = prompts
+        self._result = result
+        self._native = native
+        self._stats = stats
+
+    def run(self) -> int:
+        """Measure and report; the exit status."""
+        arguments, result = self._arguments, self._result
+        try:
+            with progress(arguments.warmup + arguments.requests * (2 if self._native else 1)) as advance:
+                self._warm_up(advance)
+                self._measure(advance)
+        except KeyboardInterrupt:
+            result.interrupted = True
+        if result.interrupted and not result.rounds:
+            print("Interrupted before anything was measured.")
+            return 130
+        summary = summarize(result)
+        print(as_text(result, summary), flush=True)
+        if arguments.json:
+            with open(arguments.json, "w", encoding="utf-8") as file:
+                json.dump(as_json(result, summary), file, indent=1, default=str)  # an option may be anything
+        if arguments.plot:
+            draw(result, arguments.plot)
+        return 130 if result.interrupted else int(result.all_failed)
+
+    def _warm_up(self, advance: Advance) -> None:
+        """Requests that are not counted, so that no first time of anything is measured.
+
+        Raises:
+            EngineError: every one of them failed, and so would the others.
+        """
+        count = self._arguments.warmup
+        if not count:
+            return
+        first = Round(self._target, self._prompts.make(count), self._arguments.clients)
+        first.run(lambda: advance(1))
+        errors = [row for row in first.rows if row.outcome == "error"]
+        if len(errors) == count:
+            raise EngineError(f"Every request of the warm-up failed: {errors[0].error}: {errors[0].message}")
+
+    def _measure(self, advance: Advance) -> None:
+        """With the engine alone for comparison: bridge, engine, engine, bridge, half the requests each time, so that
+        whoever comes later does not profit from that. Halves that would leave clients idle are not made."""
+        requests, clients = self._arguments.requests, self._arguments.clients
+        if self._native is None:
+            self._bridge_round(requests, advance)
+            return
+        half = requests if requests < 2 * clients else (requests + 1) // 2
+        self._bridge_round(half, advance)
+        self._native_round(half, advance)
+        if requests > half:
+            self._native_round(requests - half, advance)
+            self._bridge_round(requests - half, advance)
+
+    def _bridge_round(self, count: int, advance: Advance) -> None:
+        rate, seed = self._arguments.rate, self._arguments.seed
+        arrivals = list(itertools.islice(poisson(rate, seed), count)) if rate else None
+        number = len(self._result.rounds) + 1
+        part = Round(self._target, self._prompts.make(count), self._arguments.clients, arrivals, number)
+        self._result.rounds.append(part)
+        before = self._stats()
+        try:
+            part.run(lambda: advance(1))
+        finally:
+            self._count_steps(before, self._stats())
+
+    def _native_round(self, count: int, advance: Advance) -> None:
+        if self._native is not None:
+            try:
+                self._result.natives.append(self._native.run(self._prompts.make(count)))
+            except LMBridgeError as error:  # the bridge's own figures stand all the same
+                self._result.no_share, self._native = str(error), None
+        advance(count)
+
+    def _count_steps(self, before: dict[str, float], after: dict[str, float]) -> None:
+        result = self._result
+        if {"steps", "tokens"} <= before.keys() & after.keys():
+            result.steps = (result.steps or 0.0) + after["steps"] - before["steps"]
+            result.engine_tokens = (result.engine_tokens or 0.0) + after["tokens"] - before["tokens"]
+
+
+@contextlib.contextmanager
+def progress(requests: int) -> Iterator[Advance]:
+    """A bar on stderr while the context lasts, where that is a terminal. Drawn seldom: drawing takes the GIL."""
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, refresh_per_second=2) as bar:
+        task: Any = bar.add_task("Measuring", total=requests)
+        yield lambda count: bar.update(task, advance=count)
