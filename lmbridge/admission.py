@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from lmbridge.call import Call
 from lmbridge.errors import QueueFullError
+from lmbridge.metrics import Metrics
 
 IDLE_CLIENTS = 256  # of how many clients that have nothing inside the gate keeps the (empty) books
 
@@ -25,10 +26,11 @@ class Gate:
     A place that falls free is handed to the caller that has waited longest, rather than raced for.
     """
 
-    def __init__(self, max_pending: int, max_pending_per_client: int, reject: bool) -> None:
+    def __init__(self, max_pending: int, max_pending_per_client: int, reject: bool, metrics: Metrics) -> None:
         self._max_pending = max_pending
         self._max_per_client = max_pending_per_client
         self._reject = reject
+        self._metrics = metrics
         self._lock = threading.RLock()
         # A call is inside when it is a key here. Each entry is made and removed by one atomic step, so that a caller
         # who is interrupted in between leaves nothing miscounted. Guarded by _lock, as are the next three.
@@ -151,6 +153,7 @@ class Gate:
     def _refuse_if_rejecting(self, call: Call) -> None:
         if not self._reject:
             return
+        self._metrics.refused()
         raise QueueFullError(
             f"{self.pending} requests wait already (max_pending={self._max_pending}, max_pending_per_client="
             f"{self._max_per_client}); this one was not taken. Try again later, or use when_full='block'."
@@ -172,46 +175,43 @@ class Turns:
     AGING = 10.0
 
     def __init__(self) -> None:
-        self._lanes: dict[tuple[str, int], deque[Call]] = {}  # in order of turns: the first is next
+        self.lanes: dict[tuple[str, int], deque[Call]] = {}  # in order of turns; empty when nobody waits
         self._prioritised = 0  # how many calls have a priority of their own; usually none
-
-    def __bool__(self) -> bool:
-        return bool(self._lanes)
 
     def push(self, call: Call) -> None:
         request = call.request
         lane = (request.client, request.priority)
-        queue = self._lanes.get(lane)
+        queue = self.lanes.get(lane)
         if queue is None:
-            self._lanes[lane] = deque((call,))
+            self.lanes[lane] = deque((call,))
         else:
             queue.append(call)
         self._prioritised += request.priority != 0
 
     def pop(self) -> Call:
         """The next call, of which there must be one. Its client goes to the end of the line."""
-        lane = self._most_urgent() if self._prioritised else next(iter(self._lanes))
-        queue = self._lanes.pop(lane)
+        lane = self._most_urgent() if self._prioritised else next(iter(self.lanes))
+        queue = self.lanes.pop(lane)
         call = queue.popleft()
         if queue:
-            self._lanes[lane] = queue
+            self.lanes[lane] = queue
         self._prioritised -= call.request.priority != 0
         return call
 
     def remove(self, call: Call) -> None:
         """Take out a call that will not be begun."""
         lane = (call.request.client, call.request.priority)
-        queue = self._lanes[lane]
+        queue = self.lanes[lane]
         queue.remove(call)
         self._prioritised -= call.request.priority != 0
         if not queue:
-            del self._lanes[lane]
+            del self.lanes[lane]
 
     def _most_urgent(self) -> tuple[str, int]:
         now = time.monotonic()
 
         def urgency(lane: tuple[str, int]) -> float:
-            waited = now - self._lanes[lane][0].request.created
+            waited = now - self.lanes[lane][0].request.created
             return lane[1] + waited // self.AGING
 
-        return max(self._lanes, key=urgency)  # the first of equals, so turns hold
+        return max(self.lanes, key=urgency)  # the first of equals, so turns hold

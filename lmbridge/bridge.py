@@ -22,6 +22,7 @@ from lmbridge.engines.base import Engine
 from lmbridge.errors import InvalidRequestError, RequestAbortedError
 from lmbridge.host import Host
 from lmbridge.messages import GenerationConfig
+from lmbridge.metrics import Metrics
 from lmbridge.supervisor import Recipe, State
 from lmbridge.verbs import Verbs
 
@@ -95,8 +96,9 @@ class Bridge(Verbs):
     ) -> None:
         _check_limits(max_pending, max_pending_per_client, when_full, timeout)
         recipe = _recipe(model, engine, engine_options)
-        gate = Gate(max_pending, max_pending_per_client, reject=when_full == "reject")
-        self._host = Host(recipe, gate, timeout, stall_timeout)
+        metrics = Metrics()
+        gate = Gate(max_pending, max_pending_per_client, when_full == "reject", metrics)
+        self._host = Host(recipe, gate, metrics, timeout, stall_timeout)
         self._threads = threading.local()  # .client: the thread's own client, dropped when the thread ends
 
     # --- lifetime ---
@@ -204,6 +206,11 @@ class Bridge(Verbs):
             )
             for call in calls
         ]
+
+    @property
+    def metrics(self) -> Metrics:
+        """What has been counted since the bridge was built; see ``lmbridge.metrics`` for Prometheus."""
+        return self._host.metrics
 
     def stats(self) -> dict[str, float]:
         """What the engine counts of itself (``in_flight``, ``steps``, ``tokens`` …); empty while there is none."""

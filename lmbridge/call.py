@@ -68,12 +68,6 @@ class Call:
         usage = usage or Usage(completion_tokens=self.tokens)
         return Response("", [], reason, usage, timings, None, self.request.id)
 
-    def signal(self) -> None:
-        """Tell the reader that there is something to look at. Server thread only."""
-        if not self.signalled:
-            self.signalled = True
-            self.channel.signal(self)
-
 
 def timeout_error(call: Call) -> RequestTimeoutError:
     """What a call whose deadline has passed ends with."""

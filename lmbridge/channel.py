@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import _thread
 import asyncio
-import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -153,7 +152,13 @@ class Channel:
             return None
 
     def signal(self, call: Call) -> None:
-        """Put a token back. The consumer is woken by the queue's own condition, with the GIL kept."""
+        """Tell the reader of a call that there is something to look at, unless a token is on its way already.
+
+        It is woken by the queue's own condition, with the GIL kept.
+        """
+        if call.signalled:
+            return
+        call.signalled = True
         try:
             self._reply(call)
         except janus.AsyncQueueShutDown:
@@ -195,8 +200,10 @@ class Doorbell:
         if self.rung:
             return
         self.rung = True
-        with contextlib.suppress(RuntimeError):  # the loop is closed: whatever ended it settles every call
+        try:  # noqa: SIM105  contextlib.suppress costs as much as the rest of a ring
             self._loop.call_soon_threadsafe(self.answer)
+        except RuntimeError:  # the loop is closed: whatever ended it settles every call
+            pass
 
     def answer(self) -> None:
         """Look. On the loop only. The flag falls first, so that what comes meanwhile rings again."""

@@ -33,6 +33,7 @@ from lmbridge.errors import (
     fresh,
 )
 from lmbridge.futures import Dispatcher
+from lmbridge.metrics import Metrics
 from lmbridge.server import Server
 from lmbridge.supervisor import CLOSE_GRACE, Recipe, Status, Supervisor, Swap
 from lmbridge.watchdog import Watchdog
@@ -46,9 +47,12 @@ ASK_PATIENCE = 1.0  # seconds to wait for the loop's answer to a question
 class Host:
     """Starts one server thread, looks after it and ends it."""
 
-    def __init__(self, recipe: Recipe, gate: Gate, timeout: float | None, stall_timeout: float | None) -> None:
+    def __init__(
+        self, recipe: Recipe, gate: Gate, metrics: Metrics, timeout: float | None, stall_timeout: float | None
+    ) -> None:
         self.timeout = timeout
         self.gate = gate
+        self.metrics = metrics
         self.status = Status()
         self._recipe = recipe
         self._stall_timeout = stall_timeout
@@ -227,7 +231,7 @@ class Host:
     def _launch(self, recipe: Recipe, stuck: Server | None) -> Server:
         """A server on a new thread. With _lock held."""
         self.status.state = "starting"
-        server = Server(self.gate)
+        server = Server(self.gate, self.metrics)
         self._supervisor = Supervisor(server, recipe, self.status)
         self._thread = threading.Thread(
             target=self._run, args=(server, self._supervisor, stuck), name="lmbridge server", daemon=True

@@ -35,7 +35,7 @@ class Relay:
         self._held_back = False  # somebody did not ring because a relay is on: whoever wakes last does
         self._passed = 0  # since the last look; a rough count, since any thread adds to it
         self._thread_id: int | None = None  # the server thread's; it alone touches the rest
-        self._start_due = False
+        self.held = False  # ``start`` will be called: nobody is woken before
         self._look: asyncio.TimerHandle | None = None
         self._pause_end = 0.0
 
@@ -66,8 +66,8 @@ class Relay:
             waiter.release()
             return
         self._waiting.append(waiter)
-        if not self._start_due:
-            self._start_due = True
+        if not self.held:
+            self.held = True
             self._loop.call_soon(self.start)
 
     def wake_all(self) -> None:
@@ -84,20 +84,17 @@ class Relay:
 
     def start(self) -> None:
         """Wake the first few; comes after everything the engine had to say in one step."""
-        self._start_due = False
-        if not self._waiting:
-            return
-        if self._loop.time() < self._pause_end:
+        self.held = False
+        if self._pause_end and self._loop.time() < self._pause_end:
             self.wake_all()
             return
-        for _ in range(RUNNERS):
-            self.pass_on()
-        if self._look is None and self._waiting:
+        try:
+            for _ in range(RUNNERS):
+                self._waiting.popleft().release()
+        except IndexError:
+            return
+        if self._waiting and self._look is None:
             self._look_soon()
-
-    def hold(self) -> None:
-        """Wake nobody before ``start`` is called."""
-        self._start_due = True
 
     def _look_soon(self) -> None:
         self._passed = 0

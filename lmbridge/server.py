@@ -31,6 +31,7 @@ from lmbridge.errors import (
     fresh,
 )
 from lmbridge.messages import Delta
+from lmbridge.metrics import Metrics
 from lmbridge.relay import Relay
 from lmbridge.seat import Seat
 
@@ -43,11 +44,12 @@ IDLE_CHANNELS = 64  # how many unused channels are kept for the next caller
 class Server:
     """Owns the loop, the channels and the living calls."""
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate, metrics: Metrics) -> None:
         self.loop = asyncio.new_event_loop()
         self.pid = os.getpid()
         self.thread_id: int | None = None  # set once, by the server thread
         self.gate = gate
+        self._metrics = metrics
         self._bell = Doorbell(self.loop, self._answer)
         self.relay = Relay(self.loop, self._bell.ring)
         self._rung: deque[Channel] = deque()  # appended by any thread, popped by the server thread; as the next
@@ -149,6 +151,7 @@ class Server:
         self.living.clear()
         for call in lost:
             call.settle(closed_error(cause))
+            self._metrics.ended(call.outcomes[0])
         for channel in self._alive():
             for call in channel.close():
                 call.settle(closed_error(cause))
@@ -226,7 +229,7 @@ class Server:
         """End the living calls that ``chosen`` picks, each with a copy of ``error``."""
         for call in [call for call in self.living.values() if chosen(call)]:
             if call.settle(fresh(error)):
-                call.signal()
+                call.channel.signal(call)
                 self._abort(call)
 
     def take_over(self, stuck: Server) -> None:
@@ -248,6 +251,7 @@ class Server:
             else:
                 call.ended = True
                 call.settle(lost_error(cause))
+                self._metrics.ended(call.outcomes[0])
                 call.channel.nudge(call)
 
     # --- arrivals ---
@@ -255,7 +259,7 @@ class Server:
     def _answer(self) -> None:
         if self.left_behind:
             return
-        self.relay.hold()
+        self.relay.held = True
         while self._rung:  # one entry for each call sent
             call = self._rung.popleft().take()
             if call is not None:
@@ -264,7 +268,8 @@ class Server:
             aborted = self._aborted.popleft()
             self._collect(aborted.channel)  # its caller may have been interrupted between put and ring
             self._abort(aborted)
-        self._pump()
+        if self._turns.lanes:
+            self._pump()
         self.relay.start()
 
     def _collect(self, channel: Channel) -> None:
@@ -275,8 +280,7 @@ class Server:
         if self.living.get(call.request.id) is call:  # both a stuck server and its successor found it
             return
         if call.outcomes:  # its caller has given up meanwhile
-            call.ended = True
-            self.gate.leave(call)
+            self._forget(call)
             return
         if call.request.id in self.living:
             error: LMBridgeError = InvalidRequestError(
@@ -287,7 +291,7 @@ class Server:
         else:
             self.living[call.request.id] = call
             seat = self.seat
-            if seat is not None and not self._turns and seat.room > len(self._rung) and not self.left_behind:
+            if seat is not None and not self._turns.lanes and seat.room > len(self._rung) and not self.left_behind:
                 self._begin(call, seat)  # there is room for all that come now: nobody has to wait for a turn
                 return
             self._turns.push(call)
@@ -303,12 +307,12 @@ class Server:
         self._pump_due = False
         if self.left_behind:
             return
-        while self._turns and (seat := self.seat) is not None and seat.room > 0:
+        while self._turns.lanes and (seat := self.seat) is not None and seat.room > 0:
             self._begin(self._turns.pop(), seat)
 
     def _pump_soon(self) -> None:
         """Pump after the engine's present step, so that one step's finished requests are replaced together."""
-        if self._turns and not self._pump_due:
+        if self._turns.lanes and not self._pump_due:
             self._pump_due = True
             self.loop.call_soon(self._pump)
 
@@ -336,7 +340,7 @@ class Server:
     def _abort(self, call: Call) -> None:
         """Stop a settled call: at once where it only waits, through the engine where it runs."""
         if call.ended or self.living.get(call.request.id) is not call:
-            self.gate.leave(call)  # it may have been admitted and never sent
+            self._forget(call)  # it may have been admitted and never sent
             return
         if call.seat is None:
             assert call.outcome is not None
@@ -352,7 +356,7 @@ class Server:
         for call in list(self.living.values()):
             deadline = call.request.deadline
             if deadline is not None and now > deadline and call.settle(timeout_error(call)):
-                call.signal()
+                call.channel.signal(call)
                 self._abort(call)
 
     def _reclaim_places(self) -> None:
@@ -383,7 +387,7 @@ class Server:
         elif delta.finish_reason is not None:
             self._finish(call, call.finish(delta.finish_reason, delta.usage))
         elif call.streaming and not call.signalled:
-            call.signal()
+            call.channel.signal(call)
 
     def _finish(self, call: Call, outcome: Outcome) -> None:
         """The server's final word on a call it knew."""
@@ -397,12 +401,21 @@ class Server:
         self._say(call, outcome)
         self._pump_soon()
 
-    def _say(self, call: Call, outcome: Outcome) -> None:
+    def _forget(self, call: Call) -> None:
+        """The final word on a call that never got into the queue; its caller knows the outcome."""
         self.gate.leave(call)
+        if not call.ended and call.outcome is not None:
+            call.ended = True
+            self._metrics.ended(call.outcome)
+
+    def _say(self, call: Call, outcome: Outcome) -> None:
+        if call.began is None:
+            self.gate.leave(call)
         if isinstance(outcome, LMBridgeError):
             outcome.request_id = call.request.id
         call.ended = True
         call.settle(outcome)
-        call.signal()
+        self._metrics.ended(call.outcomes[0])
+        call.channel.signal(call)
         if logger.isEnabledFor(logging.DEBUG):
             log_end(call)

@@ -49,11 +49,10 @@ class Answer:
         """
         deltas = [*self._read, *self.call.deltas]
         whole = join_deltas(deltas) if deltas else Delta()
-        outcome = self.call.outcome
+        outcome = self.call.outcomes[0]
         if isinstance(outcome, Response):
             outcome.text, outcome.token_ids, outcome.logprobs = whole.text, whole.token_ids, whole.logprobs
             return outcome
-        assert outcome is not None
         raise self.error(outcome)
 
     def error(self, outcome: BaseException) -> BaseException:

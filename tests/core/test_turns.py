@@ -23,7 +23,7 @@ def order(*calls: Call) -> list[str]:
     for one in calls:
         turns.push(one)
     popped = [turns.pop() for _ in calls]
-    assert not turns
+    assert not turns.lanes
     return [one.request.id for one in popped]
 
 
@@ -53,4 +53,4 @@ def test_removing_keeps_the_order() -> None:
     turns.remove(calls[2])
     left = turns.pop()
     assert left is calls[1]
-    assert not turns
+    assert not turns.lanes
