@@ -45,7 +45,9 @@ class Client(Verbs):
         self.name = name
         self._host = host
         self._bridge = bridge  # keeps it alive; None for a thread's own client, which the bridge holds itself
-        self._own: list[Channel] = []  # its pair while no call uses it; append and pop are atomic
+        # Its pair while no call uses it; append and pop are atomic. It goes with the client: a finalizer that gave it
+        # back would run after the garbage collector has cut the server's weak reference to it.
+        self._own: list[Channel] = []
         self._closed = False
 
     def __repr__(self) -> str:
@@ -60,19 +62,14 @@ class Client(Verbs):
         server = self._host.running()
         if server is not None:
             server.run_soon(lambda: server.abort_where(self._is_mine, self._closed_error()))
-            self._return_channel(server)
+            while self._own:
+                server.give_back(self._own.pop())
 
     def __enter__(self) -> Client:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        host = getattr(self, "_host", None)
-        server = host.running() if host is not None else None
-        if server is not None:
-            self._return_channel(server)
 
     # --- what the verbs are made of ---
 
@@ -252,10 +249,6 @@ class Client(Verbs):
             server.give_back(channel)
         else:
             self._own.append(channel)
-
-    def _return_channel(self, server: Server) -> None:
-        while self._own:
-            server.give_back(self._own.pop())
 
     def _is_mine(self, call: Call) -> bool:
         return call.client is self

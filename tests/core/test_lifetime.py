@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -558,3 +559,24 @@ def test_import_is_light() -> None:
 def test_type_information_is_shipped() -> None:
     """Users' type checkers see the annotations."""
     assert (Path(lmbridge.__file__).parent / "py.typed").exists()
+
+
+def test_clients_in_reference_cycles_leave_nothing_broken() -> None:
+    """What the garbage collector finds rather than the reference count must not come back half dismantled."""
+    engine = ScriptedEngine(manual=True)
+    with ThreadPoolExecutor() as pool, Bridge(engine) as bridge:
+        for _ in range(20):
+            client: Any = bridge.client()
+            client.itself = client
+            answer = pool.submit(client.infer, "one")
+            engine.wait_for(lambda e: e.active == 1)
+            engine.step()
+            assert answer.result(30).text == "one"
+            del client, answer
+            gc.collect()
+        waiting = [pool.submit(bridge.client().infer, "never answered") for _ in range(4)]
+        engine.wait_for(lambda e: e.active == 4)
+        loop = bridge._host.server(True).loop
+        loop.call_soon_threadsafe(loop.stop)
+        for future in waiting:
+            assert isinstance(future.exception(30), BridgeClosedError)
