@@ -19,10 +19,10 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-RUNNERS = 2  # how many are woken by the server thread; measured with 1, 2 and 4
+RUNNERS = 1  # how many the server thread wakes; measured with 1, 2 and 4
 LOOK = 0.002  # seconds between two looks at the pace
 PACE = 8  # threads woken between two looks; fewer is too slow
-PAUSE = 1.0  # seconds for which everybody is woken at once
+PAUSES = (0.05, 1.0)  # seconds for which everybody is woken at once: the first time, and at most; it doubles
 
 
 class Relay:
@@ -37,7 +37,7 @@ class Relay:
         self._thread_id: int | None = None  # the server thread's; it alone touches the rest
         self.held = False  # ``start`` will be called: nobody is woken before
         self._look: asyncio.TimerHandle | None = None
-        self._pause_end = 0.0
+        self._pause, self._pause_end = PAUSES[0], 0.0
 
     # --- any thread ---
 
@@ -105,7 +105,9 @@ class Relay:
         if not self._waiting:
             return
         if self._passed < PACE:
-            self._pause_end = self._loop.time() + PAUSE
+            self._pause_end = self._loop.time() + self._pause
+            self._pause = min(self._pause * 2, PAUSES[1])
             self.wake_all()
         else:
+            self._pause = PAUSES[0]
             self._look_soon()

@@ -7,6 +7,7 @@ finalized at once, and its finalizer aborts the call.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
@@ -171,22 +172,26 @@ class Stream(_Reading):
 
     def _next(self) -> Delta | None:
         """The next delta; None at the end."""
-        self._server.check_process()
+        call = self._call
+        if self._server.pid != os.getpid():
+            self._server.check_process()
         if not self._turn.acquire(False):
             raise RuntimeError("Another thread is reading this stream; give each thread a stream of its own.")
         try:
-            while (delta := self._answer.take()) is None:
-                if self._call.outcomes and self._end():
-                    break
-                self._wait()
-            return delta
+            while True:
+                call.signalled = False  # before looking, so that what comes now sends a new token
+                if call.deltas:
+                    return self._answer.take()
+                if call.outcomes and self._end():
+                    return None
+                self._wait(call)
         except LMBridgeError:
             raise
         except BaseException:  # KeyboardInterrupt while waiting: nobody reads on
             self._leave()
             raise
         finally:
-            if self._call.ended:
+            if call.ended:
                 self._give_back()
             self._turn.release()
 
@@ -207,16 +212,16 @@ class Stream(_Reading):
             self._release = None
             release(self._call)
 
-    def _wait(self) -> None:
-        remaining = self._remaining()
-        if self._call.outcomes:
+    def _wait(self, call: Call) -> None:
+        remaining = None if call.request.deadline is None else self._remaining()
+        if call.outcomes:
             return
         try:
-            self._call.channel.wait(True, remaining)
+            call.channel.wait(True, remaining)
         except Empty:
             pass
         except Closed:
-            self._call.settle(self._server.closed_error())
+            call.settle(self._server.closed_error())
 
 
 class AsyncStream(_Reading):
