@@ -16,7 +16,6 @@ from lmbridge.channel import Channel, Closed, Empty
 from lmbridge.errors import LMBridgeError
 from lmbridge.messages import Request, Response
 from lmbridge.server import Server
-from lmbridge.streams import Answer
 
 if TYPE_CHECKING:
     from lmbridge.admission import Gate
@@ -105,7 +104,7 @@ class Batch:
     def _record_call(self, call: Call) -> None:
         index = self._open.pop(call)
         try:
-            self._results[index] = Answer(call).response()
+            self._results[index] = call.response()
         except LMBridgeError as error:
             self._record(index, error)
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lmbridge.errors import BridgeClosedError, EngineDeadError, LMBridgeError, RequestTimeoutError, fresh
-from lmbridge.messages import Delta, FinishReason, Request, Response, Timings, Usage
+from lmbridge.messages import Delta, FinishReason, Request, Response, Timings, Usage, join_deltas
 
 if TYPE_CHECKING:
     from lmbridge.channel import Channel
@@ -59,6 +60,28 @@ class Call:
     @property
     def outcome(self) -> Outcome | None:
         return self.outcomes[0] if self.outcomes else None
+
+    def response(self, read: Sequence[Delta] = ()) -> Response:
+        """The whole answer of a call that has an outcome, after what was ``read`` already.
+
+        Raises:
+            BaseException: the call's error, with the text generated before it as ``partial``.
+        """
+        outcome = self.outcomes[0]
+        if not isinstance(outcome, Response):
+            raise self.error(outcome, read)
+        deltas = [*read, *self.deltas] if read else self.deltas
+        if deltas:
+            whole = join_deltas(deltas)
+            outcome.text, outcome.token_ids, outcome.logprobs = whole.text, whole.token_ids, whole.logprobs
+        return outcome
+
+    def error(self, outcome: BaseException, read: Sequence[Delta] = ()) -> BaseException:
+        """The call's error, completed with what its waiter knows."""
+        if isinstance(outcome, LMBridgeError):
+            outcome.request_id = self.request.id
+            outcome.partial = "".join(delta.text for delta in [*read, *self.deltas])
+        return outcome
 
     def finish(self, reason: FinishReason, usage: Usage | None = None) -> Response:
         """The outcome of a call that ends now without an error; tokens are counted where the engine does not."""

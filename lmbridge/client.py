@@ -22,7 +22,7 @@ from lmbridge.futures import ResponseFuture
 from lmbridge.messages import GenerationConfig, Request, Response
 from lmbridge.prompts import check_prompt
 from lmbridge.server import Server
-from lmbridge.streams import Answer, AsyncStream, Stream
+from lmbridge.streams import AsyncStream, Stream
 from lmbridge.verbs import CallOptions, Verbs
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Client(Verbs):
             self._take_back(server, call.channel)
         else:
             server.abort(call)
-        return Answer(call).response()
+        return call.response()
 
     def run_batch(
         self, prompts: Sequence[Any], config: GenerationConfig | None, options: Any, keep: bool, progress: bool
@@ -270,7 +270,7 @@ def _merge(config: GenerationConfig | None, overrides: Any) -> GenerationConfig:
 
 def _checked_timeout(timeout: Any) -> float:
     if isinstance(timeout, (int, float)) and not isinstance(timeout, bool) and timeout >= 0:
-        return min(timeout, _LONGEST)
+        return timeout if timeout < _LONGEST else _LONGEST
     raise InvalidRequestError(f"timeout must be seconds >= 0 or None, not {timeout!r}.", "timeout")
 
 

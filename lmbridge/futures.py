@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from lmbridge.call import Call, timeout_error
 from lmbridge.channel import Channel, Closed, Empty
 from lmbridge.messages import Response
-from lmbridge.streams import Answer
 
 if TYPE_CHECKING:
     from lmbridge.server import Server
@@ -101,7 +100,7 @@ class Dispatcher:
         if future is None or future.cancelled():
             return
         try:
-            response = Answer(call).response()
+            response = call.response()
         except BaseException as error:
             future.set_exception(error)
         else:

@@ -81,7 +81,7 @@ class Host:
             WrongThreadError: ``blocking`` on the server thread.
         """
         server = self._server
-        if server is None or self._closed or server.pid != os.getpid():
+        if server is None or self._closed or server.forked:
             server = self._start()
         if blocking and threading.get_ident() == server.thread_id:
             raise WrongThreadError(

@@ -41,12 +41,24 @@ SWEEP_INTERVAL = 0.5  # seconds between two looks at what no bell announced
 IDLE_CHANNELS = 64  # how many unused channels are kept for the next caller
 
 
+_forks = 0  # how many forks lie between the first process and this one: asking the system takes longer
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)
+
+
 class Server:
     """Owns the loop, the channels and the living calls."""
 
     def __init__(self, gate: Gate, metrics: Metrics) -> None:
         self.loop = asyncio.new_event_loop()
-        self.pid = os.getpid()
+        self._pid = os.getpid()
+        self._forks = _forks
         self.thread_id: int | None = None  # set once, by the server thread
         self.gate = gate
         self._metrics = metrics
@@ -76,13 +88,13 @@ class Server:
     @property
     def forked(self) -> bool:
         """Whether this is a copy in a child process, whose thread does not exist."""
-        return self.pid != os.getpid()
+        return self._forks != _forks
 
     def check_process(self) -> None:
         """Raise ForkedError in a child of the process that this server runs in. Comes before every lock."""
         if self.forked:
             raise ForkedError(
-                f"The bridge was started in process {self.pid}; its thread and model do not exist in this child. "
+                f"The bridge was started in process {self._pid}; its thread and model do not exist in this child. "
                 "Build the Bridge after the fork (under gunicorn: in the worker, or without --preload)."
             )
 

@@ -1,13 +1,11 @@
 """A call whose answer is read while it grows.
 
-Rule: everything here runs on the caller's end and looks only at the ``Call``. ``Answer`` gathers what was generated;
-``Stream`` and ``AsyncStream`` are the two ways to read it. The server knows neither, so a stream that is dropped is
-finalized at once, and its finalizer aborts the call.
+Rule: everything here runs on the caller's end and looks only at the ``Call``. The server knows no stream, so one that
+is dropped is finalized at once, and its finalizer aborts the call.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
@@ -23,47 +21,6 @@ if TYPE_CHECKING:
     from lmbridge.server import Server
 
 
-class Answer:
-    """What one call has generated so far, taken from the call bit by bit. One reader at a time."""
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        self._read: list[Delta] = []
-
-    def take(self) -> Delta | None:
-        """All that came since the last take, merged; None when nothing did."""
-        call = self.call
-        call.signalled = False  # before looking, so that what comes now sends a new token
-        if not call.deltas:
-            return None
-        taken = call.deltas[:]
-        del call.deltas[: len(taken)]
-        delta = taken[0] if len(taken) == 1 else join_deltas(taken)
-        self._read.append(delta)
-        return delta
-
-    def response(self) -> Response:
-        """The whole answer of a call that has an outcome.
-
-        Raises:
-            BaseException: the call's error, with the text generated before it as ``partial``.
-        """
-        deltas = [*self._read, *self.call.deltas]
-        whole = join_deltas(deltas) if deltas else Delta()
-        outcome = self.call.outcomes[0]
-        if isinstance(outcome, Response):
-            outcome.text, outcome.token_ids, outcome.logprobs = whole.text, whole.token_ids, whole.logprobs
-            return outcome
-        raise self.error(outcome)
-
-    def error(self, outcome: BaseException) -> BaseException:
-        """The call's error, completed with what its waiter knows."""
-        if isinstance(outcome, LMBridgeError):
-            outcome.request_id = self.call.request.id
-            outcome.partial = "".join(delta.text for delta in [*self._read, *self.call.deltas])
-        return outcome
-
-
 class _Reading:
     """What both kinds of stream share: they end once, are read once, and abort when they are left."""
 
@@ -71,7 +28,7 @@ class _Reading:
         self._server = server
         self._call = call
         self._owner = owner  # keeps the bridge alive for as long as the stream is
-        self._answer = Answer(call)
+        self._read: list[Delta] = []
         self._iterated = False
         self._turn = threading.Lock()  # held while somebody waits for the next delta
 
@@ -89,7 +46,7 @@ class _Reading:
         """
         if self._call.outcome is None:
             raise RuntimeError("The stream has not ended yet; read it to its end, or close it, before .response.")
-        return self._answer.response()
+        return self._call.response(self._read)
 
     def __repr__(self) -> str:
         outcome = self._call.outcome
@@ -98,7 +55,7 @@ class _Reading:
 
     def __del__(self) -> None:
         # A finalizer may run in the middle of anything, with any lock held: it may only append to a deque and ring.
-        if hasattr(self, "_answer"):
+        if hasattr(self, "_read"):
             self._leave()
 
     def _leave(self) -> bool:
@@ -107,6 +64,18 @@ class _Reading:
             return False
         self._server.abort(self._call)
         return True
+
+    def _take(self) -> Delta | None:
+        """All that came since the last take, merged; None when nothing did. One reader at a time."""
+        call = self._call
+        call.signalled = False  # before looking, so that what comes now sends a new token
+        if not call.deltas:
+            return None
+        taken = call.deltas[:]
+        del call.deltas[: len(taken)]
+        delta = join_deltas(taken)
+        self._read.append(delta)
+        return delta
 
     def _begin(self) -> None:
         if self._iterated:
@@ -120,7 +89,7 @@ class _Reading:
             return False
         if isinstance(outcome, Response):
             return True
-        raise self._answer.error(outcome)
+        raise self._call.error(outcome, self._read)
 
     def _remaining(self) -> float | None:
         """Seconds to the deadline; settles the call once it has passed."""
@@ -173,15 +142,14 @@ class Stream(_Reading):
     def _next(self) -> Delta | None:
         """The next delta; None at the end."""
         call = self._call
-        if self._server.pid != os.getpid():
+        if self._server.forked:
             self._server.check_process()
         if not self._turn.acquire(False):
             raise RuntimeError("Another thread is reading this stream; give each thread a stream of its own.")
         try:
             while True:
-                call.signalled = False  # before looking, so that what comes now sends a new token
-                if call.deltas:
-                    return self._answer.take()
+                if (delta := self._take()) is not None:
+                    return delta
                 if call.outcomes and self._end():
                     return None
                 self._wait(call)
@@ -252,7 +220,7 @@ class AsyncStream(_Reading):
         try:
             await self._send()
             while True:
-                if (delta := self._answer.take()) is not None:
+                if (delta := self._take()) is not None:
                     return delta
                 if self._end():
                     raise StopAsyncIteration
@@ -275,7 +243,7 @@ class AsyncStream(_Reading):
         except BaseException:
             self._leave()
             raise
-        return self._answer.response()
+        return self._call.response(self._read)
 
     async def _send(self) -> None:
         """Enter the gate and send, once.

@@ -20,6 +20,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 NAME = "lmbridge_segments"
+_SHARED = "_lmbridge_batches"  # an attribute of the cache, so that what is remembered ends with it
 _FILLING = 1.5  # how many times the keys may grow by filling up
 
 
@@ -42,15 +43,16 @@ def segment_attention(
     Returns:
         (1, tokens of the step, heads, head size), and no weights.
     """
-    past = _Past(kwargs["cache"], module.layer_idx, kwargs)
-    sizes = past.sizes
-    count, longest = len(sizes), max(sizes)
-    if query.shape[2] == count and past.index.numel() and count * longest <= _FILLING * sum(sizes):
-        return _decode(query, *past.read_filled(key, value, longest), scaling), None
-    window = past.window(module.config)
-    queries = query.split(kwargs["cu_seq_lens_q"].diff().tolist(), 2)  # type: ignore[no-untyped-call]
-    key, value = past.read(key, value)
-    keys, values = (part.split(sizes, 2) for part in (key, value))  # type: ignore[no-untyped-call]
+    layer = _Layer(kwargs["cache"], module.layer_idx)
+    batch = layer.batch(kwargs, query.dtype)
+    if batch.filled is not None:
+        index, mask = batch.filled
+        key, value = (batch.rows(part) for part in layer.update(key, value, kwargs, index))
+        return _decode(query, key, value, mask, scaling), None
+    window = layer.window(module.config)
+    key, value = layer.update(key, value, kwargs, batch.index)
+    queries = torch.split(query, batch.queries, 2)
+    keys, values = (torch.split(part, batch.keys, 2) for part in (key, value))
     parts = zip(queries, keys, values, strict=True)
     return torch.cat([_attend(*part, scaling, window) for part in parts], dim=1), None
 
@@ -63,7 +65,7 @@ def _decode(
     Args:
         query: (1, heads, requests, head size).
         key, value: (requests, key heads, keys, head size).
-        mask: (requests, 1, 1, keys), False where a request has no key.
+        mask: (requests, 1, 1, keys), minus infinity where a request has no key, else 0.
     """
     _, heads, count, size = query.shape
     rows = query.transpose(1, 2).reshape(count, key.shape[1], -1, size)
@@ -77,7 +79,7 @@ def _attend(
     """One request: its last tokens, as many as there are queries, attend to what is up to themselves."""
     queries, keys = query.shape[2], key.shape[2]
     plain = queries == keys and (window is None or keys <= window)
-    mask = None if plain or queries == 1 else _mask(queries, keys, window)
+    mask = None if plain or queries == 1 else _mask(queries, keys, window, query.device)
     grouped = query.shape[1] != key.shape[1]
     return scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=plain and queries > 1, scale=scaling, enable_gqa=grouped
@@ -85,22 +87,54 @@ def _attend(
 
 
 @functools.lru_cache(maxsize=8)
-def _mask(queries: int, keys: int, window: int | None) -> torch.Tensor:
+def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
     """(queries, keys): the queries are the last of the keys; with a window, each sees so many, itself included."""
-    distance = torch.arange(keys - queries, keys).unsqueeze(-1) - torch.arange(keys)
+    places = torch.arange(keys, device=device)
+    distance = places[keys - queries :, None] - places
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
-class _Past:
-    """One layer's cache in one step; what differs between transformers' versions is here.
+class _Batch:
+    """Whose the keys of a step are; the same in all layers that share a part of the cache.
 
     Attributes:
-        sizes: how many keys each request has, the new ones included.
-        index: where the cache holds them, request after request; empty when no request has any from before.
+        queries, keys: how many each request has, the new keys included.
+        index: where the cache holds the keys, request after request; empty when no request has any from before.
+        filled: the same index with one row per request, filled up to the longest, and its mask; None unless every
+            request decodes and few places are filled.
     """
 
-    def __init__(self, cache: Any, layer: int, kwargs: dict[str, Any]) -> None:
-        self._cache, self._layer, self._kwargs = cache, layer, kwargs
+    def __init__(
+        self, query_ends: torch.Tensor, key_ends: torch.Tensor, index: torch.Tensor, nothing: int, dtype: torch.dtype
+    ) -> None:
+        sizes = key_ends.diff()
+        self.queries: list[int] = query_ends.diff().tolist()
+        self.keys: list[int] = sizes.tolist()
+        self.index = index
+        self.filled: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._shape = len(self.keys), max(self.keys)
+        decodes = index.numel() and max(self.queries) == 1
+        if decodes and self._shape[0] * self._shape[1] <= _FILLING * sum(self.keys):
+            self._fill(key_ends[:-1, None], sizes[:, None], nothing, dtype)
+
+    def _fill(self, starts: torch.Tensor, sizes: torch.Tensor, nothing: int, dtype: torch.dtype) -> None:
+        places = torch.arange(self._shape[1], device=starts.device)
+        there = places < sizes
+        index = self.index[starts + places.where(there, 0)].where(there, nothing)
+        mask = torch.zeros(self._shape, dtype=dtype, device=starts.device).masked_fill(~there, -torch.inf)
+        self.filled = index.flatten(), mask[:, None, None]
+
+    def rows(self, part: torch.Tensor) -> torch.Tensor:
+        """From (1, key heads, requests * longest, head size) to (requests, key heads, longest, head size)."""
+        _, heads, _, size = part.shape
+        return part[0].transpose(0, 1).view(*self._shape, heads, size).transpose(1, 2)
+
+
+class _Layer:
+    """One layer's part of the cache; what differs between transformers' versions is here."""
+
+    def __init__(self, cache: Any, layer: int) -> None:
+        self._cache, self._layer = cache, layer
         self._old = hasattr(cache, "layer_index_to_group_indices")  # transformers before 5.18
         if self._old:
             self._group = cache.layer_index_to_group_indices[layer][0]
@@ -111,39 +145,37 @@ class _Past:
             self._group = allocator.index
             self._sliding = allocator.layer_type == "sliding_attention"
             self._nothing = allocator.read_trash_index
-        ends = kwargs["cu_seq_lens_k"]
-        if isinstance(ends, dict):
-            ends = ends["sliding_attention" if self._sliding else "full_attention"]
-        self._sizes: torch.Tensor = ends.diff()
-        self._starts: torch.Tensor = ends[:-1]
-        self.sizes: list[int] = self._sizes.tolist()
-        self.index: torch.Tensor = kwargs["read_index"][self._group]
 
     def window(self, config: Any) -> int | None:
         """How many tokens a token of this layer sees, itself included; None for all."""
         return int(config.sliding_window) if self._sliding else None
 
-    def read(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add the new keys and values, and read them with those from before: (1, key heads, all keys, head size)."""
-        return self._update(key, value, self.index)
+    def batch(self, kwargs: dict[str, Any], dtype: torch.dtype) -> _Batch:
+        """What is known of the step, found out by its first layer.
 
-    def read_filled(
-        self, key: torch.Tensor, value: torch.Tensor, longest: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The same with one row per request, (requests, key heads, longest, head size), and where a row has keys."""
-        places = torch.arange(longest)
-        there = places < self._sizes.unsqueeze(-1)
-        index = self.index[self._starts.unsqueeze(-1) + places.where(there, 0)].where(there, self._nothing)
-        key, value = self._update(key, value, index.flatten())
-        _, heads, _, size = key.shape
-        shape = (len(self.sizes), longest, heads, size)
-        key, value = (part[0].transpose(0, 1).view(shape).transpose(1, 2) for part in (key, value))
-        return key, value, there[:, None, None]
+        A step is told from the one before by its list of indices, which is new in each and held here.
+        """
+        indices = kwargs["read_index"]
+        known: tuple[Any, dict[int, _Batch]] = getattr(self._cache, _SHARED, (None, {}))
+        if known[0] is not indices:
+            known = indices, {}
+            setattr(self._cache, _SHARED, known)
+        batch = known[1].get(self._group)
+        if batch is None:
+            ends = kwargs["cu_seq_lens_k"]
+            if isinstance(ends, dict):
+                ends = ends["sliding_attention" if self._sliding else "full_attention"]
+            index = indices[self._group]
+            batch = known[1][self._group] = _Batch(kwargs["cu_seq_lens_q"], ends, index, self._nothing, dtype)
+        return batch
 
-    def _update(self, key: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        indices = [index if group == self._group else other for group, other in enumerate(self._kwargs["read_index"])]
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any], index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the new keys and values, and read what is at ``index``: (1, key heads, places, head size)."""
+        indices = [index if group == self._group else other for group, other in enumerate(kwargs["read_index"])]
         if self._old:
-            key, value = self._cache.update(key, value, self._layer, indices, self._kwargs["write_index"])
+            key, value = self._cache.update(key, value, self._layer, indices, kwargs["write_index"])
             return key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)
-        key, value = self._cache.update(key, value, self._layer, {**self._kwargs, "read_index": indices})
+        key, value = self._cache.update(key, value, self._layer, {**kwargs, "read_index": indices})
         return key, value

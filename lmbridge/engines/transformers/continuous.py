@@ -34,9 +34,11 @@ from lmbridge.engines.transformers.sampling import Sampler
 EXIT_GRACE = 5.0
 """Seconds that the end of the process waits for a model that is loading, or for a step under way."""
 CPU_PAGE = 32
-CPU_CHUNK = 512
+CPU_CHUNK = 256
 CPU_CACHE_SHARE = 0.1
 CPU_CACHE_LIMIT = 2 << 30
+TINY_MODEL = 4_000_000
+"""Parameters below which a second thread costs more than it does: waiting for each other takes longer than the work."""
 psutil: Any = importlib.import_module("psutil")  # untyped; transformers needs it too, to size a cache on a CPU
 _generating: set[Core] = set()  # single operations on a set are atomic; so too below
 _loading: set[threading.Event] = set()
@@ -250,22 +252,21 @@ def _build_manager(model: Any, options: ModelOptions, sampler: Sampler, listener
         generation_config=neutral, continuous_batching_config=_batching_config(model, options)
     )
     status = manager.background_thread_status
-    if (
-        options.attn_implementation is None
-        and model.device.type == "cpu"
-        and model.config._attn_implementation in ("sdpa", "paged|sdpa")
-    ):
+    if _attends_by_segments(model, options):
         transformers.AttentionInterface.register(attention.NAME, attention.segment_attention)
         model.set_attn_implementation(attention.NAME)  # after the manager has looked at it, before the cache does
     manager.output_router = _Router(listener, lambda: bool(status.local_status != status.DONT_STOP))
     manager.logit_processor = sampler
     generate: Any = manager._run_generation_loop
+    threads = _thread_count(model, options)
 
     def generate_and_tell() -> None:
         nonlocal generate
         threading.current_thread().name = "lmbridge generation"
         try:
-            generate()
+            _use_threads(threads)
+            with torch.inference_mode():  # a few per cent less to do at each operation than without gradients alone
+                generate()
             error = status.fatal_error
         except BaseException as exit_call:  # transformers keeps exceptions to itself, but not SystemExit
             error = exit_call
@@ -276,6 +277,31 @@ def _build_manager(model: Any, options: ModelOptions, sampler: Sampler, listener
     manager._run_generation_loop = generate_and_tell
     manager.warmup()  # makes the cache, here rather than in its thread, so that a lack of memory is told at once
     return manager
+
+
+def _attends_by_segments(model: Any, options: ModelOptions) -> bool:
+    """Whether our attention takes the place of transformers' sdpa, which on a CPU computes much to mask it."""
+    chosen = options.attn_implementation is not None
+    return not chosen and model.device.type == "cpu" and model.config._attn_implementation in ("sdpa", "paged|sdpa")
+
+
+def _thread_count(model: Any, options: ModelOptions) -> int | None:
+    """How many threads torch should use in a step; None for its own choice."""
+    tiny = model.device.type == "cpu" and model.num_parameters() < TINY_MODEL
+    return options.threads or (1 if tiny else None)
+
+
+def _use_threads(count: int | None) -> None:
+    """Have torch use so many threads for what the calling thread computes.
+
+    torch keeps the number for each thread, but takes the last one set for threads to come, hence one sets it back.
+    """
+    usual = torch.get_num_threads()
+    if count is not None and count != usual:
+        torch.set_num_threads(count)
+        restorer = threading.Thread(target=torch.set_num_threads, args=(usual,), daemon=True)
+        restorer.start()
+        restorer.join()
 
 
 def _batching_config(model: Any, options: ModelOptions) -> Any:

@@ -56,6 +56,8 @@ class TransformersEngine(Engine):
             at most 2 GiB, with less where a full batch of full contexts needs less.
         page_size: tokens per page of the cache.
         num_blocks: pages in the cache, instead of ``cache_share``.
+        threads: how many threads torch uses for a step on a CPU, for this engine only; by default one for a model of
+            fewer than 4 million parameters, else torch's own choice.
         trust_remote_code: run code that comes with the model.
         revision: branch, tag or commit on the hub.
     """
@@ -76,6 +78,7 @@ class TransformersEngine(Engine):
         cache_share: float | None = None,
         page_size: int | None = None,
         num_blocks: int | None = None,
+        threads: int | None = None,
         trust_remote_code: bool = False,
         revision: str | None = None,
     ) -> None:
@@ -91,6 +94,7 @@ class TransformersEngine(Engine):
             cache_share=cache_share,
             page_size=page_size,
             num_blocks=num_blocks,
+            threads=threads,
             trust_remote_code=trust_remote_code,
             revision=revision,
         )
@@ -315,7 +319,7 @@ class TransformersEngine(Engine):
         """
         if self._core is not None and running.prompt_tokens:
             self._core.cancel(running.key)
-            if not running.generated:
+            if not running.tokens:
                 self._unsure.append(running.key)
 
     def _forget(self, running: Running) -> None:

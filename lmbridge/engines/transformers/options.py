@@ -11,7 +11,7 @@ from typing import Any
 from lmbridge.errors import InvalidRequestError
 
 _DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
-_LEAST = {"max_batch_size": 1, "max_chunk_size": 1, "max_context": 2, "page_size": 4, "num_blocks": 1}
+_LEAST = {"max_batch_size": 1, "max_chunk_size": 1, "max_context": 2, "page_size": 4, "num_blocks": 1, "threads": 1}
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class ModelOptions:
     cache_share: float | None = None
     page_size: int | None = None
     num_blocks: int | None = None
+    threads: int | None = None
     trust_remote_code: bool = False
     revision: str | None = None
 

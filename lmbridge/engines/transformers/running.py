@@ -5,13 +5,12 @@ Rule: plain data, no torch; server thread only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lmbridge.engines.base import Sink
 from lmbridge.engines.text import Piece, TextStream
-from lmbridge.messages import Delta, FinishReason, Logprobs, Request, Usage
+from lmbridge.messages import Delta, FinishReason, Request, Usage
 
 if TYPE_CHECKING:
     from lmbridge.engines.transformers.sampling import Plan
@@ -25,8 +24,8 @@ class Running:
         key: the library's name for it, never used twice.
         stop_ids: the tokens that end it.
         plan: how its tokens are chosen, and their log-probabilities.
-        generated: tokens so far, whether told to the sink or not.
-        held: tokens that the sink was not told of so far, because their text is not settled.
+        tokens: all tokens generated so far.
+        told: how many of them the sink was told of; the text of the others is not settled, or they end the answer.
     """
 
     key: str
@@ -36,26 +35,22 @@ class Running:
     stop_ids: frozenset[int]
     plan: Plan
     prompt_tokens: int = 0
-    generated: int = 0
-    held: list[tuple[int, Logprobs | None]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    told: int = 0
 
-    def take(self, tokens: Sequence[int], finished: bool) -> tuple[Piece, bool]:
+    def take(self, tokens: list[int], finished: bool) -> tuple[Piece, bool]:
         """Take in all tokens generated so far, and tell what may be shown and whether the last is one that ends it."""
-        known, self.generated = self.generated, len(tokens)
+        known, self.tokens = len(self.tokens), tokens
         ended = finished and bool(tokens) and tokens[-1] in self.stop_ids
-        new = tokens[known : len(tokens) - ended]
-        logprobs = self.plan.logprobs
-        self.held += [(token, logprobs[known + at] if logprobs else None) for at, token in enumerate(new)]
-        return self.stream.push(new), ended
+        return self.stream.push(tokens[known : len(tokens) - ended]), ended
 
     def delta(self, piece: Piece, reason: FinishReason | None) -> Delta:
         """The piece with the tokens that belong to it."""
-        shown, self.held = self.held[: piece.tokens], self.held[piece.tokens :]
-        wanted = self.request.config.logprobs is not None
+        start, self.told = self.told, self.told + piece.tokens
         return Delta(
-            text=piece.text,
-            token_ids=[token for token, _ in shown],
-            logprobs=[entry for _, entry in shown if entry is not None] if wanted else None,
-            finish_reason=reason,
-            usage=Usage(self.prompt_tokens, self.generated) if reason else None,
+            piece.text,
+            self.tokens[start : self.told],
+            self.plan.logprobs[start : self.told] if self.plan.wants_logprobs is not None else None,
+            reason,
+            Usage(self.prompt_tokens, len(self.tokens)) if reason else None,
         )
