@@ -227,8 +227,10 @@ class Server:
             await asyncio.sleep(SWEEP_INTERVAL)
             self.heartbeat = time.monotonic()
             try:
-                for channel in self._alive():
-                    self._collect(channel)
+                for reference in list(self._channels.values()):
+                    channel = reference()
+                    if channel is not None and channel.asked:
+                        self._collect(channel)
                 self._bell.answer()
                 self._expire(time.monotonic())
                 self._reclaim_places()

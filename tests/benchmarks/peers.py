@@ -113,7 +113,7 @@ class _Pairs:
 
 @contextlib.contextmanager
 def polled() -> Iterator[Ask]:
-    """A queue in and a queue out for each thread, and a task for each that polls with ``sleep(0)``: LMDeploy's recipe."""
+    """LMDeploy's recipe: two queues for each thread, and a task for each that polls with ``sleep(0)``."""
 
     async def serve(inbox: queue.Queue[str], outbox: queue.Queue[str]) -> None:
         while True:

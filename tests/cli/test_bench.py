@@ -16,9 +16,9 @@ import pytest
 
 from lmbridge import Bridge, EngineError, Request
 from lmbridge.cli import bench, build_parser
-from lmbridge.cli.bench_load import poisson
-from lmbridge.cli.bench_prompts import Prompts
-from lmbridge.cli.bench_report import Quantiles
+from lmbridge.cli.bench.load import poisson
+from lmbridge.cli.bench.prompts import Prompts
+from lmbridge.cli.bench.report import Quantiles
 from lmbridge.testing import ScriptedEngine, prompt_text
 
 if TYPE_CHECKING:

@@ -109,6 +109,17 @@ def test_filters_equal_at_any_setting(temperature: float, top_k: int, top_p: flo
     assert float((found - expected).abs().sum()) < 1e-3  # theirs sums in single precision
 
 
+@pytest.mark.parametrize("size", [3072, 5003, 20_000])
+@pytest.mark.parametrize("fields", [{"top_k": 20}, {"top_k": 60, "top_p": 0.7}, {"top_p": 0.4}, {"min_p": 0.2}])
+def test_filters_equal_over_large_vocabularies(size: int, fields: dict[str, Any]) -> None:
+    """A likely token would be missing where not the whole vocabulary is sorted."""
+    raw = 3 * torch.randn(4, size, generator=torch.Generator().manual_seed(size))
+    found = ours(raw, [plan(**fields)] * 4)
+    for row in range(4):
+        expected = theirs(raw[row], fields, [0]).softmax(-1)
+        assert torch.equal(found[row] > 0, expected > 0)
+
+
 def test_flat_distributions_need_more_than_the_head() -> None:
     """top_p would keep too few tokens where thousands are about equally likely."""
     flat = torch.linspace(0, 0.001, 5000).unsqueeze(0)

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from lmbridge.engines.transformers.continuous import Core
-from tests.engines.conftest import BYTES, EOS, driven, generate, save_model
+from tests.engines.conftest import BYTES, EOS, Brake, driven, generate, save_model
 
 PROMPTS = [[5, 9, 200], [7] * 40, list(range(1, 130)), [250, 3], list(range(200, 20, -1)), [77]]
 
@@ -101,6 +101,31 @@ def test_a_long_prompt_is_read_in_chunks(llama: str, reference: Any) -> None:
             await driver.all([first, second])
         assert second.token_ids == generate(reference, prompt, 5)
         assert first.token_ids == generate(reference, [1, 2, 3], 60)
+
+    asyncio.run(scenario())
+
+
+def test_each_step_has_a_token_for_everyone_while_a_long_prompt_is_read(llama: str) -> None:
+    """Somebody's long prompt would make the others' texts stand still until it is read."""
+
+    async def scenario() -> None:
+        async with driven(llama, max_chunk_size=32, max_batch_size=8) as driver:
+            brake = Brake(driver)
+            streams = [driver.add([number, 7], max_new_tokens=100) for number in range(4)]
+            while not all(stream.deltas for stream in streams):
+                await brake.arrival()
+                brake.step()
+            await brake.arrival()
+            long = driver.add([token % 250 for token in range(400)], max_new_tokens=2)
+            seen, steps = [len(stream.token_ids) for stream in streams], 0
+            while not long.deltas:
+                brake.step()
+                await brake.arrival()
+                steps += 1
+                assert [len(stream.token_ids) for stream in streams] == [count + steps for count in seen]
+            assert steps >= 400 // 32
+            brake.lift()
+            await driver.all([*streams, long])
 
     asyncio.run(scenario())
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from transformers.utils import logging as transformers_logging
 
@@ -58,6 +59,7 @@ def test_it_is_the_engine_of_that_name(llama: str) -> None:
         ("cache_share", 0),
         ("page_size", 2),
         ("num_blocks", "many"),
+        ("threads", 0),
         ("dtype", "int3"),
         ("attn_implementation", 3),
         ("revision", 1),
@@ -200,6 +202,29 @@ def test_a_process_ends_with_an_engine_inside(llama: str, moment: str) -> None:
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout.strip()) == (0, "started"), done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("option", "expected"), [(3, 3), (None, 1)])
+def test_the_number_of_threads_is_the_engines_own(llama: str, option: int | None, expected: int) -> None:
+    """Somebody's other work with torch would suddenly run on as many threads as suit a small language model."""
+    usual = torch.get_num_threads()
+    found: list[int] = []
+
+    async def scenario() -> None:
+        async with driven(llama, threads=option) as driver:
+            assert driver.engine._core is not None
+            model = driver.engine._core._model
+            model.register_forward_pre_hook(lambda *args: found.append(torch.get_num_threads()))
+            await driver.ask([1, 2], max_new_tokens=2)
+            await asyncio.to_thread(lambda: found.append(torch.get_num_threads()))
+
+    torch.set_num_threads(2)
+    try:
+        asyncio.run(scenario())
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(usual)
+    assert found == [expected, expected, 2]
 
 
 def test_progress_bars_stay_out_of_what_is_no_terminal(llama: str, capfd: pytest.CaptureFixture[str]) -> None:

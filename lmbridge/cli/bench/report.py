@@ -15,8 +15,8 @@ from importlib import metadata
 from typing import Any
 
 import lmbridge
-from lmbridge.cli.bench_bridge import NativeRound
-from lmbridge.cli.bench_load import Round, Row
+from lmbridge.cli.bench.bridge import NativeRound
+from lmbridge.cli.bench.load import Round, Row
 from lmbridge.cli.terminal import one_line
 
 SCHEMA = "lmbridge-bench"

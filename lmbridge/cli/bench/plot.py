@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from lmbridge.cli.bench_report import Quantiles, Result
+from lmbridge.cli.bench.report import Quantiles, Result
 from lmbridge.errors import MissingDependencyError
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from contextvars import copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lmbridge.cli.bench_load import Ask, Row
+from lmbridge.cli.bench.load import Ask, Row
 from lmbridge.errors import EngineDeadError
 from lmbridge.messages import Delta, GenerationConfig, Request, Response
 

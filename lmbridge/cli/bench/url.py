@@ -9,7 +9,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any
 
-from lmbridge.cli.bench_load import Ask, Row
+from lmbridge.cli.bench.load import Ask, Row
 from lmbridge.errors import EngineError, InvalidRequestError, MissingDependencyError
 
 if TYPE_CHECKING:

@@ -28,12 +28,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lmbridge.cli.bench_bridge import BridgeTarget, Native, engine_of
-from lmbridge.cli.bench_load import Round, Target, poisson
-from lmbridge.cli.bench_plot import check_matplotlib, draw
-from lmbridge.cli.bench_prompts import Prompts
-from lmbridge.cli.bench_report import Result, as_json, as_text, summarize
-from lmbridge.cli.bench_url import UrlTarget, find_model, open_client
+from lmbridge.cli.bench.bridge import BridgeTarget, Native, engine_of
+from lmbridge.cli.bench.load import Round, Target, poisson
+from lmbridge.cli.bench.plot import check_matplotlib, draw
+from lmbridge.cli.bench.prompts import Prompts
+from lmbridge.cli.bench.report import Result, as_json, as_text, summarize
+from lmbridge.cli.bench.url import UrlTarget, find_model, open_client
 from lmbridge.cli.terminal import MODEL_HELP, add_engine_arguments, loaded
 from lmbridge.errors import EngineError, InvalidRequestError, LMBridgeError
 from lmbridge.messages import GenerationConfig
