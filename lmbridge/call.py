@@ -72,7 +72,7 @@ class Call:
             raise self.error(outcome, read)
         deltas = [*read, *self.deltas] if read else self.deltas
         if deltas:
-            whole = join_deltas(deltas)
+            whole = deltas[0] if len(deltas) == 1 else join_deltas(deltas)
             outcome.text, outcome.token_ids, outcome.logprobs = whole.text, whole.token_ids, whole.logprobs
         return outcome
 

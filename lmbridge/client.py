@@ -87,7 +87,7 @@ class Client(Verbs):
         now = time.monotonic()
         return Request(
             f"{_PREFIX}-{next(_ids)}" if request_id is None else _checked_text(request_id, "request_id"),
-            check_prompt(prompt),
+            prompt if type(prompt) is str and prompt else check_prompt(prompt),
             config or _DEFAULT_CONFIG,
             raw,
             client,
@@ -102,7 +102,11 @@ class Client(Verbs):
         server = self._host.server(True)
         if self._closed:
             raise self._closed_error()
-        call = Call(request, self._lease(server), self)
+        try:
+            channel = self._own.pop()
+        except IndexError:  # it is in use, or was never needed so far
+            channel = server.lease()
+        call = Call(request, channel, self)
         try:
             if server.gate.try_enter(call) or server.gate.enter(call):
                 server.submit(call)

@@ -30,7 +30,9 @@ def test_every_request_is_counted_once() -> None:
     engine = ScriptedEngine(manual=True, max_batch_size=2)
     engine.fail("bad", EngineError("as told"))
     with Bridge(engine, max_pending=1, when_full="reject") as bridge, ThreadPoolExecutor() as pool:
-        good, bad = pool.submit(bridge.infer, "one two three"), pool.submit(bridge.infer, "bad")
+        good = pool.submit(bridge.infer, "one two three")
+        engine.wait_for(lambda e: e.active == 1)
+        bad = pool.submit(bridge.infer, "bad")
         engine.wait_for(lambda e: e.active == 2)
         waiting = pool.submit(bridge.infer, "too late", timeout=0.05)
         with pytest.raises(RequestTimeoutError):
