@@ -119,11 +119,10 @@ class Channel:
             None: forever); raises ``Empty`` when none came, ``Closed`` when none can come.
     """
 
-    __slots__ = ("requests", "replies", "bell", "asked", "send", "wait", "_take", "_reply", "__weakref__")
+    __slots__ = ("requests", "replies", "bell", "send", "wait", "_take", "_reply", "__weakref__")
 
     def __init__(self, bell: Doorbell | None = None, relay: Relay | None = None) -> None:
         self.requests: _Queue[Call] = _Queue()
-        self.asked = self.requests._queue  # the calls nobody has taken yet, to be looked at only
         self.replies: _Queue[Call] = _Queue(relay)
         self.bell = bell
         # janus' own methods, called as they are: a call of ours around each would be a tenth of a request's cost.
@@ -147,7 +146,7 @@ class Channel:
 
     def take(self) -> Call | None:
         """The next call that was sent."""
-        if not self.asked:
+        if not self.requests._queue:
             return None
         try:
             return self._take()

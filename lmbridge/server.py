@@ -222,18 +222,14 @@ class Server:
             await self._emptied.wait()
 
     async def sweep(self) -> None:
-        """Look, now and then, at what no bell announced: killed ringers, deadlines nobody waits for, idle channels."""
+        """Look, now and then, at what no bell announced: killed callers, deadlines nobody waits for, idle channels."""
         while True:
             await asyncio.sleep(SWEEP_INTERVAL)
             self.heartbeat = time.monotonic()
             try:
-                for reference in list(self._channels.values()):
-                    channel = reference()
-                    if channel is not None and channel.asked:
-                        self._collect(channel)
+                self._find_lost()
                 self._bell.answer()
                 self._expire(time.monotonic())
-                self._reclaim_places()
                 while len(self._idle) > IDLE_CHANNELS:
                     self._idle.popleft()
             except Exception:  # the backstop itself must not end
@@ -373,13 +369,16 @@ class Server:
                 call.channel.signal(call)
                 self._abort(call)
 
-    def _reclaim_places(self) -> None:
-        """Empty the gate of calls that never came: their callers were killed between entering and sending.
+    def _find_lost(self) -> None:
+        """Take what has passed the gate and was not announced, and empty the gate of what never came.
 
-        A call that is missing at two sweeps in a row is taken for lost. Should its caller merely be slow, there is
-        one more call in the queue than allowed.
+        Their callers were killed between entering and ringing. A call that is missing at two sweeps in a row is taken
+        for lost. Should its caller merely be slow, there is one more call in the queue than allowed.
         """
-        missing = {call for call in self.gate.inside() if call.request.id not in self.living}
+        for call in self.gate.inside():
+            if self.living.get(call.request.id) is not call:
+                self._collect(call.channel)
+        missing = {call for call in self.gate.inside() if self.living.get(call.request.id) is not call}
         for call in missing & self._missing:
             self.gate.leave(call)
         self._missing = missing
