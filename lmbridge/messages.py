@@ -271,13 +271,13 @@ def join_deltas(deltas: Sequence[Delta]) -> Delta:
     """One delta that says what ``deltas`` said, in order. ``deltas`` holds at least one."""
     if len(deltas) == 1:
         return deltas[0]
-    logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
+    token_ids: list[int] = []
+    logprobs: list[Logprobs] | None = None
+    for delta in deltas:
+        token_ids += delta.token_ids
+        if delta.logprobs is not None:
+            logprobs = [] if logprobs is None else logprobs
+            logprobs += delta.logprobs
     last = deltas[-1]
-    return Delta(
-        text="".join(delta.text for delta in deltas),
-        token_ids=[token for delta in deltas for token in delta.token_ids],
-        logprobs=logprobs if any(delta.logprobs is not None for delta in deltas) else None,
-        finish_reason=last.finish_reason,
-        usage=last.usage,
-        error=last.error,
-    )
+    text = "".join([delta.text for delta in deltas])
+    return Delta(text, token_ids, logprobs, last.finish_reason, last.usage, last.error)

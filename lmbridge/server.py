@@ -390,9 +390,10 @@ class Server:
         if call.ended or self.left_behind:
             return
         call.seat.progress += 1  # type: ignore[union-attr]
-        if call.first_token is None and (delta.token_ids or delta.text):
+        tokens = len(delta.token_ids)
+        if call.first_token is None and (tokens or delta.text):
             call.first_token = time.monotonic()
-        call.tokens += len(delta.token_ids)
+        call.tokens += tokens
         if not call.outcomes:
             call.deltas.append(delta)
         if delta.error is not None:
