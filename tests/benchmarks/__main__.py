@@ -1,7 +1,7 @@
 """The bridge's cost beside every other way there is, in one run: calls, calls beside a busy thread, streams, idleness,
-memory, and the bundled model.
+memory, the bundled model, and the engine beside what else runs the same model.
 
-Run on a quiet machine: ``python -m tests.benchmarks [--rounds 5]`` (about ten minutes)
+Run on a quiet machine: ``python -m tests.benchmarks [--rounds 5]`` (about a quarter of an hour)
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ RUNS = [
     ["stream_cost"],
     ["idle_cost"],
     ["main_job"],
+    ["engine_speed", "--tokens", "100", "--candidates", "bridge,manager,lock,static-8,static-32,serve"],
 ]
 
 

@@ -3,7 +3,7 @@
 Only the way there and back is measured: calls a second of all threads together, CPU seconds of the process for 1,000
 calls, and the median time of one call. ``--busy`` runs another Python thread that computes all the while.
 
-Run: ``python -m tests.benchmarks.call_cost [--threads 1,64,256] [--rounds 5] [--seconds 1] [--peers bridge,threadsafe]``
+Run: ``python -m tests.benchmarks.call_cost [--threads 1,64,256] [--rounds 5] [--peers bridge,threadsafe]``
 """
 
 from __future__ import annotations
