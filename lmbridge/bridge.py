@@ -209,7 +209,7 @@ class Bridge(Verbs):
 
     @property
     def metrics(self) -> Metrics:
-        """What has been counted since the bridge was built; see ``lmbridge.metrics`` for Prometheus."""
+        """What has been counted since the bridge was built; see ``lmbridge.prometheus`` for its export."""
         return self._host.metrics
 
     def stats(self) -> dict[str, float]:

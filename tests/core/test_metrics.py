@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lmbridge import Bridge, EngineError, MissingDependencyError, QueueFullError, RequestTimeoutError
-from lmbridge.metrics import BridgeCollector
+from lmbridge.prometheus import BridgeCollector
 from lmbridge.testing import ScriptedEngine
 
 
