@@ -124,7 +124,7 @@ def test_ctrl_c(terminal: Open, tmp_path: Path) -> None:
     words = split("--clients 8 --requests 2000 --warmup 0 --prompt-tokens 20 --max-new-tokens 9 --no-native")
     with terminal("bench", "demo", *words, "--json", str(as_json)) as command:
         command.read_until("Measuring")
-        command.read_until("1%")
+        command.read_until("% 0:")  # the time that is left is known once some have been answered
         command.send("\x03")
         assert command.exit_status() == 130
         assert "Traceback" not in command.shown
@@ -132,7 +132,7 @@ def test_ctrl_c(terminal: Open, tmp_path: Path) -> None:
     content = load(as_json)
     assert content["interrupted"]
     summary = content["summary"]
-    assert summary["ok"] >= 20
+    assert summary["ok"] > 0
     assert summary["failed"] == 0
     assert summary["ok"] + summary["interrupted"] == len(content["requests"]) < 2000
     assert summary["completion_tokens"] == 9 * summary["ok"]
