@@ -17,6 +17,7 @@ from lmbridge.errors import InvalidRequestError, UnknownEngineError
 EngineFactory = Callable[[], Engine]
 
 ENGINES = {
+    "lmdeploy": ("lmbridge.engines.lmdeploy", "LMDeployEngine"),
     "transformers": ("lmbridge.engines.transformers", "TransformersEngine"),
 }
 """Engine name to (module, class)."""

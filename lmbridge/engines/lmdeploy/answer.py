@@ -1,0 +1,70 @@
+"""One request inside LMDeploy: what it yields, made into deltas.
+
+Rule: plain data, no LMDeploy; server thread only. The text is our own detokenising of the token ids: it is exact, and
+stop words of any length are found in it.
+"""
+
+from __future__ import annotations
+
+from lmbridge.engines.lmdeploy.sampling import own_stop_ids
+from lmbridge.engines.text import Piece, TextStream, Vocabulary
+from lmbridge.messages import Delta, FinishReason, GenerationConfig, Logprobs, Usage
+
+
+class Answer:
+    """What is known of an answer from its first token to its last.
+
+    Attributes:
+        stopped: a stop word, or a stop token that LMDeploy does not look for, has ended it; LMDeploy is to be told.
+    """
+
+    def __init__(self, config: GenerationConfig, vocabulary: Vocabulary, prompt_tokens: int) -> None:
+        self.stopped = False
+        self._stream = TextStream(vocabulary, config.stop_words, config.skip_special_tokens)
+        self._stop_ids = own_stop_ids(config)
+        self._most_likely = config.logprobs
+        self._prompt_tokens = prompt_tokens
+        self._tokens: list[int] = []
+        self._logprobs: list[Logprobs] = []
+        self._told = 0  # tokens handed out
+        self._cut = False  # by a stop word: what was held back is no part of the answer
+        self._count = 0  # tokens generated, the ending one included
+
+    def take(self, token_ids: list[int], logprobs: list[dict[int, float]] | None) -> Delta | None:
+        """Take in the next tokens; what can be shown of them, if anything."""
+        if self.stopped or not token_ids:
+            return None
+        ending = next((place for place, token in enumerate(token_ids) if token in self._stop_ids), None)
+        shown = token_ids if ending is None else token_ids[:ending]
+        self._count += len(shown) + (ending is not None)
+        self._tokens += shown
+        if self._most_likely is not None:
+            self._logprobs += map(self._entry, shown, logprobs or ())
+        piece = self._stream.push(shown)
+        self._cut = piece.stopped
+        self.stopped = piece.stopped or ending is not None
+        return self._delta(piece) if piece.text or piece.tokens else None
+
+    def finish(self, reason: FinishReason) -> Delta:
+        """The last delta, with all that was held back."""
+        if reason == "stop" and not self.stopped:
+            self._count += 1  # LMDeploy leaves the ending token out
+        rest = Piece("", 0) if self._cut else self._stream.finish()
+        if self.stopped or rest.stopped:
+            reason = "stop"
+        delta = self._delta(rest)
+        delta.finish_reason = reason
+        delta.usage = Usage(self._prompt_tokens, self._count)
+        return delta
+
+    def _delta(self, piece: Piece) -> Delta:
+        start, self._told = self._told, self._told + piece.tokens
+        wanted = self._most_likely is not None
+        return Delta(
+            piece.text, self._tokens[start : self._told], self._logprobs[start : self._told] if wanted else None
+        )
+
+    def _entry(self, token: int, entry: dict[int, float]) -> Logprobs:
+        """The token's own log-probability first; LMDeploy was asked for one more where none was wanted."""
+        others = entry.items() if self._most_likely else ()
+        return {token: entry.get(token, float("-inf")), **dict(others)}

@@ -1,0 +1,62 @@
+"""A GenerationConfig of ours in LMDeploy's words.
+
+Rule: what means something else there is not handed over but done here: stop words (LMDeploy knows single tokens only,
+and stops at any token that contains one) and stop tokens beside ``ignore_eos`` (it would ban them from the answer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lmbridge.errors import InvalidRequestError
+from lmbridge.messages import GenerationConfig
+
+HOTTEST = 2.0
+
+
+def check_ranges(config: GenerationConfig) -> None:
+    """Raise InvalidRequestError for a value that LMDeploy does not take."""
+    if config.temperature is not None and config.temperature > HOTTEST:
+        raise InvalidRequestError(
+            f"temperature must be at most {HOTTEST} with LMDeploy, not {config.temperature!r}.", param="temperature"
+        )
+
+
+def sampling_fields(config: GenerationConfig, template_stops: Sequence[int]) -> dict[str, Any]:
+    """The fields of LMDeploy's GenerationConfig; those left out have neutral defaults there too.
+
+    Args:
+        template_stops: tokens that end an answer by the chat template. LMDeploy forgets them when others are given.
+    """
+    fields: dict[str, Any] = {
+        "max_new_tokens": config.max_new_tokens,
+        "ignore_eos": config.ignore_eos,
+        "skip_special_tokens": config.skip_special_tokens,
+        "random_seed": config.random_seed,
+        "logprobs": None if config.logprobs is None else max(1, config.logprobs),  # 0 would give none at all
+        **_choice_of_token(config),
+    }
+    if not config.ignore_eos:
+        fields["stop_token_ids"] = [*(config.stop_token_ids or ()), *template_stops]
+    return fields
+
+
+def own_stop_ids(config: GenerationConfig) -> frozenset[int]:
+    """The stop tokens that we look for ourselves."""
+    return frozenset(config.stop_token_ids or ()) if config.ignore_eos else frozenset()
+
+
+def _choice_of_token(config: GenerationConfig) -> dict[str, Any]:
+    penalty = 1.0 if config.repetition_penalty is None else config.repetition_penalty
+    if not config.samples:
+        # LMDeploy drops the penalty when do_sample is off; sampling among one token is greedy and keeps it
+        return {"do_sample": penalty != 1.0, "top_k": 1, "temperature": 1.0, "repetition_penalty": penalty}
+    return {
+        "do_sample": True,
+        "temperature": 1.0 if config.temperature is None else config.temperature,
+        "top_p": 1.0 if config.top_p is None else config.top_p,
+        "top_k": config.top_k or 0,
+        "min_p": config.min_p or 0.0,
+        "repetition_penalty": penalty,
+    }
