@@ -1,0 +1,34 @@
+"""LMDeploy's ``pipeline`` over a Bridge: put ``lmbridge.compat.lmdeploy`` for ``lmdeploy`` in the import line, no more.
+
+::
+
+    from lmbridge.compat.lmdeploy import GenerationConfig, PytorchEngineConfig, pipeline
+
+    with pipeline("demo", backend_config=PytorchEngineConfig(session_len=512)) as pipe:
+        print(pipe(["Hi", "Tell me a story"], gen_config=GenerationConfig(max_new_tokens=32)))
+
+Rule: names only. They are always our own, so that nothing depends on what is installed; ``messages``, ``model``
+and ``pipeline`` are modules as in LMDeploy, for those who import from there.
+"""
+
+from __future__ import annotations
+
+from lmbridge.compat.lmdeploy.api import pipeline
+from lmbridge.compat.lmdeploy.messages import (
+    GenerationConfig,
+    KVTransferConfig,
+    PytorchEngineConfig,
+    QuantPolicy,
+    Response,
+    SpeculativeConfig,
+    TurbomindEngineConfig,
+    VisionConfig,
+)
+from lmbridge.compat.lmdeploy.model import ChatTemplateConfig
+from lmbridge.compat.lmdeploy.pipeline import Pipeline
+from lmbridge.compat.lmdeploy.sessions import Session
+
+__all__ = [
+    "ChatTemplateConfig", "GenerationConfig", "KVTransferConfig", "Pipeline", "PytorchEngineConfig", "QuantPolicy",
+    "Response", "Session", "SpeculativeConfig", "TurbomindEngineConfig", "VisionConfig", "pipeline",
+]  # fmt: skip

@@ -1,0 +1,75 @@
+"""The Bridge's answers, deltas and errors as LMDeploy's Responses.
+
+Rule: pure functions and one counter. A request's own failure is a Response with ``finish_reason="error"``, as LMDeploy
+has it, so that a list keeps its other answers; what ends the caller's wait for another reason is raised.
+"""
+
+from __future__ import annotations
+
+from lmbridge import messages
+from lmbridge.compat.lmdeploy.messages import Response
+from lmbridge.errors import (
+    EngineDeadError,
+    EngineError,
+    EngineStartError,
+    InvalidRequestError,
+    LMBridgeError,
+    PromptTooLongError,
+    RequestAbortedError,
+    UnsupportedOptionError,
+)
+
+_CODES: tuple[tuple[type[LMBridgeError], str], ...] = (
+    (PromptTooLongError, "context_length_exceeded"),
+    (UnsupportedOptionError, "unsupported_feature"),
+    (InvalidRequestError, "invalid_request"),
+    (EngineDeadError, "engine_unavailable"),
+    (EngineStartError, "engine_unavailable"),
+    (EngineError, "internal_error"),
+)
+
+
+def whole(response: messages.Response, index: int = 0) -> Response:
+    """A whole answer."""
+    return Response(
+        text=response.text,
+        generate_token_len=len(response.token_ids),
+        input_token_len=response.usage.prompt_tokens,
+        finish_reason=response.finish_reason,
+        token_ids=response.token_ids,
+        logprobs=response.logprobs,
+        index=index,
+    )
+
+
+def failed(error: LMBridgeError, index: int = 0) -> Response:
+    """What a request's own failure looks like, with the text there was; raises ``error`` when it is not its own."""
+    if isinstance(error, RequestAbortedError):
+        return Response(error.partial, 0, 0, "abort", index=index)
+    for kind, code in _CODES:
+        if isinstance(error, kind):
+            text = error.partial
+            return Response(text, 0, 0, "error", index=index, error_code=code, error_message=str(error))
+    error.index = index
+    raise error
+
+
+class Parts:
+    """One answer's parts: what was added, and one last part that says how it ended."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self._tokens = 0
+
+    def part(self, delta: messages.Delta) -> Response:
+        self._tokens += len(delta.token_ids)
+        return Response(delta.text, self._tokens, 0, None, delta.token_ids, delta.logprobs, index=self._index)
+
+    def end(self, response: messages.Response) -> Response:
+        return Response("", self._tokens, response.usage.prompt_tokens, response.finish_reason, index=self._index)
+
+    def error(self, error: LMBridgeError) -> Response:
+        """As ``failed``; its text was handed out already."""
+        last = failed(error, self._index)
+        last.text, last.generate_token_len = "", self._tokens
+        return last

@@ -1,0 +1,164 @@
+"""What was asked for in LMDeploy's words, in the words of whoever is to do it.
+
+Rule: pure functions on the caller's thread. Configs are read by their fields, so that LMDeploy's own objects do as well
+as ours. What cannot be honoured is refused by name; what cannot matter is let pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+import logging
+from typing import Any
+
+from lmbridge import messages
+from lmbridge.compat.lmdeploy.messages import GenerationConfig
+from lmbridge.errors import InvalidRequestError, UnsupportedOptionError
+
+_log = logging.getLogger("lmbridge.compat.lmdeploy")
+
+_PLAIN = ("max_new_tokens", "ignore_eos", "skip_special_tokens", "stop_words", "stop_token_ids", "logprobs")
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "random_seed")
+_NO_LIMIT = 2**31 - 1  # the room in the model's context ends the answer
+_GENERATION = frozenset({"n", "do_sample", *_PLAIN, *_SAMPLING})
+
+_TRANSFORMERS = {
+    "dtype": "dtype",
+    "session_len": "max_context",
+    "max_batch_size": "max_batch_size",
+    "cache_max_entry_count": "cache_share",
+    "block_size": "page_size",
+    "cache_block_seq_len": "page_size",
+    "num_gpu_blocks": "num_blocks",
+    "max_prefill_token_num": "max_chunk_size",
+    "revision": "revision",
+}
+"""Field of an engine config to the transformers engine's option."""
+_ALWAYS_SO = frozenset(
+    {"thread_safe", "enable_metrics", "eager_mode", "enable_prefix_caching", "kernel_block_size", "language_model_only"}
+)
+"""What the transformers engine does anyway, or what has nothing to act on there."""
+
+
+def generation_config(config: Any) -> messages.GenerationConfig:
+    """Our config for LMDeploy's. Greedy means greedy there: without ``do_sample`` the repetition penalty is off too.
+
+    Raises:
+        UnsupportedOptionError: a field is set that no engine here can honour.
+        InvalidRequestError: a value is wrong, or ``config`` is no GenerationConfig.
+    """
+    if config is None:
+        config = GenerationConfig()
+    if type(config).__name__ != "GenerationConfig" or not _has_fields(config, _GENERATION):
+        raise InvalidRequestError(
+            f"gen_config must be a GenerationConfig (or a list of one per prompt), not {type(config).__name__}.",
+            "gen_config",
+        )
+    _refuse([name for name in _changed(config) if name not in _GENERATION], "GenerationConfig")
+    if config.n != 1:
+        _log.warning("GenerationConfig.n=%s is taken for 1, as LMDeploy does", config.n)
+    fields = {name: getattr(config, name) for name in _PLAIN}
+    if config.max_new_tokens is None:
+        fields["max_new_tokens"] = _NO_LIMIT
+    fields["do_sample"] = bool(config.do_sample)
+    if config.do_sample:
+        fields.update({name: getattr(config, name) for name in _SAMPLING})
+        if config.top_p == 0:  # the smallest set of all is the most likely token
+            fields.update(top_p=None, top_k=1)
+    return messages.GenerationConfig().merged(fields)  # type: ignore[arg-type]
+
+
+def transformers_options(config: Any) -> dict[str, Any]:
+    """The transformers engine's options for an engine config; LMDeploy's defaults leave the engine its own.
+
+    Raises:
+        UnsupportedOptionError: a field is set that the transformers engine cannot honour; the message names them all.
+    """
+    if config is None:
+        return {}
+    _check_engine_config(config)
+    changed = _changed(config)
+    where = f"{type(config).__name__} on the transformers engine"
+    _refuse([name for name in changed if name not in _TRANSFORMERS and name not in _ALWAYS_SO], where)
+    options = {_TRANSFORMERS[name]: value for name, value in changed.items() if name in _TRANSFORMERS}
+    if isinstance(options.get("cache_share"), int):  # TurboMind counts blocks then
+        options["num_blocks"] = options.pop("cache_share")
+    return options
+
+
+def lmdeploy_engine_config(config: Any, library: Any) -> Any:
+    """LMDeploy's own engine config, for one of ours or a copy of one of its own.
+
+    ``thread_safe`` is taken out, because LMDeploy ends the process for it, and so are its metrics: they fill a queue
+    that only its own server empties. Log-probabilities are told when a request asks for them.
+
+    Raises:
+        UnsupportedOptionError: a field is set that the installed LMDeploy does not have.
+    """
+    _check_engine_config(config)
+    own = copy.copy(config) if _is_lmdeploys(config) else _rebuilt(config, getattr(library, type(config).__name__))
+    for name, value in (("thread_safe", False), ("enable_metrics", False)):
+        if hasattr(own, name):
+            setattr(own, name, value)
+    if getattr(own, "logprobs_mode", "") is None:
+        own.logprobs_mode = "raw_logprobs"
+    return own
+
+
+def lmdeploy_chat_template(config: Any, library: Any) -> Any:
+    """LMDeploy's own ChatTemplateConfig, for one of ours or one of its own."""
+    if config is None or _is_lmdeploys(config):
+        return config
+    if type(config).__name__ != "ChatTemplateConfig":
+        raise InvalidRequestError(
+            f"chat_template_config must be a ChatTemplateConfig, not {type(config).__name__}.", "chat_template_config"
+        )
+    return _rebuilt(config, library.ChatTemplateConfig)
+
+
+def _rebuilt(config: Any, theirs: Any) -> Any:
+    """An object of LMDeploy's class with what was changed in ours."""
+    known = {field.name: field for field in dataclasses.fields(theirs)}
+    changed = {name: value for name, value in _changed(config).items() if name not in ("thread_safe", "enable_metrics")}
+    _refuse([name for name in changed if name not in known], f"{theirs.__name__} of the installed LMDeploy")
+    return theirs(**{name: _their_value(value, known[name].default) for name, value in changed.items()})
+
+
+def _their_value(value: Any, default: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, enum.Enum) and isinstance(default, enum.Enum):
+        return type(default)[value.name]
+    return value
+
+
+def _check_engine_config(config: Any) -> None:
+    if type(config).__name__ not in ("PytorchEngineConfig", "TurbomindEngineConfig") or not _has_fields(
+        config, ("tp",)
+    ):
+        raise InvalidRequestError(
+            f"backend_config must be a PytorchEngineConfig or a TurbomindEngineConfig, not {type(config).__name__}.",
+            "backend_config",
+        )
+
+
+def _changed(config: Any) -> dict[str, Any]:
+    """The fields that differ from their defaults, those without a default included."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    defaults["kernel_block_size"] = values.get("block_size")  # what its -1 becomes
+    return {name: value for name, value in values.items() if value != defaults[name]}
+
+
+def _refuse(names: list[str], where: str) -> None:
+    if names:
+        raise UnsupportedOptionError(f"{where} cannot honour {', '.join(names)}; leave it out.", param=names[0])
+
+
+def _has_fields(config: Any, names: Any) -> bool:
+    return dataclasses.is_dataclass(config) and set(names) <= {field.name for field in dataclasses.fields(config)}
+
+
+def _is_lmdeploys(config: object) -> bool:
+    return type(config).__module__.partition(".")[0] == "lmdeploy"

@@ -1,0 +1,68 @@
+"""Which engine a pipeline runs on, and with which options.
+
+Rule: the caller's thread, before anything is loaded. LMDeploy is asked for only where it is to be used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import Any
+
+from lmbridge.compat.lmdeploy.convert import lmdeploy_chat_template, lmdeploy_engine_config, transformers_options
+from lmbridge.engines.models import DEMO
+from lmbridge.errors import InvalidRequestError, MissingDependencyError, UnsupportedOptionError
+
+BACKENDS = ("lmdeploy", "transformers")
+
+
+def choose_engine(
+    model: Any, backend: str | None, backend_config: Any, given: dict[str, Any], trust: bool, log_level: str
+) -> tuple[str, dict[str, Any]]:
+    """The engine's name and its options.
+
+    Args:
+        backend: one of BACKENDS; None means transformers for the bundled model, and else LMDeploy.
+        given: pipeline's other configs by name, None where none was given.
+
+    Raises:
+        MissingDependencyError: LMDeploy is to be used and is not installed.
+        UnsupportedOptionError: the engine cannot honour what was given; the message names it.
+        InvalidRequestError: a config is of the wrong type.
+    """
+    if backend not in (None, *BACKENDS):
+        raise InvalidRequestError(f"backend must be 'lmdeploy', 'transformers' or None, not {backend!r}.", "backend")
+    logging.getLogger("lmbridge").setLevel(log_level)
+    if not hasattr(model, "__fspath__") and not isinstance(model, str):  # an engine of the caller's own
+        _refuse_given({"backend": backend, "backend_config": backend_config, **given}, "an engine of your own")
+        return "transformers", {}
+    if backend == "transformers" or (backend is None and model == DEMO):
+        _refuse_given(given, "the transformers engine")
+        return "transformers", {**transformers_options(backend_config), "trust_remote_code": trust}
+    template = given.pop("chat_template_config")
+    _refuse_given(given, "the LMDeploy engine")
+    library = _import_lmdeploy()
+    options = {"trust_remote_code": trust, "log_level": log_level}
+    if backend_config is not None:
+        options["backend_config"] = lmdeploy_engine_config(backend_config, library)
+    if template is not None:
+        options["chat_template_config"] = lmdeploy_chat_template(template, library)
+    return "lmdeploy", options
+
+
+def _import_lmdeploy() -> Any:
+    from lmbridge.engines.lmdeploy.library import import_library
+
+    try:
+        import_library()  # sees that it is there, and has what the engine relies on
+    except MissingDependencyError as error:
+        raise MissingDependencyError(
+            f"{error}. To run on transformers instead, add backend='transformers' to the call of pipeline()."
+        ) from error
+    return importlib.import_module("lmdeploy")
+
+
+def _refuse_given(given: dict[str, Any], where: str) -> None:
+    names = [name for name, value in given.items() if value is not None]
+    if names:
+        raise UnsupportedOptionError(f"{', '.join(names)}: {where} does not take it; leave it out.", names[0])

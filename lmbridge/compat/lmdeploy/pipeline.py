@@ -1,0 +1,346 @@
+"""LMDeploy's Pipeline over a Bridge.
+
+Rule: the caller's end; any thread, and any number of them. What it adds to LMDeploy's calls is keyword-only, and leaves
+the meaning of a call without it alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lmbridge.bridge import Bridge
+from lmbridge.compat.lmdeploy import answers
+from lmbridge.compat.lmdeploy.convert import generation_config
+from lmbridge.compat.lmdeploy.engines import choose_engine
+from lmbridge.compat.lmdeploy.messages import Response
+from lmbridge.compat.lmdeploy.prompts import each_prompt, is_single
+from lmbridge.compat.lmdeploy.sessions import Session
+from lmbridge.compat.lmdeploy.streaming import Ask, ManyAnswers, OneAnswer, ResponseStream, Source, WholeAnswers
+from lmbridge.engines.base import Engine
+from lmbridge.errors import InvalidRequestError, LMBridgeError, UnsupportedOptionError
+from lmbridge.futures import ResponseFuture
+
+_NEUTRAL: dict[str, Any] = {"multiplex": True, "sequence_start": True, "sequence_end": True, "step": 0}
+"""Arguments that LMDeploy's calls take, with a value that asks for nothing; None never does."""
+
+
+class Pipeline:
+    """LMDeploy's Pipeline; built by ``pipeline``, which says what the arguments mean.
+
+    Attributes:
+        bridge: the Bridge below, for what LMDeploy has no word for: ``health``, ``requests``, ``metrics``, ``swap``.
+        backend_config: the one given.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path | Engine | Callable[[], Engine],
+        backend_config: Any = None,
+        chat_template_config: Any = None,
+        log_level: str = "WARNING",
+        max_log_len: int | None = None,
+        trust_remote_code: bool = False,
+        speculative_config: Any = None,
+        allowed_media_domains: list[str] | None = None,
+        *,
+        backend: str | None = None,
+        timeout: float | None = None,
+        stall_timeout: float | None = 300.0,
+        **engine_options: Any,
+    ) -> None:
+        self.backend_config = backend_config
+        self._timeout = timeout
+        self._session_ids = itertools.count()
+        given = {
+            "chat_template_config": chat_template_config,
+            "speculative_config": speculative_config,
+            "allowed_media_domains": allowed_media_domains,
+        }
+        engine, options = choose_engine(model_path, backend, backend_config, given, trust_remote_code, log_level)
+        self.bridge = Bridge(model_path, engine, stall_timeout=stall_timeout, **options, **engine_options)
+        try:
+            self.bridge.start()
+        except BaseException:
+            self.bridge.close()
+            raise
+
+    # --- whole answers ---
+
+    def infer(
+        self,
+        prompts: Any,
+        gen_config: Any = None,
+        do_preprocess: bool = True,
+        adapter_name: str | None = None,
+        use_tqdm: bool = False,
+        *,
+        timeout: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate and block for the whole answer; a list of prompts gives a list of answers in the same order.
+
+        Args:
+            prompts: a text, a list of messages, a pair of text and image, or a list of these.
+            gen_config: how to generate; a list has one for each prompt.
+            do_preprocess: False gives a text to the model as it is, without the chat template.
+            use_tqdm: show a progress bar.
+            timeout: seconds for all of it; None takes the pipeline's.
+
+        Returns:
+            A Response, or a list of them. A prompt that fails by itself has one with ``finish_reason="error"``.
+
+        Raises:
+            InvalidRequestError: prompts or configs are wrong; nothing was sent.
+            RequestTimeoutError: the time is up; the engine has stopped.
+            BridgeClosedError, ForkedError: the pipeline was closed, or belongs to the parent process.
+        """
+        asks = self._asks(prompts, gen_config, do_preprocess, adapter_name, timeout, kwargs)
+        if is_single(prompts) and not use_tqdm:
+            return self._infer_one(asks[0])
+        responses = self._infer_all(asks, use_tqdm)
+        return responses[0] if is_single(prompts) else responses
+
+    def __call__(self, prompts: Any, gen_config: Any = None, **kwargs: Any) -> Any:
+        """``infer``."""
+        return self.infer(prompts, gen_config=gen_config, **kwargs)
+
+    def batch_infer(self, *args: Any, **kwargs: Any) -> Any:
+        """``infer`` by its old name."""
+        warnings.warn("batch_infer is deprecated; call infer.", DeprecationWarning, stacklevel=2)
+        return self.infer(*args, **kwargs)
+
+    async def async_batch_infer(
+        self,
+        prompts: Any,
+        gen_config: Any = None,
+        do_preprocess: bool = True,
+        adapter_name: str | None = None,
+        *,
+        timeout: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """``infer`` for a task on any event loop, the engine's own included; cancelling the task stops the engine."""
+        asks = self._asks(prompts, gen_config, do_preprocess, adapter_name, timeout, kwargs)
+        tasks = [asyncio.ensure_future(self._ainfer_one(ask)) for ask in asks]
+        try:
+            responses = await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+        return responses[0] if is_single(prompts) else list(responses)
+
+    def _infer_one(self, ask: Ask) -> Response:
+        try:
+            return answers.whole(self.bridge.infer(ask.prompt, ask.config, **ask.options), ask.index)
+        except LMBridgeError as error:
+            return answers.failed(error, ask.index)
+
+    async def _ainfer_one(self, ask: Ask) -> Response:
+        try:
+            return answers.whole(await self.bridge.ainfer(ask.prompt, ask.config, **ask.options), ask.index)
+        except LMBridgeError as error:
+            return answers.failed(error, ask.index)
+
+    def _infer_all(self, asks: list[Ask], use_tqdm: bool) -> list[Response]:
+        """Submit as there is room, then wait for all; what raises cancels the rest."""
+        end = None if not asks or asks[0].options["timeout"] is None else time.monotonic() + asks[0].options["timeout"]
+        futures: list[ResponseFuture | LMBridgeError] = []
+        with _bar(len(asks), use_tqdm) as advance:
+            try:
+                for ask in asks:
+                    if end is not None:
+                        ask.options["timeout"] = max(0.0, end - time.monotonic())
+                    futures.append(self._submit(ask, advance))
+                return [_answer(ask.index, future) for ask, future in zip(asks, futures, strict=True)]
+            except BaseException:
+                for future in futures:
+                    if isinstance(future, ResponseFuture):
+                        future.cancel()
+                raise
+
+    def _submit(self, ask: Ask, advance: Callable[..., Any]) -> ResponseFuture | LMBridgeError:
+        try:
+            future = self.bridge.submit(ask.prompt, ask.config, **ask.options)
+        except LMBridgeError as error:
+            answers.failed(error, ask.index)  # raises what ends the whole list
+            advance()
+            return error
+        future.add_done_callback(lambda done: advance())
+        return future
+
+    # --- answers that grow ---
+
+    def stream_infer(
+        self,
+        prompts: Any,
+        sessions: Session | Sequence[Session] | None = None,
+        gen_config: Any = None,
+        do_preprocess: bool = True,
+        adapter_name: str | None = None,
+        stream_response: bool = True,
+        *,
+        timeout: float | None = None,
+        **kwargs: Any,
+    ) -> ResponseStream:
+        """Send the prompts and return the parts of their answers as they come; ``index`` says whose a part is.
+
+        Args:
+            sessions: one for each prompt, to ``abort()`` it by.
+            stream_response: False gives each answer as one whole, when it is complete.
+            prompts, gen_config, do_preprocess, timeout: as for ``infer``.
+
+        Raises:
+            InvalidRequestError: prompts, sessions or configs are wrong; nothing was sent.
+            LMBridgeError: what reading on may raise; see ``infer``.
+        """
+        asks = self._asks(prompts, gen_config, do_preprocess, adapter_name, timeout, kwargs)
+        owners = _per_prompt(sessions, len(asks), "sessions")
+        source: Source = OneAnswer(self.bridge, asks[0]) if len(asks) == 1 else ManyAnswers(self.bridge, asks)
+        stream = ResponseStream(source if stream_response else WholeAnswers(source))
+        for ask, session in zip(asks, owners, strict=True):
+            if session is not None:
+                session.begin(stream, ask.index)
+        return stream
+
+    def chat(
+        self,
+        prompt: Any,
+        session: Session | None = None,
+        gen_config: Any = None,
+        stream_response: bool = False,
+        adapter_name: str | None = None,
+        *,
+        timeout: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Say ``prompt`` in a conversation. A turn that is left or fails is not remembered.
+
+        Args:
+            prompt: a text, or a pair of text and image.
+            session: the conversation; None begins one.
+            stream_response: return the parts of the answer as they come.
+            gen_config, timeout: as for ``infer``.
+
+        Returns:
+            The session, with the answer as ``response``; or an iterator of the answer's parts.
+
+        Raises:
+            InvalidRequestError: the session has a turn running; and what ``infer`` raises.
+        """
+        session = self.session() if session is None else session
+        session.check_idle()
+        messages = session.messages(prompt)
+        stream = self.stream_infer(messages, session, gen_config, adapter_name=adapter_name, timeout=timeout, **kwargs)
+        session.update(prompt=prompt, response=None)
+        turn = _turn(session, stream)
+        if stream_response:
+            return turn
+        for _ in turn:
+            pass
+        return session
+
+    def session(self) -> Session:
+        """A new conversation."""
+        return Session(next(self._session_ids))
+
+    # --- what has no counterpart here ---
+
+    def get_ppl(self, input_ids: Any) -> list[float]:
+        """Not here: the engines score no prompts."""
+        raise UnsupportedOptionError("get_ppl is not supported: no engine of lmbridge scores prompts.", "get_ppl")
+
+    def get_reward_score(self, input_ids: Any) -> list[float]:
+        """Not here: the engines run no reward models."""
+        raise UnsupportedOptionError("get_reward_score is not supported: no engine runs reward models.", "input_ids")
+
+    # --- lifetime ---
+
+    def close(self) -> None:
+        """Stop what runs and free the model; every waiting call raises BridgeClosedError. Any thread, any time."""
+        self.bridge.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Pipeline over {self.bridge!r}>"
+
+    # --- from LMDeploy's arguments to the Bridge's ---
+
+    def _asks(
+        self,
+        prompts: Any,
+        gen_config: Any,
+        do_preprocess: bool,
+        adapter_name: str | None,
+        timeout: float | None,
+        others: dict[str, Any],
+    ) -> list[Ask]:
+        others = {"adapter_name": adapter_name, **others}
+        unknown = [name for name, value in others.items() if value is not None and _NEUTRAL.get(name) != value]
+        if unknown:
+            raise UnsupportedOptionError(f"{', '.join(unknown)}: not supported here; leave it out.", unknown[0])
+        plain = each_prompt(prompts)
+        configs = [generation_config(config) for config in _per_prompt(gen_config, len(plain), "gen_config")]
+        options = {"raw": not do_preprocess, "timeout": self._timeout if timeout is None else timeout}
+        return [
+            Ask(i, prompt, config, dict(options)) for i, (prompt, config) in enumerate(zip(plain, configs, strict=True))
+        ]
+
+
+def _per_prompt(given: Any, count: int, name: str) -> list[Any]:
+    if not isinstance(given, (list, tuple)):
+        if name == "sessions" and given is not None and count != 1:
+            raise InvalidRequestError(f"There are {count} prompts and one session; give a list of sessions.", name)
+        return [given] * count
+    if len(given) != count:
+        raise InvalidRequestError(f"There are {count} prompts and {len(given)} {name}; give one for each.", name)
+    return list(given)
+
+
+def _answer(index: int, future: ResponseFuture | LMBridgeError) -> Response:
+    try:
+        if isinstance(future, LMBridgeError):
+            return answers.failed(future, index)
+        return answers.whole(future.result(), index)
+    except LMBridgeError as error:
+        return answers.failed(error, index)
+
+
+def _turn(session: Session, stream: ResponseStream) -> Iterator[Response]:
+    """The parts of one turn; the session learns of it when it is complete."""
+    whole: Response | None = None
+    try:
+        for part in stream:
+            whole = dataclasses.replace(part) if whole is None else whole.extend(part)
+            yield part
+    finally:
+        session.end()
+    session.response = whole
+    if whole is not None and whole.finish_reason != "error":
+        session.history.append((session.prompt, whole.text))
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Callable[..., Any]]:
+    """A progress bar's ``update``, or something that does nothing."""
+    if not shown:
+        yield lambda: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total) as bar:
+        yield bar.update
