@@ -76,6 +76,11 @@ class Relay:
             while True:
                 self._waiting.popleft().release()
 
+    def close(self) -> None:
+        """Wake everybody, now and from now on: the server thread has ended or is stuck, and its id may be used anew."""
+        self._thread_id = None
+        self.wake_all()
+
     # --- the server thread only ---
 
     def open(self) -> None:

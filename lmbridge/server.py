@@ -167,7 +167,7 @@ class Server:
         for channel in self._alive():
             for call in channel.close():
                 call.settle(closed_error(cause))
-        self.relay.wake_all()
+        self.relay.close()
 
     def closed_error(self) -> LMBridgeError:
         """What a call ends with that finds the loop gone. Any thread."""
@@ -250,7 +250,7 @@ class Server:
         """
         stuck._successor = self
         stuck.run_soon(stuck.loop.stop)
-        stuck.relay.wake_all()
+        stuck.relay.close()
         self._rung, self._aborted, self._idle = stuck._rung, stuck._aborted, stuck._idle
         for channel in stuck._alive():
             self.register(channel)
