@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         WrongThreadError,
     )
     from lmbridge.futures import ResponseFuture
+    from lmbridge.group import StreamGroup
     from lmbridge.messages import Delta, GenerationConfig, Request, Response, Timings, Usage
     from lmbridge.streams import AsyncStream, Stream
 
@@ -50,6 +51,7 @@ _HOMES = {
         "UnsupportedEnvironmentError", "UnsupportedOptionError", "WrongThreadError",
     ),
     "futures": ("ResponseFuture",),
+    "group": ("StreamGroup",),
     "messages": ("Delta", "GenerationConfig", "Request", "Response", "Timings", "Usage"),
     "streams": ("AsyncStream", "Stream"),
 }  # fmt: skip
@@ -59,8 +61,9 @@ __all__ = [
     "AsyncStream", "Bridge", "BridgeClosedError", "Chat", "Client", "Delta", "Engine", "EngineDeadError",
     "EngineError", "EngineStartError", "ForkedError", "GenerationConfig", "Health", "InvalidRequestError",
     "LMBridgeError", "MissingDependencyError", "ModelNotFoundError", "PromptTooLongError", "QueueFullError", "Request",
-    "RequestAbortedError", "RequestInfo", "RequestTimeoutError", "Response", "ResponseFuture", "Stream", "Timings",
-    "UnknownEngineError", "UnsupportedEnvironmentError", "UnsupportedOptionError", "Usage", "WrongThreadError",
+    "RequestAbortedError", "RequestInfo", "RequestTimeoutError", "Response", "ResponseFuture", "Stream",
+    "StreamGroup", "Timings", "UnknownEngineError", "UnsupportedEnvironmentError", "UnsupportedOptionError", "Usage",
+    "WrongThreadError",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import itertools
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -215,6 +215,15 @@ class Bridge(Verbs):
     def stats(self) -> dict[str, float]:
         """What the engine counts of itself (``in_flight``, ``steps``, ``tokens`` …); empty while there is none."""
         return self._host.ask_engine(lambda engine: engine.stats()) or {}
+
+    def supports(self) -> frozenset[str]:
+        """The GenerationConfig fields that the engine honours; empty while there is none."""
+        return self._host.ask_engine(lambda engine: engine.supports) or frozenset()
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token's own text, as tables of log-probabilities show it; "" where the engine cannot tell."""
+        texts = self._host.ask_engine(lambda engine: engine.token_texts(token_ids))
+        return [""] * len(token_ids) if texts is None else texts
 
     def __repr__(self) -> str:
         living = self.requests()

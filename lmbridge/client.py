@@ -19,8 +19,9 @@ from lmbridge.call import Call, timeout_error
 from lmbridge.channel import Channel, Closed, Empty
 from lmbridge.errors import BridgeClosedError, InvalidRequestError, LMBridgeError, QueueFullError, RequestAbortedError
 from lmbridge.futures import ResponseFuture
+from lmbridge.group import StreamGroup
 from lmbridge.messages import GenerationConfig, Request, Response
-from lmbridge.prompts import check_prompt
+from lmbridge.prompts import check_prompt, is_batch
 from lmbridge.server import Server
 from lmbridge.streams import AsyncStream, Stream
 from lmbridge.verbs import CallOptions, Verbs
@@ -145,6 +146,17 @@ class Client(Verbs):
         stream = Stream(server, call, owner, lambda call: self._take_back(server, call.channel))
         self._send_or_raise(server, call)
         return stream
+
+    def requests(self, prompts: Sequence[Any], config: GenerationConfig | None, options: Any) -> list[Request]:
+        """Check a list of prompts and make its requests; nothing has been sent when this raises."""
+        if not is_batch(prompts):
+            raise InvalidRequestError("stream_many takes a list of prompts; stream takes one.", "prompts")
+        return [cast(Request, request) for request in self._requests(prompts, config, options, keep=False)]
+
+    def open_group(self, requests: Sequence[Request], owner: object) -> StreamGroup:
+        server = self._server(blocking=True)
+        channel = self._lease(server)
+        return StreamGroup(server, channel, self, requests, owner, lambda channel: self._take_back(server, channel))
 
     def open_future(self, request: Request, owner: object) -> ResponseFuture:
         server = self._server(blocking=True)

@@ -139,20 +139,44 @@ class Stream(_Reading):
             raise StopIteration
         return delta
 
-    def _next(self) -> Delta | None:
-        """The next delta; None at the end."""
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until ``next`` would not; False when ``timeout`` seconds passed first. For readers that have to say
+        something in the meantime, such as an HTTP response that keeps its connection alive."""
         call = self._call
+        limit = None if timeout is None else time.monotonic() + timeout
+        self._take_turn()
+        try:
+            while True:
+                call.signalled = False
+                if call.deltas or call.outcomes:
+                    return True
+                left = None if limit is None else limit - time.monotonic()
+                if left is not None and left <= 0:
+                    return False
+                self._wait(call, left)
+        except BaseException:  # KeyboardInterrupt while waiting: nobody reads on
+            self._leave()
+            raise
+        finally:
+            self._turn.release()
+
+    def _take_turn(self) -> None:
         if self._server.forked:
             self._server.check_process()
         if not self._turn.acquire(False):
             raise RuntimeError("Another thread is reading this stream; give each thread a stream of its own.")
+
+    def _next(self) -> Delta | None:
+        """The next delta; None at the end."""
+        call = self._call
+        self._take_turn()
         try:
             while True:
                 if (delta := self._take()) is not None:
                     return delta
                 if call.outcomes and self._end():
                     return None
-                self._wait(call)
+                self._wait(call, None)
         except LMBridgeError:
             raise
         except BaseException:  # KeyboardInterrupt while waiting: nobody reads on
@@ -180,10 +204,12 @@ class Stream(_Reading):
             self._release = None
             release(self._call)
 
-    def _wait(self, call: Call) -> None:
+    def _wait(self, call: Call, limit: float | None) -> None:
         remaining = None if call.request.deadline is None else self._remaining()
         if call.outcomes:
             return
+        if limit is not None and (remaining is None or limit < remaining):
+            remaining = limit
         try:
             call.channel.wait(True, remaining)
         except Empty:

@@ -1,4 +1,4 @@
-"""The verbs, written once and shared by Bridge and Client: infer, stream, submit, ainfer, astream.
+"""The verbs, written once and shared by Bridge and Client: infer, stream, stream_many, submit, ainfer, astream.
 
 Rule: signatures and their promises only; a ``Client`` does the work, on any thread but the server's.
 """
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from lmbridge.batch import Result
 from lmbridge.futures import ResponseFuture
+from lmbridge.group import StreamGroup
 from lmbridge.messages import GenerationConfig, Message, Overrides, Response
 from lmbridge.prompts import is_batch
 from lmbridge.streams import AsyncStream, Stream
@@ -39,7 +40,7 @@ class CallOptions(Overrides, total=False):
 
 
 class Verbs:
-    """infer, stream and submit for threads; ainfer and astream for other event loops."""
+    """infer, stream, stream_many and submit for threads; ainfer and astream for other event loops."""
 
     def _client(self) -> Client:
         raise NotImplementedError
@@ -112,6 +113,19 @@ class Verbs:
         """Submit one prompt and return its deltas as they come; leaving the stream aborts. Raises as ``infer`` does."""
         client = self._client()
         return client.open_stream(client.request(prompt, config, options), self)
+
+    def stream_many(
+        self,
+        prompts: Prompts,
+        config: GenerationConfig | None = None,
+        **options: Unpack[CallOptions],
+    ) -> StreamGroup:
+        """Submit a list of prompts and return their deltas with their indices as they come, in one iteration.
+
+        The same prompt several times gives several answers to it. Raises as ``infer`` does; nothing runs then.
+        """
+        client = self._client()
+        return client.open_group(client.requests(prompts, config, options), self)
 
     def submit(
         self,

@@ -12,7 +12,7 @@ import contextlib
 import queue
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, ClassVar, TypeVar, cast
 
 from lmbridge.errors import EngineError, LMBridgeError, UnsupportedOptionError
@@ -95,6 +95,10 @@ class Engine(ABC):
     def generate(self, request: Request) -> AsyncIterator[Delta]:
         """Yield the request's deltas, the last with a finish_reason. Cancellation at a yield or await is the abort."""
         raise TypeError(f"{type(self).__name__} must override generate(), or add_request() and abort_request().")
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token's own text; "" for one that has none or that the engine cannot tell."""
+        return [""] * len(token_ids)
 
     def stats(self) -> dict[str, float]:
         """Numbers of the engine itself: ``in_flight``, ``steps``, ``tokens`` and what else it counts."""
