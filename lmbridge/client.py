@@ -147,11 +147,24 @@ class Client(Verbs):
         self._send_or_raise(server, call)
         return stream
 
-    def requests(self, prompts: Sequence[Any], config: GenerationConfig | None, options: Any) -> list[Request]:
+    def requests(self, prompts: Sequence[Any], config: Any, options: CallOptions) -> list[Request]:
         """Check a list of prompts and make its requests; nothing has been sent when this raises."""
         if not is_batch(prompts):
             raise InvalidRequestError("stream_many takes a list of prompts; stream takes one.", "prompts")
-        return [cast(Request, request) for request in self._requests(prompts, config, options, keep=False)]
+        configs = config if isinstance(config, (list, tuple)) else [config] * len(prompts)
+        if len(configs) != len(prompts):
+            raise InvalidRequestError(
+                f"There are {len(configs)} configs for {len(prompts)} prompts.", "config"
+            )
+        name = options.pop("request_id", None)
+        requests: list[Request] = []
+        for index, (prompt, one) in enumerate(zip(prompts, configs, strict=True)):
+            request = self.request(prompt, one, cast(CallOptions, dict(options)))
+            if name is not None:
+                request.id = f"{_checked_text(name, 'request_id')}-{index}"
+            request.deadline = requests[0].deadline if requests else request.deadline  # a group shares one
+            requests.append(request)
+        return requests
 
     def open_group(self, requests: Sequence[Request], owner: object) -> StreamGroup:
         server = self._server(blocking=True)

@@ -5,6 +5,7 @@ Rule: signatures and their promises only; a ``Client`` does the work, on any thr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from lmbridge.batch import Result
@@ -117,12 +118,13 @@ class Verbs:
     def stream_many(
         self,
         prompts: Prompts,
-        config: GenerationConfig | None = None,
+        config: GenerationConfig | Sequence[GenerationConfig] | None = None,
         **options: Unpack[CallOptions],
     ) -> StreamGroup:
         """Submit a list of prompts and return their deltas with their indices as they come, in one iteration.
 
-        The same prompt several times gives several answers to it. Raises as ``infer`` does; nothing runs then.
+        The same prompt several times gives several answers to it; ``config`` may be a list, one for each. A
+        ``request_id`` has ``-0``, ``-1`` … put behind it. Raises as ``infer`` does; nothing runs then.
         """
         client = self._client()
         return client.open_group(client.requests(prompts, config, options), self)

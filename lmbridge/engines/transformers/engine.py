@@ -13,6 +13,7 @@ import gc
 import itertools
 import os
 import traceback
+from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -206,14 +207,21 @@ class TransformersEngine(Engine):
         self._cancel(running)
         self._end(running, "abort")
 
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        vocabulary = self._vocabulary
+        return [vocabulary.decode([token], False) if vocabulary.kind(token) != "unknown" else "" for token in token_ids]
+
     def stats(self) -> dict[str, float]:
-        """``in_flight``, ``steps`` and ``tokens`` so far, and ``cache_free``: the share of the cache nobody holds."""
+        """``in_flight``, ``steps`` and ``tokens`` so far, ``max_batch_size``, ``cache_free``: the share of the cache nobody
+        holds, and ``memory_bytes``: what CUDA has reserved on the device, or the process's memory on a CPU."""
         core = self._core
         return {
             "in_flight": float(len(self._requests)),
             "steps": float(core.sampler.steps) if core else 0.0,
             "tokens": float(self._tokens),
+            "max_batch_size": float(self.max_batch_size),
             "cache_free": core.free_share() if core else 0.0,
+            "memory_bytes": _memory(core.device) if core else 0.0,
         }
 
     def _alive(self) -> Core:
@@ -355,6 +363,17 @@ def _let_go(error: BaseException) -> None:
             while frame is not None:
                 frame.clear()
                 frame = frame.f_back
+
+
+def _memory(device: str) -> float:
+    """Bytes held on the device: what CUDA has reserved for this process, or on a CPU all that the process has."""
+    if device.startswith("cuda"):
+        import torch
+
+        return float(torch.cuda.memory_reserved(device))
+    import psutil
+
+    return float(psutil.Process().memory_info().rss)
 
 
 def _import_library() -> Any:

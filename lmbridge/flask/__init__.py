@@ -1,0 +1,13 @@
+"""Flask: an extension that gives an app its bridges, an OpenAI-compatible blueprint, operations and a playground.
+
+Rule: public names only. The blueprints are imported from where they live: ``lmbridge.flask.openai``,
+``lmbridge.flask.operations`` and ``lmbridge.flask.playground`` each have a ``blueprint`` to register.
+"""
+
+from __future__ import annotations
+
+from lmbridge.flask.caller import current_bridge
+from lmbridge.flask.extension import LMBridge
+from lmbridge.flask.signals import answered, disconnected, failed
+
+__all__ = ["LMBridge", "answered", "current_bridge", "disconnected", "failed"]

@@ -1,0 +1,218 @@
+"""The keys ``LMBRIDGE_*`` of an app's configuration.
+
+Rule: ``Settings`` is made of ``app.config`` once, by ``init_app``, which refuses what is wrong by the key's name. The
+table ``KEYS`` is the documentation too: docs/http.rst has it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from lmbridge.bridge import Bridge
+from lmbridge.errors import InvalidRequestError
+
+ModelSource = str | Mapping[str, Any] | Bridge
+"""Where a served model comes from: a model's name, ``{"model": …, "engine": …, option: value}``, or a Bridge."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an app is configured to do; ``KEYS`` says what each key means."""
+
+    models: Mapping[str, ModelSource]
+    timeout: float | None = 600.0
+    max_pending: int = 1024
+    max_pending_per_client: int = 256
+    when_full: Literal["block", "reject"] = "reject"
+    stall_timeout: float | None = 300.0
+    heartbeat: float = 5.0
+    api_keys: tuple[str, ...] = ()
+    admin_key: str | None = None
+    max_request_bytes: int = 4 * 1024 * 1024
+    cors_origins: tuple[str, ...] = ()
+    log_prompts: bool = False
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Settings:
+        """The settings that ``config`` has.
+
+        Raises:
+            InvalidRequestError: a key is unknown, or its value is wrong; ``param`` is the key.
+        """
+        given = {key: value for key, value in config.items() if key.startswith("LMBRIDGE_")}
+        for key in given:
+            if key not in KEYS:
+                _refuse_unknown(key)
+        values = {key: _checked(key, given.get(key, KEYS[key].default)) for key in KEYS}
+        return cls(
+            models=_models(values),
+            api_keys=(*values["LMBRIDGE_API_KEYS"], *_keys_of_file(values["LMBRIDGE_API_KEYS_FILE"])),
+            **{key.removeprefix("LMBRIDGE_").lower(): values[key] for key in _AS_THEY_ARE},
+        )
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key: its default, how a value is read (an error says it is wrong), what it must be, and what it means."""
+
+    default: Any
+    read: Callable[[Any], Any]
+    expected: str
+    meaning: str
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError
+    return value
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    parts = value.split(",") if isinstance(value, str) else value
+    return tuple(text.strip() for text in map(_text, parts) if text.strip()) if parts else ()
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != value or value < 1:
+        raise ValueError
+    return int(value)
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, bool) or not float(value) > 0:
+        raise ValueError
+    return float(value)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) and name for name in value):
+        raise ValueError
+    return value
+
+
+def _choice(value: Any) -> str:
+    if value not in ("block", "reject"):
+        raise ValueError
+    return str(value)
+
+
+def _optional(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else read(value)
+
+
+def _model(value: Any) -> Any:
+    return value if isinstance(value, Bridge) else _text(str(value) if isinstance(value, Path) else value)
+
+
+KEYS: dict[str, Key] = {
+    "LMBRIDGE_MODEL": Key(
+        None,
+        _optional(_model),
+        "a model's name or folder, or a Bridge",
+        "The model: ``demo``, a folder, a hub id, or a Bridge of your own, which you close yourself.",
+    ),
+    "LMBRIDGE_ENGINE": Key("transformers", _text, "an engine's name", "The engine that runs ``LMBRIDGE_MODEL``."),
+    "LMBRIDGE_ENGINE_OPTIONS": Key({}, _mapping, "a dict of options", "The engine's own options."),
+    "LMBRIDGE_MODELS": Key(
+        None,
+        _optional(_mapping),
+        "a dict of names to models",
+        "Several models instead of one: name to model, or to ``{'model': …, 'engine': …, option: value}``, or to a "
+        "Bridge. The first is the default.",
+    ),
+    "LMBRIDGE_TIMEOUT": Key(
+        600.0, _optional(_seconds), "seconds > 0 or None", "Default and upper bound of a request's deadline."
+    ),
+    "LMBRIDGE_MAX_PENDING": Key(1024, _count, "an int >= 1", "How many requests may wait for a model."),
+    "LMBRIDGE_MAX_PENDING_PER_CLIENT": Key(256, _count, "an int >= 1", "How many of them may be one account's."),
+    "LMBRIDGE_WHEN_FULL": Key(
+        "reject",
+        _choice,
+        "'block' or 'reject'",
+        "``reject`` answers 429 when the queue is full; ``block`` has the request wait for room.",
+    ),
+    "LMBRIDGE_STALL_TIMEOUT": Key(
+        300.0, _optional(_seconds), "seconds > 0 or None", "An engine silent for this long with work is restarted."
+    ),
+    "LMBRIDGE_HEARTBEAT": Key(
+        5.0, _seconds, "seconds > 0", "Silence in a stream after which a comment keeps the connection alive."
+    ),
+    "LMBRIDGE_API_KEYS": Key(
+        (), _texts, "a list of texts, or one text with commas", "Who may ask; none: everybody who can connect."
+    ),
+    "LMBRIDGE_API_KEYS_FILE": Key(
+        None, _optional(str), "a file's path", "More API keys, one a line; lines that begin with # are comments."
+    ),
+    "LMBRIDGE_ADMIN_KEY": Key(None, _optional(_text), "a text", "Who may exchange models; none: nobody."),
+    "LMBRIDGE_MAX_REQUEST_BYTES": Key(4 * 1024 * 1024, _count, "an int >= 1", "The largest body that is read."),
+    "LMBRIDGE_CORS_ORIGINS": Key(
+        (), _texts, "a list of origins, or '*'", "Whose pages may ask from a browser; none: only the server's own."
+    ),
+    "LMBRIDGE_LOG_PROMPTS": Key(False, _flag, "True or False", "Write prompts into the log."),
+}
+
+_AS_THEY_ARE = (
+    "LMBRIDGE_TIMEOUT", "LMBRIDGE_MAX_PENDING", "LMBRIDGE_MAX_PENDING_PER_CLIENT", "LMBRIDGE_WHEN_FULL",
+    "LMBRIDGE_STALL_TIMEOUT", "LMBRIDGE_HEARTBEAT", "LMBRIDGE_ADMIN_KEY", "LMBRIDGE_MAX_REQUEST_BYTES",
+    "LMBRIDGE_CORS_ORIGINS", "LMBRIDGE_LOG_PROMPTS",
+)  # fmt: skip
+
+
+def _refuse_unknown(key: str) -> NoReturn:
+    near = difflib.get_close_matches(key, KEYS, 1)
+    hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(KEYS)}."
+    raise InvalidRequestError(f"There is no configuration key {key}; {hint}", key)
+
+
+def _checked(key: str, value: Any) -> Any:
+    try:
+        return KEYS[key].read(value)
+    except (ValueError, TypeError):
+        raise InvalidRequestError(f"{key} must be {KEYS[key].expected}, not {value!r:.80}.", key) from None
+
+
+def _models(values: Mapping[str, Any]) -> Mapping[str, ModelSource]:
+    one, several = values["LMBRIDGE_MODEL"], values["LMBRIDGE_MODELS"]
+    if (one is None) == (not several):
+        raise InvalidRequestError(
+            "Set LMBRIDGE_MODEL, such as app.config['LMBRIDGE_MODEL'] = 'demo', or LMBRIDGE_MODELS for several; "
+            "exactly one of them.",
+            "LMBRIDGE_MODEL",
+        )
+    if several:
+        return dict(several)
+    if isinstance(one, Bridge):
+        return {"default": one}
+    source = {"model": one, "engine": values["LMBRIDGE_ENGINE"], **values["LMBRIDGE_ENGINE_OPTIONS"]}
+    return {served_name(one): source}
+
+
+def served_name(model: str) -> str:
+    """What clients call a model: a folder's last part; a hub id, or "demo", as it is."""
+    is_path = model.startswith(("/", ".", "~")) or model.count("/") > 1 or model.endswith("/")
+    return Path(model).name or model if is_path else model
+
+
+def _keys_of_file(path: str | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(
+            f"LMBRIDGE_API_KEYS_FILE: {path} cannot be read: {error}.", "LMBRIDGE_API_KEYS_FILE"
+        ) from error
+    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not keys:  # an empty file must not open the door to everybody
+        raise InvalidRequestError(f"LMBRIDGE_API_KEYS_FILE: {path} holds no key.", "LMBRIDGE_API_KEYS_FILE")
+    return keys

@@ -1,0 +1,73 @@
+"""The Flask extension.
+
+Rule: knows no app beyond the moment of ``init_app``; what belongs to one app is its ``Models``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flask import Flask, Request, Response
+
+from lmbridge.errors import LMBridgeError
+from lmbridge.flask.caller import Reader, RequestBridge, finish_callers, request_bridge
+from lmbridge.flask.config import Settings
+from lmbridge.flask.errors import error_response
+from lmbridge.flask.models import EXTENSION, Models, current_models
+from lmbridge.flask.sse import event_stream, first_pieces, plain_payloads
+
+
+class LMBridge:
+    """Gives Flask apps their bridges: ``lm = LMBridge()`` and ``lm.init_app(app)``, or ``LMBridge(app)``.
+
+    Views use ``current_bridge``, or ``lm.bridge("name")`` where an app has several models. What a view raises of the
+    bridge's errors is answered with 400, 404, 429, 503 or 504 and what goes with them; what it has left running is
+    aborted when it ends, fails, or its client goes away.
+
+    Args:
+        app: the app, where there is one already.
+        account: from a request to the account whose turn it takes in the fair queue, such as
+            ``lambda request: request.headers["X-Tenant"]``; default: the API key where keys are configured, else the
+            address.
+    """
+
+    def __init__(self, app: Flask | None = None, *, account: Callable[[Request], str] | None = None) -> None:
+        self._account = account
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Flask) -> None:
+        """Read ``app.config`` and build the bridges it names, which loads nothing yet.
+
+        Raises:
+            RuntimeError: the app has an lmbridge already.
+            InvalidRequestError, ModelNotFoundError, UnknownEngineError: the configuration cannot work.
+        """
+        if EXTENSION in app.extensions:
+            raise RuntimeError(f"The Flask app {app.name!r} has an lmbridge already; initialise it once.")
+        app.extensions[EXTENSION] = Models(Settings.of(app.config), self._account)
+        app.teardown_appcontext(finish_callers)
+        app.register_error_handler(LMBridgeError, error_response)
+
+    def bridge(self, name: str | None = None) -> RequestBridge:
+        """The model of that name, or the default one, as the current HTTP request sees it.
+
+        Raises:
+            ModelNotFoundError: there is none of that name.
+        """
+        return request_bridge(name)
+
+    @property
+    def models(self) -> Models:
+        """The current app's models with their bridges, for what lies outside requests."""
+        return current_models()
+
+    def stream_response(self, reader: Reader) -> Response:
+        """Send what ``reader`` (of ``stream`` or ``stream_many``) reads as server-sent events; see docs/http.rst.
+
+        Raises:
+            LMBridgeError: it failed before anything was sent, and the view's response can still say so.
+        """
+        first = first_pieces(reader)
+        heartbeat = current_models().settings.heartbeat
+        return event_stream(reader, plain_payloads(reader, first, heartbeat))

@@ -1,0 +1,143 @@
+"""The bridges of one app, by the names its clients know them under.
+
+Rule: ``app.extensions["lmbridge"]`` is the app's ``Models``. Bridges are built with it, which loads nothing; each
+starts at its first use, in the process that serves, so a server may fork between the two.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flask import Request, current_app
+from werkzeug.local import LocalProxy
+
+from lmbridge.bridge import Bridge
+from lmbridge.errors import BridgeClosedError, InvalidRequestError, ModelNotFoundError
+from lmbridge.flask.config import ModelSource, Settings
+
+EXTENSION = "lmbridge"
+
+
+class Models:
+    """The named bridges of one app.
+
+    Attributes:
+        settings: as configured.
+        account: from an HTTP request to the account whose turn it takes.
+        draining: set once the end has begun; no request is taken any more.
+        disconnects: how many HTTP requests have lost their client.
+    """
+
+    def __init__(self, settings: Settings, account: Callable[[Request], str] | None = None) -> None:
+        self.settings = settings
+        self.account = account or self._default_account
+        self.draining = False
+        self.disconnects = 0  # written by the thread that watches the connections
+        self._created = int(time.time())
+        self._own: list[Bridge] = []  # closed with the app; those handed in belong to somebody else
+        self._bridges = {name: self._build(name, source) for name, source in settings.models.items()}
+        _open.add(self)
+
+    @property
+    def default(self) -> str:
+        """The name of the model that serves requests which name none."""
+        return next(iter(self._bridges))
+
+    def names(self) -> list[str]:
+        return list(self._bridges)
+
+    def created(self, name: str) -> int:
+        """When the model of that name was made available, in Unix seconds."""
+        self.bridge(name)
+        return self._created
+
+    def bridge(self, name: str | None = None) -> Bridge:
+        """The bridge of that name, or the default one.
+
+        Raises:
+            ModelNotFoundError: there is none of that name.
+        """
+        try:
+            return self._bridges[self.default if name is None else name]
+        except KeyError:
+            raise ModelNotFoundError(
+                f"There is no model {name!r} here; the models are {', '.join(self._bridges)}."
+            ) from None
+
+    def check_open(self) -> None:
+        """Raise BridgeClosedError once the end has begun."""
+        if self.draining:
+            raise BridgeClosedError("The server is shutting down and takes no new requests; send it again elsewhere.")
+
+    def replace(self, name: str, bridge: Bridge) -> Bridge:
+        """Put another bridge under that name, and return the one that was there. For tests; see ``testing``."""
+        old, self._bridges[name] = self.bridge(name), bridge
+        return old
+
+    def close(self, *, drain: bool = False, timeout: float = 10.0) -> None:
+        """Take no new requests, and end the bridges that the app built; ``drain`` and ``timeout`` as for a Bridge."""
+        self.draining = True
+        until = time.monotonic() + timeout
+        for bridge in self._own:
+            bridge.close(drain=drain, timeout=max(0.0, until - time.monotonic()))
+
+    def _build(self, name: str, source: ModelSource) -> Bridge:
+        if isinstance(source, Bridge):
+            return source
+        options: dict[str, Any] = dict(source) if isinstance(source, Mapping) else {"model": source}
+        if "model" not in options:
+            raise InvalidRequestError(f"LMBRIDGE_MODELS: {name!r} names no 'model'.", "LMBRIDGE_MODELS")
+        settings = self.settings
+        bridge = Bridge(
+            options.pop("model"),
+            options.pop("engine", "transformers"),
+            timeout=settings.timeout,
+            max_pending=settings.max_pending,
+            max_pending_per_client=settings.max_pending_per_client,
+            when_full=settings.when_full,
+            stall_timeout=settings.stall_timeout,
+            **options,
+        )
+        self._own.append(bridge)
+        return bridge
+
+    def _default_account(self, request: Request) -> str:
+        """An API key's digest, or the address. A key that nobody checks would be a free choice of account."""
+        authorization = request.authorization
+        if self.settings.api_keys and authorization is not None and authorization.token:
+            return f"key-{hashlib.sha256(authorization.token.encode()).hexdigest()[:12]}"
+        return request.remote_addr or "unknown"
+
+
+def current_models() -> Models:
+    """The models of the current app.
+
+    Raises:
+        RuntimeError: there is no current app, or the extension was not initialised for it.
+    """
+    return models_of(current_app)
+
+
+def models_of(app: Any) -> Models:
+    """The models of ``app``; raises RuntimeError when it has none."""
+    found = app.extensions.get(EXTENSION)
+    if found is None:
+        name = (app._get_current_object() if isinstance(app, LocalProxy) else app).name
+        raise RuntimeError(f"The Flask app {name!r} has no lmbridge; did you forget LMBridge(app) or lm.init_app(app)?")
+    assert isinstance(found, Models)
+    return found
+
+
+_open: weakref.WeakSet[Models] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """An app has no end of its own. Runs before the bridges' own exit, which would take them for forgotten."""
+    for models in list(_open):
+        models.close(timeout=0.0)

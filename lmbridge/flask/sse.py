@@ -1,0 +1,119 @@
+"""Server-sent events: an answer that streams, as an HTTP response.
+
+Rule: the response owns what it reads from. When it is closed, at its end or because its client has gone, the reader is
+closed too, which stops the engine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from flask import Response
+
+from lmbridge.errors import LMBridgeError
+from lmbridge.flask.caller import Reader, take_callers
+from lmbridge.group import StreamGroup
+from lmbridge.messages import Delta
+
+Piece = tuple[int, Delta]
+"""Which answer, and what it has new."""
+
+FIRST_WAIT = 0.25  # seconds for which headers wait for the first token, so that an error before it has its own status
+_OPEN = b": open\n\n"  # headers leave with the first bytes, before the prompt is worked on
+_PING = b": ping\n\n"
+_HEADERS = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
+
+
+def pieces(reader: Reader, heartbeat: float) -> Iterator[Piece | None]:
+    """What ``reader`` has, as it comes; None after ``heartbeat`` seconds of silence. Raises what a stream raises."""
+    while True:
+        if not reader.wait(heartbeat):
+            yield None
+            continue
+        try:
+            piece = next(reader)
+        except StopIteration:
+            return
+        yield piece if isinstance(piece, tuple) else (0, piece)
+
+
+def first_pieces(reader: Reader) -> list[Piece | None]:
+    """What comes within FIRST_WAIT, if anything does; raises the error of a request that fails as early as that."""
+    if not reader.wait(FIRST_WAIT):
+        return []
+    first = list(itertools.islice(pieces(reader, FIRST_WAIT), 1))
+    for _, delta in [piece for piece in first if piece is not None]:
+        if delta.error is not None:
+            raise delta.error
+    return first
+
+
+def event_stream(reader: Reader, payloads: Iterator[str | None]) -> Response:
+    """The response that sends each payload as an event, and a comment for None.
+
+    Args:
+        reader: closed with the response.
+        payloads: the events' data; they are asked for while the response is sent, without a request context.
+    """
+    response = Response(_frames(payloads), mimetype="text/event-stream", headers=_HEADERS)
+    callers = take_callers()  # they end with the response, not with the view
+
+    def end() -> None:
+        reader.close()
+        for caller in callers:
+            caller.finish()
+
+    response.call_on_close(end)
+    return response
+
+
+def _frames(payloads: Iterator[str | None]) -> Iterator[bytes]:
+    yield _OPEN
+    for payload in payloads:
+        yield _PING if payload is None else b"data: " + payload.encode() + b"\n\n"
+
+
+def plain_payloads(reader: Reader, first: list[Piece | None], heartbeat: float) -> Iterator[str | None]:
+    """The events of ``LMBridge.stream_response``: texts, then how it ended.
+
+    ``{"text": "…"}`` as it comes, with ``"index"`` where several answers are streamed; at the end of each
+    ``{"finish_reason": "…", "usage": {…}}``, or ``{"error": "…", "type": "…"}``.
+    """
+    many = isinstance(reader, StreamGroup)
+    try:
+        for piece in itertools.chain(first, pieces(reader, heartbeat)):
+            if piece is None:
+                yield None
+                continue
+            index, delta = piece
+            for event in _events(delta):
+                yield json.dumps({"index": index, **event} if many else event)
+    except LMBridgeError as error:
+        yield json.dumps(_error(error))
+
+
+def _events(delta: Delta) -> Iterator[dict[str, Any]]:
+    if delta.text:
+        yield {"text": delta.text}
+    if delta.error is not None:
+        yield _error(delta.error)
+    elif delta.finish_reason is not None:
+        usage = delta.usage
+        counts = None if usage is None else vars_of(usage)
+        yield {"finish_reason": delta.finish_reason, **({} if counts is None else {"usage": counts})}
+
+
+def vars_of(usage: Any) -> dict[str, int]:
+    """Token counts as JSON has them."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+    }
+
+
+def _error(error: BaseException) -> dict[str, str]:
+    return {"error": str(error), "type": type(error).__name__}

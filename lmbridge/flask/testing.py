@@ -1,0 +1,43 @@
+"""For tests of apps: a scripted engine in a model's place.
+
+Rule: the app and its views stay as they are; only the engine below them is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from flask import Flask
+
+from lmbridge.bridge import Bridge
+from lmbridge.flask.models import models_of
+from lmbridge.testing import ScriptedEngine
+
+
+@contextmanager
+def scripted_engine(app: Flask, model: str | None = None, **options: Any) -> Iterator[ScriptedEngine]:
+    """Have a ScriptedEngine answer for one of the app's models while the ``with`` lasts.
+
+    Args:
+        app: an app with the extension.
+        model: the name of the model; default: the default one.
+        options: ScriptedEngine's, such as ``script=lambda request: ["Hello"]`` or ``manual=True``.
+    """
+    models = models_of(app)
+    name = models.default if model is None else model
+    settings, engine = models.settings, ScriptedEngine(**options)
+    with Bridge(
+        engine,
+        timeout=settings.timeout,
+        max_pending=settings.max_pending,
+        max_pending_per_client=settings.max_pending_per_client,
+        when_full=settings.when_full,
+    ) as bridge:
+        real = models.replace(name, bridge)
+        try:
+            yield engine
+        finally:
+            models.replace(name, real)
+            bridge.close()  # what a test has left running is aborted, not waited for

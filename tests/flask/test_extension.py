@@ -1,0 +1,343 @@
+"""The extension as an app's author meets it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from flask import Flask, Response, request
+
+from lmbridge import Bridge, InvalidRequestError, ModelNotFoundError
+from lmbridge.flask import LMBridge, answered, current_bridge, failed
+from lmbridge.flask.config import KEYS
+from lmbridge.flask.models import models_of
+from lmbridge.flask.testing import scripted_engine
+from lmbridge.testing import ScriptedEngine, prompt_text
+
+lm = LMBridge()
+
+
+def create_app(**config: Any) -> Flask:
+    """An app as its author writes it, from a factory, with one extension object for all apps."""
+    app = Flask(__name__)
+    app.config.update({"LMBRIDGE_MODEL": "demo", "LMBRIDGE_TIMEOUT": 20.0, **config})
+    lm.init_app(app)
+
+    @app.post("/ask")
+    def ask() -> dict[str, str]:
+        return {"text": current_bridge.infer(request.get_json()["prompt"]).text}
+
+    @app.post("/tell")
+    def tell() -> Response:
+        return lm.stream_response(current_bridge.stream(request.get_json()["prompt"]))
+
+    @app.post("/tell/many")
+    def tell_many() -> Response:
+        return lm.stream_response(current_bridge.stream_many(request.get_json()["prompts"]))
+
+    return app
+
+
+@pytest.fixture
+def app() -> Iterator[Flask]:
+    app = create_app()
+    yield app
+    models_of(app).close()
+
+
+def events(response: Any) -> list[dict[str, Any]]:
+    """The events of a whole response, comments left out."""
+    blocks = response.get_data(as_text=True).split("\n\n")
+    return [json.loads(block.removeprefix("data: ")) for block in blocks if block.startswith("data: ")]
+
+
+def test_a_view_asks_the_bundled_model(app: Flask) -> None:
+    """The README's first view: a prompt in, a text out."""
+    answer = app.test_client().post("/ask", json={"prompt": "What is the capital of France?"})
+    assert "Paris" in answer.get_json()["text"]
+
+
+def test_a_view_streams(app: Flask) -> None:
+    """Events arrive in order, join to the answer, and end with how it ended and what it took."""
+    answer = app.test_client().post("/tell", json={"prompt": "What is the capital of France?"})
+    assert answer.mimetype == "text/event-stream"
+    assert answer.headers["X-Accel-Buffering"] == "no"
+    *texts, end = events(answer)
+    assert "Paris" in "".join(event["text"] for event in texts)
+    assert end["finish_reason"] == "stop"
+    assert end["usage"]["completion_tokens"] > 0
+
+
+def test_a_view_streams_several_answers(app: Flask) -> None:
+    """Each event says which answer it belongs to."""
+    with scripted_engine(app):
+        got = events(app.test_client().post("/tell/many", json={"prompts": ["a b c", "d e"]}))
+    texts = ["".join(event.get("text", "") for event in got if event["index"] == index) for index in (0, 1)]
+    assert texts == ["a b c", "d e"]
+
+
+def test_requests_run_in_one_batch(app: Flask) -> None:
+    """The point of the library: views that run at once are generated together."""
+    with scripted_engine(app, manual=True) as engine, ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(app.test_client().post, "/ask", json={"prompt": f"word {n}"}) for n in range(8)]
+        engine.wait_for(lambda engine: engine.active == 8)
+        engine.step(2)
+        assert [answer.result(10).get_json()["text"] for answer in answers] == [f"word {n}" for n in range(8)]
+
+
+def test_several_models_and_several_apps() -> None:
+    """Names belong to an app; two apps of one factory share nothing."""
+    first, second = ScriptedEngine(script=lambda _: ["first"]), ScriptedEngine(script=lambda _: ["second"])
+    with Bridge(first) as one, Bridge(second) as two:
+        both = Flask("both")
+        both.config["LMBRIDGE_MODELS"] = {"one": one, "two": two}
+        lm.init_app(both)
+        other = Flask("other")
+        other.config["LMBRIDGE_MODEL"] = two
+        lm.init_app(other)
+        with both.test_request_context():
+            assert [lm.bridge(name).infer("x").text for name in ("one", "two", None)] == ["first", "second", "first"]
+            with pytest.raises(ModelNotFoundError, match="one, two"):
+                lm.bridge("three")
+        with other.test_request_context():
+            assert current_bridge.infer("x").text == "second"
+
+
+def test_the_app_leaves_a_bridge_that_was_handed_in_to_its_owner() -> None:
+    """Closing the app must not end a bridge that others use too."""
+    with Bridge(ScriptedEngine()) as bridge:
+        app = create_app(LMBRIDGE_MODEL=bridge)
+        models_of(app).close()
+        assert bridge.infer("still here").text == "still here"
+
+
+def test_initialised_twice_is_refused(app: Flask) -> None:
+    """A second set of models would load the weights twice."""
+    with pytest.raises(RuntimeError, match="already"):
+        lm.init_app(app)
+
+
+def test_not_initialised_says_so() -> None:
+    """The commonest mistake gets the question that finds it."""
+    with Flask("bare").app_context(), pytest.raises(RuntimeError, match="did you forget"):
+        current_bridge.infer("x")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "LMBRIDGE_MODEL"),
+        ({"LMBRIDGE_MODEL": "demo", "LMBRIDGE_MODELS": {"a": "demo"}}, "exactly one"),
+        ({"LMBRIDGE_MODEL": "demo", "LMBRIDGE_TIMEOUTS": 3}, "did you mean LMBRIDGE_TIMEOUT"),
+        ({"LMBRIDGE_MODEL": "demo", "LMBRIDGE_TIMEOUT": -1}, "LMBRIDGE_TIMEOUT must be seconds > 0"),
+        ({"LMBRIDGE_MODEL": "demo", "LMBRIDGE_MAX_PENDING": True}, "LMBRIDGE_MAX_PENDING must be an int"),
+        ({"LMBRIDGE_MODEL": "demo", "LMBRIDGE_WHEN_FULL": "wait"}, "'block' or 'reject'"),
+        ({"LMBRIDGE_MODEL": "demo", "LMBRIDGE_ENGINE_OPTIONS": {"max_batch": 3}}, "no option 'max_batch'"),
+        ({"LMBRIDGE_MODEL": "demo", "LMBRIDGE_API_KEYS_FILE": "/nowhere/keys"}, "cannot be read"),
+        ({"LMBRIDGE_MODELS": {"a": {"engine": "transformers"}}}, "names no 'model'"),
+    ],
+)
+def test_wrong_configuration_is_refused_at_once(config: dict[str, Any], message: str) -> None:
+    """A misspelt key found at the first request, or never, is a bad night for somebody."""
+    app = Flask("wrong")
+    app.config.update(config)
+    with pytest.raises(InvalidRequestError, match=message):
+        LMBridge(app)
+
+
+def test_an_empty_file_of_keys_opens_no_door(tmp_path: Any) -> None:
+    """No keys means everybody; a file that was emptied by accident must not."""
+    keys = tmp_path / "keys"
+    keys.write_text("# nobody yet\n")
+    app = Flask("locked")
+    app.config.update(LMBRIDGE_MODEL="demo", LMBRIDGE_API_KEYS_FILE=str(keys))
+    with pytest.raises(InvalidRequestError, match="holds no key"):
+        LMBridge(app)
+
+
+def test_keys_from_environment_variables_are_understood(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """``FLASK_LMBRIDGE_…`` in a container is how many apps are configured."""
+    monkeypatch.setenv("FLASK_LMBRIDGE_MODEL", "demo")
+    monkeypatch.setenv("FLASK_LMBRIDGE_TIMEOUT", "30")
+    monkeypatch.setenv("FLASK_LMBRIDGE_API_KEYS", "one, two")
+    (tmp_path / "keys").write_text("# ours\nthree\n")
+    monkeypatch.setenv("FLASK_LMBRIDGE_API_KEYS_FILE", str(tmp_path / "keys"))
+    app = Flask("env")
+    app.config.from_prefixed_env()
+    LMBridge(app)
+    settings = models_of(app).settings
+    assert (settings.timeout, settings.api_keys) == (30.0, ("one", "two", "three"))
+
+
+def test_the_keys_are_documented() -> None:
+    """Each key says what it means."""
+    assert all(key.meaning and key.expected for key in KEYS.values())
+
+
+@pytest.mark.parametrize(
+    ("config", "cue", "status"),
+    [
+        ({}, lambda engine: engine.fail("x", ValueError("poison")), 500),
+        ({}, lambda engine: engine.crash(RuntimeError("gone")), 503),
+        ({"LMBRIDGE_TIMEOUT": 0.1}, lambda engine: None, 504),
+    ],
+)
+def test_errors_have_their_status_in_plain_views(config: dict[str, Any], cue: Any, status: int) -> None:
+    """A view needs no try: what ends its request has a status, a text and a class."""
+    app = create_app(**config)
+    with scripted_engine(app, manual=True) as engine, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(app.test_client().post, "/ask", json={"prompt": "x"})
+        engine.wait_for(lambda engine: bool(engine.started))
+        cue(engine)
+        if status == 500:
+            engine.step()
+        answer = asked.result(10)
+    assert answer.status_code == status
+    assert answer.get_json()["type"].endswith("Error")
+    assert (answer.headers.get("x-should-retry") == "false") == (status == 504)
+
+
+def test_bad_input_and_a_full_queue_have_theirs() -> None:
+    """400 for the caller's mistake; 429 with Retry-After when there is no room."""
+    app = create_app(LMBRIDGE_MAX_PENDING=1, LMBRIDGE_MAX_PENDING_PER_CLIENT=1)
+    ask = app.test_client().post
+    with scripted_engine(app, manual=True, max_batch_size=1) as engine, ThreadPoolExecutor(2) as pool:
+        assert ask("/ask", json={"prompt": ""}).status_code == 400
+        running = pool.submit(app.test_client().post, "/ask", json={"prompt": "a"})
+        engine.wait_for(lambda engine: engine.active == 1)
+        waiting = pool.submit(app.test_client().post, "/ask", json={"prompt": "b"})
+        bridge = models_of(app).bridge()
+        while bridge.health().waiting != 1:
+            threading.Event().wait(0.001)
+        full = ask("/ask", json={"prompt": "c"})
+        assert full.status_code == 429
+        assert int(full.headers["Retry-After"]) >= 1
+        engine.step()
+        engine.wait_for(lambda engine: len(engine.started) == 2)
+        engine.step()
+        assert [answer.result(10).status_code for answer in (running, waiting)] == [200, 200]
+
+
+def test_a_stream_that_fails_early_has_a_status(app: Flask) -> None:
+    """Before the first token the response can still be an error; after it, the last event says so."""
+    with scripted_engine(app, manual=True) as engine:
+        engine.refuse("early", InvalidRequestError("too long"))
+        assert app.test_client().post("/tell", json={"prompt": "early"}).status_code == 400
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(app.test_client().post, "/tell", json={"prompt": "late one"})
+            engine.wait_for(lambda engine: engine.active == 1)
+            engine.step()
+            late = asked.result(10)  # its headers are out
+            engine.fail("late one", ValueError("poison"))
+            engine.step()
+            assert [late.status_code, events(late)[-1]["type"]] == [200, "EngineError"]
+
+
+def test_accounts_share_the_queue_fairly() -> None:
+    """One tenant's crowd of requests must not make another's single one wait for all of them."""
+    app = Flask("tenants")
+    app.config["LMBRIDGE_MODEL"] = "demo"
+    fair = LMBridge(app, account=lambda request: request.headers["X-Tenant"])
+
+    @app.post("/ask")
+    def ask() -> str:
+        return fair.bridge().infer(request.get_data(as_text=True)).text
+
+    def post(tenant: str, text: str) -> Any:
+        return app.test_client().post("/ask", data=text, headers={"X-Tenant": tenant})
+
+    order: list[str] = []
+
+    def script(request: Any) -> list[str]:
+        order.append(prompt_text(request.prompt))
+        return ["done"]
+
+    with scripted_engine(app, manual=True, max_batch_size=1, script=script) as engine, ThreadPoolExecutor(12) as pool:
+        bridge = models_of(app).bridge()
+        answers = [pool.submit(post, "crowd", f"crowd {n}") for n in range(8)]
+        while bridge.health().waiting != 7:
+            threading.Event().wait(0.001)
+        answers.append(pool.submit(post, "single", "single"))
+        while bridge.health().waiting != 8:
+            threading.Event().wait(0.001)
+        for done in range(9):
+            engine.wait_for(lambda engine, done=done: len(engine.started) > done)  # type: ignore[misc]
+            engine.step()
+        assert all(answer.result(10).status_code == 200 for answer in answers)
+    assert order.index("single") <= 2
+
+
+def test_what_a_view_leaves_running_is_aborted(app: Flask) -> None:
+    """A view that fails in the middle, or forgets a future, must not keep the engine busy."""
+
+    @app.get("/forgetful")
+    def forgetful() -> str:
+        current_bridge.submit("left behind")
+        next(iter(current_bridge.stream("left open")))
+        raise KeyError("a bug")
+
+    with scripted_engine(app, manual=True) as engine, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(app.test_client().get, "/forgetful")
+        engine.wait_for(lambda engine: engine.active == 2)
+        engine.step()
+        assert answer.result(10).status_code == 500
+        engine.wait_for(lambda engine: engine.active == 0)
+        assert len(engine.aborted) == 2
+
+
+def test_signals_tell_of_answers_and_failures(app: Flask) -> None:
+    """Accounting and alerts listen here, rather than wrap every view."""
+    told: list[Any] = []
+
+    def on_answer(sender: Flask, model: str, response: Any) -> None:
+        told.append((sender.name, model, response.text))
+
+    def on_failure(sender: Flask, model: str, error: Exception) -> None:
+        told.append((sender.name, model, type(error).__name__))
+
+    with scripted_engine(app) as engine, answered.connected_to(on_answer, app), failed.connected_to(on_failure, app):
+        engine.fail("bad", ValueError())
+        for route, prompt in (("/ask", "one"), ("/tell", "two"), ("/ask", "bad")):
+            with app.test_client().post(route, json={"prompt": prompt}) as answer:
+                answer.get_data()
+    assert told == [(app.name, "demo", "one"), (app.name, "demo", "two"), (app.name, "demo", "EngineError")]
+
+
+def test_outside_of_requests(app: Flask) -> None:
+    """A shell or a command of the app's own has the same bridge."""
+    with scripted_engine(app), app.app_context():
+        assert current_bridge.infer("from a shell").text == "from a shell"
+
+
+def test_an_app_that_closes_takes_no_more(app: Flask) -> None:
+    """503 tells a load balancer to go elsewhere."""
+    models_of(app).close()
+    answer = app.test_client().post("/ask", json={"prompt": "x"})
+    assert answer.status_code == 503
+    assert "Retry-After" in answer.headers
+
+
+def test_the_status_command(app: Flask) -> None:
+    """``flask lmbridge status`` shows what is served; ``--load`` proves that it works."""
+    from lmbridge.flask.command import group
+
+    app.cli.add_command(group)
+    shown = app.test_cli_runner().invoke(args=["lmbridge", "status", "--load"])
+    assert shown.exit_code == 0, shown.output
+    assert "demo (default)" in shown.output
+    assert "answered" in shown.output
+
+
+def test_the_status_command_without_the_extension() -> None:
+    """One line rather than a traceback."""
+    from lmbridge.flask.command import group
+
+    bare = Flask("bare")
+    bare.cli.add_command(group)
+    shown = bare.test_cli_runner().invoke(args=["lmbridge", "status"])
+    assert shown.exit_code == 1
+    assert "did you forget" in shown.output
