@@ -6,20 +6,25 @@ or when the client goes away; whatever it has running then is aborted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, cast
 
 from flask import Flask, current_app, g, has_request_context, request
 from werkzeug.local import LocalProxy
 
+from lmbridge.batch import Result
 from lmbridge.client import Client
 from lmbridge.errors import LMBridgeError, RequestAbortedError
 from lmbridge.flask import tracing
 from lmbridge.flask.disconnect import watch
 from lmbridge.flask.models import Models, current_models
 from lmbridge.flask.signals import answered, disconnected, failed
+from lmbridge.futures import ResponseFuture
 from lmbridge.group import StreamGroup
-from lmbridge.messages import Request, Response
+from lmbridge.messages import GenerationConfig, Request, Response
 from lmbridge.streams import Stream
 
 if TYPE_CHECKING:
@@ -44,13 +49,14 @@ class RequestBridge(Client):
         self.model = model
         self._app = app
         self._models = models
-        self._gone = False  # written by the thread that watches the connections
+        self._lock = threading.Lock()
+        self._gone = False  # guarded by _lock; read by anyone
         self._readers: list[tuple[Reader, list[tracing.Trace]]] = []
         self._unwatch: Callable[[], None] = lambda: None
 
     def watch(self, environ: dict[str, Any]) -> RequestBridge:
         """Abort everything as soon as the client of this HTTP request goes away."""
-        self._unwatch = watch(environ, self._on_gone)
+        self._unwatch = watch(environ, self.lost)
         return self
 
     def finish(self) -> None:
@@ -65,48 +71,76 @@ class RequestBridge(Client):
                 self._report(trace, result)
         self._readers.clear()
 
-    def _on_gone(self) -> None:
-        self._gone = True
-        self._models.disconnects += 1
+    def lost(self) -> None:
+        """The HTTP client has gone: abort everything, and tell. The first call counts."""
+        with self._lock:
+            if self._gone:
+                return
+            self._gone = True
+        self._models.count_disconnect()
         for reader, _ in list(self._readers):
             reader.close()
         self.close()
         disconnected.send(self._app, model=self.model)
 
-    # --- the client's own work, traced ---
+    # --- the client's own work, traced and reported ---
 
     def run(self, request: Request) -> Response:
-        with self._trace(request) as trace:
+        with self._traced(request) as trace:
             try:
                 response = super().run(request)
             except LMBridgeError as error:
-                self._report(trace, error)
                 if self._gone:
                     raise RequestAbortedError("The HTTP client went away; generation was aborted.") from error
                 raise
         self._report(trace, response)
         return response
 
+    def run_batch(
+        self, prompts: Sequence[Any], config: GenerationConfig | None, options: Any, keep: bool, progress: bool
+    ) -> list[Result]:
+        with self._traced(None) as trace:  # one span for all of them
+            results = super().run_batch(prompts, config, options, keep, progress)
+        trace.end()
+        for result in results:
+            self._report(trace, result)
+        return results
+
+    async def run_async(self, request: Request, owner: object) -> Response:
+        with self._traced(request) as trace:
+            response = await super().run_async(request, owner)
+        self._report(trace, response)
+        return response
+
     def open_stream(self, request: Request, owner: object) -> Stream:
-        with self._trace(request) as trace:
+        with self._traced(request) as trace:
             stream = super().open_stream(request, owner)
         self._readers.append((stream, [trace]))
         return stream
 
     def open_group(self, requests: Sequence[Request], owner: object) -> StreamGroup:
-        traces = [self._trace(request) for request in requests]
-        try:
+        with contextlib.ExitStack() as stack:
+            traces = [stack.enter_context(self._traced(request)) for request in requests]
             group = super().open_group(requests, owner)
-        except LMBridgeError as error:
-            for trace in traces:
-                trace.end(error)
-            raise
         self._readers.append((group, traces))
         return group
 
-    def _trace(self, request: Request) -> tracing.Trace:
-        is_chat = not isinstance(request.prompt, str) or not request.raw
-        return tracing.begin(self.model, "chat" if is_chat else "text_completion")
+    def open_future(self, request: Request, owner: object) -> ResponseFuture:
+        with self._traced(request) as trace:
+            future = super().open_future(request, owner)
+        future.add_done_callback(lambda done: self._report(trace, _future_result(done)))
+        return future
+
+    @contextlib.contextmanager
+    def _traced(self, request: Request | None) -> Iterator[tracing.Trace]:
+        """A span around a submission; it ends here only if that fails."""
+        raw = request is not None and request.raw and isinstance(request.prompt, str)
+        with tracing.begin(self.model, "text_completion" if raw else "chat") as trace:
+            try:
+                yield trace
+            except LMBridgeError as error:
+                self._report(trace, error)
+                raise
 
     def _report(self, trace: tracing.Trace, result: Response | BaseException) -> None:
         trace.end(result)
@@ -150,6 +184,12 @@ def finish_callers(_: BaseException | None = None) -> None:
 
 current_bridge = cast(RequestBridge, LocalProxy(request_bridge))
 """The default model's bridge as the current HTTP request sees it: ``current_bridge.infer(prompt)`` in any view."""
+
+
+def _future_result(future: Future[Response]) -> Response | BaseException:
+    if future.cancelled():
+        return RequestAbortedError("The future was cancelled.")
+    return future.exception() or future.result()
 
 
 def _result(stream: Stream) -> Response | BaseException:

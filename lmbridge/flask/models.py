@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -30,14 +31,15 @@ class Models:
         settings: as configured.
         account: from an HTTP request to the account whose turn it takes.
         draining: set once the end has begun; no request is taken any more.
-        disconnects: how many HTTP requests have lost their client.
+        disconnects: how many HTTP requests have lost their client; ``count_disconnect`` counts one.
     """
 
     def __init__(self, settings: Settings, account: Callable[[Request], str] | None = None) -> None:
         self.settings = settings
         self.account = account or self._default_account
         self.draining = False
-        self.disconnects = 0  # written by the thread that watches the connections
+        self.disconnects = 0  # guarded by _lock when written
+        self._lock = threading.Lock()
         self._created = int(time.time())
         self._own: list[Bridge] = []  # closed with the app; those handed in belong to somebody else
         self._bridges = {name: self._build(name, source) for name, source in settings.models.items()}
@@ -73,6 +75,11 @@ class Models:
         """Raise BridgeClosedError once the end has begun."""
         if self.draining:
             raise BridgeClosedError("The server is shutting down and takes no new requests; send it again elsewhere.")
+
+    def count_disconnect(self) -> None:
+        """Any thread."""
+        with self._lock:
+            self.disconnects += 1
 
     def replace(self, name: str, bridge: Bridge) -> Bridge:
         """Put another bridge under that name, and return the one that was there. For tests; see ``testing``."""

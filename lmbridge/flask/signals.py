@@ -1,6 +1,7 @@
 """What an app can listen to.
 
-Rule: sent on the thread of the HTTP request, once per request to a bridge; the sender is the app.
+Rule: sent once per request to a bridge, when its outcome is known: by the view's thread, by the one that sent the
+response for a stream, by the bridge's own for a future. The sender is the app.
 """
 
 from __future__ import annotations

@@ -58,22 +58,33 @@ def event_stream(reader: Reader, payloads: Iterator[str | None]) -> Response:
         reader: closed with the response.
         payloads: the events' data; they are asked for while the response is sent, without a request context.
     """
-    response = Response(_frames(payloads), mimetype="text/event-stream", headers=_HEADERS)
+    frames = _Frames(payloads)
+    response = Response(frames, mimetype="text/event-stream", headers=_HEADERS)
     callers = take_callers()  # they end with the response, not with the view
 
     def end() -> None:
-        reader.close()
         for caller in callers:
+            if not frames.sent:  # the server could not go on writing
+                caller.lost()
             caller.finish()
+        reader.close()
 
     response.call_on_close(end)
     return response
 
 
-def _frames(payloads: Iterator[str | None]) -> Iterator[bytes]:
-    yield _OPEN
-    for payload in payloads:
-        yield _PING if payload is None else b"data: " + payload.encode() + b"\n\n"
+class _Frames:
+    """The bytes of the events; ``sent`` once all have been taken."""
+
+    def __init__(self, payloads: Iterator[str | None]) -> None:
+        self.sent = False
+        self._payloads = payloads
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield _OPEN
+        for payload in self._payloads:
+            yield _PING if payload is None else b"data: " + payload.encode() + b"\n\n"
+        self.sent = True
 
 
 def plain_payloads(reader: Reader, first: list[Piece | None], heartbeat: float) -> Iterator[str | None]:
