@@ -131,12 +131,12 @@ class Serve:
         self._path, self._tokens = path, tokens
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self._port: int = free.getsockname()[1]
+            self.port: int = free.getsockname()[1]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         if threads:
             environment["OMP_NUM_THREADS"] = str(threads)
         command = [str(Path(sys.executable).with_name("transformers")), "serve", path, "--continuous-batching"]
-        command += ["--host", "127.0.0.1", "--port", str(self._port), "--device", "cpu", "--dtype", "float32"]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--device", "cpu", "--dtype", "float32"]
         command += ["--cb-num-blocks", "256"]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
         self._process = subprocess.Popen(command, env=environment, stdout=self._log, stderr=subprocess.STDOUT)
@@ -146,7 +146,7 @@ class Serve:
         end = time.monotonic() + START_LIMIT
         while time.monotonic() < end and self._process.poll() is None:
             with contextlib.suppress(OSError):
-                connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5)
+                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
                 connection.request("GET", "/health")
                 if connection.getresponse().status == 200:
                     return
@@ -159,7 +159,7 @@ class Serve:
         return in_threads(self._ask, prompts)
 
     def _ask(self, prompt: str) -> str:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         body = {
             "model": self._path,
             "messages": [{"role": "user", "content": prompt}],

@@ -53,9 +53,12 @@ def test_hub_example_differs_from_the_first_by_its_model_only() -> None:
 
 
 def test_flask_example() -> None:
-    """The Flask view answers."""
+    """The Flask views answer, the second in a stream."""
     ask = 'print(app.test_client().post("/ask", json={"prompt": "What is the capital of Kenya?"}).get_json())'
-    assert "Nairobi" in run(blocks()[3][1] + "\n" + ask + "\nbridge.close()")
+    tell = 'print(app.test_client().post("/tell", json={"prompt": "What is the capital of Peru?"}).text)'
+    out = run("\n".join([blocks()[3][1], ask, tell]))
+    assert "Nairobi" in out
+    assert "Lima" in out
 
 
 @pytest.mark.parametrize("number", range(2))

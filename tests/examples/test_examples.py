@@ -69,6 +69,7 @@ def test_flask_app(start_example: StartExample) -> None:
             answers = list(pool.map(lambda question: ask(url, question), QUESTIONS))
         for answer, word in zip(answers, QUESTIONS.values(), strict=True):
             assert re.search(rf"\b{word}\b", answer), answers
+        assert '{"text"' in ask(url.replace("/infer", "/stream"), "What is the capital of France?")
         with pytest.raises(urllib.error.HTTPError) as refused:
             ask(url, "")
         with refused.value:
