@@ -217,8 +217,10 @@ class Bridge(Verbs):
         return self._host.ask_engine(lambda engine: engine.stats()) or {}
 
     def supports(self) -> frozenset[str]:
-        """The GenerationConfig fields that the engine honours; empty while there is none."""
-        return self._host.ask_engine(lambda engine: engine.supports) or frozenset()
+        """The GenerationConfig fields that the engine honours; empty while there is none. Never blocks."""
+        server = self._host.running()
+        seat = None if server is None else server.seat  # one read: the server thread may replace it
+        return frozenset() if seat is None else seat.engine.supports
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """Each token's own text, as tables of log-probabilities show it; "" where the engine cannot tell."""

@@ -44,7 +44,7 @@ _TABLE: tuple[Kind, ...] = (
     (LMBridgeError, 500, "server_error", None),
 )
 
-_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_TYPES = {403: "permission_error", 429: "rate_limit_error"}
 
 
 @dataclass(frozen=True)

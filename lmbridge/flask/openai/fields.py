@@ -1,0 +1,112 @@
+"""One JSON object's fields, each checked as it is taken.
+
+Rule: pure functions of what the client sent; neither Flask nor an engine is known. ``null`` counts as not given, as in
+OpenAI's own API. A wrong value raises InvalidRequestError with ``param`` set to the field's name in OpenAI's words.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from lmbridge.errors import InvalidRequestError
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a field may hold, and how to say so."""
+
+    holds: Callable[[Any], bool]
+    expected: str
+
+
+def integer(low: int, high: int) -> Kind:
+    """An int from ``low`` to ``high``; JSON's true and false are none."""
+    return Kind(lambda value: is_int(value) and low <= value <= high, f"an integer from {low} to {high}")
+
+
+def number(low: float, high: float) -> Kind:
+    """A finite int or float from ``low`` to ``high``."""
+    return Kind(lambda value: _is_number(value) and low <= value <= high, f"a number from {low:g} to {high:g}")
+
+
+def is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+BOOL = Kind(lambda value: isinstance(value, bool), "true or false")
+TEXT = Kind(lambda value: isinstance(value, str), "a string")
+OBJECT = Kind(lambda value: isinstance(value, dict), "an object")
+
+
+class Fields:
+    """The fields of one object. ``path`` stands before their names in errors."""
+
+    def __init__(self, values: dict[str, Any], path: str = "") -> None:
+        self._values = values
+        self._path = path
+
+    def get(self, name: str) -> Any:
+        """The value as it came; None where it was not given."""
+        return self._values.get(name)
+
+    def take(self, name: str, kind: Kind, default: Any = None) -> Any:
+        """The checked value; ``default`` where it was not given.
+
+        Raises:
+            InvalidRequestError: it is not of the kind.
+        """
+        value = self._values.get(name)
+        if value is None:
+            return default
+        if not kind.holds(value):
+            self.refuse(name, kind.expected)
+        return value
+
+    def refuse(self, name: str, expected: str) -> NoReturn:
+        """Raise InvalidRequestError: the field must be what ``expected`` says."""
+        param = self._path + name
+        raise InvalidRequestError(f"{param} must be {expected}, not {reprlib.repr(self._values.get(name))}.", param)
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """A request's body as the JSON object it must be.
+
+    Raises:
+        InvalidRequestError: it is no JSON of UTF-8, no object, nests too deeply, or holds NaN, Infinity or half a
+            character.
+    """
+    try:
+        value = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant)
+        if _SURROGATE.search(raw):  # an escaped half of a pair is JSON, but no text that could be encoded again
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as cause:  # bad UTF-8 and integers of thousands of digits are ValueErrors
+        raise InvalidRequestError(f"The request's body is not valid JSON: {_reason(cause)}.") from None
+    if not isinstance(value, dict):
+        raise InvalidRequestError(f"The request's body must be a JSON object, not {reprlib.repr(value)}.")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _reason(cause: Exception) -> str:
+    if isinstance(cause, RecursionError):
+        return "it nests too deeply"
+    if isinstance(cause, UnicodeEncodeError):
+        return "it escapes half of a surrogate pair"
+    if isinstance(cause, UnicodeDecodeError):
+        return f"byte {cause.start} is not UTF-8"
+    return str(cause).rstrip(".")

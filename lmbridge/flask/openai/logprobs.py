@@ -1,0 +1,113 @@
+"""Log-probabilities in the two forms OpenAI's clients know: a chat's, and a completion's.
+
+Rule: plain data in, plain data out. Every number is finite, since JSON knows no other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+from lmbridge.messages import Logprobs
+
+UNLIKELY = -9999.0  # OpenAI's word for a probability of nothing
+
+AskTexts = Callable[[Sequence[int]], list[str]]
+
+
+class TokenTexts:
+    """Each token's own text, asked of the engine once per answer and token."""
+
+    def __init__(self, ask: AskTexts) -> None:
+        self._ask = ask
+        self._known: dict[int, str] = {}
+
+    def learn(self, token_ids: Iterable[int]) -> None:
+        """Ask for those that are not known yet, all in one."""
+        new = list(dict.fromkeys(token for token in token_ids if token not in self._known))
+        if new:
+            texts = self._ask(new)
+            self._known.update((token, text or f"token_id:{token}") for token, text in zip(new, texts, strict=True))
+
+    def __getitem__(self, token: int) -> str:
+        return self._known[token]
+
+
+class LogprobsForm(Protocol):
+    """One of the two forms."""
+
+    def render(self, index: int, entries: Sequence[Logprobs]) -> dict[str, Any]:
+        """One answer's next places; ``index`` is the answer's."""
+        ...
+
+
+class ChatLogprobs:
+    """``{"content": [{"token", "logprob", "bytes", "top_logprobs": [...]}]}``.
+
+    Args:
+        top: how many of the likeliest tokens each place lists.
+    """
+
+    def __init__(self, texts: TokenTexts, top: int) -> None:
+        self._texts = texts
+        self._top = top
+
+    def render(self, index: int, entries: Sequence[Logprobs]) -> dict[str, Any]:
+        self._texts.learn(token for entry in entries for token in entry)
+        return {"content": [self._place(entry) for entry in entries], "refusal": None}
+
+    def _place(self, entry: Logprobs) -> dict[str, Any]:
+        chosen = next(iter(entry))
+        likeliest = _likeliest(entry)[: self._top]
+        return {**self._token(chosen, entry[chosen]), "top_logprobs": [self._token(*item) for item in likeliest]}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._texts[token]
+        return {"token": text, "logprob": _finite(logprob), "bytes": _bytes(text)}
+
+
+class CompletionLogprobs:
+    """``{"tokens", "token_logprobs", "top_logprobs", "text_offset"}``, lists of one entry per place.
+
+    Args:
+        answers: how many there are.
+    """
+
+    def __init__(self, texts: TokenTexts, answers: int) -> None:
+        self._texts = texts
+        self._offsets = [0] * answers  # per answer, the characters before its next token
+
+    def render(self, index: int, entries: Sequence[Logprobs]) -> dict[str, Any]:
+        self._texts.learn(token for entry in entries for token in entry)
+        tokens = [self._texts[next(iter(entry))] for entry in entries]
+        return {
+            "tokens": tokens,
+            "token_logprobs": [_finite(next(iter(entry.values()))) for entry in entries],
+            "top_logprobs": [self._top(entry) for entry in entries],
+            "text_offset": [self._advance(index, token) for token in tokens],
+        }
+
+    def _top(self, entry: Logprobs) -> dict[str, float]:
+        top: dict[str, float] = {}
+        for token, logprob in _likeliest(entry):
+            top.setdefault(self._texts[token], _finite(logprob))
+        return top
+
+    def _advance(self, index: int, token: str) -> int:
+        offset = self._offsets[index]
+        self._offsets[index] += len(token)
+        return offset
+
+
+def _likeliest(entry: Logprobs) -> list[tuple[int, float]]:
+    return sorted(entry.items(), key=lambda item: -_finite(item[1]))
+
+
+def _finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else UNLIKELY
+
+
+def _bytes(text: str) -> list[int] | None:
+    """None for a token that is part of a character, whose bytes its text does not show."""
+    return None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())

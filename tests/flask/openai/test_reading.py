@@ -1,0 +1,336 @@
+"""JSON bodies made into calls."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from lmbridge import GenerationConfig, InvalidRequestError
+from lmbridge.errors import PromptTooLongError, UnsupportedOptionError
+from lmbridge.flask.openai.fields import parse_object
+from lmbridge.flask.openai.reading import MAX_CHOICES, Call, read_chat, read_completion
+from lmbridge.flask.openai.sampling import WHAT_FITS, in_clients_words
+
+ALL = frozenset(GenerationConfig().__dict__)
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def chat(**fields: Any) -> Call:
+    return read_chat({"messages": HELLO, **fields}, ALL)
+
+
+def completion(**fields: Any) -> Call:
+    return read_completion({"prompt": "Hello", **fields}, ALL)
+
+
+def refused(read: Any, **fields: Any) -> InvalidRequestError:
+    with pytest.raises(InvalidRequestError) as caught:
+        read(**fields)
+    return caught.value
+
+
+# --- the body ---
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"text"',
+        b"null",
+        b"12",
+        b'{"temperature": NaN}',
+        b'{"temperature": -Infinity}',
+        b'{"a": "\\ud800"}',
+        b'{"\\uDFFF": 1}',
+        b'{"a": "\xff"}',
+        b'{"a": "\x00"}',
+        "{}".encode("utf-16"),
+        b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"seed": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_what_is_no_object_of_json_is_refused(raw: bytes) -> None:
+    """Whatever is wrong with a body is said, and is the client's fault."""
+    with pytest.raises(InvalidRequestError, match="body"):
+        parse_object(raw)
+
+
+@given(st.binary() | st.text().map(str.encode))
+def test_no_bytes_break_the_parser(raw: bytes) -> None:
+    """Any bytes are an object or refused."""
+    with contextlib.suppress(InvalidRequestError):
+        assert isinstance(parse_object(raw), dict)
+
+
+def test_whole_surrogate_pairs_are_text() -> None:
+    """JSON may escape a character beyond the first plane as a pair."""
+    assert parse_object(b'{"a": "\\ud83d\\ude00"}') == {"a": "😀"}
+
+
+# --- sampling ---
+
+
+def test_fields_reach_the_engine_by_its_names() -> None:
+    """Each of OpenAI's fields and of the known extensions ends in the field of GenerationConfig that means it."""
+    config = chat(
+        max_tokens=9, temperature=0.5, top_p=0.9, top_k=5, min_p=0.1, repetition_penalty=1.1, seed=3, stop=["a", "b"],
+        stop_token_ids=[4], ignore_eos=True, skip_special_tokens=False, logprobs=True, top_logprobs=2,
+    ).config  # fmt: skip
+    assert config == GenerationConfig(
+        max_new_tokens=9, temperature=0.5, top_p=0.9, top_k=5, min_p=0.1, repetition_penalty=1.1, random_seed=3,
+        stop_words=["a", "b"], stop_token_ids=[4], ignore_eos=True, skip_special_tokens=False, logprobs=2,
+    )  # fmt: skip
+
+
+def test_defaults_are_openais() -> None:
+    """Nothing given: temperature 1; a chat goes on while it fits, a completion for 16 tokens."""
+    assert chat().config == GenerationConfig(max_new_tokens=WHAT_FITS, temperature=1.0)
+    assert completion().config == GenerationConfig(max_new_tokens=16, temperature=1.0)
+
+
+def test_the_default_temperature_is_no_demand() -> None:
+    """An engine that knows no temperature answers a client who did not ask for one."""
+    assert read_chat({"messages": HELLO}, frozenset({"max_new_tokens"})).config.temperature is None
+
+
+def test_values_that_ask_for_nothing_are_none() -> None:
+    """Clients that send every field with its neutral value are served by engines that honour none of them."""
+    neutral = {
+        "temperature": None, "top_p": 1, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "stop": [],
+        "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "n": 1, "logprobs": False, "tools": [],
+        "response_format": {"type": "text"}, "seed": None, "modalities": ["text"], "user": "u", "best_of": None,
+    }  # fmt: skip
+    assert read_chat({"messages": HELLO, **neutral}, frozenset({"max_new_tokens"})).config.given() == ["max_new_tokens"]
+
+
+@pytest.mark.parametrize(("given", "expected"), [(0, 0), (1e-300, 0), (1e-6, 0), (0.001, 0.001), (2, 2)])
+def test_temperatures_too_small_to_divide_by_are_greedy(given: float, expected: float) -> None:
+    """Scores divided by a tiny temperature would overflow."""
+    assert chat(temperature=given).config.temperature == expected
+
+
+def test_the_newer_limit_wins() -> None:
+    """Both token limits are known; where they differ, the one that replaced the other counts."""
+    assert completion(max_tokens=5).config.max_new_tokens == 5
+    assert chat(max_tokens=5, max_completion_tokens=6).config.max_new_tokens == 6
+
+
+def test_negative_seeds_are_seeds() -> None:
+    """OpenAI's seed is any 64-bit integer."""
+    assert chat(seed=-1).config.random_seed != chat(seed=-2).config.random_seed
+
+
+IMPOSSIBLE: dict[str, list[Any]] = {
+    "max_tokens": [0, -1, 1.5, "9", True, 10**30, [], {}],
+    "max_completion_tokens": [0, "x"],
+    "temperature": [-0.1, 2.1, "hot", True, [1], 1e999],
+    "top_p": [-0.1, 1.1, "x", False],
+    "top_k": [-2, 0.5, 2**40],
+    "min_p": [-1, 2],
+    "repetition_penalty": [0, -1, 1e-300, 1e300],
+    "seed": [1.5, "x", True, 2**63, -(2**63) - 1, 10**100],
+    "stop": ["", [""], 1, {}, ["x"] * 100, "x" * 2000, [None], [["x"]]],
+    "stop_token_ids": ["x", [-1], [1.0], [2**31], list(range(1000)), [True]],
+    "ignore_eos": [1, "yes"],
+    "skip_special_tokens": [0],
+    "n": [0, -1, 1.0, "2", MAX_CHOICES + 1, 10**20, True],
+    "stream": [1, "true", []],
+    "user": [1, {}],
+    "timeout": [-1, "soon", 1e999, 10**12],
+    "frequency_penalty": [0.1, "x", True],
+    "presence_penalty": [-2],
+    "logit_bias": [{"50256": -100}, "x"],
+    "response_format": [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}, "text", {}],
+    "tools": [[{"type": "function"}], "x"],
+    "functions": [[{}]],
+    "modalities": [["text", "audio"]],
+    "guided_json": [{"type": "object"}],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in IMPOSSIBLE.items() for value in values])
+@pytest.mark.parametrize("read", [chat, completion])
+def test_impossible_values_are_named(read: Any, name: str, value: Any) -> None:
+    """An impossible value is refused by the name the client gave it, never by the engine's."""
+    error = refused(read, **{name: value})
+    assert error.param == name
+    assert name in str(error)
+
+
+def test_tools_that_must_not_be_used_may_be_there() -> None:
+    """``tool_choice: "none"`` forbids what cannot be done anyway; ``required`` cannot be honoured."""
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert chat(tools=tools, tool_choice="none").prompts
+    assert refused(chat, tools=tools, tool_choice="required").param == "tools"
+    assert refused(chat, tool_choice="required").param == "tool_choice"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+FIELDS = sorted(
+    {*IMPOSSIBLE, "logprobs", "top_logprobs", "messages", "prompt", "stream_options", "echo", "best_of", "x"}
+)
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON), st.sampled_from([read_chat, read_completion]))
+@example({"messages": HELLO, "stream_options": {"include_usage": 1}, "stream": True}, read_chat)
+def test_any_values_are_a_call_or_refused(values: dict[str, Any], read: Any) -> None:
+    """No mixture of fields raises anything but the one error, and what passes is a config that the core takes."""
+    try:
+        call = read({"messages": HELLO, "prompt": "x", **values}, ALL)
+    except InvalidRequestError as error:
+        json.dumps([str(error), error.param]).encode()
+    else:
+        call.config.check()
+        assert 1 <= len(call.choices) == len(call.configs) <= MAX_CHOICES
+
+
+# --- choices ---
+
+
+def test_choices_are_in_the_order_of_the_prompts() -> None:
+    """Two answers to each of two prompts: the first prompt's stand first."""
+    call = completion(prompt=["a", "b"], n=2)
+    assert call.choices == ["a", "a", "b", "b"]
+
+
+def test_choices_of_a_seed_differ() -> None:
+    """A seed makes answers repeatable, not all the same: each of a prompt's answers has one of its own."""
+    call = completion(prompt=["a", "b"], n=2, seed=5)
+    assert [config.random_seed for config in call.configs] == [5, 6, 5, 6]
+
+
+def test_too_many_choices_in_all() -> None:
+    """Many prompts with many answers each are bounded together."""
+    assert refused(completion, prompt=["x"] * 65, n=2).param == "n"
+    assert refused(completion, prompt=["x"] * (MAX_CHOICES + 1)).param == "prompt"
+
+
+@pytest.mark.parametrize("prompt", ["a text", ["a", "b"], [1, 2], [[1], [2, 3]]])
+def test_prompts_of_completions(prompt: Any) -> None:
+    """The four forms of a prompt; texts go to the model as they are."""
+    call = completion(prompt=prompt)
+    single = isinstance(prompt, str) or isinstance(prompt[0], int)
+    assert call.prompts == ([prompt] if single else prompt)
+    assert call.raw == isinstance(call.prompts[0], str)
+
+
+@pytest.mark.parametrize(
+    "prompt", [None, "", [], [""], [[]], ["a", 1], [1, "a"], [[1], "a"], [-1], [True], 5, {}, [1.5]]
+)
+def test_malformed_prompts(prompt: Any) -> None:
+    """What is no prompt is refused by its name."""
+    assert refused(completion, prompt=prompt).param == "prompt"
+
+
+def test_what_completions_cannot_do() -> None:
+    """Insertion, ranking, and a prompt's own probabilities would be wrong answers if they were left out."""
+    assert refused(completion, suffix="x").param == "suffix"
+    assert refused(completion, best_of=3).param == "best_of"
+    assert refused(completion, echo=True, logprobs=1).param == "echo"
+    assert refused(completion, echo=True, prompt=[1]).param == "echo"
+    assert completion(suffix="", best_of=2, n=2, echo=True).echoed == ["Hello"]
+
+
+def test_logprobs_of_both_forms() -> None:
+    """A chat says whether and then how many; a completion says how many."""
+    assert chat(logprobs=True).config.logprobs == 0
+    assert completion(logprobs=5).config.logprobs == 5
+    assert chat(logprobs=False, top_logprobs=0).config.logprobs is None
+    assert refused(chat, top_logprobs=2).param == "top_logprobs"
+    assert refused(chat, logprobs=True, top_logprobs=21).param == "top_logprobs"
+    assert refused(chat, logprobs=1).param == "logprobs"
+    assert refused(completion, logprobs=True).param == "logprobs"
+
+
+def test_stream_options() -> None:
+    """include_usage is for streams, and a flag."""
+    assert chat(stream=True, stream_options={"include_usage": True}).include_usage
+    assert not chat(stream=True, stream_options={"unknown": 1}).include_usage
+    assert refused(chat, stream_options={"include_usage": True}).param == "stream_options"
+    assert refused(chat, stream=True, stream_options={"include_usage": 1}).param == "stream_options.include_usage"
+
+
+# --- conversations ---
+
+
+def test_messages_become_one_text_each() -> None:
+    """Lists of text parts are joined, the developer is the system, and what a template may look at is kept."""
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "extra": 1},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"role": "tool", "content": "4", "tool_call_id": "1"},
+    ]
+    assert read_chat({"messages": messages}, ALL).prompts == [
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "ab"},
+            {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]},
+            {"role": "tool", "content": "4", "tool_call_id": "1"},
+        ]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        (None, "messages"),
+        ([], "messages"),
+        ("Hello", "messages"),
+        (["Hello"], "messages[0]"),
+        ([*HELLO, {"content": "x"}], "messages[1].role"),
+        ([{"role": "robot", "content": "x"}], "messages[0].role"),
+        ([{"role": ["user"], "content": "x"}], "messages[0].role"),
+        ([{"role": "user"}], "messages[0].content"),
+        ([{"role": "user", "content": 5}], "messages[0].content"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "messages[0].content[0]"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "messages[0].content[0]"),
+        ([{"role": "user", "content": ["x"]}], "messages[0].content[0]"),
+        ([{"role": "user", "content": [{"type": []}]}], "messages[0].content[0]"),
+    ],
+)
+def test_malformed_messages(messages: Any, param: str) -> None:
+    """The place of the fault is named; images are refused rather than left out."""
+    assert refused(chat, messages=messages).param == param
+
+
+# --- what the engine finds ---
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "param"),
+    [
+        ("max_new_tokens", {"max_tokens": 1}, "max_tokens"),
+        ("max_new_tokens", {"max_completion_tokens": 1}, "max_completion_tokens"),
+        ("random_seed", {"seed": 1}, "seed"),
+        ("stop_words", {"stop": "x"}, "stop"),
+        ("logprobs", {"logprobs": True}, "logprobs"),
+        ("logprobs", {"logprobs": True, "top_logprobs": 1}, "top_logprobs"),
+        ("top_k", {"top_k": 4}, "top_k"),
+    ],
+)
+def test_what_the_engine_cannot_do_has_the_clients_name(field: str, given: dict[str, Any], param: str) -> None:
+    """An engine refuses by its own names; the client hears the one it used."""
+    error = in_clients_words(UnsupportedOptionError("…", field), chat(**given).fields, "messages")
+    assert isinstance(error, UnsupportedOptionError)
+    assert error.param == param
+    assert str(error).startswith(f"{param} is not supported")
+
+
+def test_a_prompt_too_long_is_the_messages_fault() -> None:
+    """The engine knows a prompt; a chat's client sent messages."""
+    error = in_clients_words(PromptTooLongError("…", "prompt"), chat().fields, "messages")
+    assert isinstance(error, PromptTooLongError)
+    assert error.param == "messages"

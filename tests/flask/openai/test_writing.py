@@ -1,0 +1,117 @@
+"""Answers as JSON: what OpenAI's own types read out of it."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from lmbridge import Delta, Response, Timings, Usage
+from lmbridge.flask.openai.logprobs import UNLIKELY, ChatLogprobs, CompletionLogprobs, TokenTexts
+from lmbridge.flask.openai.writing import ChatWriter, CompletionWriter, Writer, total_usage
+
+TEXTS = {1: "He", 2: "llo", 3: "\N{REPLACEMENT CHARACTER}", 4: ""}
+ENTRIES = [{1: -0.5, 2: -1.0}, {2: -2.0, 1: -0.25, 3: -math.inf}, {4: -3.0}]
+
+
+def token_texts() -> TokenTexts:
+    return TokenTexts(lambda token_ids: [TEXTS[token] for token in token_ids])
+
+
+def response(text: str, usage: Usage | None = None) -> Response:
+    return Response(text, [], "stop", usage or Usage(3, 4), Timings(), ENTRIES)
+
+
+def streamed(writer: Writer, deltas: list[Delta], index: int = 0) -> list[str]:
+    chunks = [writer.chunk(index, delta) for delta in deltas]
+    return [chunk for chunk in chunks if chunk is not None]
+
+
+@given(st.lists(st.text()), st.text(), st.integers(0, 3))
+def test_chat_chunks_join_to_the_text(texts: list[str], model: str, index: int) -> None:
+    """Whatever the model says, newlines and quotes too, each chunk is one line of JSON and they join to the text."""
+    writer = ChatWriter("a1", 7, model)
+    chunks = streamed(writer, [Delta(text) for text in texts] + [Delta(finish_reason="length")], index)
+    assert all("\n" not in chunk and "\r" not in chunk for chunk in chunks)
+    read = [ChatCompletionChunk.model_validate_json(chunk) for chunk in chunks]
+    choices = [chunk.choices[0] for chunk in read]
+    assert "".join(choice.delta.content or "" for choice in choices) == "".join(texts)
+    assert [choice.delta.role for choice in choices] == ["assistant"] + [None] * (len(choices) - 1)
+    assert [choice.finish_reason for choice in choices] == [None] * (len(choices) - 1) + ["length"]
+    assert {(c.id, c.created, c.model, c.object) for c in read} == {("chatcmpl-a1", 7, model, "chat.completion.chunk")}
+    assert {choice.index for choice in choices} == {index}
+
+
+@given(st.lists(st.text(), min_size=1), st.text())
+def test_completion_chunks_begin_with_the_echo(texts: list[str], echo: str) -> None:
+    """An echoed prompt stands once, before the first text of its answer."""
+    writer = CompletionWriter("a1", 7, "demo", echoed=["", echo])
+    chunks = streamed(writer, [Delta(text) for text in texts], 1)
+    assert "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks) == echo + "".join(texts)
+
+
+def test_only_what_can_be_seen_is_sent() -> None:
+    """A delta without text sends no chunk, except as the first or the last one of its answer."""
+    writer = ChatWriter("a1", 7, "demo")
+    assert len(streamed(writer, [Delta(), Delta(), Delta("x"), Delta(), Delta(finish_reason="stop")])) == 3
+
+
+def test_counts_come_in_a_chunk_without_choices() -> None:
+    """With include_usage every chunk has ``usage``: null, but for the last, which has no choices."""
+    writer = ChatWriter("a1", 7, "demo", usage=True)
+    assert json.loads(streamed(writer, [Delta("x")])[0])["usage"] is None
+    last = ChatCompletionChunk.model_validate_json(writer.counts(Usage(3, 4)))
+    assert last.choices == []
+    assert last.usage is not None
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens, last.usage.total_tokens) == (3, 4, 7)
+
+
+def test_a_prompt_is_counted_once() -> None:
+    """Two answers to each of two prompts: four answers' tokens, two prompts' tokens."""
+    usages = [Usage(10, 1), Usage(10, 2), Usage(5, 3), Usage(5, 4)]
+    assert total_usage([response("", usage) for usage in usages], 2) == Usage(15, 10)
+
+
+def test_whole_chat() -> None:
+    """OpenAI's own type reads a whole answer with its log-probabilities."""
+    writer = ChatWriter("a1", 7, "demo", ChatLogprobs(token_texts(), 1))
+    read = ChatCompletion.model_validate_json(
+        json.dumps(writer.whole([response("Hello")], Usage(3, 4)), allow_nan=False)
+    )
+    assert read.choices[0].message.content == "Hello"
+    assert read.choices[0].logprobs is not None
+    places = read.choices[0].logprobs.content or []
+    assert [(place.token, place.logprob) for place in places] == [("He", -0.5), ("llo", -2.0), ("token_id:4", -3.0)]
+    assert [[top.token for top in place.top_logprobs] for place in places] == [["He"], ["He"], ["token_id:4"]]
+    assert places[0].bytes == [72, 101]
+
+
+def test_whole_completion() -> None:
+    """OpenAI's own type reads a whole completion, its echo first."""
+    writer = CompletionWriter("a1", 7, "demo", CompletionLogprobs(token_texts(), 1), echoed=["Say: "])
+    read = Completion.model_validate_json(json.dumps(writer.whole([response("Hello")], Usage(3, 4)), allow_nan=False))
+    assert (read.id, read.object, read.choices[0].text) == ("cmpl-a1", "text_completion", "Say: Hello")
+    assert read.choices[0].logprobs is not None
+    assert read.choices[0].logprobs.text_offset == [0, 2, 5]
+
+
+def test_part_of_a_character_has_no_bytes() -> None:
+    """A token that is part of a character shows U+FFFD, whose bytes would be wrong ones."""
+    place = ChatLogprobs(token_texts(), 0).render(0, [{3: -math.inf}])["content"][0]
+    assert place == {"token": "\N{REPLACEMENT CHARACTER}", "logprob": UNLIKELY, "bytes": None, "top_logprobs": []}
+
+
+def test_completion_logprobs_go_on_where_they_were() -> None:
+    """The offsets of a stream's later tokens go on from its earlier ones, per answer."""
+    form = CompletionLogprobs(token_texts(), 2)
+    assert form.render(0, ENTRIES[:1])["text_offset"] == [0]
+    assert form.render(1, ENTRIES[:1])["text_offset"] == [0]
+    rendered = form.render(0, ENTRIES[1:])
+    assert rendered["text_offset"] == [2, 5]
+    assert rendered["tokens"] == ["llo", "token_id:4"]
+    assert rendered["token_logprobs"] == [-2.0, -3.0]
+    assert rendered["top_logprobs"][0] == {"He": -0.25, "llo": -2.0, "\N{REPLACEMENT CHARACTER}": UNLIKELY}
