@@ -62,7 +62,7 @@ class StreamGroup:
 
     @property
     def responses(self) -> list[Response | BaseException]:
-        """What each answer has ended with, in the order of the prompts: a whole Response, or its error.
+        """The ends of the answers, in the order of the prompts; each is a whole Response or an error.
 
         Raises:
             RuntimeError: the group has not ended yet.

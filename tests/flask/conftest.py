@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,7 +53,44 @@ def on_waitress(app: Flask) -> Iterator[str]:
         server.task_dispatcher.shutdown()
 
 
-@pytest.fixture(params=[on_werkzeug, on_waitress], ids=["werkzeug", "waitress"])
+@contextmanager
+def on_cheroot(app: Flask) -> Iterator[str]:
+    """Serve ``app`` by the server of ``lmbridge serve``."""
+    from lmbridge.flask.http_server import HttpServer
+
+    server = HttpServer(app, "127.0.0.1", 0, 16, 1 << 20)
+    server.open()
+    try:
+        yield server.url
+    finally:
+        server.close()
+
+
+@contextmanager
+def on_gunicorn(folder: Path, source: str) -> Iterator[str]:
+    """Serve ``app`` of a module with this source by a real gunicorn, with one worker of threads."""
+    (folder / "served.py").write_text(textwrap.dedent(source))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "gunicorn", "-k", "gthread", "--threads", "16", "-b", f"127.0.0.1:{port}"]
+    environ = {**os.environ, "PYTHONPATH": f"{Path.cwd()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    with subprocess.Popen([*command, "served:app"], cwd=folder, env=environ, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if b"Booting worker" in line:
+                break
+        drain = threading.Thread(target=process.stderr.read)
+        drain.start()
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(20)
+            drain.join(10)
+
+
+@pytest.fixture(params=[on_werkzeug, on_waitress, on_cheroot], ids=["werkzeug", "waitress", "cheroot"])
 def serve(request: pytest.FixtureRequest) -> Serve:
     found: Serve = request.param
     return found

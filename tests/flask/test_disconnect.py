@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
-import textwrap
 import threading
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,7 +16,7 @@ from flask import Flask, Response, request
 from lmbridge.flask import LMBridge, current_bridge, disconnected
 from lmbridge.flask.models import models_of
 from lmbridge.flask.testing import scripted_engine
-from tests.flask.conftest import Serve, on_waitress
+from tests.flask.conftest import Serve, on_gunicorn, on_waitress
 
 HOUR = 3600.0  # seconds; a heartbeat that never comes, so that it is the watching that notices
 
@@ -147,25 +141,8 @@ GUNICORN = """
 
 @pytest.fixture(scope="module")
 def gunicorn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real gunicorn with one worker of threads; gives its URL."""
-    folder = tmp_path_factory.mktemp("gunicorn")
-    (folder / "served.py").write_text(textwrap.dedent(GUNICORN))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "gunicorn", "-k", "gthread", "--threads", "8", "-b", f"127.0.0.1:{port}"]
-    environ = {**os.environ, "PYTHONPATH": f"{Path.cwd()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    with subprocess.Popen([*command, "served:app"], cwd=folder, env=environ, stderr=subprocess.PIPE) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if b"Booting worker" in line:
-                break
-        drain = threading.Thread(target=process.stderr.read)
-        drain.start()
-        yield f"http://127.0.0.1:{port}"
-        process.send_signal(signal.SIGTERM)
-        process.wait(20)
-        drain.join(10)
+    with on_gunicorn(tmp_path_factory.mktemp("gunicorn"), GUNICORN) as url:
+        yield url
 
 
 def running(url: str) -> dict[str, int]:
