@@ -11,7 +11,7 @@ import argparse
 from typing import NoReturn, Protocol
 
 import lmbridge
-from lmbridge.cli import bench, chat, demo
+from lmbridge.cli import bench, chat, demo, run, serve
 from lmbridge.cli.terminal import guarded
 
 
@@ -29,6 +29,8 @@ COMMANDS: dict[str, Command] = {
     "demo": demo,
     "chat": chat,
     "bench": bench,
+    "run": run,
+    "serve": serve,
 }
 
 

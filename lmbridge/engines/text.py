@@ -54,6 +54,10 @@ class Vocabulary:
             kind = self._kinds[token_id] = self._classify(token_id)
         return kind
 
+    def texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token's own text; "" for one that the tokenizer does not know."""
+        return [self.decode([token], False) if self.kind(token) != "unknown" else "" for token in token_ids]
+
     def length(self, token_id: int, skip_special_tokens: bool) -> int:
         """The length of the token's text when it stands alone."""
         key = token_id, skip_special_tokens

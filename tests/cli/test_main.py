@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     [
         (["--help"], ["demo", "chat", "bench", "--version"]),
         (["demo", "--help"], ["Eight threads", "--threads", "--model", "--engine", "--option"]),
+        (["run", "--help"], ["SCRIPT", "--engine", "--model"]),
         (["chat", "--help"], ["Ctrl-C", "Ctrl-D", "--system", "--max-new-tokens", "--temperature", "--seed"]),
     ],
 )

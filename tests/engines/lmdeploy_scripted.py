@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
-import itertools
-import time
-from collections.abc import AsyncIterator, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -23,8 +21,8 @@ from lmdeploy.pytorch.engine.executor.base import ExecutorBase
 from lmdeploy.pytorch.engine.model_agent.agent import BatchedLogProbs, BatchedOutputs
 
 from lmbridge.engines.lmdeploy import LMDeployEngine
-from lmbridge.messages import GenerationConfig, Prompt, Request
-from tests.engines.conftest import EOS, Answer
+from tests.engines import conftest
+from tests.engines.conftest import EOS
 
 
 @dataclass
@@ -38,6 +36,7 @@ class Cues:
         block: the next step blocks the loop itself until this event is set.
         prefills: the sampling inputs of each request that arrived.
         steps: steps made.
+        tokens: tokens made, the ending ones included.
     """
 
     step_time: float = 0.001
@@ -46,7 +45,20 @@ class Cues:
     block: Any = None
     prefills: list[dict[str, Any]] = field(default_factory=list)
     steps: int = 0
+    tokens: int = 0
     released: int = 0
+    _stepped: threading.Condition = field(default_factory=threading.Condition, repr=False)
+
+    def step(self, tokens: int) -> None:
+        with self._stepped:
+            self.steps += 1
+            self.tokens += tokens
+            self._stepped.notify_all()
+
+    def wait_for(self, holds: Callable[[Cues], bool]) -> None:
+        """Block until ``holds`` is true of what the executor has seen; any thread but the engine's."""
+        with self._stepped:
+            assert self._stepped.wait_for(lambda: holds(self), 60), f"it does not come to that: {self}"
 
 
 @dataclass
@@ -106,7 +118,6 @@ class ScriptedExecutor(ExecutorBase):  # type: ignore[misc]
             raise self._cues.crash
         if self._cues.hang:
             await asyncio.Event().wait()
-        self._cues.steps += 1
         return self._step(sent)
 
     def _step(self, sent: dict[str, Any]) -> BatchedOutputs:
@@ -117,9 +128,11 @@ class ScriptedExecutor(ExecutorBase):  # type: ignore[misc]
             rows = self._arrivals(sent)
             self._rows = self._rows + rows
         tokens = [row.next_token() for row in rows]
+        self._cues.step(len(tokens))
         stopped = [token in row.stop or row.said >= row.room for token, row in zip(tokens, rows, strict=True)]
         ids = torch.tensor(tokens)
-        return BatchedOutputs(ids, torch.tensor(stopped), logprobs=_logprobs(ids, sent), new_token_timestamp=0)
+        ends = torch.tensor([0 if ends else -1 for ends in stopped])  # 0.16 and 0.17 look at it always
+        return BatchedOutputs(ids, torch.tensor(stopped), ends, logprobs=_logprobs(ids, sent), new_token_timestamp=0)
 
     def _arrivals(self, sent: dict[str, Any]) -> list[Row]:
         inputs, sampling = sent["inputs"], sent["sampling_inputs"]
@@ -160,7 +173,7 @@ def _logprobs(ids: torch.Tensor, sent: dict[str, Any]) -> BatchedLogProbs | None
 
 @contextlib.contextmanager
 def scripted_gpu(num_blocks: int = 256) -> Iterator[Cues]:
-    """While open, LMDeploy builds the scripted executor and does not look for a GPU."""
+    """While open, LMDeploy builds the scripted executor, and neither looks for a GPU nor asks how large it is."""
     cues = Cues()
 
     def build(model_path: str, **parts: Any) -> ScriptedExecutor:
@@ -174,46 +187,18 @@ def scripted_gpu(num_blocks: int = 256) -> Iterator[Cues]:
     with (
         mock.patch("lmdeploy.pytorch.engine.engine.build_executor", build),
         mock.patch("lmdeploy.pytorch.envs.enable_check_env", False),
+        mock.patch("lmdeploy.pytorch.engine.config_builder.get_max_batch_size", return_value=128),
     ):
         yield cues
 
 
-class Driver:
-    """Calls an engine as the server would."""
+class Driver(conftest.Driver):
+    """Calls an LMDeploy engine as the server would."""
+
+    engine: Any  # LMDeployEngine
 
     def __init__(self, engine: LMDeployEngine) -> None:
-        self.engine = engine
-        self.deaths: list[BaseException] = []
-        self.died = asyncio.Event()
-        self._numbers = itertools.count()
-        engine.on_death = self._on_death
-
-    def _on_death(self, cause: BaseException) -> None:
-        self.deaths.append(cause)
-        self.died.set()
-
-    def add(self, prompt: Prompt, *, raw: bool = True, **config: Any) -> Answer:
-        request = Request(
-            id=f"r{next(self._numbers)}",
-            prompt=prompt,
-            config=GenerationConfig().merged(config),  # type: ignore[arg-type]
-            raw=raw,
-            client="test",
-            priority=0,
-            deadline=None,
-            created=time.monotonic(),
-            context=contextvars.copy_context(),
-        )
-        answer = Answer(request)
-        self.engine.check(request)
-        self.engine.add_request(request, answer.sink)
-        return answer
-
-    async def ask(self, prompt: Prompt, *, raw: bool = True, **config: Any) -> Answer:
-        return await self.add(prompt, raw=raw, **config).wait()
-
-    def abort(self, answer: Answer) -> None:
-        self.engine.abort_request(answer.request.id)
+        super().__init__(cast(Any, engine))
 
 
 @contextlib.asynccontextmanager

@@ -296,6 +296,7 @@ def test_never_more_inside_than_lmdeploy_has_places(llama: str) -> None:
 
     async def scenario(driver: Driver, cues: Cues) -> None:
         engine, pool = driver.engine, driver.engine._core.session_mgr.request_handle_pool
+        free = engine.stats()["cache_free"]  # before 0.18 a block that LMDeploy keeps for itself is not counted
         for _ in range(20):
             batch = [driver.add("abc" * 5) for _ in range(engine.max_batch_size)]
             for answer in batch:
@@ -303,7 +304,7 @@ def test_never_more_inside_than_lmdeploy_has_places(llama: str) -> None:
                 assert pool.size - pool.num_dispatched >= engine.max_batch_size - engine.stats()["in_flight"]
         await engine_idle(driver)
         assert pool.num_dispatched == 0
-        assert engine.stats()["cache_free"] == 1.0
+        assert engine.stats()["cache_free"] == free
 
     run(llama, scenario)
 

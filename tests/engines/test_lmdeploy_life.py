@@ -14,6 +14,7 @@ import textwrap
 import threading
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,6 +80,27 @@ def test_an_exit_while_loading_is_an_error(llama: str, gpu: Cues) -> None:
         patch.setattr("lmdeploy.pytorch.envs.enable_check_env", True)
         patch.setattr(EngineChecker, "handle", EngineChecker.check)  # a process of its own would look for a GPU first
         asyncio.run(scenario())
+
+
+def test_a_script_needs_no_guard(llama: str, tmp_path: Path) -> None:
+    """LMDeploy looks for the GPU in a process that it spawns: there a script without a guard would run all over again.
+
+    The look is LMDeploy's own; it finds no GPU here, and its verdict is the error.
+    """
+    code = f"""
+        from lmbridge import Bridge, EngineStartError
+        print("the script runs", flush=True)
+        try:
+            Bridge({llama!r}, engine="lmdeploy", backend="pytorch", max_batch_size=4, device="cuda").start()
+        except EngineStartError as error:
+            print(error)
+    """
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(code))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100, env=environment)
+    assert done.stdout.count("the script runs") == 1, done.stdout
+    assert "LMDeploy called exit(1)" in done.stdout, done.stderr
 
 
 def test_a_missing_lmdeploy_is_named_with_its_command(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +180,7 @@ def test_an_abort_at_every_point(llama: str, gpu: Cues) -> None:
 
     async def scenario() -> None:
         async with driven(llama) as driver:
+            free = driver.engine.stats()["cache_free"]
             for after in (0, 1, 2, 7):
                 await aborted(driver, after)
             queued = driver.add(LONG)
@@ -169,7 +192,7 @@ def test_an_abort_at_every_point(llama: str, gpu: Cues) -> None:
             driver.abort(done)
             driver.engine.abort_request("nobody's")
             assert (await driver.ask("next")).text == "next"
-            assert driver.engine.stats()["cache_free"] == 1.0
+            assert driver.engine.stats()["cache_free"] == free
             assert not driver.engine._core.session_mgr.sessions
 
     asyncio.run(scenario())

@@ -7,6 +7,8 @@
     with pipeline("demo", backend_config=PytorchEngineConfig(session_len=512)) as pipe:
         print(pipe(["Hi", "Tell me a story"], gen_config=GenerationConfig(max_new_tokens=32)))
 
+``install()`` gives it to code whose import line stays as it is, and so does ``lmbridge run script.py``.
+
 Rule: names only. They are always our own, so that nothing depends on what is installed; ``messages``, ``model``
 and ``pipeline`` are modules as in LMDeploy, for those who import from there.
 """
@@ -27,8 +29,11 @@ from lmbridge.compat.lmdeploy.messages import (
 from lmbridge.compat.lmdeploy.model import ChatTemplateConfig
 from lmbridge.compat.lmdeploy.pipeline import Pipeline
 from lmbridge.compat.lmdeploy.sessions import Session
+from lmbridge.compat.lmdeploy.standin import install
+
+__version__ = "0.18.0"  # the LMDeploy whose calls and fields these are
 
 __all__ = [
     "ChatTemplateConfig", "GenerationConfig", "KVTransferConfig", "Pipeline", "PytorchEngineConfig", "QuantPolicy",
-    "Response", "Session", "SpeculativeConfig", "TurbomindEngineConfig", "VisionConfig", "pipeline",
+    "Response", "Session", "SpeculativeConfig", "TurbomindEngineConfig", "VisionConfig", "install", "pipeline",
 ]  # fmt: skip

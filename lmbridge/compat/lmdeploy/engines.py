@@ -57,7 +57,8 @@ def _import_lmdeploy() -> Any:
         import_library()  # sees that it is there, and has what the engine relies on
     except MissingDependencyError as error:
         raise MissingDependencyError(
-            f"{error}. To run on transformers instead, add backend='transformers' to the call of pipeline()."
+            f"{error}. To run on transformers instead, add backend='transformers' to the call of pipeline(), or "
+            "--engine transformers to `lmbridge run`."
         ) from error
     return importlib.import_module("lmdeploy")
 

@@ -7,10 +7,12 @@ the meaning of a call without it alone.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import dataclasses
 import itertools
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,7 @@ from lmbridge.compat.lmdeploy.engines import choose_engine
 from lmbridge.compat.lmdeploy.messages import Response
 from lmbridge.compat.lmdeploy.prompts import each_prompt, is_single
 from lmbridge.compat.lmdeploy.sessions import Session
+from lmbridge.compat.lmdeploy.standin import chosen
 from lmbridge.compat.lmdeploy.streaming import Ask, ManyAnswers, OneAnswer, ResponseStream, Source, WholeAnswers
 from lmbridge.engines.base import Engine
 from lmbridge.errors import InvalidRequestError, LMBridgeError, UnsupportedOptionError
@@ -33,7 +36,28 @@ _NEUTRAL: dict[str, Any] = {"multiplex": True, "sequence_start": True, "sequence
 
 
 class Pipeline:
-    """LMDeploy's Pipeline; built by ``pipeline``, which says what the arguments mean.
+    """LMDeploy's Pipeline, which any number of threads may use. ``pipeline`` is another name of it.
+
+    Args:
+        model_path: a folder or a hub id; ``"demo"`` is the bundled model; an Engine, or a function that
+            builds one.
+        backend_config: a PytorchEngineConfig or a TurbomindEngineConfig, ours or LMDeploy's own.
+        chat_template_config: a ChatTemplateConfig, ours or LMDeploy's own; for the LMDeploy engine.
+        log_level: of LMDeploy's logger and ours, for the whole process.
+        max_log_len: accepted; prompts are never logged.
+        trust_remote_code: run code that comes with the model.
+        speculative_config: refused; the engines do not decode speculatively.
+        allowed_media_domains: refused; the engines would not keep to it.
+        backend: ``"lmdeploy"`` or ``"transformers"``; None takes transformers for the bundled model, and else LMDeploy.
+        timeout: default deadline of every call, in seconds; None waits forever.
+        stall_timeout: seconds of silence after which an engine with work is taken for dead; None trusts it.
+        engine_options: the engine's own options.
+
+    Raises:
+        MissingDependencyError: LMDeploy is to be used and is not installed; the message says how to install it.
+        UnsupportedOptionError: the engine cannot honour what was given; the message names it.
+        ModelNotFoundError, InvalidRequestError: what was given cannot work.
+        EngineStartError: the model could not be loaded.
 
     Attributes:
         bridge: the Bridge below, for what LMDeploy has no word for: ``health``, ``requests``, ``metrics``, ``swap``.
@@ -64,6 +88,7 @@ class Pipeline:
             "speculative_config": speculative_config,
             "allowed_media_domains": allowed_media_domains,
         }
+        model_path, backend = chosen(model_path, backend)
         engine, options = choose_engine(model_path, backend, backend_config, given, trust_remote_code, log_level)
         self.bridge = Bridge(model_path, engine, stall_timeout=stall_timeout, **options, **engine_options)
         try:
@@ -71,6 +96,7 @@ class Pipeline:
         except BaseException:
             self.bridge.close()
             raise
+        _open.add(self)
 
     # --- whole answers ---
 
@@ -344,3 +370,13 @@ def _bar(total: int, shown: bool) -> Iterator[Callable[..., Any]]:
 
     with tqdm(total=total) as bar:
         yield bar.update
+
+
+_open: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """End the pipelines nobody closed: with LMDeploy one need not. Runs before the Bridge's own, which would warn."""
+    for pipe in list(_open):
+        pipe.close()

@@ -16,7 +16,7 @@ import gc
 import logging
 import os
 import weakref
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, ClassVar
 
 from lmbridge.engines.base import Engine, EngineThread, engine_error
@@ -357,6 +357,9 @@ class LMDeployEngine(Engine):
                 self._die(error)
                 raise EngineDeadError(f"LMDeploy: {reason}") from error
             raise engine_error(f"LMDeploy failed the request: {reason}", error) from error
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        return self._vocabulary.texts(token_ids)
 
     def stats(self) -> dict[str, float]:
         """``in_flight`` and ``tokens``; ``running``, ``waiting``, ``steps`` and ``cache_free`` are LMDeploy's own.

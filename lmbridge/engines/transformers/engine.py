@@ -208,12 +208,12 @@ class TransformersEngine(Engine):
         self._end(running, "abort")
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
-        vocabulary = self._vocabulary
-        return [vocabulary.decode([token], False) if vocabulary.kind(token) != "unknown" else "" for token in token_ids]
+        return self._vocabulary.texts(token_ids)
 
     def stats(self) -> dict[str, float]:
-        """``in_flight``, ``steps`` and ``tokens`` so far, ``max_batch_size``, ``cache_free``: the share of the cache nobody
-        holds, and ``memory_bytes``: what CUDA has reserved on the device, or the process's memory on a CPU."""
+        """``in_flight``, ``steps`` and ``tokens`` so far, ``max_batch_size``, ``cache_free``: the share of the cache
+        that nobody holds, and ``memory_bytes``: what CUDA has reserved on the device, or on a CPU the process has.
+        """
         core = self._core
         return {
             "in_flight": float(len(self._requests)),

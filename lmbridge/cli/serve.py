@@ -1,0 +1,262 @@
+"""Serve a model over HTTP, to OpenAI clients and to a page in the browser.
+
+The server answers from its first second: /health and /ready say how far it is
+while the model loads. SIGTERM or Ctrl-C lets running answers finish and
+refuses new ones; a second signal ends at once. Keys may also be given by the
+environment: LMBRIDGE_API_KEYS (separated by commas) and LMBRIDGE_ADMIN_KEY.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import logging
+import math
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from lmbridge.cli.terminal import MODEL_HELP, add_engine_arguments, complain, quiet_libraries
+from lmbridge.cli.terminal import _spinner as spinner
+from lmbridge.errors import RequestTimeoutError
+
+if TYPE_CHECKING:
+    from lmbridge.bridge import Bridge
+    from lmbridge.flask.http_server import HttpServer
+    from lmbridge.flask.models import Models
+    from lmbridge.flask.serving import Front
+
+SUMMARY = "serve a model over HTTP: OpenAI's API, a page, metrics"
+SPARE_THREADS = 8  # beside those for answers, so that probes and refusals are answered in any crowd
+FLUSH = 1.0  # seconds for the last bytes of aborted answers
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", default="demo", help=MODEL_HELP)
+    add_engine_arguments(parser)
+    add = parser.add_argument
+    add("--name", help="what clients call the model (default: as it is given)")
+    add("--host", default="127.0.0.1", help="the address to listen at (default: 127.0.0.1, this machine only)")
+    add("--port", type=_port, default=8000, help="0 takes a free one (default: 8000)")
+    add(
+        "--threads",
+        metavar="N",
+        type=_positive,
+        default=128,
+        help="requests at once, waiting ones included (default: 128)",
+    )
+    add("--api-key", metavar="KEY", action="append", default=[], help="clients must have this key; may be given again")
+    add("--api-keys-file", metavar="FILE", help="a file of keys, one a line")
+    add("--admin-key", metavar="KEY", help="allows POST /admin/swap with this key")
+    add("--max-pending", metavar="N", type=_positive, help="requests that may wait for the model")
+    add("--timeout", metavar="SECONDS", type=_seconds, help="the most that a request may take (default: 600)")
+    add("--max-request-bytes", metavar="N", type=_positive, help="of a request's body (default: 4 MiB)")
+    add("--heartbeat", metavar="SECONDS", type=_seconds, help="of silence, until a stream says something (default: 5)")
+    add(
+        "--drain-timeout",
+        metavar="SECONDS",
+        type=_seconds_or_zero,
+        default=30.0,
+        help="for running answers (default: 30)",
+    )
+    add("--cors-origin", metavar="ORIGIN", action="append", default=[], help="whose pages may ask; may be given again")
+    add("--no-page", action="store_true", help="do not serve the page at /")
+    add("--access-log", action="store_true", help="a line on stderr for each response")
+    add("--log-prompts", action="store_true", help="log what clients ask")
+
+
+def _positive(text: str) -> int:
+    if text.isdecimal() and int(text) >= 1:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number >= 1")
+
+
+def _port(text: str) -> int:
+    if text.isdecimal() and int(text) <= 65535:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
+
+
+def _seconds_or_zero(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if math.isfinite(float(text)) and float(text) >= 0:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+
+
+def _seconds(text: str) -> float:
+    seconds = _seconds_or_zero(text)
+    if not seconds:
+        raise argparse.ArgumentTypeError("it must be more than 0 seconds")
+    return seconds
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from lmbridge.flask.http_server import HttpServer
+    from lmbridge.flask.models import models_of
+    from lmbridge.flask.serving import AccessLog, Front, create_app
+
+    quiet_libraries()
+    log_to_stderr(arguments)
+    app = create_app(configuration(arguments), page=not arguments.no_page)
+    models = models_of(app)
+    front = Front(app.wsgi_app, arguments.threads)
+    server = HttpServer(
+        AccessLog(front) if arguments.access_log else front,
+        arguments.host, arguments.port, arguments.threads + SPARE_THREADS, models.settings.max_request_bytes,
+    )  # fmt: skip
+    signals = Signals()
+    try:
+        server.open()
+    except OSError as error:
+        complain(_why_not(error, arguments))
+        return 1
+    try:
+        loaded = _load(models, server.url, signals)
+        if loaded:
+            print(welcome(server.url, models, page=not arguments.no_page), flush=True)
+            signals.wait()
+            _drain(server, front, models, arguments.drain_timeout)
+    finally:
+        _end(server, front, models)
+    if not loaded:
+        # The engine's thread may be inside torch's import or reading weights. Nothing can end it there, and the
+        # interpreter's own end would wait for it, or crash under it.
+        os._exit(0)
+    return 0
+
+
+def configuration(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The app's ``LMBRIDGE_*`` keys; what was not given stays at its default."""
+    from lmbridge.flask.config import served_name
+
+    source = {"model": arguments.model, "engine": arguments.engine, **dict(arguments.options)}
+    keys = arguments.api_key or os.environ.get("LMBRIDGE_API_KEYS")
+    given = {
+        "MODELS": {arguments.name or served_name(arguments.model): source},
+        "API_KEYS": keys,
+        "API_KEYS_FILE": arguments.api_keys_file,
+        "ADMIN_KEY": arguments.admin_key or os.environ.get("LMBRIDGE_ADMIN_KEY"),
+        "MAX_PENDING": arguments.max_pending,
+        "TIMEOUT": arguments.timeout,
+        "MAX_REQUEST_BYTES": arguments.max_request_bytes,
+        "HEARTBEAT": arguments.heartbeat,
+        "CORS_ORIGINS": arguments.cors_origin,
+        "LOG_PROMPTS": arguments.log_prompts,
+    }
+    return {f"LMBRIDGE_{name}": value for name, value in given.items() if value}
+
+
+def log_to_stderr(arguments: argparse.Namespace) -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("lmbridge").setLevel(logging.CRITICAL)  # while it loads, a failure is the command's own last line
+    if arguments.access_log:
+        logging.getLogger("lmbridge.access").setLevel(logging.INFO)
+    if arguments.log_prompts:
+        logging.getLogger("lmbridge.flask.openai").setLevel(logging.INFO)
+
+
+def _why_not(error: OSError, arguments: argparse.Namespace) -> str:
+    where = f"{arguments.host}, port {arguments.port}"
+    if os.strerror(errno.EADDRINUSE) in str(error):
+        return f"{where}: another program listens there already; choose another one with --port."
+    return f"{where}: {error}"
+
+
+def welcome(url: str, models: Models, page: bool) -> str:
+    """What a newcomer needs: how to ask with curl, with OpenAI's client, and in the browser."""
+    name, settings = models.default, models.settings
+    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+    key = ' -H "Authorization: Bearer $KEY"' if settings.api_keys else ""
+    client_key = "KEY" if settings.api_keys else '"none"'
+    lines = [
+        f"{name} is ready; Ctrl-C ends it.",
+        f"  curl:   curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
+        f'  openai: OpenAI(base_url="{url}/v1", api_key={client_key})  # and model="{name}" in its calls',
+    ]
+    if page:
+        lines.append(f"  page:   {url}/")
+    return "\n".join(lines)
+
+
+# --- from start to end ---
+
+
+def _load(models: Models, url: str, signals: Signals) -> bool:
+    """Load every model; False when a signal came first.
+
+    Raises:
+        LMBridgeError: one could not be loaded.
+    """
+    names = ", ".join(models.names())
+    print(f"Listening on {url}, and loading {names}", flush=True)
+    with _progress(f"Loading {names}"):
+        for name in models.names():
+            while not _is_loaded(models.bridge(name)):
+                if signals.came:
+                    return False
+    logging.getLogger("lmbridge").setLevel(logging.WARNING)
+    return True
+
+
+def _is_loaded(bridge: Bridge) -> bool:
+    try:
+        bridge.start(timeout=0.2)
+    except RequestTimeoutError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _progress(text: str) -> Iterator[None]:
+    if not sys.stderr.isatty():
+        yield
+        return
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would overwrite the spinner
+    with spinner(text):
+        yield
+
+
+def _drain(server: HttpServer, front: Front, models: Models, timeout: float) -> None:
+    """Refuse what is new, and let what runs finish."""
+    server.closing = models.draining = True
+    if front.inside:
+        print(f"Answers that are finishing: {front.inside}, for {timeout:g} s at most; a second signal ends at once.")
+        sys.stdout.flush()
+    if not front.wait_until_empty(timeout):
+        print(f"Answers that were not finished and are aborted: {front.inside}", flush=True)
+
+
+def _end(server: HttpServer, front: Front, models: Models) -> None:
+    """Abort what is left, and give each part a bounded time to end."""
+    server.closing = models.draining = True
+    closing = threading.Thread(target=models.close, kwargs={"timeout": 0.0}, daemon=True)
+    closing.start()
+    front.wait_until_empty(FLUSH)
+    server.close()
+    closing.join(FLUSH)
+
+
+class Signals:
+    """SIGTERM and Ctrl-C: the first is kept to be looked at, the second ends the process at once."""
+
+    def __init__(self) -> None:
+        self.came = False
+        self._first: queue.SimpleQueue[int] = queue.SimpleQueue()  # may be put to by what interrupts its own get
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def wait(self) -> None:
+        """Return when the first has come."""
+        self._first.get()
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.came:
+            os._exit(128 + number)
+        self.came = True
+        self._first.put(number)

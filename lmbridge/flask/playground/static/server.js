@@ -1,0 +1,90 @@
+// The server, as the page knows it: models, answers as they are streamed, status.
+//
+// Rule: knows nothing of the page. What goes wrong is a ServerError with words for the user. The API key is kept in
+// memory only: any script of this origin could read a store.
+
+export class ServerError extends Error {
+  /** What went wrong, in words for the user; `status` is 0 where no response came, `param` the field at fault. */
+  constructor(message, status = 0, param = null) {
+    super(message);
+    this.status = status;
+    this.param = param;
+  }
+
+  static async of(response) {
+    const said = await response.json().catch(() => null);
+    const error = said?.error?.message ? said.error : { message: said?.error };
+    const message = error.message || `The server answered ${response.status} ${response.statusText}`.trim() + ".";
+    return new ServerError(message, response.status, error.param);
+  }
+}
+
+export class Server {
+  key = "";
+
+  /** `routes`: the addresses of models, chat and, where there is one, status. */
+  constructor(routes) {
+    this.routes = routes;
+  }
+
+  async models() {
+    const response = await this.#ask(this.routes.models);
+    return (await response.json()).data.map((model) => model.id);
+  }
+
+  async status() {
+    return (await this.#ask(this.routes.status, { cache: "no-store" })).json();
+  }
+
+  /** The chunks of one answer. Throws ServerError also where the stream ends without its final word. */
+  async *chat(body, signal) {
+    const headers = { "Content-Type": "application/json" };
+    const response = await this.#ask(this.routes.chat, { method: "POST", headers, body: JSON.stringify(body), signal });
+    try {
+      for await (const data of eventsOf(response.body)) {
+        if (data === "[DONE]") return;
+        const chunk = JSON.parse(data);
+        if (chunk.error) throw new ServerError(chunk.error.message, response.status, chunk.error.param);
+        yield chunk;
+      }
+    } catch (error) {
+      if (!(error instanceof TypeError)) throw error; // which is how fetch says that the network failed
+    }
+    throw new ServerError("The connection was lost before the answer was complete.");
+  }
+
+  async #ask(address, options = {}) {
+    const headers = { ...options.headers, ...(this.key && { Authorization: `Bearer ${this.key}` }) };
+    const response = await fetch(address, { ...options, headers }).catch((error) => {
+      throw error.name === "AbortError" ? error : new ServerError("The server cannot be reached.");
+    });
+    if (!response.ok) throw await ServerError.of(response);
+    return response;
+  }
+}
+
+const LINE_END = /\r\n|\n|\r/;
+const SURE_LINE_END = /\r\n|\n|\r(?!$)/; // a \r that came last may be half of one
+
+/** The data of each server-sent event in `body`, a stream of bytes that may be cut anywhere. */
+async function* eventsOf(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  let data = [];
+  try {
+    for (;;) {
+      const { value = "", done } = await reader.read();
+      const lines = (rest + value).split(done ? LINE_END : SURE_LINE_END);
+      rest = lines.pop();
+      for (const line of lines) {
+        if (line.startsWith("data:")) data.push(line.slice(line[5] === " " ? 6 : 5));
+        if (line !== "" || !data.length) continue;
+        yield data.join("\n");
+        data = [];
+      }
+      if (done) return;
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}

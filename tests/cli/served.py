@@ -1,0 +1,50 @@
+"""Run by tests in a process of its own: the command line with two engines that load nothing.
+
+``gated`` loads until the file named by its option ``gate`` exists; it answers "count 20" with twenty tokens, one every
+``step_time`` seconds. ``broken`` cannot be loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+from lmbridge import Request
+from lmbridge.cli import main
+from lmbridge.engines import ENGINES
+from lmbridge.testing import ScriptedEngine, prompt_text
+
+
+def count(request: Request) -> list[str]:
+    """As many tokens as the prompt says, or its words."""
+    text = prompt_text(request.prompt)
+    first, _, number = text.partition(" ")
+    return [f"{n} " for n in range(int(number))] if first == "count" else [f"{word} " for word in text.split()]
+
+
+class GatedEngine(ScriptedEngine):
+    """Any model's name will do."""
+
+    def __init__(self, model: str, gate: str = "", step_time: float = 0.0) -> None:
+        super().__init__(count, step_time=step_time)
+        self._gate = gate
+
+    async def start(self) -> None:
+        while self._gate and not Path(self._gate).exists():
+            await asyncio.sleep(0.01)
+        await super().start()
+
+
+class BrokenEngine(ScriptedEngine):
+    """Fails while it loads."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(start_error=RuntimeError("no such weights"))
+
+
+if __name__ == "__main__":
+    sys.modules["served"] = sys.modules["__main__"]
+    ENGINES["gated"] = ("served", "GatedEngine")
+    ENGINES["broken"] = ("served", "BrokenEngine")
+    sys.exit(main())

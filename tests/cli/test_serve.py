@@ -1,0 +1,281 @@
+"""``lmbridge serve`` for real: a process of its own, asked over HTTP, ended by signals."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.cli.conftest import ENVIRONMENT, LMBRIDGE, PATIENCE, ROOT
+
+if TYPE_CHECKING:
+    from tests.cli.conftest import Run
+
+SERVED = [sys.executable, str(Path(__file__).parent / "served.py")]
+GATED = ("a-model", "--engine", "gated", "--no-page")
+ENDLESS = "count 1000000"
+
+
+class Served:
+    """A server that runs, and what it has printed."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.printed: list[str] = []
+        self.url = re.findall(r"http://[\w.:]+", self.read_until("Listening on"))[0]
+
+    def read_until(self, text: str) -> str:
+        """The line that has ``text``."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.printed.append(line)
+            if text in line:
+                return line
+        pytest.fail(f"it ended before it said {text!r}: {''.join(self.printed)}")
+
+    def ask(self, method: str, path: str, body: Any = None, key: str | None = None) -> Answer:
+        """The answer to one request, on a connection of its own."""
+        with contextlib.closing(http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=PATIENCE)) as to:
+            headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+            to.request(method, path, None if body is None else json.dumps(body), headers)
+            response = to.getresponse()
+            return Answer(response.status, dict(response.headers), response.read().decode())
+
+    def chat(self, content: str, key: str | None = None, **more: Any) -> Answer:
+        messages = [{"role": "user", "content": content}]
+        return self.ask("POST", "/v1/chat/completions", {"messages": messages, "max_tokens": 10**6, **more}, key)
+
+    def wait_until(self, path: str, status: int) -> Answer:
+        end = time.monotonic() + PATIENCE
+        while (answer := self.ask("GET", path)).status != status:
+            assert time.monotonic() < end, answer.text
+        return answer
+
+    def model(self) -> dict[str, Any]:
+        """What /status says of the one model."""
+        (numbers,) = self.ask("GET", "/status").json["models"].values()
+        return dict(numbers)
+
+    def end(self, *signals: signal.Signals) -> int:
+        for number in signals or (signal.SIGTERM,):
+            self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+
+class Answer:
+    """Of one request."""
+
+    def __init__(self, status: int, headers: dict[str, str], text: str) -> None:
+        self.status = status
+        self.headers = {name.lower(): value for name, value in headers.items()}
+        self.text = text
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+
+@contextlib.contextmanager
+def serving(*arguments: str, command: list[str] = SERVED, **environment: str) -> Iterator[Served]:
+    process = subprocess.Popen(
+        [*command, "serve", *arguments, "--port", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env={**ENVIRONMENT, **environment},
+    )  # fmt: skip
+    try:
+        yield Served(process)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextlib.contextmanager
+def streaming(served: Served, content: str = ENDLESS) -> Iterator[http.client.HTTPResponse]:
+    """An answer that is being streamed, its first token read."""
+    to = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=PATIENCE)
+    body = {"messages": [{"role": "user", "content": content}], "stream": True, "max_tokens": 10**6}
+    to.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    response = to.getresponse()
+    assert response.status == 200, response.read()
+    while b'"0 "' not in (line := response.readline()):
+        assert line
+    try:
+        yield response
+    finally:
+        to.close()
+
+
+def test_a_newcomer(run: Run) -> None:
+    """The bundled model: not ready at first, and says so; then the curl line that is printed works as it stands."""
+    with serving("demo", command=LMBRIDGE) as served:
+        first = served.ask("GET", "/ready")
+        assert (first.status, first.json["models"]["demo"]["state"]) == (503, "starting")
+        assert served.ask("GET", "/health").status == 200
+        curl = served.read_until("  curl:")
+        openai, page = served.read_until("  openai:"), served.read_until("  page:")
+        assert f'base_url="{served.url}/v1"' in openai
+        assert f"{served.url}/" in page
+        assert served.ask("GET", "/ready").status == 200
+        done = run(command=["bash", "-c", curl.partition("curl:")[2]])
+        assert "Paris" in json.loads(done.stdout)["choices"][0]["message"]["content"]
+        assert served.end(signal.SIGINT) == 0
+
+
+def test_it_tells_the_truth_while_it_loads(tmp_path: Path) -> None:
+    """Alive but not ready while the model loads; a question asked meanwhile waits and is answered."""
+    gate = tmp_path / "gate"
+    with serving(*GATED, "--option", f"gate={gate}") as served:
+        assert served.wait_until("/health", 200).json["models"]["a-model"]["state"] == "starting"
+        assert served.ask("GET", "/ready").headers["retry-after"] == "1"
+        assert 'lmbridge_ready{model="a-model"} 0.0' in served.ask("GET", "/metrics").text
+        gate.touch()
+        assert served.chat("one two").json["choices"][0]["message"]["content"] == "one two "
+        served.wait_until("/ready", 200)
+
+
+def test_running_answers_finish() -> None:
+    """SIGTERM: the answer that streams comes whole, what is new is refused with 503, and the exit status is 0."""
+    with serving(*GATED, "--option", "step_time=0.02") as served, streaming(served, "count 100") as response:
+        served.process.send_signal(signal.SIGTERM)
+        refused = served.wait_until("/ready", 503)
+        assert refused.json["draining"]
+        refused = served.chat("too late")
+        assert (refused.status, refused.json["error"]["code"]) == (503, "shutting_down")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.headers["connection"] == "close"
+        rest = response.read().decode()
+        assert '"99 "' in rest
+        assert rest.rstrip().endswith("data: [DONE]")
+        assert served.process.wait(PATIENCE) == 0
+
+
+def test_answers_that_take_too_long_are_cut() -> None:
+    """After --drain-timeout what still runs is aborted, its reader is told so, and the exit status is 0."""
+    arguments = (*GATED, "--option", "step_time=0.02", "--drain-timeout", "0.1")
+    with serving(*arguments) as served, streaming(served) as response:
+        assert served.end() == 0
+        assert "error" in response.read().decode()
+        assert "aborted: 1" in served.read_until("aborted")
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    """Who does not want to wait for the drain asks again."""
+    with serving(*GATED, "--option", "step_time=0.02") as served, streaming(served):
+        served.process.send_signal(signal.SIGINT)
+        served.read_until("finishing")
+        assert served.end(signal.SIGTERM) == 128 + signal.SIGTERM
+
+
+def test_a_signal_while_it_loads(tmp_path: Path) -> None:
+    """Nobody has to wait for a model that nobody wants any more."""
+    with serving(*GATED, "--option", f"gate={tmp_path / 'never'}") as served:
+        assert served.end() == 0
+
+
+def test_keys(tmp_path: Path) -> None:
+    """Keys from the environment and from a file open the API; probes need none."""
+    keys = tmp_path / "keys"
+    keys.write_text("# ours\nfrom-file\n")
+    with serving(*GATED, "--api-keys-file", str(keys), LMBRIDGE_API_KEYS="from-environment,another") as served:
+        assert served.chat("hello").status == 401
+        assert served.chat("hello", "wrong").status == 401
+        for key in ("from-file", "from-environment", "another"):
+            assert served.chat("hello", key).status == 200
+        assert served.ask("GET", "/health").status == 200
+        assert '"Authorization: Bearer $KEY"' in served.read_until("  curl:")
+
+
+def test_a_crowd() -> None:
+    """More requests than places: 429 with Retry-After in the API's own form, while probes are answered."""
+    arguments = (*GATED, "--option", "step_time=0.02", "--threads", "2")
+    with serving(*arguments) as served, streaming(served), streaming(served):
+        refused = served.chat("one more")
+        assert (refused.status, refused.json["error"]["code"]) == (429, "queue_full")
+        assert refused.headers["retry-after"] == "1"
+        assert served.ask("GET", "/health").status == 200
+        assert served.model()["running"] == 2
+
+
+def test_a_client_that_leaves_frees_its_place() -> None:
+    """A connection that is dropped while the model is silent is noticed, without a token or heartbeat to send."""
+    arguments = (*GATED, "--option", "step_time=3600", "--heartbeat", "3600", "--name", "silent")
+    with serving(*arguments) as served:
+        with socket.create_connection(served.url.removeprefix("http://").split(":")) as client:
+            body = b'{"messages": [{"role": "user", "content": "hello"}], "stream": true}'
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+            assert client.recv(100).startswith(b"HTTP/1.1 200")
+            assert served.model()["running"] == 1
+        end = time.monotonic() + PATIENCE
+        while served.model()["running"]:
+            assert time.monotonic() < end
+        assert served.ask("GET", "/status").json["disconnects"] == 1
+
+
+def test_swap() -> None:
+    """With an admin key the model is exchanged under its name, with news of how it goes."""
+    with serving(*GATED, "--name", "stable", LMBRIDGE_ADMIN_KEY="root") as served:
+        served.wait_until("/ready", 200)
+        assert served.ask("POST", "/admin/swap", {"to": "new"}, "wrong").status == 401
+        answer = served.ask("POST", "/admin/swap", {"to": "new", "engine": "gated"}, "root")
+        last = json.loads(answer.text.splitlines()[-1])
+        assert (answer.status, last["outcome"], last["model"], last["to"]) == (200, "done", "stable", "new")
+        assert served.chat("hello", model="stable").status == 200
+
+
+def test_logs() -> None:
+    """The access log names what was asked for, and no log has a prompt unless asked to."""
+    with serving(*GATED, "--access-log") as served:
+        served.chat("a secret")
+        assert re.search(r"127.0.0.1 POST /v1/chat/completions 200 [\d.]+ s", served.read_until(" POST /v1/"))
+        assert served.end() == 0
+        assert "secret" not in "".join(served.printed)
+    with serving(*GATED, "--log-prompts") as served:
+        served.wait_until("/ready", 200)
+        served.chat("a secret")
+        assert "a secret" in served.read_until("secret")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (("./no-such-folder",), 1, ["no-such-folder"]),
+        (("a-model", "--engine", "no-such-engine"), 1, ["no-such-engine"]),
+        (("a-model", "--engine", "broken", "--port", "0"), 1, ["could not be loaded", "no such weights"]),
+        (("--api-keys-file", "/no/such/file"), 1, ["/no/such/file"]),
+        (("--host", "256.1.1.1"), 1, ["256.1.1.1"]),
+        (("--threads", "0"), 2, ["--threads", "'0'"]),
+        (("--port", "70000"), 2, ["--port", "70000"]),
+        (("--drain-timeout", "soon"), 2, ["--drain-timeout", "soon"]),
+        (("--timeout", "0"), 2, ["--timeout", "more than 0"]),
+        (("--heartbeat", "inf"), 2, ["--heartbeat", "inf"]),
+    ],
+)
+def test_mistakes(run: Run, arguments: tuple[str, ...], status: int, words: list[str]) -> None:
+    """What cannot work is told in one line, by the exit status, and at once."""
+    done = run("serve", "--no-page", *arguments, command=SERVED)
+    assert done.returncode == status
+    assert done.stderr.startswith("lmbridge: ")
+    assert done.stderr.count("\n") == 1
+    assert [word for word in words if word not in done.stderr] == []
+
+
+def test_a_port_in_use(run: Run) -> None:
+    """Another program on the port is one clear line."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = run("serve", *GATED, "--port", port, command=SERVED)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"lmbridge: 127.0.0.1, port {port}: another program listens there already; choose another one with --port.\n"
+    )
