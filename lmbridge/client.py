@@ -153,9 +153,7 @@ class Client(Verbs):
             raise InvalidRequestError("stream_many takes a list of prompts; stream takes one.", "prompts")
         configs = config if isinstance(config, (list, tuple)) else [config] * len(prompts)
         if len(configs) != len(prompts):
-            raise InvalidRequestError(
-                f"There are {len(configs)} configs for {len(prompts)} prompts.", "config"
-            )
+            raise InvalidRequestError(f"There are {len(configs)} configs for {len(prompts)} prompts.", "config")
         name = options.pop("request_id", None)
         requests: list[Request] = []
         for index, (prompt, one) in enumerate(zip(prompts, configs, strict=True)):

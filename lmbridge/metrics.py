@@ -13,6 +13,15 @@ from collections import Counter
 from lmbridge.call import Outcome
 from lmbridge.messages import Response
 
+CANCELS = {
+    "RequestTimeoutError": "deadline",
+    "abort": "left",  # a stream that its reader left
+    "CancelledError": "left",  # a future that was cancelled
+    "RequestAbortedError": "aborted",
+    "BridgeClosedError": "closed",
+}
+"""Outcomes of requests that did not run to their end because nobody wanted them any more, and whose doing that was."""
+
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
@@ -55,6 +64,15 @@ class Metrics:
         self.inter_token = Histogram()
         self.total = Histogram()
         self._lock = threading.Lock()
+
+    @property
+    def cancels(self) -> dict[str, int]:
+        """Ended requests that were cancelled, by cause; every cause is there."""
+        causes = dict.fromkeys(CANCELS.values(), 0)
+        for outcome, count in list(self.outcomes.items()):
+            if outcome in CANCELS:
+                causes[CANCELS[outcome]] += count
+        return causes
 
     def refused(self) -> None:
         """Count one request that found no room. Any thread; the server thread never touches this outcome."""

@@ -5,12 +5,21 @@ Rule: asks the bridge when somebody scrapes, and costs its requests nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lmbridge.bridge import Bridge
 from lmbridge.errors import MissingDependencyError
 from lmbridge.metrics import SECONDS, Histogram
+
+ENGINE_COUNTERS = {"steps": "Steps of the engine.", "tokens": "Tokens the engine has made, for whatever answers."}
+ENGINE_GAUGES = {
+    "in_flight": "Requests inside the engine.",
+    "max_batch_size": "Requests that fit into a step.",
+    "cache_free": "The share of the cache that nobody holds.",
+    "memory_bytes": "Memory of the device that the engine runs on: CUDA's, or the process's on a CPU.",
+}
+"""What engines may say in ``stats()``; anything else is a gauge too."""
 
 
 class BridgeCollector:
@@ -41,6 +50,7 @@ class BridgeCollector:
         """The metrics as they are now."""
         metrics, health = self._bridge.metrics, self._bridge.health()
         yield self._counter("requests", "Ended requests by outcome.", metrics.outcomes, "outcome")
+        yield self._counter("cancels", "Requests that were cancelled, by cause.", metrics.cancels, "cause")
         yield self._counter("prompt_tokens", "Tokens of answered prompts.", {"": metrics.prompt_tokens})
         yield self._counter("completion_tokens", "Generated tokens of answers.", {"": metrics.completion_tokens})
         yield self._counter("restarts", "Engines that died and were followed by a new one.", {"": health.restarts})
@@ -51,10 +61,23 @@ class BridgeCollector:
         yield self._gauge("waiting", "Requests that wait for the engine.", health.waiting)
         yield self._gauge("running", "Requests in the engine.", health.running)
         yield self._gauge("ready", "1 while requests are served.", float(health.state == "ready"))
-        for name, value in self._bridge.stats().items():
-            yield self._gauge(f"engine_{name}", f"What the engine counts as {name}.", value)
+        yield from self._engine(self._bridge.stats())
 
-    def _counter(self, name: str, text: str, values: dict[str, int], label: str = "") -> Any:
+    def _engine(self, stats: dict[str, float]) -> Iterator[Any]:
+        for name, value in stats.items():
+            if name in ENGINE_COUNTERS:  # they begin anew with each engine, as those of a process do
+                yield self._counter(f"engine_{name}", ENGINE_COUNTERS[name], {"": value})
+            else:
+                text = ENGINE_GAUGES.get(name, f"What the engine counts as {name}.")
+                yield self._gauge(f"engine_{name}", text, value)
+        mean = mean_batch_size(stats)
+        if mean is not None:
+            yield self._gauge("batch_size", "Tokens made in a step, the mean since the engine started.", mean)
+            if stats.get("max_batch_size"):
+                share = mean / stats["max_batch_size"]
+                yield self._gauge("batch_efficiency", "That mean as a share of max_batch_size.", share)
+
+    def _counter(self, name: str, text: str, values: Mapping[str, float], label: str = "") -> Any:
         names = [*self._labels, *([label] if label else [])]
         family = self._core.CounterMetricFamily(f"lmbridge_{name}", text, labels=names)
         for value, count in list(values.items()):
@@ -74,3 +97,10 @@ class BridgeCollector:
             buckets.append(("+Inf" if bound == float("inf") else str(bound), below))
         family.add_metric(list(self._labels.values()), buckets, histogram.sum)
         return family
+
+
+def mean_batch_size(stats: Mapping[str, float]) -> float | None:
+    """Tokens made in a step, from what ``Bridge.stats`` says; None for an engine that does not count both."""
+    if not stats.get("steps") or "tokens" not in stats:
+        return None
+    return stats["tokens"] / stats["steps"]

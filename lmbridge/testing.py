@@ -156,7 +156,12 @@ class ScriptedEngine(Engine):
             work.finish("abort")
 
     def stats(self) -> dict[str, float]:
-        return {"in_flight": float(len(self._active)), "steps": float(self.steps), "tokens": float(self.tokens)}
+        return {
+            "in_flight": float(len(self._active)),
+            "steps": float(self.steps),
+            "tokens": float(self.tokens),
+            "max_batch_size": float(self.max_batch_size),
+        }
 
     async def close(self) -> None:
         self._active.clear()

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from lmbridge import Bridge, BridgeClosedError, InvalidRequestError, RequestTimeoutError
+from lmbridge import Bridge, BridgeClosedError, GenerationConfig, InvalidRequestError, RequestTimeoutError
 from lmbridge.testing import ScriptedEngine
 
 
@@ -111,3 +111,15 @@ def test_one_prompt_is_refused() -> None:
     """A text given for a list would be read letter by letter."""
     with Bridge(ScriptedEngine()) as bridge, pytest.raises(InvalidRequestError, match="list of prompts"):
         bridge.stream_many("text")  # type: ignore[arg-type]
+
+
+def test_each_may_have_a_config_and_a_name_of_its_own() -> None:
+    """n choices need n seeds; and logs name each of them after the request they belong to."""
+    with Bridge(ScriptedEngine()) as bridge:
+        configs = [GenerationConfig(max_new_tokens=1), GenerationConfig(max_new_tokens=2)]
+        group = bridge.stream_many(["a b c"] * 2, configs, request_id="mine")
+        list(group)
+        assert [response.text for response in group.responses] == ["a", "a b"]  # type: ignore[union-attr]
+        assert group.request_ids == ["mine-0", "mine-1"]
+        with pytest.raises(InvalidRequestError, match="1 configs for 2 prompts"):
+            bridge.stream_many(["a", "b"], configs[:1])

@@ -9,7 +9,15 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from lmbridge import Bridge, EngineError, MissingDependencyError, QueueFullError, RequestTimeoutError
+from lmbridge import (
+    Bridge,
+    BridgeClosedError,
+    EngineError,
+    MissingDependencyError,
+    QueueFullError,
+    RequestAbortedError,
+    RequestTimeoutError,
+)
 from lmbridge.prometheus import BridgeCollector
 from lmbridge.testing import ScriptedEngine
 
@@ -76,7 +84,52 @@ def test_prometheus() -> None:
         assert samples["lmbridge_request_seconds_sum model=scripted"] == pytest.approx(bridge.metrics.total.sum)
         assert samples["lmbridge_running model=scripted"] == 0
         assert samples["lmbridge_ready model=scripted"] == 1
-        assert samples["lmbridge_engine_tokens model=scripted"] == 5
+        assert samples["lmbridge_engine_tokens_total model=scripted"] == 5
+
+
+def test_cancels_by_cause() -> None:
+    """Requests that nobody wanted any more are counted by whose doing it was, and no other request is."""
+    engine = ScriptedEngine(manual=True)
+    with Bridge(engine) as bridge:
+        streams = [bridge.stream(prompt) for prompt in ("left", "left too")]
+        aborted, fine = bridge.submit("aborted", request_id="this one"), bridge.submit("fine")
+        with pytest.raises(RequestTimeoutError):
+            bridge.infer("too slow", timeout=0.01)
+        with bridge.client() as client:
+            closed = client.submit("closed")
+        for stream in streams:
+            stream.close()
+        bridge.abort("this one")
+        assert isinstance(aborted.exception(30), RequestAbortedError)
+        assert isinstance(closed.exception(30), BridgeClosedError)
+        engine.wait_for(lambda e: e.active == 1)
+        engine.step()
+        assert fine.result(30).text == "fine"
+        samples = scrape(bridge)
+        for cause, count in {"left": 2, "deadline": 1, "aborted": 1, "closed": 1}.items():
+            assert samples[f"lmbridge_cancels_total cause={cause}"] == count
+
+
+def test_batch_size() -> None:
+    """The mean number of tokens in a step, and how much of a step that fills."""
+    engine = ScriptedEngine(manual=True, max_batch_size=4)
+    with Bridge(engine) as bridge, ThreadPoolExecutor() as pool:
+        assert "lmbridge_batch_size" not in scrape(bridge)
+        answers = [pool.submit(bridge.infer, "one two three") for _ in range(2)]
+        engine.wait_for(lambda e: e.active == 2)
+        engine.step(3)
+        assert [answer.result(30).text for answer in answers] == ["one two three"] * 2
+        samples = scrape(bridge)
+        assert (samples["lmbridge_batch_size"], samples["lmbridge_batch_efficiency"]) == (2, 0.5)
+        assert samples["lmbridge_engine_steps_total"] == 3
+
+
+def test_memory_of_the_device() -> None:
+    """A real engine says how much memory it has: on a CPU, that of a process with torch and a model in it."""
+    with Bridge("demo", device="cpu") as bridge:
+        samples = scrape(bridge)
+        assert samples["lmbridge_engine_memory_bytes"] > 50e6
+        assert samples["lmbridge_engine_max_batch_size"] == 64
 
 
 def test_scraping_starts_nothing() -> None:
