@@ -1,5 +1,5 @@
 """The bridge's cost beside every other way there is, in one run: calls, calls beside a busy thread, streams, idleness,
-memory, the bundled model, and the engine beside what else runs the same model.
+memory, the bundled model, WSGI servers, and the engine beside what else runs the same model.
 
 Run on a quiet machine: ``python -m tests.benchmarks [--rounds 5]`` (about a quarter of an hour)
 """
@@ -16,6 +16,7 @@ RUNS = [
     ["stream_cost"],
     ["idle_cost"],
     ["main_job"],
+    ["http_servers"],
     ["engine_speed", "--tokens", "100", "--candidates", "bridge,manager,lock,static-8,static-32,serve"],
 ]
 

@@ -1,0 +1,157 @@
+"""The server of ``lmbridge serve``: what it does with connections that a WSGI server has to look after."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import socket
+import threading
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from lmbridge.flask.http_server import HttpServer
+from lmbridge.flask.serving import Front
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+PATIENCE = 30.0
+
+
+def hello(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    """Answers without reading what was sent."""
+    start_response("200 OK", [("Content-Length", "5")])
+    return [b"hello"]
+
+
+@contextlib.contextmanager
+def serving(app: WSGIApplication, threads: int = 4, **options: Any) -> Iterator[tuple[HttpServer, tuple[str, int]]]:
+    server = HttpServer(app, "127.0.0.1", 0, threads, **{"unread_limit": 1000, **options})
+    server.open()
+    try:
+        yield server, server.bind_addr
+    finally:
+        server.close()
+
+
+def connect(address: tuple[str, int]) -> contextlib.closing[http.client.HTTPConnection]:
+    return contextlib.closing(http.client.HTTPConnection(*address, timeout=PATIENCE))
+
+
+def test_connections_are_kept() -> None:
+    """A client's second request goes over the same connection, until the server is about to end."""
+    with serving(hello) as (server, address), connect(address) as client:
+        for _ in range(3):
+            client.request("GET", "/")
+            response = client.getresponse()
+            assert (response.read(), response.headers["Connection"]) == (b"hello", None)
+        server.closing = True
+        client.request("GET", "/")
+        response = client.getresponse()
+        assert (response.read(), response.headers["Connection"]) == (b"hello", "close")
+
+
+def test_an_idle_connection_takes_no_thread() -> None:
+    """Browsers open connections ahead of need; they must not stand in the way of those who ask."""
+    with serving(hello, threads=1) as (_, address), contextlib.ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(socket.create_connection(address))
+        client = stack.enter_context(connect(address))
+        client.request("GET", "/")
+        assert client.getresponse().read() == b"hello"
+
+
+@pytest.mark.parametrize(("size", "kept"), [(900, True), (100_000, False)])
+def test_what_the_app_leaves_unread(size: int, kept: bool) -> None:
+    """A body that nobody wanted is no part of the next request, and a large one is not read into memory for nothing."""
+    with serving(hello) as (_, address), connect(address) as client:
+        client.request("POST", "/", b"x" * size)
+        response = client.getresponse()
+        assert response.read() == b"hello"
+        assert (response.headers["Connection"] != "close") is kept
+        client.request("GET", "/")  # over a new connection where the old one was closed
+        assert client.getresponse().read() == b"hello"
+
+
+def test_chunks_left_unread() -> None:
+    """A body in chunks that the app did not read ends its connection, rather than be taken for another request."""
+    smuggled = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+    asked: list[str] = []
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        asked.append(environ["PATH_INFO"])
+        return hello(environ, start_response)
+
+    with serving(app) as (_, address), socket.create_connection(address, PATIENCE) as client:
+        head = b"POST /sent HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        client.sendall(head + b"%x\r\n%s\r\n0\r\n\r\n" % (len(smuggled), smuggled))
+        with contextlib.suppress(ConnectionResetError), client.makefile("rb") as answer:
+            answer.read()
+    assert asked == ["/sent"]
+
+
+def test_a_reader_that_is_behind_gets_everything() -> None:
+    """More than the kernel takes at once waits for the client to read on, and arrives whole."""
+    parts = [bytes([65 + n % 26]) * 300_000 for n in range(40)]
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        start_response("200 OK", [])
+        return iter(parts)
+
+    with serving(app) as (_, address), connect(address) as client:
+        client.request("GET", "/")
+        assert client.getresponse().read() == b"".join(parts)
+
+
+def test_a_client_that_leaves_ends_the_response() -> None:
+    """What streams to nobody is closed, so that the app can stop the engine."""
+    closed = threading.Event()
+
+    def tokens() -> Iterator[bytes]:
+        try:
+            while True:
+                yield b"token " * 1000
+        finally:
+            closed.set()
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        start_response("200 OK", [])
+        return tokens()
+
+    with serving(app) as (_, address):
+        with socket.create_connection(address) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(12) == b"HTTP/1.1 200"
+        assert closed.wait(PATIENCE)
+
+
+def test_places() -> None:
+    """Front counts a request until its response has been sent, or has failed, and marks the one that is too many."""
+    marked: list[bool] = []
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        marked.append("lmbridge.crowded" in environ)
+        if environ["PATH_INFO"] == "/fails":
+            raise RuntimeError("as told")
+        return iter([b"a", b"b"])
+
+    def ask(method: str, path: str = "/v1/completions") -> Any:
+        return front({"REQUEST_METHOD": method, "PATH_INFO": path}, lambda *args: lambda data: None)
+
+    front = Front(app, places=2)
+    with pytest.raises(RuntimeError):
+        ask("POST", "/fails")
+    first, second, third = ask("POST"), ask("POST"), ask("POST")
+    ask("GET")
+    ask("POST", "/admin/swap")
+    assert (marked, front.inside) == ([False, False, False, True, False, False], 3)
+    for response in (third, second):
+        assert b"".join(response) == b"ab"
+        response.close()
+    assert not front.wait_until_empty(0.01)
+    leave = threading.Timer(0.05, first.close)
+    leave.start()
+    assert front.wait_until_empty(PATIENCE)
+    leave.join()

@@ -1,0 +1,303 @@
+"""Probes, metrics, status and the exchange of a model, as whoever operates an app sees them."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from prometheus_client.parser import text_string_to_metric_families
+from werkzeug.test import TestResponse
+
+from lmbridge import Bridge
+from lmbridge.engines import ENGINES
+from lmbridge.flask import LMBridge, operations
+from lmbridge.flask.models import models_of
+from lmbridge.testing import ScriptedEngine
+
+PATIENCE = 30.0
+gates: dict[str, threading.Event] = {}  # by model: an engine waits for its own while it loads
+
+
+class NamedEngine(ScriptedEngine):
+    """Answers everything with its model's name; "broken" cannot be loaded."""
+
+    def __init__(self, model: str) -> None:
+        error = RuntimeError("no such weights") if model == "broken" else None
+        super().__init__(lambda request: [model], start_error=error, start_gate=gates.get(model))
+
+
+@pytest.fixture(autouse=True)
+def named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registers the engine "named"."""
+    monkeypatch.setitem(ENGINES, "named", (__name__, "NamedEngine"))
+    gates.clear()
+
+
+def build(**config: Any) -> Flask:
+    app = Flask(__name__)
+    config.setdefault("LMBRIDGE_MODELS", {"first": {"model": "one", "engine": "named"}})
+    app.config.update(config)
+    LMBridge(app)
+    app.register_blueprint(operations.blueprint)
+    return app
+
+
+@pytest.fixture
+def app() -> Iterator[Flask]:
+    """One model, "first", whose answers are "one"; and an admin key."""
+    app = build(LMBRIDGE_ADMIN_KEY="root")
+    yield app
+    models_of(app).close()
+
+
+def bridge_of(app: Flask, name: str = "first") -> Bridge:
+    return models_of(app).bridge(name)
+
+
+def told(answer: TestResponse) -> dict[str, Any]:
+    """The JSON object in a response."""
+    found = answer.get_json()
+    assert isinstance(found, dict)
+    return found
+
+
+def wait_until(app: Flask, state: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while bridge_of(app).state != state:
+        assert time.monotonic() < end
+
+
+# --- probes ---
+
+
+def test_health_is_about_what_a_restart_would_mend(app: Flask) -> None:
+    """A model that nobody asked for yet is no fault; one that is down for good is."""
+    client = app.test_client()
+    assert client.get("/health").status_code == 200
+    broken = build(LMBRIDGE_MODELS={"first": {"model": "broken", "engine": "named"}})
+    broken.test_client().get("/ready")
+    wait_until(broken, "failed")
+    answer = broken.test_client().get("/health")
+    assert answer.status_code == 503
+    assert "no such weights" in told(answer)["faults"]["first"]
+    models_of(broken).close()
+
+
+def test_health_when_the_server_thread_is_stuck(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server thread that shows no sign of life is a fault, though its state says that all is well."""
+    engine, release = ScriptedEngine(), threading.Event()
+    with Bridge(engine, stall_timeout=None) as bridge:
+        models_of(app).replace("first", bridge)
+        engine.block(release)
+        monkeypatch.setattr(operations, "LOOP_PATIENCE", 0.6)
+        client, end = app.test_client(), time.monotonic() + PATIENCE
+        while (answer := client.get("/health")).status_code == 200:
+            assert time.monotonic() < end
+        release.set()
+        assert "stuck" in told(answer)["faults"]["first"]
+        while client.get("/health").status_code != 200:
+            assert time.monotonic() < end
+
+
+def test_ready_loads_and_tells(app: Flask) -> None:
+    """Asking begins to load; 503 with the state until the model serves, and again once the end has begun."""
+    gate = gates["one"] = threading.Event()
+    client = app.test_client()
+    assert bridge_of(app).state == "new"
+    answer = client.get("/ready")
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    assert told(answer)["models"] == {"first": {"state": "starting", "reason": ""}}
+    gate.set()
+    wait_until(app, "ready")
+    assert told(client.get("/ready")) == {
+        "ready": True, "draining": False, "models": {"first": {"state": "ready", "reason": ""}},
+    }  # fmt: skip
+    models_of(app).close()
+    answer = client.get("/ready")
+    assert (answer.status_code, told(answer)["draining"]) == (503, True)
+
+
+def test_ready_waits_for_every_model() -> None:
+    """An app with two models is ready when both are."""
+    gate = gates["two"] = threading.Event()
+    sources = {"first": {"model": "one", "engine": "named"}, "second": {"model": "two", "engine": "named"}}
+    app = build(LMBRIDGE_MODELS=sources)
+    client = app.test_client()
+    client.get("/ready")
+    wait_until(app, "ready")
+    assert client.get("/ready").status_code == 503
+    gate.set()
+    bridge_of(app, "second").start(PATIENCE)
+    assert client.get("/ready").status_code == 200
+    models_of(app).close()
+
+
+# --- numbers ---
+
+
+def samples(text: str) -> dict[str, float]:
+    return {
+        sample.name + "".join(f" {name}={value}" for name, value in sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_metrics() -> None:
+    """Every model's metrics under its label, each family once, beside the process's own."""
+    sources = {"first": {"model": "one", "engine": "named"}, "second": {"model": "two", "engine": "named"}}
+    app = build(LMBRIDGE_MODELS=sources)
+    client = app.test_client()
+    bridge_of(app).infer(["a", "b"])
+    bridge_of(app, "second").infer("c")
+    models_of(app).disconnects = 3
+    answer = client.get("/metrics")
+    assert answer.content_type.startswith("text/plain")
+    found = samples(answer.text)
+    assert found["lmbridge_requests_total model=first outcome=stop"] == 2
+    assert found["lmbridge_requests_total model=second outcome=stop"] == 1
+    assert found["lmbridge_engine_max_batch_size model=second"] == 64
+    assert found["lmbridge_http_disconnects_total"] == 3
+    assert found["process_resident_memory_bytes"] > 1e6
+    families = [line.split()[2] for line in answer.text.splitlines() if line.startswith("# TYPE")]
+    assert len(families) == len(set(families))
+    models_of(app).close()
+
+
+def test_metrics_in_the_newer_format(app: Flask) -> None:
+    """A scraper that asks for OpenMetrics gets it."""
+    answer = app.test_client().get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
+    assert answer.content_type.startswith("application/openmetrics-text")
+    assert answer.text.endswith("# EOF\n")
+
+
+def test_status(app: Flask) -> None:
+    """The page's numbers, which agree with what the bridge has answered; nothing is loaded by looking."""
+    client = app.test_client()
+    before = told(client.get("/status"))
+    assert (before["models"]["first"]["state"], before["models"]["first"]["engine"]) == ("new", {})
+    bridge_of(app).infer(["a", "b", "c"])
+    now = told(client.get("/status"))
+    first = now["models"]["first"]
+    assert (now["default"], now["draining"], now["disconnects"]) == ("first", False, 0)
+    assert (first["requests"], first["completion_tokens"], first["engine"]["tokens"]) == ({"stop": 3}, 3, 3)
+    assert (first["first_token"]["count"], first["waiting"], first["running"]) == (3, 0, 0)
+    assert 1 <= first["mean_batch_size"] <= 3
+    assert now["uptime"] >= before["uptime"] >= 0
+
+
+# --- the exchange of a model ---
+
+
+def ask(client: FlaskClient, body: Any, key: str = "root") -> TestResponse:
+    return client.post("/admin/swap", json=body, headers={"Authorization": f"Bearer {key}"})
+
+
+def news(answer: TestResponse) -> list[dict[str, Any]]:
+    assert answer.content_type == "application/x-ndjson"
+    return [json.loads(line) for line in answer.text.splitlines()]
+
+
+def test_swap(app: Flask) -> None:
+    """The model changes under its name; news come while it loads, and no request fails meanwhile."""
+    bridge, client = bridge_of(app), app.test_client()
+    bridge.start()
+    gate = gates["two"] = threading.Event()
+    answer = ask(client, {"model": "first", "to": "two", "engine": "named"})
+    lines = answer.iter_encoded()
+    first = json.loads(next(lines))
+    assert (first["outcome"], first["model"], first["to"], first["state"]) == ("pending", "first", "two", "ready")
+    assert bridge.infer("while it loads").text == "one"
+    gate.set()
+    last = json.loads(list(lines)[-1])
+    assert last["outcome"] == "done"
+    assert bridge.infer("after").text == "two"
+    answer.close()
+
+
+def test_a_swap_that_fails_keeps_the_old_model(app: Flask) -> None:
+    """A model that cannot be loaded is told by the last line, and the old one goes on."""
+    bridge, client = bridge_of(app), app.test_client()
+    bridge.start()
+    gate = gates["broken"] = threading.Event()
+    answer = ask(client, {"to": "broken", "engine": "named"})
+    lines = answer.iter_encoded()
+    assert json.loads(next(lines))["outcome"] == "pending"
+    gate.set()
+    last = json.loads(list(lines)[-1])
+    assert (last["outcome"], last["error"]["type"], last["error"]["status"]) == ("failed", "EngineStartError", 503)
+    assert "no such weights" in last["error"]["message"]
+    assert bridge.infer("still").text == "one"
+    answer.close()
+
+
+def test_one_swap_at_a_time(app: Flask) -> None:
+    """A second order for the same model is refused while the first is under way, and taken after it."""
+    bridge_of(app).start()
+    gate = gates["two"] = threading.Event()
+    client, order = app.test_client(), {"to": "two", "engine": "named"}
+    answer = ask(client, order)
+    assert ask(client, order).status_code == 409
+    gate.set()
+    assert news(answer)[-1]["outcome"] == "done"
+    assert news(ask(client, {"to": "three", "engine": "named"}))[-1]["outcome"] == "done"
+
+
+def test_a_swap_goes_on_without_its_client(app: Flask) -> None:
+    """Whoever asked may leave; the new model comes all the same."""
+    bridge = bridge_of(app)
+    bridge.start()
+    gate = gates["two"] = threading.Event()
+    answer = ask(app.test_client(), {"to": "two", "engine": "named"})
+    next(answer.iter_encoded())
+    answer.close()
+    gate.set()
+    end = time.monotonic() + PATIENCE
+    while bridge.infer("who?").text != "two":
+        assert time.monotonic() < end
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "word"),
+    [
+        ([], 400, "object"),
+        ("to", 400, "object"),
+        ({}, 400, "to"),
+        ({"to": ""}, 400, "to"),
+        ({"to": 3}, 400, "to"),
+        ({"to": "two", "engine": 1}, 400, "engine"),
+        ({"to": "two", "engine": "no-such-engine"}, 400, "no-such-engine"),
+        ({"to": "two", "engine": "named", "options": []}, 400, "options"),
+        ({"to": "two", "engine": "named", "options": {"no_such": 1}}, 400, "no_such"),
+        ({"to": "two", "engine": "named", "options": {"overlap": False}}, 400, "overlap"),
+        ({"to": "two", "engine": "named", "overlap": "yes"}, 400, "overlap"),
+        ({"to": "two", "engine": "named", "timeout": True}, 400, "timeout"),
+        ({"to": "two", "engine": "named", "model": "second"}, 404, "second"),
+        ({"to": "two", "what": 1}, 400, "what"),
+        ({"to": "./no-such-folder"}, 404, "no-such-folder"),
+    ],
+)
+def test_wrong_orders(app: Flask, body: Any, status: int, word: str) -> None:
+    """What is wrong with an order is told by the status, by name, and nothing is exchanged."""
+    bridge_of(app).start()
+    answer = ask(app.test_client(), body)
+    assert answer.status_code == status
+    assert word in told(answer)["error"]
+    assert bridge_of(app).infer("still").text == "one"
+
+
+def test_swap_needs_the_admin_key(app: Flask) -> None:
+    """Without a key on the server there is no such route; with one, nobody else may use it."""
+    client = build().test_client()
+    assert ask(client, {"to": "two"}).status_code == 404
+    client = app.test_client()
+    assert client.post("/admin/swap", json={"to": "two"}).status_code == 401
+    for key in ("", "roo", "root2", "rööt"):
+        assert ask(client, {"to": "two"}, key).status_code == 401
+    assert client.post("/admin/swap", json={"to": "two"}, headers={"Authorization": "Basic root"}).status_code == 401
