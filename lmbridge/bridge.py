@@ -53,6 +53,7 @@ class Health:
         waiting: requests that wait for the engine.
         running: requests in the engine.
         restarts: how often a dead engine has been followed by a new one.
+        silent: seconds since the server thread's last sign of life, of which it gives two a second; 0 without one.
     """
 
     state: State
@@ -60,6 +61,7 @@ class Health:
     waiting: int
     running: int
     restarts: int
+    silent: float
 
 
 class Bridge(Verbs):
@@ -189,7 +191,9 @@ class Bridge(Verbs):
         living = self.requests()
         running = sum(request.state == "running" for request in living)
         status = self._host.status
-        return Health(status.state, status.reason, len(living) - running, running, status.restarts)
+        server = self._host.running()
+        silent = 0.0 if server is None or status.state == "closed" else time.monotonic() - server.heartbeat
+        return Health(status.state, status.reason, len(living) - running, running, status.restarts, silent)
 
     def requests(self) -> list[RequestInfo]:
         """The living requests, oldest first: those that wait for the engine and those in it."""

@@ -21,8 +21,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lmbridge.cli.terminal import MODEL_HELP, add_engine_arguments, complain, quiet_libraries
-from lmbridge.cli.terminal import _spinner as spinner
+from lmbridge.cli.terminal import MODEL_HELP, add_engine_arguments, complain, quiet_libraries, spinner
 from lmbridge.errors import RequestTimeoutError
 
 if TYPE_CHECKING:

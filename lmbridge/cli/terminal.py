@@ -117,7 +117,7 @@ def _load(bridge: Bridge, model: str, quiet: bool) -> None:
     try:
         if sys.stderr.isatty():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would overwrite the spinner
-            with _spinner(f"Loading the model {model}"):
+            with spinner(f"Loading the model {model}"):
                 bridge.start()
         else:
             bridge.start()
@@ -130,7 +130,7 @@ def _load(bridge: Bridge, model: str, quiet: bool) -> None:
 
 
 @contextlib.contextmanager
-def _spinner(text: str) -> Iterator[None]:
+def spinner(text: str) -> Iterator[None]:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

@@ -1,8 +1,8 @@
 """The WSGI server of ``lmbridge serve``: cheroot, with what answers that take minutes need.
 
-Rule: HTTP and threads only; nothing of models and Flask is known here. Other servers are as good under one's own app
-(``docs/http.rst`` says how); this one was the cheapest for streams of those that run inside the process that has the
-model (``python -m tests.benchmarks.http_servers``).
+Rule: HTTP and threads only; nothing of models and Flask is known here. Other servers cost about the same (``python -m
+tests.benchmarks.http_servers``) and are as good under one's own app; this one runs inside the process that has the
+model, lets an app answer while it ends, and shows its sockets.
 """
 
 from __future__ import annotations

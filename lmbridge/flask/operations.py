@@ -51,11 +51,10 @@ def health() -> tuple[dict[str, Any], int]:
 
 def _fault(bridge: Bridge) -> str:
     """Why this bridge will not serve again by itself; "" while it may."""
-    if bridge.state == "failed":
-        return bridge.health().reason or "failed"
-    server = bridge._host.running()
-    silent = 0.0 if server is None or bridge.state == "closed" else time.monotonic() - server.heartbeat
-    return f"its server thread has been stuck for {silent:.0f} s" if silent > LOOP_PATIENCE else ""
+    health = bridge.health()
+    if health.state == "failed":
+        return health.reason or "failed"
+    return f"its server thread has been stuck for {health.silent:.0f} s" if health.silent > LOOP_PATIENCE else ""
 
 
 @blueprint.get("/ready")
