@@ -69,7 +69,7 @@ class Metrics:
     def cancels(self) -> dict[str, int]:
         """Ended requests that were cancelled, by cause; every cause is there."""
         causes = dict.fromkeys(CANCELS.values(), 0)
-        for outcome, count in list(self.outcomes.items()):
+        for outcome, count in dict(self.outcomes).items():  # a copy in one step; the server thread adds to it
             if outcome in CANCELS:
                 causes[CANCELS[outcome]] += count
         return causes

@@ -80,7 +80,7 @@ class BridgeCollector:
     def _counter(self, name: str, text: str, values: Mapping[str, float], label: str = "") -> Any:
         names = [*self._labels, *([label] if label else [])]
         family = self._core.CounterMetricFamily(f"lmbridge_{name}", text, labels=names)
-        for value, count in list(values.items()):
+        for value, count in dict(values).items():  # a copy in one step; the server thread adds to it
             family.add_metric([*self._labels.values(), *([value] if label else [])], count)
         return family
 

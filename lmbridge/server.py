@@ -206,14 +206,9 @@ class Server:
 
     def _alive(self) -> list[Channel]:
         """The channels somebody still holds."""
-        found = []
-        for key, reference in list(self._channels.items()):
-            channel = reference()
-            if channel is not None:
-                found.append(channel)
-            else:
-                self._channels.pop(key, None)
-        return found
+        # Not items(): the tuples it makes may set off the garbage collector, whose finalizers take entries out.
+        references = list(self._channels.values())
+        return [channel for reference in references if (channel := reference()) is not None]
 
     async def drained(self) -> None:
         """Return when no call lives."""

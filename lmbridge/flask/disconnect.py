@@ -110,7 +110,7 @@ class _Watcher:
                         os.eventfd_read(self._wake)
                 else:
                     self._tell(self._take(fd))
-            for token, (is_gone, on_gone) in list(self._asked.items()):
+            for token, (is_gone, on_gone) in dict(self._asked).items():  # a copy in one step
                 if is_gone():
                     self._unask(token)
                     self._tell(on_gone)

@@ -580,3 +580,24 @@ def test_clients_in_reference_cycles_leave_nothing_broken() -> None:
         loop.call_soon_threadsafe(loop.stop)
         for future in waiting:
             assert isinstance(future.exception(30), BridgeClosedError)
+
+
+def test_garbage_collected_while_the_bridge_closes() -> None:
+    """Clients that the collector frees in the middle of the server's end must not break it off: callers would hang."""
+    bridge = Bridge(ScriptedEngine()).start()
+    gc.collect()
+    gc.disable()
+    thresholds = gc.get_threshold()
+    try:
+        for number in range(300):
+            client = bridge.client(f"client-{number}")
+            client.infer("x")
+            client.itself = client  # type: ignore[attr-defined]  # only the collector can free it
+        del client
+        gc.set_threshold(gc.get_count()[0] + 100)  # while the server goes through their channels
+        gc.enable()
+        bridge.close()
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.enable()
+    assert bridge.state == "closed"
