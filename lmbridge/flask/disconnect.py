@@ -52,7 +52,7 @@ def _nothing() -> None:
 
 
 class _Watcher:
-    """The thread and what it watches. It ends after IDLE seconds without anything to watch."""
+    """The thread and what it watches. It ends when it finds nothing to watch, at which it looks every IDLE seconds."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -101,7 +101,7 @@ class _Watcher:
 
     def _run(self) -> None:
         while True:
-            found = self._epoll.poll(ASKED_EVERY if self._asked else None if self._sockets else IDLE)
+            found = self._epoll.poll(ASKED_EVERY if self._asked else IDLE)
             if not found and self._end():
                 return
             for fd, _ in found:

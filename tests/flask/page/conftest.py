@@ -190,7 +190,7 @@ def _watched(page: Page, home: str) -> Visit:
         if message.type in ("error", "warning") and not message.text.startswith("Failed to load resource"):
             seen.complaints.append(message.text)
 
-    # A pattern, not a function: the driver itself must tell, or the page's own requests would wait for a test that waits.
+    # A pattern, which the driver matches by itself; for a function, the page would wait while a test waits.
     page.context.route(re.compile(rf"^(?!{re.escape(home)})"), refuse)
     page.on("console", listen)
     page.on("pageerror", lambda error: seen.complaints.append(str(error)))
