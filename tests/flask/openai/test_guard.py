@@ -192,7 +192,7 @@ def test_request_ids(site: Site) -> None:
 @pytest.mark.parametrize("asked", [False, True])
 def test_prompts_in_logs(site: Site, caplog: pytest.LogCaptureFixture, asked: bool) -> None:
     """No text of a prompt is logged, not even of one that fails, unless that was asked for."""
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "lmbridge")
     client = site.client(log_prompts=asked)
     assert client.post("/v1/chat/completions", json=HELLO).status_code == 200
     site.engine.fail("Hello secret", ValueError("bad luck"))
