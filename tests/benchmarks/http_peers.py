@@ -313,7 +313,8 @@ def main() -> None:
             for candidate in candidates.values():  # the first requests load and warm up
                 candidate()
             results = interleave(candidates, arguments.rounds)
-            print_table(f"Serving the bundled model to {streams} streams", results, arguments.servers.split(",")[-1])
+            base = "transformers" if "transformers" in servers else next(iter(servers))
+            print_table(f"Serving the bundled model to {streams} streams", results, base)
         print("\nSettings of a request without effect")
         for name, server in servers.items():
             try:
