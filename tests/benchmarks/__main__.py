@@ -1,7 +1,7 @@
 """The bridge's cost beside every other way there is, in one run: calls, calls beside a busy thread, streams, idleness,
 memory, the bundled model, WSGI servers, and the engine beside what else runs the same model.
 
-Run on a quiet machine: ``python -m tests.benchmarks [--rounds 5]`` (about a quarter of an hour)
+Run on a quiet machine: ``python -m tests.benchmarks [--rounds 5]`` (about half an hour)
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ RUNS = [
     ["idle_cost"],
     ["main_job"],
     ["http_servers"],
+    ["http_peers"],
     ["engine_speed", "--tokens", "100", "--candidates", "bridge,manager,lock,static-8,static-32,serve"],
 ]
 
