@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
+from hypothesis import HealthCheck, given, settings, strategies
 from prometheus_client.parser import text_string_to_metric_families
 from werkzeug.test import TestResponse
 
@@ -290,6 +291,30 @@ def test_wrong_orders(app: Flask, body: Any, status: int, word: str) -> None:
     assert answer.status_code == status
     assert word in told(answer)["error"]
     assert bridge_of(app).infer("still").text == "one"
+
+
+JSON = strategies.recursive(
+    strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats() | strategies.text(),
+    lambda inner: strategies.lists(inner, max_size=3) | strategies.dictionaries(strategies.text(), inner, max_size=3),
+    max_leaves=6,
+)
+ORDERS = strategies.fixed_dictionaries(
+    {"engine": strategies.just("named") | JSON.filter(lambda value: value != "transformers")},
+    optional=dict.fromkeys(("model", "to", "options", "overlap", "timeout", "else"), JSON),
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=strategies.binary(max_size=60) | (JSON.filter(lambda value: not isinstance(value, dict)) | ORDERS))
+def test_no_order_is_a_server_error(app: Flask, body: Any) -> None:
+    """Whatever an operator's script sends, it is told what is wrong, and the model goes on serving."""
+    data = body if isinstance(body, bytes) else json.dumps(body)
+    headers = {"Authorization": "Bearer root"}
+    with app.test_client().post("/admin/swap", data=data, headers=headers) as answer:
+        assert answer.status_code < 500, answer.get_data()
+        assert answer.status_code == 200 or "error" in answer.get_json()
+        answer.get_data()
+    assert bridge_of(app).infer("still", timeout=PATIENCE).finish_reason == "stop"
 
 
 def test_swap_needs_the_admin_key(app: Flask) -> None:
