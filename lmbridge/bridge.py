@@ -150,7 +150,11 @@ class Bridge(Verbs):
         self._host.swap(_recipe(model, engine, engine_options), overlap, timeout)
 
     def __enter__(self) -> Bridge:
-        return self.start()
+        try:
+            return self.start()
+        except BaseException:  # Ctrl-C while loading too: a ``with`` that is not entered is not left either
+            self.close(timeout=0.0)
+            raise
 
     def __exit__(self, exc_type: type[BaseException] | None, *exc_info: object) -> None:
         self.close(drain=exc_type is None, timeout=60.0)

@@ -601,3 +601,11 @@ def test_garbage_collected_while_the_bridge_closes() -> None:
         gc.set_threshold(*thresholds)
         gc.enable()
     assert bridge.state == "closed"
+
+
+def test_a_with_that_cannot_be_entered_closes_the_bridge() -> None:
+    """``with`` calls no ``__exit__`` when the model cannot be loaded; the server thread must not stay behind."""
+    bridge = Bridge(ScriptedEngine(start_error=ValueError("bad weights")))
+    with pytest.raises(EngineStartError), bridge:
+        pytest.fail("it was entered")
+    assert bridge.state == "closed"
