@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lmbridge.engines.base import Engine
     from lmbridge.errors import (
         BridgeClosedError,
+        DisconnectedError,
         EngineDeadError,
         EngineError,
         EngineStartError,
@@ -45,7 +46,7 @@ _HOMES = {
     "client": ("Client",),
     "engines.base": ("Engine",),
     "errors": (
-        "BridgeClosedError", "EngineDeadError", "EngineError", "EngineStartError", "ForkedError",
+        "BridgeClosedError", "DisconnectedError", "EngineDeadError", "EngineError", "EngineStartError", "ForkedError",
         "InvalidRequestError", "LMBridgeError", "MissingDependencyError", "ModelNotFoundError", "PromptTooLongError",
         "QueueFullError", "RequestAbortedError", "RequestTimeoutError", "UnknownEngineError",
         "UnsupportedEnvironmentError", "UnsupportedOptionError", "WrongThreadError",
@@ -58,12 +59,12 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "AsyncStream", "Bridge", "BridgeClosedError", "Chat", "Client", "Delta", "Engine", "EngineDeadError",
-    "EngineError", "EngineStartError", "ForkedError", "GenerationConfig", "Health", "InvalidRequestError",
-    "LMBridgeError", "MissingDependencyError", "ModelNotFoundError", "PromptTooLongError", "QueueFullError", "Request",
-    "RequestAbortedError", "RequestInfo", "RequestTimeoutError", "Response", "ResponseFuture", "Stream",
-    "StreamGroup", "Timings", "UnknownEngineError", "UnsupportedEnvironmentError", "UnsupportedOptionError", "Usage",
-    "WrongThreadError",
+    "AsyncStream", "Bridge", "BridgeClosedError", "Chat", "Client", "Delta", "DisconnectedError", "Engine",
+    "EngineDeadError", "EngineError", "EngineStartError", "ForkedError", "GenerationConfig", "Health",
+    "InvalidRequestError", "LMBridgeError", "MissingDependencyError", "ModelNotFoundError", "PromptTooLongError",
+    "QueueFullError", "Request", "RequestAbortedError", "RequestInfo", "RequestTimeoutError", "Response",
+    "ResponseFuture", "Stream", "StreamGroup", "Timings", "UnknownEngineError", "UnsupportedEnvironmentError",
+    "UnsupportedOptionError", "Usage", "WrongThreadError",
 ]  # fmt: skip
 
 

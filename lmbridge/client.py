@@ -57,12 +57,16 @@ class Client(Verbs):
     def _client(self) -> Client:
         return self
 
-    def close(self) -> None:
-        """Abort what runs in this client's name through it, and refuse further calls. The bridge goes on."""
+    def close(self, error: LMBridgeError | None = None) -> None:
+        """Abort what runs in this client's name through it, and refuse further calls. The bridge goes on.
+
+        Args:
+            error: what its callers are told; default: BridgeClosedError.
+        """
         self._closed = True
         server = self._host.running()
         if server is not None:
-            server.run_soon(lambda: server.abort_where(self._is_mine, self._closed_error()))
+            server.run_soon(lambda: server.abort_where(self._is_mine, error or self._closed_error()))
             while self._own:
                 server.give_back(self._own.pop())
 

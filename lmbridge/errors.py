@@ -14,6 +14,7 @@ what to do. Every class pickles, and ``fresh`` gives each waiter an instance of 
     ├── MissingDependencyError (ImportError)  an optional package is not installed; names the pip command
     ├── RequestTimeoutError (TimeoutError)    the deadline passed; carries the partial text
     ├── RequestAbortedError                   the request was aborted by somebody else; carries the partial text
+    │   └── DisconnectedError                 whoever asked for it over a network has gone
     ├── QueueFullError                        no room for another waiting request
     ├── EngineError                           the engine failed this one request
     │   ├── EngineStartError                  the engine could not be loaded
@@ -84,6 +85,10 @@ class RequestTimeoutError(LMBridgeError, TimeoutError):
 
 class RequestAbortedError(LMBridgeError):
     """The request was ended from outside: ``bridge.abort``, or its client was closed."""
+
+
+class DisconnectedError(RequestAbortedError):
+    """Whoever asked for the request over a network has gone; generation has been aborted."""
 
 
 class QueueFullError(LMBridgeError):

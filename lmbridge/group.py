@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lmbridge.call import Call, timeout_error
 from lmbridge.channel import Channel, Closed, Empty
-from lmbridge.errors import LMBridgeError
+from lmbridge.errors import LMBridgeError, fresh
 from lmbridge.messages import Delta, Request, Response, join_deltas
 
 if TYPE_CHECKING:
@@ -118,9 +118,13 @@ class StreamGroup:
             self._give_back()
             self._turn.release()
 
-    def close(self) -> None:
-        """Abort what still runs; a reader in another thread sees the end. Any thread, any time."""
-        for call in self._leave():
+    def close(self, error: LMBridgeError | None = None) -> None:
+        """Abort what still runs; a reader in another thread sees the end. Any thread, any time.
+
+        Args:
+            error: what that reader is told of each answer instead, and what they count as having ended with.
+        """
+        for call in self._leave(error):
             call.channel.nudge(call)
 
     def __enter__(self) -> StreamGroup:
@@ -181,11 +185,14 @@ class StreamGroup:
                 self._server.abort(call)
             self._take(call)
 
-    def _leave(self) -> list[Call]:
+    def _leave(self, error: LMBridgeError | None = None) -> list[Call]:
         """Abort the calls without an outcome, and return them; takes no lock."""
         if self._server.forked:
             return []
-        left = [call for call in self._calls if call.outcome is None and call.settle(call.finish("abort"))]
+        left = []
+        for call in self._calls:
+            if call.outcome is None and call.settle(call.finish("abort") if error is None else fresh(error)):
+                left.append(call)
         for call in left:
             self._server.abort(call)
         return left

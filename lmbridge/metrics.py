@@ -17,6 +17,7 @@ CANCELS = {
     "RequestTimeoutError": "deadline",
     "abort": "left",  # a stream that its reader left
     "CancelledError": "left",  # a future that was cancelled
+    "DisconnectedError": "disconnect",
     "RequestAbortedError": "aborted",
     "BridgeClosedError": "closed",
 }

@@ -58,9 +58,11 @@ class _Reading:
         if hasattr(self, "_read"):
             self._leave()
 
-    def _leave(self) -> bool:
+    def _leave(self, error: LMBridgeError | None = None) -> bool:
         """Abort unless the call has an outcome; takes no lock."""
-        if self._call.outcome is not None or self._server.forked or not self._call.settle(self._call.finish("abort")):
+        if self._call.outcome is not None or self._server.forked:
+            return False
+        if not self._call.settle(error or self._call.finish("abort")):
             return False
         self._server.abort(self._call)
         return True
@@ -187,9 +189,13 @@ class Stream(_Reading):
                 self._give_back()
             self._turn.release()
 
-    def close(self) -> None:
-        """Abort the generation if it still runs; a reader in another thread sees the end. Any thread, any time."""
-        if self._leave():
+    def close(self, error: LMBridgeError | None = None) -> None:
+        """Abort the generation if it still runs; a reader in another thread sees the end. Any thread, any time.
+
+        Args:
+            error: raised to that reader instead, and what the request counts as having ended with.
+        """
+        if self._leave(error):
             self._call.channel.nudge(self._call)
 
     def __enter__(self) -> Stream:

@@ -17,7 +17,7 @@ from werkzeug.local import LocalProxy
 
 from lmbridge.batch import Result
 from lmbridge.client import Client
-from lmbridge.errors import LMBridgeError, RequestAbortedError
+from lmbridge.errors import DisconnectedError, LMBridgeError, RequestAbortedError, fresh
 from lmbridge.flask import tracing
 from lmbridge.flask.disconnect import watch
 from lmbridge.flask.models import Models, current_models
@@ -78,21 +78,17 @@ class RequestBridge(Client):
                 return
             self._gone = True
         self._models.count_disconnect()
+        error = DisconnectedError("The HTTP client went away; generation was aborted.")
         for reader, _ in list(self._readers):
-            reader.close()
-        self.close()
+            reader.close(fresh(error))
+        self.close(error)
         disconnected.send(self._app, model=self.model)
 
     # --- the client's own work, traced and reported ---
 
     def run(self, request: Request) -> Response:
         with self._traced(request) as trace:
-            try:
-                response = super().run(request)
-            except LMBridgeError as error:
-                if self._gone:
-                    raise RequestAbortedError("The HTTP client went away; generation was aborted.") from error
-                raise
+            response = super().run(request)
         self._report(trace, response)
         return response
 

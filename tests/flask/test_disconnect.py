@@ -68,6 +68,8 @@ def test_a_silent_model_is_stopped(serve: Serve, path: str) -> None:
         engine.wait_for(lambda engine: engine.active == 0)
         assert told.wait(10)
         assert models_of(app).disconnects == 1
+        while not models_of(app).bridge().metrics.cancels["disconnect"]:  # bounded by the test's own timeout
+            threading.Event().wait(0.001)
         assert len(engine.aborted) == 1
 
 
