@@ -14,6 +14,7 @@ import logging
 import os
 import select
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,13 +26,16 @@ ASKED_EVERY = 0.25  # seconds between two questions to servers that have to be a
 _GONE = getattr(select, "EPOLLRDHUP", 0) | getattr(select, "EPOLLHUP", 0) | getattr(select, "EPOLLERR", 0)
 
 OnGone = Callable[[], None]
+ToTell = weakref.WeakMethod[OnGone]
 
 
 def watch(environ: Mapping[str, Any], on_gone: OnGone) -> Callable[[], None]:
     """Call ``on_gone``, once and on a thread of its own, when the client of this request goes away.
 
-    Returns what ends the watch; it must be called before the server closes the connection.
+    Returns what ends the watch; it must be called before the server closes the connection. ``on_gone`` is a method and
+    is held weakly: a server that forgets to close a response must not keep what it would have closed.
     """
+    told = weakref.WeakMethod(on_gone)
     asked = environ.get("waitress.client_disconnected")
     sock = next((environ[key] for key in SOCKETS if key in environ), None)
     if not hasattr(select, "epoll"):
@@ -39,9 +43,9 @@ def watch(environ: Mapping[str, Any], on_gone: OnGone) -> Callable[[], None]:
     end: Callable[[], None] | None = None
     while end is None:  # a thread that has ended is followed by another
         if asked is not None:
-            end = _watcher().ask(asked, on_gone)
+            end = _watcher().ask(asked, told)
         elif sock is not None:
-            end = _watcher().watch(sock.fileno(), on_gone)
+            end = _watcher().watch(sock.fileno(), told)
         else:
             end = _nothing
     return end
@@ -61,11 +65,11 @@ class _Watcher:
         self._epoll.register(self._wake, select.EPOLLIN)
         self.ended = False  # guarded by _lock, as are the next two
         self._lock = threading.Lock()
-        self._sockets: dict[int, OnGone] = {}
-        self._asked: dict[object, tuple[Callable[[], bool], OnGone]] = {}
+        self._sockets: dict[int, ToTell] = {}
+        self._asked: dict[object, tuple[Callable[[], bool], ToTell]] = {}
         threading.Thread(target=self._run, name="lmbridge disconnects", daemon=True).start()
 
-    def watch(self, fd: int, on_gone: OnGone) -> Callable[[], None] | None:
+    def watch(self, fd: int, on_gone: ToTell) -> Callable[[], None] | None:
         """Returns None when the thread has ended meanwhile."""
         with self._lock:
             if self.ended:
@@ -78,7 +82,7 @@ class _Watcher:
                 return _nothing
         return lambda: self._unwatch(fd, on_gone)
 
-    def ask(self, is_gone: Callable[[], bool], on_gone: OnGone) -> Callable[[], None] | None:
+    def ask(self, is_gone: Callable[[], bool], on_gone: ToTell) -> Callable[[], None] | None:
         """The same for a server that has to be asked."""
         token = object()
         with self._lock:
@@ -88,7 +92,7 @@ class _Watcher:
             os.eventfd_write(self._wake, 1)
         return lambda: self._unask(token)
 
-    def _unwatch(self, fd: int, on_gone: OnGone) -> None:
+    def _unwatch(self, fd: int, on_gone: ToTell) -> None:
         with self._lock:
             if self._sockets.get(fd) is on_gone:
                 del self._sockets[fd]
@@ -117,13 +121,15 @@ class _Watcher:
 
     def _end(self) -> bool:
         with self._lock:
+            self._sockets = {fd: told for fd, told in self._sockets.items() if told() is not None}
+            self._asked = {token: pair for token, pair in self._asked.items() if pair[1]() is not None}
             self.ended = not self._sockets and not self._asked
             if self.ended:
                 self._epoll.close()
                 os.close(self._wake)
             return self.ended
 
-    def _take(self, fd: int) -> OnGone | None:
+    def _take(self, fd: int) -> ToTell | None:
         """Whom to tell. The number may belong to a newer connection by now, so the kernel is asked again."""
         with self._lock:
             poll = select.poll()
@@ -134,7 +140,8 @@ class _Watcher:
                 self._epoll.unregister(fd)
             return self._sockets.pop(fd)
 
-    def _tell(self, on_gone: OnGone | None) -> None:
+    def _tell(self, told: ToTell | None) -> None:
+        on_gone = None if told is None else told()
         if on_gone is None:
             return
         try:

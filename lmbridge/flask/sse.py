@@ -14,7 +14,7 @@ from typing import Any
 from flask import Response
 
 from lmbridge.errors import LMBridgeError
-from lmbridge.flask.caller import Reader, take_callers
+from lmbridge.flask.caller import Reader, RequestBridge, take_callers
 from lmbridge.group import StreamGroup
 from lmbridge.messages import Delta
 
@@ -58,33 +58,36 @@ def event_stream(reader: Reader, payloads: Iterator[str | None]) -> Response:
         reader: closed with the response.
         payloads: the events' data; they are asked for while the response is sent, without a request context.
     """
-    frames = _Frames(payloads)
+    frames = _Frames(reader, payloads, take_callers())
     response = Response(frames, mimetype="text/event-stream", headers=_HEADERS)
-    callers = take_callers()  # they end with the response, not with the view
-
-    def end() -> None:
-        for caller in callers:
-            if not frames.sent:  # the server could not go on writing
-                caller.lost()
-            caller.finish()
-        reader.close()
-
-    response.call_on_close(end)
+    response.call_on_close(frames.end)
     return response
 
 
 class _Frames:
-    """The bytes of the events; ``sent`` once all have been taken."""
+    """The bytes of the events, and what ends with them: the reader, and the callers, which the view has left to it."""
 
-    def __init__(self, payloads: Iterator[str | None]) -> None:
-        self.sent = False
+    def __init__(self, reader: Reader, payloads: Iterator[str | None], callers: list[RequestBridge]) -> None:
+        self._reader = reader
         self._payloads = payloads
+        self._callers = callers
+        self._sent = False
 
     def __iter__(self) -> Iterator[bytes]:
         yield _OPEN
         for payload in self._payloads:
             yield _PING if payload is None else b"data: " + payload.encode() + b"\n\n"
-        self.sent = True
+        self._sent = True
+        self.end()  # servers have been seen not to close a response whose connection broke at its end
+
+    def end(self) -> None:
+        """All was sent, or the server could not go on writing. The first call counts."""
+        callers, self._callers = self._callers, []
+        for caller in callers:
+            if not self._sent:
+                caller.lost()
+            caller.finish()
+        self._reader.close()
 
 
 def plain_payloads(reader: Reader, first: list[Piece | None], heartbeat: float) -> Iterator[str | None]:

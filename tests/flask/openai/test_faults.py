@@ -65,8 +65,8 @@ def test_the_client_comes_again_after_429(served: Serve) -> None:
 
     def make_room(response: Any) -> None:
         if response.status_code == 429:
+            second.close()  # before the other, or it would begin in its place
             first.close()
-            second.close()
             refused.set()
 
     with busy.client(max_retries=3) as client, ThreadPoolExecutor(1) as pool:
