@@ -43,12 +43,16 @@ def on_waitress(app: Flask) -> Iterator[str]:
     server: Any = create_server(app, host="127.0.0.1", port=0, threads=16, channel_request_lookahead=1)
     thread = threading.Thread(target=server.run)
     thread.start()
+
+    def end() -> None:
+        server.close()
+        for channel in list(server._map.values()):  # or the loop goes on for the connections that are kept alive
+            channel.close()
+
     try:
         yield f"http://127.0.0.1:{server.effective_port}"
     finally:
-        server.close()
-        for channel in list(server._map.values()):  # or its loop goes on for the connections that are kept alive
-            channel.close()
+        server.trigger.pull_trigger(end)  # on its loop
         thread.join(10)
         server.task_dispatcher.shutdown()
 
