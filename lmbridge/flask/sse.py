@@ -16,7 +16,7 @@ from flask import Response
 from lmbridge.errors import LMBridgeError
 from lmbridge.flask.caller import Reader, RequestBridge, take_callers
 from lmbridge.group import StreamGroup
-from lmbridge.messages import Delta
+from lmbridge.messages import Delta, Usage
 
 Piece = tuple[int, Delta]
 """Which answer, and what it has new."""
@@ -115,12 +115,11 @@ def _events(delta: Delta) -> Iterator[dict[str, Any]]:
     if delta.error is not None:
         yield _error(delta.error)
     elif delta.finish_reason is not None:
-        usage = delta.usage
-        counts = None if usage is None else vars_of(usage)
-        yield {"finish_reason": delta.finish_reason, **({} if counts is None else {"usage": counts})}
+        counts = {} if delta.usage is None else {"usage": usage_object(delta.usage)}
+        yield {"finish_reason": delta.finish_reason, **counts}
 
 
-def vars_of(usage: Any) -> dict[str, int]:
+def usage_object(usage: Usage) -> dict[str, int]:
     """Token counts as JSON has them."""
     return {
         "prompt_tokens": usage.prompt_tokens,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from lmbridge.flask.openai.logprobs import LogprobsForm
+from lmbridge.flask.sse import usage_object
 from lmbridge.messages import Delta, Logprobs, Response, Usage
 
 DONE = "[DONE]"
@@ -135,14 +136,6 @@ class CompletionWriter(Writer):
 
 def _compact(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
-
-
-def usage_object(usage: Usage) -> dict[str, int]:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.total_tokens,
-    }
 
 
 def total_usage(responses: Sequence[Response], n: int) -> Usage:
