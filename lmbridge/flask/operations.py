@@ -16,7 +16,6 @@ POST /admin/swap    exchange a model under its name; 404 unless ``LMBRIDGE_ADMIN
 
 from __future__ import annotations
 
-import hmac
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +26,7 @@ from werkzeug.exceptions import HTTPException
 from lmbridge.bridge import Bridge
 from lmbridge.errors import LMBridgeError
 from lmbridge.flask.errors import http_error
+from lmbridge.flask.keys import bearer, is_known
 from lmbridge.flask.models import Models, current_models
 from lmbridge.flask.swap import exchange, parse_order
 from lmbridge.metrics import Histogram
@@ -181,8 +181,8 @@ def swap() -> Response:
 def _check_admin_key(key: str | None) -> None:
     if key is None:
         abort(404)
-    kind, _, given = request.headers.get("Authorization", "").partition(" ")
-    if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
+    given = bearer(request.headers.get("Authorization"))
+    if given is None or not is_known(given, [key]):
         abort(401, "This needs the admin key, as `Authorization: Bearer ...`.")
 
 

@@ -12,10 +12,10 @@ from flask import Response, g, request
 from werkzeug.exceptions import RequestEntityTooLarge, UnsupportedMediaType
 
 from lmbridge.flask.errors import HttpError
+from lmbridge.flask.keys import bearer, is_known
 from lmbridge.flask.models import current_models
 from lmbridge.flask.openai import cors
 from lmbridge.flask.openai.errors import RefusedError
-from lmbridge.flask.openai.keys import bearer, is_known
 
 HEADER = "x-request-id"
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
