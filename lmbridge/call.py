@@ -10,7 +10,14 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lmbridge.errors import BridgeClosedError, EngineDeadError, LMBridgeError, RequestTimeoutError, fresh
+from lmbridge.errors import (
+    BridgeClosedError,
+    EngineDeadError,
+    EngineError,
+    LMBridgeError,
+    RequestTimeoutError,
+    fresh,
+)
 from lmbridge.messages import Delta, FinishReason, Request, Response, Timings, Usage, join_deltas
 
 if TYPE_CHECKING:
@@ -32,7 +39,7 @@ class Call:
 
     __slots__ = (
         "request", "channel", "client", "streaming", "deltas", "signalled",
-        "seat", "began", "first_token", "tokens", "ended", "outcomes", "__weakref__",
+        "seat", "heard", "began", "first_token", "tokens", "ended", "outcomes", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, request: Request, channel: Channel, client: object, streaming: bool = False) -> None:
@@ -42,7 +49,8 @@ class Call:
         self.streaming = streaming  # a token per engine step, not only at the end
         self.deltas: list[Delta] = []
         self.signalled = False  # a token is on its way; the reader clears it before it looks
-        self.seat: Seat | None = None  # where it runs; server thread only, as are the next four
+        self.seat: Seat | None = None  # where it runs; server thread only, as are the next five
+        self.heard = 0  # the seat's count of deltas at this call's latest
         self.began: float | None = None
         self.first_token: float | None = None
         self.tokens = 0
@@ -94,12 +102,15 @@ class Call:
 
 def timeout_error(call: Call) -> RequestTimeoutError:
     """What a call whose deadline has passed ends with."""
-    where = "the engine" if call.began is not None else "the queue"
+    if call.began is None:
+        where, advice = "the queue", "Give a longer timeout; health() says what holds the queue up."
+    elif call.first_token is None:
+        where, advice = "the engine", "No token had come: see in health() whether the engine makes progress."
+    else:
+        where, advice = "the engine", "Give a longer timeout, or fewer max_new_tokens."
     waited = time.monotonic() - call.request.created
-    return RequestTimeoutError(
-        f"Request {call.request.id} passed its deadline after {waited:.1f} s in {where}; generation was aborted. "
-        "Give a longer timeout, or fewer max_new_tokens."
-    )
+    what = f"Request {call.request.id} passed its deadline after {waited:.1f} s in {where}; generation was aborted."
+    return RequestTimeoutError(f"{what} {advice}")
 
 
 def closed_error(cause: BaseException) -> LMBridgeError:
@@ -116,6 +127,16 @@ def lost_error(cause: BaseException) -> EngineDeadError:
     error = EngineDeadError(f"The engine died while it worked on this request: {cause!r}. Send it again.")
     error.retryable = True
     error.__cause__ = cause
+    return error
+
+
+def forgotten_error(silent: float) -> EngineError:
+    """What a call ends with that its engine has left lying for ``silent`` seconds while it worked on others."""
+    error = EngineError(
+        f"The engine made no progress on this request for {silent:g} s while it went on with others; the request was "
+        "aborted. Send it again."
+    )
+    error.retryable = True
     return error
 
 

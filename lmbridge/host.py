@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import dataclasses
 import functools
 import importlib
 import logging
 import os
 import sys
 import threading
-import traceback
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -35,13 +36,15 @@ from lmbridge.errors import (
 from lmbridge.futures import Dispatcher
 from lmbridge.metrics import Metrics
 from lmbridge.server import Server
-from lmbridge.supervisor import CLOSE_GRACE, Recipe, Status, Supervisor, Swap
-from lmbridge.watchdog import Watchdog
+from lmbridge.standing import where_is
+from lmbridge.supervisor import CLOSE_GRACE, Recipe, State, Status, Supervisor, Swap
+from lmbridge.watchdog import LOOP_GRACE, Watchdog
 
 logger = logging.getLogger("lmbridge")
 T = TypeVar("T")
 
 ASK_PATIENCE = 1.0  # seconds to wait for the loop's answer to a question
+QUIET = 10.0  # seconds without progress after which health tells of it
 
 
 class Host:
@@ -53,7 +56,7 @@ class Host:
         self.timeout = timeout
         self.gate = gate
         self.metrics = metrics
-        self.status = Status()
+        self._status = Status()  # as the server thread writes it
         self._recipe = recipe
         self._stall_timeout = stall_timeout
         self._pid = os.getpid()
@@ -69,6 +72,20 @@ class Host:
     def label(self) -> str:
         """What the present engine is called."""
         return (self._supervisor.recipe if self._supervisor is not None else self._recipe).label
+
+    @property
+    def status(self) -> Status:
+        """The engine's life, seen to be true now: no state outlives what it needs. Waits for nobody."""
+        server, thread = self._server, self._thread
+        ended = thread is not None and not thread.is_alive()  # before the state, which the thread writes at its end
+        told = self._status
+        if server is None or told.state in ("failed", "closed"):
+            return told
+        if server.forked:
+            return _seen(told, "failed", "the bridge was started in another process; build one in this process")
+        if ended:
+            return _seen(told, "failed", "the server thread has ended")
+        return _as_it_stands(told, server)
 
     # --- what callers ask for ---
 
@@ -152,7 +169,7 @@ class Host:
         """
         self.server(blocking=True)
         try:
-            error = self.status.ready.exception(timeout)
+            error = self._status.ready.exception(timeout)
         except concurrent.futures.TimeoutError:
             raise RequestTimeoutError(f"The engine was not ready after {timeout} s; it goes on loading.") from None
         if error is not None:
@@ -195,7 +212,7 @@ class Host:
         self._request_stop(drain, timeout)
         thread = self._thread
         if thread is None:
-            self.status.state = "closed"
+            self._status.state = "closed"
         elif threading.current_thread() is not thread:
             thread.join(timeout + CLOSE_GRACE + 1.0)
             if thread.is_alive():
@@ -218,7 +235,7 @@ class Host:
     def _start(self) -> Server:
         self.check_process()
         with self._lock:
-            if self._closed and self._server is not None and self.status.state == "failed":
+            if self._closed and self._server is not None and self._status.state == "failed":
                 raise self._server.closed_error()
             if self._closed:
                 raise BridgeClosedError("The bridge is closed; build a new one.")
@@ -230,15 +247,16 @@ class Host:
 
     def _launch(self, recipe: Recipe, stuck: Server | None) -> Server:
         """A server on a new thread. With _lock held."""
-        self.status.state = "starting"
-        server = Server(self.gate, self.metrics)
-        self._supervisor = Supervisor(server, recipe, self.status)
-        self._thread = threading.Thread(
+        self._status.state = "starting"
+        server = Server(self.gate, self.metrics, self._stall_timeout)
+        self._supervisor = Supervisor(server, recipe, self._status)
+        thread = threading.Thread(
             target=self._run, args=(server, self._supervisor, stuck), name="lmbridge server", daemon=True
         )
-        self._thread.start()
+        thread.start()
+        self._thread = thread  # not before it runs: one that does not is taken for dead
         if self._stall_timeout is not None:
-            Watchdog(server, self._thread, self._stall_timeout, self._replace).start()
+            Watchdog(server, thread, self._stall_timeout, self._replace).start()
         return server
 
     def _run(self, server: Server, supervisor: Supervisor, stuck: Server | None) -> None:
@@ -247,11 +265,9 @@ class Host:
         server.relay.open()
         cause: BaseException = BridgeClosedError("The bridge was closed; its requests were aborted.")
         try:
-            lost = None
             if stuck is not None:
                 server.take_over(stuck)
-                lost = TimeoutError("the engine blocked the server thread")
-            server.loop.run_until_complete(supervisor.run(after_death=lost))
+            server.loop.run_until_complete(supervisor.run(after_death=None if stuck is None else stuck.loss))
         except BaseException as error:  # the loop was stopped from outside, or something was thrown in
             cause = error
             if not server.left_behind:
@@ -262,16 +278,16 @@ class Host:
                 self._closed = True
                 self._note_end(cause)
                 server.close(cause)
-                if not self.status.ready.done():
-                    self.status.ready.set_exception(server.closed_error())
+                if not self._status.ready.done():
+                    self._status.ready.set_exception(server.closed_error())
                 _started.discard(self)
             _close_loop(server.loop)
 
     def _note_end(self, cause: BaseException) -> None:
         if isinstance(cause, BridgeClosedError):
-            self.status.state, self.status.reason = "closed", ""
+            self._status.state, self._status.reason = "closed", ""
         else:
-            self.status.state, self.status.reason = "failed", f"the server thread ended: {cause!r}"
+            self._status.state, self._status.reason = "failed", f"the server thread ended: {cause!r}"
 
     def _replace(self, stuck: Server, thread: threading.Thread) -> None:
         """Leave a stuck server thread behind and go on with a new one. Called by the watchdog."""
@@ -279,6 +295,8 @@ class Host:
             if self._closed or self._server is not stuck or self._supervisor is None:
                 return
             logger.error("%s; it is left behind, and the engine is rebuilt on a new thread.", describe_stuck(thread))
+            place = where_is(thread.ident) or "unknown code"
+            stuck.loss = TimeoutError(f"the engine blocked the server thread, which was stuck in {place}")
             stuck.left_behind = True
             self._supervisor.fail_swaps(EngineStartError("The server thread was stuck; ask for the swap again."))
             self._server = self._launch(self._supervisor.recipe, stuck)
@@ -286,10 +304,31 @@ class Host:
 
 def describe_stuck(thread: threading.Thread) -> str:
     """Names a stuck thread and the place where it is stuck."""
-    frame = sys._current_frames().get(thread.ident or 0)
-    stack = traceback.extract_stack(frame)[-3:] if frame is not None else []
-    places = ", called from ".join(f"{place.name} ({place.filename}:{place.lineno})" for place in reversed(stack))
-    return f"The thread {thread.name!r} is stuck in {places or 'unknown code'}"
+    return f"The thread {thread.name!r} is stuck in {where_is(thread.ident) or 'unknown code'}"
+
+
+def _as_it_stands(told: Status, server: Server) -> Status:
+    """What is told of a server whose thread lives, as far as it holds: it may be stuck, its engine dead or silent."""
+    now, seat = time.monotonic(), server.seat
+    silent = now - server.heartbeat
+    if silent > LOOP_GRACE and told.state in ("starting", "ready", "restarting"):
+        state: State = "restarting" if told.state == "ready" else told.state
+        place = where_is(server.thread_id) or "unknown code"
+        return _seen(told, state, f"the server thread has not answered for {silent:.0f} s; it stands in {place}")
+    if told.state != "ready" or seat is None:
+        return told
+    if seat.dead.done():
+        return _seen(told, "restarting", f"the engine died: {seat.dead.result()!r}")
+    if (quiet := seat.standstill(now)) > QUIET:
+        place = seat.place()
+        return _seen(
+            told, "ready", f"the engine has made no progress for {quiet:.0f} s" + (f"; {place}" if place else "")
+        )
+    return told
+
+
+def _seen(told: Status, state: State, reason: str) -> Status:
+    return dataclasses.replace(told, state=state, reason=reason)
 
 
 def _close_loop(loop: asyncio.AbstractEventLoop) -> None:

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable
 
 from lmbridge.admission import Gate, Turns
-from lmbridge.call import Call, Outcome, closed_error, log_end, lost_error, timeout_error
+from lmbridge.call import Call, Outcome, closed_error, forgotten_error, log_end, lost_error, timeout_error
 from lmbridge.channel import Channel, Closed, Doorbell
 from lmbridge.engines.base import engine_error
 from lmbridge.errors import (
@@ -55,13 +55,14 @@ os.register_at_fork(after_in_child=_count_fork)
 class Server:
     """Owns the loop, the channels and the living calls."""
 
-    def __init__(self, gate: Gate, metrics: Metrics) -> None:
+    def __init__(self, gate: Gate, metrics: Metrics, stall_timeout: float | None) -> None:
         self.loop = asyncio.new_event_loop()
         self._pid = os.getpid()
         self._forks = _forks
         self.thread_id: int | None = None  # set once, by the server thread
         self.gate = gate
         self._metrics = metrics
+        self._stall_timeout = stall_timeout
         self._bell = Doorbell(self.loop, self._answer)
         self.relay = Relay(self.loop, self._bell.ring)
         self._rung: deque[Channel] = deque()  # appended by any thread, popped by the server thread; as the next
@@ -72,7 +73,8 @@ class Server:
         self._channels: dict[int, weakref.ref[Channel]] = {}
         self._closed: BaseException | None = None
         self._idle: deque[Channel] = deque()  # any thread; append and pop are atomic
-        self.left_behind = False  # set by the watchdog once this loop is stuck: be silent should it ever wake up
+        self.left_behind = False  # set by the host once this loop is stuck: be silent should it ever wake up
+        self.loss: BaseException = TimeoutError("the server thread was stuck and has been replaced")  # set before that
         self._successor: Server | None = None  # who has taken over then
         self.heartbeat = time.monotonic()  # of the last sweep; read by the watchdog
         self.living: dict[str, Call] = {}  # server thread only, as are the rest; others may copy it to look
@@ -217,7 +219,7 @@ class Server:
             await self._emptied.wait()
 
     async def sweep(self) -> None:
-        """Look, now and then, at what no bell announced: killed callers, deadlines nobody waits for, idle channels."""
+        """Look, now and then, at what no bell announced: lost callers, deadlines, idle channels, forgotten calls."""
         while True:
             await asyncio.sleep(SWEEP_INTERVAL)
             self.heartbeat = time.monotonic()
@@ -225,6 +227,7 @@ class Server:
                 self._find_lost()
                 self._bell.answer()
                 self._expire(time.monotonic())
+                self._look_at_engines(time.monotonic())
                 while len(self._idle) > IDLE_CHANNELS:
                     self._idle.popleft()
             except Exception:  # the backstop itself must not end
@@ -249,13 +252,12 @@ class Server:
         self._rung, self._aborted, self._idle = stuck._rung, stuck._aborted, stuck._idle
         for channel in stuck._alive():
             self.register(channel)
-        cause = TimeoutError("the server thread was stuck and has been replaced")
         for call in list(stuck.living.values()):
             if call.seat is None:
                 self._arrive(call)
             else:
                 call.ended = True
-                call.settle(lost_error(cause))
+                call.settle(lost_error(stuck.loss))
                 self._metrics.ended(call.outcomes[0])
                 call.channel.nudge(call)
 
@@ -364,6 +366,36 @@ class Server:
                 call.channel.signal(call)
                 self._abort(call)
 
+    def _look_at_engines(self, now: float) -> None:
+        """See which of its calls each engine has forgotten, and whether one that was swapped out still moves.
+
+        The engine at ``seat`` is the watchdog's to judge, which notices a stall also when it blocks the loop.
+        """
+        begun: dict[Seat, list[Call]] = {} if self.seat is None else {self.seat: []}
+        for call in self.living.values():
+            if call.seat is not None:
+                begun.setdefault(call.seat, []).append(call)
+        for seat, calls in begun.items():
+            seat.look(calls, now)
+            if self._stall_timeout is None:
+                continue
+            if seat is not self.seat and seat.standstill(now) > self._stall_timeout:
+                seat.die(seat.stall(self._stall_timeout))
+                continue
+            self._end_forgotten(seat, self._stall_timeout, now)
+
+    def _end_forgotten(self, seat: Seat, patience: float, now: float) -> None:
+        name = seat.engine.name
+        for call in seat.unanswered(patience, now):
+            assert call.outcome is not None
+            logger.warning("The engine %s does not let go of request %s, which was aborted.", name, call.request.id)
+            self._finish(call, call.outcome)
+        for call in seat.forgotten(patience, now):
+            if call.settle(forgotten_error(patience)):
+                logger.warning("The engine %s has forgotten request %s, which is aborted.", name, call.request.id)
+                call.channel.signal(call)
+                self._abort(call)
+
     def _find_lost(self) -> None:
         """Take what has passed the gate and was not announced, and empty the gate of what never came.
 
@@ -384,7 +416,8 @@ class Server:
         """The sink of one call."""
         if call.ended or self.left_behind:
             return
-        call.seat.progress += 1  # type: ignore[union-attr]
+        seat = call.seat
+        call.heard = seat.progress = seat.progress + 1  # type: ignore[union-attr]
         tokens = len(delta.token_ids)
         if call.first_token is None and (tokens or delta.text):
             call.first_token = time.monotonic()

@@ -59,6 +59,9 @@ class Status:
         if not self.ready.done():
             self.ready.set_result(None)
 
+    def died(self, cause: BaseException) -> None:
+        self.state, self.reason = "restarting", f"the engine died: {cause!r}"
+
     def failed(self, error: LMBridgeError) -> None:
         self.state, self.reason = "failed", str(error)
         if not self.ready.done():
@@ -140,9 +143,15 @@ class Supervisor:
         return seat
 
     def _install(self, seat: Seat) -> None:
-        seat.dead.add_done_callback(lambda dead: self._server.fail_begun(seat, dead.result()))
+        seat.dead.add_done_callback(lambda dead: self._on_death(seat, dead.result()))
         self._status.loaded()
         self._server.install(seat)
+
+    def _on_death(self, seat: Seat, cause: BaseException) -> None:
+        """Tell it before the dead engine is closed, which may take its time."""
+        if self._server.seat is seat and self._status.state == "ready":
+            self._status.died(cause)
+        self._server.fail_begun(seat, cause)
 
     async def _load(self, recipe: Recipe) -> Seat | None:
         """A loaded engine; None when it is time to stop.
@@ -184,7 +193,7 @@ class Supervisor:
         elif len(deaths) >= MAX_FAILURES:
             why = f"it died {len(deaths)} times in {FAILURE_WINDOW:.0f} s and stays down"
         else:
-            self._status.state, self._status.reason = "restarting", f"the engine died: {cause!r}"
+            self._status.died(cause)
             self._status.restarts += 1
             await self._unless_stopped(timeout=FIRST_BACKOFF * 4 ** (len(deaths) - 1))
             return True
@@ -212,7 +221,7 @@ class Supervisor:
             error = cause if isinstance(cause, LMBridgeError) else start_error(cause)
             logger.error("The swap failed: %s", error)
             swap.done.set_exception(error)
-            return self._server.seat
+            return old if swap.overlap else self._server.seat  # which may have died meanwhile: it is replaced then
         if new is None:
             swap.done.set_exception(BridgeClosedError("The bridge was closed before the new model was ready."))
             return old

@@ -77,9 +77,10 @@ class ScriptedEngine(Engine):
         self._step_time = step_time
         self._start_error = start_error
         self._start_gate = start_gate
-        self._active: dict[str, _Work] = {}  # server thread only, as are the next three
+        self._active: dict[str, _Work] = {}  # server thread only, as are the next four
         self._failing: dict[str, BaseException] = {}
         self._refusing: dict[str, BaseException] = {}
+        self._forgetting: set[str] = set()
         self._stepping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed = threading.Condition()
@@ -109,6 +110,10 @@ class ScriptedEngine(Engine):
     def refuse(self, text: str, error: BaseException) -> None:
         """Raise ``error`` when the request with this prompt is added."""
         self._refusing[text] = error
+
+    def forget(self, text: str) -> None:
+        """Lose the request with this prompt at its next step: it gets no piece any more, nor a word on its abort."""
+        self._forgetting.add(text)
 
     def block(self, until: threading.Event) -> None:
         """Block the loop itself, as an engine stuck in native code does, until the event is set."""
@@ -174,7 +179,9 @@ class ScriptedEngine(Engine):
         self._tell(lambda: setattr(self, "steps", self.steps + 1))
         self.tokens += len(self._active)
         for request_id, work in list(self._active.items()):
-            if work.text in self._failing:
+            if work.text in self._forgetting:
+                del self._active[request_id]
+            elif work.text in self._failing:
                 del self._active[request_id]
                 error = EngineError(f"scripted failure of {work.text!r}")
                 error.__cause__ = self._failing.pop(work.text)
@@ -248,12 +255,14 @@ class EngineContract:
         long_prompt: a prompt whose answer takes at least ten steps.
         poison: a prompt that the engine refuses, if there is one.
         patience: seconds after which a test is taken to hang.
+        stall_timeout: seconds that none of the engine's steps takes, not even the first.
     """
 
     prompts: Sequence[str] = ()
     long_prompt = ""
     poison: Any = None
     patience = 60.0
+    stall_timeout = 5.0
 
     def engine(self) -> Engine:
         """A new engine, not started."""
@@ -355,6 +364,39 @@ class EngineContract:
             assert bridge.infer(self.prompts[0], timeout=self.patience).text
             assert len(engines) == 2
 
+    def test_a_forgotten_request_ends_alone(self) -> None:
+        """A request of which the engine says no more ends as retryable and gives its place back, while others go on."""
+        engines: list[Engine] = []
+
+        def build() -> Engine:
+            engines.append(_unheard(self.engine(), self.long_prompt))
+            return engines[-1]
+
+        with Bridge(build, stall_timeout=self.stall_timeout) as bridge:
+            forgotten = bridge.submit(self.long_prompt)
+            end = time.monotonic() + self.patience
+            while not forgotten.done() or bridge.requests():  # the others keep the engine busy
+                assert all(self.alone(bridge))
+                assert time.monotonic() < end, f"the engine still works on it: {bridge.requests()}"
+            error = forgotten.exception(0)
+            assert isinstance(error, EngineError), repr(error)
+            assert error.retryable
+            assert "went on with others" in str(error)
+            assert len(engines) == 1
+            self.idle(bridge)
+
+    def test_where_it_stands_is_told_to_anybody(self) -> None:
+        """The message of a stall is written by another thread: where() answers it at any time of the engine's life."""
+        engine = self.engine()
+        places = [engine.where()]
+        with Bridge(engine) as bridge:
+            stream = bridge.stream(self.long_prompt, timeout=self.patience)
+            next(stream)
+            places.append(engine.where())
+            stream.close()
+        places.append(engine.where())
+        assert all(isinstance(place, str) for place in places)
+
     def test_close_with_work_in_flight(self) -> None:
         """Closing ends what runs and leaves no thread behind."""
         before = set(threading.enumerate())
@@ -367,6 +409,17 @@ class EngineContract:
             if thread.name.startswith("lmbridge"):
                 thread.join(self.patience)
                 assert not thread.is_alive()
+
+
+def _unheard(engine: Engine, prompt: Prompt) -> Engine:
+    """The engine, whose words on one prompt are lost from now on."""
+    add = engine.add_request
+
+    def add_request(request: Request, sink: Sink) -> None:
+        add(request, (lambda delta: None) if request.prompt == prompt else sink)
+
+    engine.add_request = add_request  # type: ignore[method-assign]
+    return engine
 
 
 _GIVEN: dict[str, object] = {

@@ -1,4 +1,4 @@
-"""Notices an engine that makes no progress, even when it blocks the loop.
+"""Notices an engine that makes no progress at all, even when it blocks the loop.
 
 Rule: a thread of its own, which only reads the server's counters and, when they stand still, says so: to the loop while
 that still answers, else to the host, which leaves the stuck thread behind.
@@ -57,5 +57,5 @@ class Watchdog:
                 self._seat, self._progress = seat, seat.progress
         elif now - self._since > self._stall_timeout:
             self._since = now
-            cause = TimeoutError(f"no progress for {self._stall_timeout} s (stall_timeout)")
+            cause = seat.stall(self._stall_timeout)
             self._server.run_soon(lambda: seat.die(cause))

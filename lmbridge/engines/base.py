@@ -1,8 +1,9 @@
 """The engine contract: what the server asks of an engine, and what an engine tells the server.
 
-Rule: every method here is called on the server thread only, with the server's loop running. An engine is *pushed* to
-(``add_request``) and pushes back (``sink``); it never lets requests queue inside, because the server hands over at most
-``max_batch_size`` of them. Engines know this module, ``messages`` and ``errors``, and import their own library inside.
+Rule: every method here but ``where`` is called on the server thread only, with the server's loop running. An engine is
+*pushed* to (``add_request``) and pushes back (``sink``); it never lets requests queue inside, because the server hands
+over at most ``max_batch_size`` of them. Engines know this module, ``messages``, ``errors`` and ``standing``, and import
+their own library inside.
 """
 
 from __future__ import annotations
@@ -99,6 +100,21 @@ class Engine(ABC):
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """Each token's own text; "" for one that has none or that the engine cannot tell."""
         return [""] * len(token_ids)
+
+    def progress(self, request_id: str) -> int | None:
+        """Any number that changes while the engine works on the request, whether or not it says anything of it.
+
+        A prompt that is read in chunks, or text that is held back, shows here. None: not known, or no such request; the
+        request is judged by its deltas then. The server asks about requests that have been silent, twice a second.
+        """
+        return None
+
+    def where(self) -> str:
+        """Where the engine's own thread stands, in a few words, for the message of a stall; "" where there is none.
+
+        Unlike the other methods it may be called by any thread, and it waits for nothing.
+        """
+        return ""
 
     def stats(self) -> dict[str, float]:
         """Numbers of the engine itself: ``in_flight``, ``steps``, ``tokens`` and what else it counts."""

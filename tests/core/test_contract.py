@@ -43,6 +43,7 @@ class TestScriptedEngine(EngineContract):
 
     prompts = PROMPTS
     long_prompt = LONG
+    stall_timeout = 1.0
 
     def engine(self) -> Engine:
         return ScriptedEngine(step_time=0.001, max_batch_size=4)
@@ -53,6 +54,7 @@ class TestIteratorEngine(EngineContract):
 
     prompts = PROMPTS
     long_prompt = LONG
+    stall_timeout = 1.0
 
     def engine(self) -> Engine:
         return IteratorEngine()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+import lmbridge.host
 from lmbridge import (
     Bridge,
     BridgeClosedError,
@@ -20,6 +22,7 @@ from lmbridge import (
     InvalidRequestError,
     RequestTimeoutError,
 )
+from lmbridge.standing import where_is
 from lmbridge.testing import ScriptedEngine
 
 Scripted = Callable[..., tuple[Bridge, ScriptedEngine]]
@@ -46,6 +49,50 @@ def test_a_stalled_engine_is_replaced() -> None:
         assert error.retryable
         assert "no progress" in repr(error.__cause__)
         assert patient.result(20).text == "patient"
+
+
+class Threaded(ScriptedEngine):
+    """An engine that makes no step by itself, and whose work is done by a thread of its own, which waits."""
+
+    def __init__(self) -> None:
+        super().__init__(manual=True)
+        self.release = threading.Event()
+        self.worker = threading.Thread(target=self._wait_in_a_kernel, daemon=True)
+        self.worker.start()
+
+    def _wait_in_a_kernel(self) -> None:
+        self.release.wait(60)
+
+    def where(self) -> str:
+        return f"its thread stands in {where_is(self.worker.ident)}"
+
+    async def close(self) -> None:
+        self.release.set()
+        await super().close()
+
+
+def test_a_stall_tells_where_the_thread_stands() -> None:
+    """Whoever reads that an engine made no progress would not know which code to look at."""
+    with Bridge(Threaded(), stall_timeout=0.3) as bridge:
+        error = bridge.submit("never stepped").exception(20)
+        assert isinstance(error, EngineDeadError)
+        text = str(error.__cause__)
+        assert text.startswith("no progress for 0.3 s (stall_timeout); its thread stands in ")
+        assert "core/test_repair.py:" in text
+        assert " _wait_in_a_kernel" in text
+
+
+def test_an_engine_that_cannot_say_where_it_stands() -> None:
+    """A fault in where() would end the watchdog, and with it the rescue of everybody in the engine."""
+
+    class Lost(ScriptedEngine):
+        def where(self) -> str:
+            raise SystemExit("nowhere")
+
+    with Bridge(Lost(manual=True), stall_timeout=0.3) as bridge:
+        error = bridge.submit("never stepped").exception(20)
+        assert isinstance(error, EngineDeadError)
+        assert str(error.__cause__) == "no progress for 0.3 s (stall_timeout)"
 
 
 def test_an_idle_engine_is_not_stalled() -> None:
@@ -76,7 +123,10 @@ def test_an_engine_that_blocks_the_loop_is_left_behind(caplog: pytest.LogCapture
                 pass
             workshop.built[0].block(release)
             assert waiting.result(30).text == "waiting"
-        assert isinstance(begun.exception(30), EngineDeadError)
+        error = begun.exception(30)
+        assert isinstance(error, EngineDeadError)
+        assert "lmbridge/testing.py" in str(error.__cause__)
+        assert "_wait_here" in str(error.__cause__)
         assert "".join(delta.text for delta in stream) == "a waiting stream"
         assert bridge.infer("new").text == "new"
         assert bridge.submit("new future").result(10).text == "new future"
@@ -171,6 +221,27 @@ def test_a_failed_swap_changes_nothing(overlap: bool) -> None:
         assert bridge.state == "ready"
 
 
+def test_an_engine_that_dies_during_a_swap_that_fails() -> None:
+    """The old engine, dead meanwhile, would be kept: no engine any more, and callers who wait for ever."""
+    gate, engines = threading.Event(), list[ScriptedEngine]()
+
+    def factory() -> ScriptedEngine:
+        engines.append(ScriptedEngine())
+        return engines[-1]
+
+    broken = ScriptedEngine(start_gate=gate, start_error=OSError("no weights"))
+    with Bridge(factory) as bridge, ThreadPoolExecutor(1) as pool:
+        swapping = pool.submit(bridge.swap, lambda: broken)
+        while not broken.threads:
+            bridge.stats()
+        engines[0].crash(ValueError("device lost"))
+        until(bridge, "restarting")
+        gate.set()
+        assert isinstance(swapping.exception(30), EngineStartError)
+        assert bridge.infer("and on", timeout=30).text == "and on"
+        assert bridge.state == "ready"
+
+
 def test_swap_in_place_gives_up_when_work_does_not_end(scripted: Scripted) -> None:
     """overlap=False waits for what runs only as long as it was told; then the old model serves on."""
     engines: list[ScriptedEngine] = []
@@ -224,6 +295,131 @@ def test_a_killed_server_thread_holds_nobody(scripted: Scripted) -> None:
     with pytest.raises(BridgeClosedError, match="server thread"):
         bridge.infer("later")
     assert bridge.health().state == "failed"
+
+
+# --- what health says ---
+
+
+def until(bridge: Bridge, state: str) -> None:
+    """Return when the bridge is in that state; the test's own timeout is the limit."""
+    while bridge.state != state:
+        pass
+
+
+def test_health_while_the_loop_is_stuck(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load balancer would send more requests to a server thread that serves none of them."""
+    monkeypatch.setattr(lmbridge.host, "LOOP_GRACE", 1.0)
+    bridge, engine = scripted(stall_timeout=None)
+    release = threading.Event()
+    bridge.infer("hello")
+    engine.block(release)
+    until(bridge, "restarting")
+    health = bridge.health()
+    assert "the server thread has not answered for" in health.reason
+    assert "_wait_here" in health.reason
+    assert health.silent > 1.0
+    release.set()
+    until(bridge, "ready")
+    assert bridge.health().reason == ""
+
+
+def test_health_before_a_death_is_handled(scripted: Scripted) -> None:
+    """An engine that has just died would be called ready for as long as the loop is busy with something else."""
+    bridge, engine = scripted()
+    bridge.start()
+    told, release = threading.Event(), threading.Event()
+
+    def die() -> None:
+        engine.on_death(ValueError("device lost"))
+        told.set()
+        release.wait(30)
+
+    bridge._host.server(True).run_soon(die)
+    assert told.wait(10)
+    health = bridge.health()
+    release.set()
+    assert (health.state, health.reason) == ("restarting", "the engine died: ValueError('device lost')")
+    until(bridge, "failed")
+
+
+def test_health_while_a_dead_engine_is_closed() -> None:
+    """A dead engine that takes its time to close would be called ready all the while."""
+    closing, release = threading.Event(), threading.Event()
+
+    class Slow(ScriptedEngine):
+        async def close(self) -> None:
+            closing.set()
+            release.wait(30)
+
+    bridge = Bridge(lambda: Slow())
+    bridge.start()
+    seat = bridge._host.server(True).seat
+    assert isinstance(seat.engine if seat else None, Slow)
+    seat.engine.crash(ValueError("device lost"))  # type: ignore[union-attr]
+    assert closing.wait(10)
+    health = bridge.health()
+    release.set()
+    assert (health.state, health.reason) == ("restarting", "the engine died: ValueError('device lost')")
+    assert bridge.infer("hello", timeout=30).text == "hello"
+    bridge.close()
+
+
+def test_health_of_a_thread_that_ended_without_a_word(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ends the server thread, and however suddenly, it is not called ready any more."""
+    bridge, _ = scripted()
+    bridge.start()
+    host = bridge._host
+    monkeypatch.setattr(host, "_note_end", lambda cause: None)
+    _stop_loop(bridge)
+    assert host._thread is not None
+    host._thread.join(30)
+    health = bridge.health()
+    assert (health.state, health.reason) == ("failed", "the server thread has ended")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_health_in_a_forked_child(scripted: Scripted) -> None:
+    """In a child process there is no server thread; its copy of the bridge is not ready."""
+    bridge, _ = scripted()
+    bridge.start()
+    child = os.fork()
+    if child == 0:
+        health = bridge.health()
+        os._exit(0 if health.state == "failed" and "another process" in health.reason else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert bridge.state == "ready"
+
+
+def test_health_tells_of_an_engine_that_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for a first token could not tell a slow engine from one that hangs, until stall_timeout."""
+    monkeypatch.setattr(lmbridge.host, "QUIET", 0.2)
+    engine = Threaded()
+    with Bridge(engine) as bridge:
+        future = bridge.submit("one two")
+        while not (reason := bridge.health().reason):
+            pass
+        assert bridge.state == "ready"
+        assert reason.startswith("the engine has made no progress for ")
+        assert "_wait_in_a_kernel" in reason
+        engine.step(2)
+        assert future.result(10).text == "one two"
+        while bridge.health().reason:
+            pass
+
+
+def test_a_deadline_gives_advice_that_helps(scripted: Scripted) -> None:
+    """A caller who got not one token would be told to ask for fewer of them."""
+    bridge, engine = scripted(ScriptedEngine(manual=True, max_batch_size=1))
+    bridge.start()
+    silent, waiting = bridge.submit("one two three", timeout=1.0), bridge.submit("queued", timeout=1.0)
+    assert "No token had come: see in health()" in str(silent.exception(10))
+    assert "health() says what holds the queue up" in str(waiting.exception(10))
+    stream = bridge.stream("one two three", timeout=2.0)
+    engine.wait_for(lambda e: e.active == 1)
+    engine.step()
+    assert next(stream).text == "one"
+    with pytest.raises(RequestTimeoutError, match="fewer max_new_tokens"):
+        list(stream)
 
 
 def test_calls_that_race_close() -> None:
