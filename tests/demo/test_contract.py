@@ -22,3 +22,10 @@ class TestTransformersEngine(EngineContract):
 
     def engine(self) -> Engine:
         return TransformersEngine("demo", max_batch_size=4)
+
+
+class TestPlainRunner(TestTransformersEngine):
+    """The transformers engine keeps the contract for models that batching does not serve, too."""
+
+    def engine(self) -> Engine:
+        return TransformersEngine("demo", max_batch_size=4, runner="plain")

@@ -169,10 +169,14 @@ class Driver:
     @property
     def holders(self) -> set[str]:
         """Who holds blocks of the cache, as its manager knows them."""
+        cache = self.runner._manager.batch_processor.cache
+        return {key for part in cache.cache_allocators.values() for key in part.block_table}
+
+    @property
+    def runner(self) -> Any:
+        """What generates, whose insides tests look into and tamper with."""
         assert self.engine._core is not None
-        cache = self.engine._core._cache
-        parts = cache.cache_allocators.values() if hasattr(cache, "cache_allocators") else cache.group_cache_managers
-        return {key for part in parts for key in part.block_table}
+        return self.engine._core.runner
 
     async def all(self, answers: Sequence[Answer]) -> list[Answer]:
         return [await answer.wait() for answer in answers]
@@ -188,8 +192,7 @@ class Brake:
     """Holds the generation thread in front of each step until it is let go; below the engine, so that nothing knows."""
 
     def __init__(self, driver: Driver) -> None:
-        assert driver.engine._core is not None
-        self._model = driver.engine._core._model
+        self._model = driver.runner._model
         self._permits = threading.Semaphore(0)
         self._arrived = asyncio.Event()
         loop = asyncio.get_running_loop()

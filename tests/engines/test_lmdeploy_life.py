@@ -135,7 +135,7 @@ def test_a_changed_lmdeploy_says_what_has_changed(
     llama: str, monkeypatch: pytest.MonkeyPatch, where: str, name: str, change: Any, named: str
 ) -> None:
     """The first request would fail with a TypeError from inside."""
-    monkeypatch.setattr(library._find(where), name, change)
+    monkeypatch.setattr(parts.find(where), name, change)
 
     async def scenario() -> None:
         with pytest.raises(MissingDependencyError) as caught:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from pathlib import Path
 
 import pytest
 
 from lmbridge.engines import models
-from lmbridge.engines.models import find_model
+from lmbridge.engines.models import announce, did_you_mean, find_model
 from lmbridge.errors import InvalidRequestError, ModelNotFoundError
 
 
@@ -87,3 +89,130 @@ def test_the_error_names_what_was_given() -> None:
     """The user could not see which of several models is missing."""
     with pytest.raises(ModelNotFoundError, match=os.path.join("x", "y", "z")):
         find_model("x/y/z")
+
+
+# ---------------------------------------------------------------------------------------------------------------- GGUF
+
+
+@pytest.mark.parametrize("name", ["tiny.gguf", "tiny.Q4_K_M.GGUF"])
+def test_a_gguf_file_is_a_model(tmp_path: Path, name: str) -> None:
+    """The commonest files of models could not be named."""
+    (tmp_path / name).write_bytes(b"GGUF")
+    assert find_model(str(tmp_path / name)) == str(tmp_path / name)
+    assert find_model(tmp_path / name) == str(tmp_path / name)
+    assert find_model(tmp_path) == str(tmp_path / name)
+
+
+def test_a_missing_gguf_file_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped file would be looked for on the hub."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFoundError, match="does not exist"):
+        find_model("tiny.gguf")
+
+
+def test_of_several_gguf_files_one_must_be_chosen(tmp_path: Path) -> None:
+    """Any of them would be loaded, with half the quality or twice the size."""
+    for name in ("b.Q8_0.gguf", "a.Q4_0.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(ModelNotFoundError, match=r"holds 2 \.gguf files; .*: a\.Q4_0\.gguf, b\.Q8_0\.gguf\."):
+        find_model(tmp_path)
+
+
+def test_a_gguf_file_beside_weights_is_not_taken(folder: Path) -> None:
+    """A folder that holds a whole model would load as something else."""
+    (folder / "tiny.gguf").write_bytes(b"GGUF")
+    assert find_model(folder) == str(folder / "tiny.gguf")  # config.json alone is no model
+    (folder / "model.safetensors").write_bytes(b"")
+    assert find_model(folder) == str(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_an_adapter_names_its_base_and_how_to_merge_it(tmp_path: Path, with_config: bool) -> None:
+    """Who trained a LoRA would be told of a file that no adapter has."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    if with_config:
+        (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelNotFoundError, match=r"adapter \(LoRA\) without its base model, 'org/base'") as caught:
+        find_model(tmp_path)
+    for words in ("pip install peft", "merge_and_unload()", "save_pretrained", "from_pretrained('org/base')"):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"base_model_name_or_path": null}'])
+def test_an_adapter_without_a_base_is_told_too(tmp_path: Path, content: str) -> None:
+    """A broken file would end in a traceback."""
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(ModelNotFoundError, match=r"adapter \(LoRA\)"):
+        find_model(tmp_path)
+
+
+def test_a_whole_model_with_an_adapter_beside_it_is_a_model(folder: Path) -> None:
+    """A folder that transformers loads would be refused."""
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"")
+    assert find_model(folder) == str(folder)
+
+
+# --------------------------------------------------------------------------------------------------------- close names
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with models in it, and with what is none."""
+    for name in ("Qwen3-0.6B", "models/llama-tiny"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "smol.gguf").write_bytes(b"GGUF")
+    (tmp_path / "gguf-folder").mkdir()
+    (tmp_path / "gguf-folder" / "a.gguf").write_bytes(b"GGUF")
+    (tmp_path / "photographs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [
+        ("dmo", "'demo'"),
+        ("Demo", "'demo'"),
+        ("qwen3-0.6b", "'Qwen3-0.6B'"),
+        ("models/lama-tiny", "'models/llama-tiny'"),
+        ("smoll.gguf", "'smol.gguf'"),
+        ("gguf-foldr", "'gguf-folder'"),
+        ("photographs2", ""),
+        ("gpt2", ""),
+        ("org/model", ""),
+    ],
+)
+def test_a_close_name_is_suggested(shelf: Path, name: str, suggestion: str) -> None:
+    """A typing mistake would cost a search, or the suggestion would be something that holds no model."""
+    assert did_you_mean(name) == (f" (did you mean {suggestion}?)" if suggestion else "")
+
+
+def test_a_mistyped_path_gets_a_suggestion(shelf: Path) -> None:
+    """A typing mistake in a long path would be hard to see."""
+    with pytest.raises(ModelNotFoundError, match=f"did you mean '{shelf}/models/llama-tiny'"):
+        find_model(f"{shelf}/models/lama-tiny")
+
+
+def test_asking_the_hub_is_announced(shelf: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The user would watch a command that does nothing, and not know what it waits for."""
+    with caplog.at_level(logging.INFO, logger="lmbridge"):
+        announce("dmo")
+        announce("gpt2")
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "no folder 'dmo' here; asking the hub… (did you mean 'demo'?)"),
+        ("INFO", "no folder 'gpt2' here; asking the hub…"),
+    ]
+
+
+def test_a_model_on_this_disk_is_not_announced(shelf: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A warning at each start would speak of a hub that nobody asks."""
+    with caplog.at_level(logging.INFO, logger="lmbridge"):
+        announce(find_model("Qwen3-0.6B"))
+        announce(find_model("smol.gguf"))
+    assert not caplog.records

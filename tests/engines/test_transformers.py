@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from lmbridge.engines.transformers.continuous import Core
+from lmbridge.engines.transformers.sampling import Sampler
 from tests.engines.conftest import BYTES, EOS, Brake, driven, generate, save_model
 
 PROMPTS = [[5, 9, 200], [7] * 40, list(range(1, 130)), [250, 3], list(range(200, 20, -1)), [77]]
@@ -466,13 +466,11 @@ def test_a_batch_of_greedy_requests_never_enters_the_sampler(llama: str, monkeyp
 
     async def scenario() -> None:
         async with driven(llama) as driver:
-            core: Core | None = driver.engine._core
-            assert core is not None
 
             def refuse(*args: Any) -> torch.Tensor:
                 raise AssertionError("called")
 
-            monkeypatch.setattr(type(core.sampler), "__call__", refuse)
+            monkeypatch.setattr(Sampler, "choose", refuse)
             answers = await driver.all([driver.add(prompt, max_new_tokens=5) for prompt in PROMPTS])
             assert [answer.reason for answer in answers] == ["length"] * len(PROMPTS)
 

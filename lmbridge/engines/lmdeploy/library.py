@@ -7,12 +7,11 @@ rather than in the middle of somebody's request.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
+from lmbridge.engines.parts import missing_fields, missing_members, missing_parameters, reaches
 from lmbridge.errors import MissingDependencyError
 
 OLDEST = (0, 16)
@@ -104,29 +103,14 @@ def check_engine(core: Any) -> None:
     """Raise MissingDependencyError unless the engine that was built has what is relied on."""
     local = core.backend == "pytorch" and not hasattr(core.engine, "proc")
     paths = (*ATTRIBUTES, *PYTORCH_ATTRIBUTES) if local else ATTRIBUTES
-    _refuse([f"{type(core).__name__}.{path}" for path in paths if not _reaches(core, path)])
+    _refuse([f"{type(core).__name__}.{path}" for path in paths if not reaches(core, path)])
 
 
 def missing_parts() -> Iterator[str]:
     """The names of what the installed LMDeploy lacks."""
-    for where, parameters in PARAMETERS.items():
-        found = _find(where)
-        if found is None:
-            yield where
-        else:
-            yield from _absent(where, parameters, inspect.signature(found).parameters, "({})")
-    for where, fields in FIELDS.items():
-        found = _find(where)
-        if found is None:
-            yield where
-        else:
-            yield from _absent(where, fields, {field.name for field in dataclasses.fields(found)}, ".{}")
-    for where, members in MEMBERS.items():
-        found = _find(where)
-        if found is None:
-            yield where
-        else:
-            yield from _absent(where, members, dir(found), ".{}")
+    yield from missing_parameters(PARAMETERS)
+    yield from missing_fields(FIELDS)
+    yield from missing_members(MEMBERS)
 
 
 def _refuse(missing: list[str]) -> None:
@@ -137,29 +121,3 @@ def _refuse(missing: list[str]) -> None:
             f"lmdeploy {lmdeploy.__version__} lacks what this adapter relies on: {', '.join(missing)}. Use a version "
             "it was tested with (pip install 'lmdeploy==0.18.0'), or a newer lmbridge."
         )
-
-
-def _reaches(found: Any, path: str) -> bool:
-    for name in path.split("."):
-        if not hasattr(found, name):
-            return False
-        found = getattr(found, name)
-    return True
-
-
-def _absent(where: str, wanted: tuple[str, ...], present: Any, form: str) -> Iterator[str]:
-    for name in wanted:
-        if name not in present:
-            yield where.partition(":")[2] + form.format(name)
-
-
-def _find(where: str) -> Any:
-    """What ``module:name.name`` means, or None."""
-    module, _, path = where.partition(":")
-    try:
-        found: Any = importlib.import_module(module)
-    except ImportError:
-        return None
-    for name in path.split("."):
-        found = getattr(found, name, None)
-    return found

@@ -1,27 +1,59 @@
-"""Attention over a packed batch in which each request sees itself only, for CPUs.
+"""Attention over a packed batch in which each request sees itself only, for CPUs: the second of two seams into
+undocumented parts of transformers.
 
-Rule: torch only; runs on the generation thread, inside the model's forward, once per layer.
+Rule: runs on the generation thread, inside the model's forward, once per layer; ``install`` on the worker thread. What
+is known here of the keywords that come with a packed batch is named in ``library.ATTENTION``, which is looked at
+before. Where it does not fit, transformers' own attention serves.
 
-A step of continuous batching packs the tokens of all requests into one row. transformers' own ``sdpa`` multiplies
-every query with every request's keys and masks what does not belong together: with n requests, n times the work, and a
-mask of (queries x keys). Flash kernels skip that on a GPU. On a CPU, two ways do:
+A step of continuous batching packs the tokens of all requests into one row, and the cache hands over the keys of all of
+them in the same order. transformers' own ``sdpa`` repeats the keys for every head that shares them, multiplies every
+query with every request's keys, and masks what does not belong together: with n requests, n times the work. Flash
+kernels skip that on a GPU. On a CPU, one call per request would do, but short calls cost more than their work; so
+neighbours that decode share a call, as many as have ``_KEYS`` keys together, under a mask of their own. Keys are
+sliced, never copied, and heads that share a key head take the place of queries.
 
-- where every request decodes, the cache is read into one row per request, filled up to the longest, and one product
-  serves them all;
-- else, and where the lengths differ so much that most would be filling, requests are taken one after the other.
+A keyword that is not known here may change the result (a soft cap, sinks, a bias): it is refused, never ignored.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch.nn.functional import scaled_dot_product_attention
 
 NAME = "lmbridge_segments"
-_SHARED = "_lmbridge_batches"  # an attribute of the cache, so that what is remembered ends with it
-_FILLING = 1.5  # how many times the keys may grow by filling up
+_PLANS = (
+    "_lmbridge_plans"  # an attribute of the step's ``cu_seq_lens_k``, so that what is remembered ends with the step
+)
+_KEYS = 512  # of one call: more are masked work, fewer are more calls (measured: flat from 384 to 640)
+_KNOWN = frozenset(
+    {
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "read_index",
+        "write_index",
+        "logits_indices",
+        "logits_processor_args",
+        "is_causal",
+        "position_ids",
+        "use_cache",
+        "sliding_window",
+    }
+)
+
+
+def install(model: Any) -> None:
+    """Have the model attend this way. Between making its manager, which refuses names it does not know, and the cache,
+    which makes a mask for what transformers has itself.
+    """
+    transformers.AttentionInterface.register(NAME, segment_attention)
+    model.set_attn_implementation(NAME)
 
 
 def segment_attention(
@@ -38,144 +70,160 @@ def segment_attention(
 
     Args:
         query: (1, heads, tokens of the step, head size).
-        key, value: (1, key heads, tokens of the step, head size); the cache adds what went before.
+        key, value: (1, key heads, keys of the step, head size): request after request, each with what the cache had
+            of it and its new tokens last.
 
     Returns:
-        (1, tokens of the step, heads, head size), and no weights.
+        (1, tokens of the step, heads, value size), and no weights.
+
+    Raises:
+        NotImplementedError: the model asks for something that is not done here.
     """
-    layer = _Layer(kwargs["cache"], module.layer_idx)
-    batch = layer.batch(kwargs, query.dtype)
-    if batch.filled is not None:
-        index, mask = batch.filled
-        key, value = (batch.rows(part) for part in layer.update(key, value, kwargs, index))
-        return _decode(query, key, value, mask, scaling), None
-    window = layer.window(module.config)
-    key, value = layer.update(key, value, kwargs, batch.index)
-    queries = torch.split(query, batch.queries, 2)
-    keys, values = (torch.split(part, batch.keys, 2) for part in (key, value))
-    parts = zip(queries, keys, values, strict=True)
-    return torch.cat([_attend(*part, scaling, window) for part in parts], dim=1), None
+    _refuse(attention_mask, dropout, kwargs)
+    heads, tokens = query.shape[1:3]
+    shared = heads // key.shape[1]
+    plan = _plan(kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], shared, query.dtype)
+    if (tokens, key.shape[2]) != (plan.tokens, plan.keys):
+        raise NotImplementedError(f"{key.shape[2]} keys for {tokens} tokens, where {plan.keys} for {plan.tokens} fit")
+    rows = _by_key_head(query, key.shape[1]) if plan.decodes else query
+    answers = []
+    for part in plan.parts:
+        keys, values = key[:, :, part.keys], value[:, :, part.keys]
+        if part.decodes:
+            answer = scaled_dot_product_attention(
+                rows[:, :, part.rows], keys, values, attn_mask=part.mask, scale=scaling
+            )
+            answers.append(answer)
+        else:
+            answer = _prefill(query[:, :, part.tokens], keys, values, scaling, _window(module))
+            answers.append(_by_key_head(answer, key.shape[1]) if plan.decodes else answer)
+    whole = torch.cat(answers, dim=2)
+    return _by_token(whole, shared) if plan.decodes else whole.transpose(1, 2), None
 
 
-def _decode(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float | None
-) -> torch.Tensor:
-    """One query per request. Heads that share a key head take the place of queries, which spares repeating the keys.
-
-    Args:
-        query: (1, heads, requests, head size).
-        key, value: (requests, key heads, keys, head size).
-        mask: (requests, 1, 1, keys), minus infinity where a request has no key, else 0.
-    """
-    _, heads, count, size = query.shape
-    rows = query.transpose(1, 2).reshape(count, key.shape[1], -1, size)
-    answer = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
-    return answer.reshape(1, count, heads, size)
+def _refuse(attention_mask: torch.Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
+    wanted = {name for name, value in kwargs.items() if value is not None} - _KNOWN
+    if attention_mask is not None:
+        wanted.add("attention_mask")
+    if dropout:
+        wanted.add("dropout")
+    if kwargs.get("is_causal") is False:
+        wanted.add("is_causal=False")
+    if wanted:
+        raise NotImplementedError(f"the attention {NAME!r} does not know {', '.join(sorted(wanted))}")
 
 
-def _attend(
+def _by_key_head(query: torch.Tensor, key_heads: int) -> torch.Tensor:
+    """From (1, heads, tokens, size) to (1, key heads, tokens * heads of a key head, size), token after token."""
+    _, heads, tokens, size = query.shape
+    return query.view(1, key_heads, heads // key_heads, tokens, size).transpose(2, 3).reshape(1, key_heads, -1, size)
+
+
+def _by_token(rows: torch.Tensor, shared: int) -> torch.Tensor:
+    """From (1, key heads, tokens * shared, size) to (1, tokens, heads, size)."""
+    _, key_heads, count, size = rows.shape
+    tokens = count // shared
+    return rows.view(1, key_heads, tokens, shared, size).transpose(1, 2).reshape(1, tokens, -1, size)
+
+
+def _prefill(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None
 ) -> torch.Tensor:
     """One request: its last tokens, as many as there are queries, attend to what is up to themselves."""
     queries, keys = query.shape[2], key.shape[2]
     plain = queries == keys and (window is None or keys <= window)
-    mask = None if plain or queries == 1 else _mask(queries, keys, window, query.device)
-    grouped = query.shape[1] != key.shape[1]
     return scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=plain and queries > 1, scale=scaling, enable_gqa=grouped
-    ).transpose(1, 2)
+        query,
+        key,
+        value,
+        attn_mask=None if plain else _causal(queries, keys, window, query.device),
+        is_causal=plain,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
 
 
 @functools.lru_cache(maxsize=8)
-def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+def _causal(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
     """(queries, keys): the queries are the last of the keys; with a window, each sees so many, itself included."""
     places = torch.arange(keys, device=device)
     distance = places[keys - queries :, None] - places
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
-class _Batch:
-    """Whose the keys of a step are; the same in all layers that share a part of the cache.
+def _window(module: Any) -> int | None:
+    """How many tokens a token of this layer sees, itself included; None for all. Read as the cache reads it."""
+    config = module.config
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    sliding = window is not None if kinds is None else kinds[module.layer_idx] == "sliding_attention"
+    return int(window) if sliding and window is not None else None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one call serves: one request with several new tokens, or neighbours with one each.
 
     Attributes:
-        queries, keys: how many each request has, the new keys included.
-        index: where the cache holds the keys, request after request; empty when no request has any from before.
-        filled: the same index with one row per request, filled up to the longest, and its mask; None unless every
-            request decodes and few places are filled.
+        tokens, rows, keys: where they are among the tokens, the rows of ``_by_key_head`` and the keys of the step.
+        mask: (1, 1, rows, keys), minus infinity where a row has no business, else 0; None where there is one request.
     """
 
-    def __init__(
-        self, query_ends: torch.Tensor, key_ends: torch.Tensor, index: torch.Tensor, nothing: int, dtype: torch.dtype
-    ) -> None:
-        sizes = key_ends.diff()
-        self.queries: list[int] = query_ends.diff().tolist()
-        self.keys: list[int] = sizes.tolist()
-        self.index = index
-        self.filled: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._shape = len(self.keys), max(self.keys)
-        decodes = index.numel() and max(self.queries) == 1
-        if decodes and self._shape[0] * self._shape[1] <= _FILLING * sum(self.keys):
-            self._fill(key_ends[:-1, None], sizes[:, None], nothing, dtype)
-
-    def _fill(self, starts: torch.Tensor, sizes: torch.Tensor, nothing: int, dtype: torch.dtype) -> None:
-        places = torch.arange(self._shape[1], device=starts.device)
-        there = places < sizes
-        index = self.index[starts + places.where(there, 0)].where(there, nothing)
-        mask = torch.zeros(self._shape, dtype=dtype, device=starts.device).masked_fill(~there, -torch.inf)
-        self.filled = index.flatten(), mask[:, None, None]
-
-    def rows(self, part: torch.Tensor) -> torch.Tensor:
-        """From (1, key heads, requests * longest, head size) to (requests, key heads, longest, head size)."""
-        _, heads, _, size = part.shape
-        return part[0].transpose(0, 1).view(*self._shape, heads, size).transpose(1, 2)
+    decodes: bool
+    tokens: slice
+    rows: slice
+    keys: slice
+    mask: torch.Tensor | None
 
 
-class _Layer:
-    """One layer's part of the cache; what differs between transformers' versions is here."""
+class _Plan:
+    """The calls of a step; the same in all its layers of a kind."""
 
-    def __init__(self, cache: Any, layer: int) -> None:
-        self._cache, self._layer = cache, layer
-        self._old = hasattr(cache, "layer_index_to_group_indices")  # transformers before 5.18
-        if self._old:
-            self._group = cache.layer_index_to_group_indices[layer][0]
-            self._sliding = cache.sliding_windows[layer] != 1
-            self._nothing: int = cache.read_trash_index
-        else:
-            allocator = cache.layer_to_allocator[layer]
-            self._group = allocator.index
-            self._sliding = allocator.layer_type == "sliding_attention"
-            self._nothing = allocator.read_trash_index
+    def __init__(self, query_ends: torch.Tensor, key_ends: torch.Tensor, shared: int, dtype: torch.dtype) -> None:
+        self._query_ends: list[int] = query_ends.tolist()
+        self._key_ends: list[int] = key_ends.tolist()
+        self.tokens, self.keys = self._query_ends[-1], self._key_ends[-1]
+        self._shared, self._dtype = shared, dtype
+        requests = torch.arange(len(self._key_ends) - 1, device=key_ends.device)
+        self._of_key = requests.repeat_interleave(key_ends.diff(), output_size=self.keys)
+        self._of_row = requests.repeat_interleave(shared)[:, None]
+        self.parts = list(map(self._part, *zip(*self._groups(), strict=True)))
+        self.decodes = any(part.decodes for part in self.parts)
 
-    def window(self, config: Any) -> int | None:
-        """How many tokens a token of this layer sees, itself included; None for all."""
-        return int(config.sliding_window) if self._sliding else None
+    def _groups(self) -> list[tuple[int, int]]:
+        """Requests [first, end): one that prefills, or neighbours that decode and have few enough keys together."""
+        groups: list[tuple[int, int]] = []
+        open_since: int | None = None  # the first key of the group that may still grow
+        for number, keys_end in enumerate(self._key_ends[1:]):
+            decodes = self._query_ends[number + 1] - self._query_ends[number] == 1
+            if decodes and open_since is not None and keys_end - open_since <= _KEYS:
+                groups[-1] = groups[-1][0], number + 1
+                continue
+            groups.append((number, number + 1))
+            open_since = self._key_ends[number] if decodes else None
+        return groups
 
-    def batch(self, kwargs: dict[str, Any], dtype: torch.dtype) -> _Batch:
-        """What is known of the step, found out by its first layer.
+    def _part(self, first: int, end: int) -> _Part:
+        tokens = slice(self._query_ends[first], self._query_ends[end])
+        keys = slice(self._key_ends[first], self._key_ends[end])
+        rows = slice(tokens.start * self._shared, tokens.stop * self._shared)
+        mask = None
+        if end - first > 1:
+            own = self._of_key[keys] == self._of_row[first * self._shared : end * self._shared]
+            mask = torch.where(own, 0.0, -torch.inf).to(self._dtype)[None, None]
+        return _Part(tokens.stop - tokens.start == end - first, tokens, rows, keys, mask)
 
-        A step is told from the one before by its list of indices, which is new in each and held here.
-        """
-        indices = kwargs["read_index"]
-        known: tuple[Any, dict[int, _Batch]] = getattr(self._cache, _SHARED, (None, {}))
-        if known[0] is not indices:
-            known = indices, {}
-            setattr(self._cache, _SHARED, known)
-        batch = known[1].get(self._group)
-        if batch is None:
-            ends = kwargs["cu_seq_lens_k"]
-            if isinstance(ends, dict):
-                ends = ends["sliding_attention" if self._sliding else "full_attention"]
-            index = indices[self._group]
-            batch = known[1][self._group] = _Batch(kwargs["cu_seq_lens_q"], ends, index, self._nothing, dtype)
-        return batch
 
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any], index: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add the new keys and values, and read what is at ``index``: (1, key heads, places, head size)."""
-        indices = [index if group == self._group else other for group, other in enumerate(kwargs["read_index"])]
-        if self._old:
-            key, value = self._cache.update(key, value, self._layer, indices, kwargs["write_index"])
-            return key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)
-        key, value = self._cache.update(key, value, self._layer, {**kwargs, "read_index": indices})
-        return key, value
+def _plan(query_ends: torch.Tensor, key_ends: torch.Tensor, shared: int, dtype: torch.dtype) -> _Plan:
+    """The plan of the step, made by its first layer of a kind.
+
+    A step is told from the one before by its tensor of ends, which is new in each and the same in all layers of a kind.
+    """
+    plans: dict[tuple[int, torch.dtype], _Plan] | None = getattr(key_ends, _PLANS, None)
+    if plans is None:
+        plans = {}
+        setattr(key_ends, _PLANS, plans)
+    plan = plans.get((shared, dtype))
+    if plan is None:
+        plan = plans[shared, dtype] = _Plan(query_ends, key_ends, shared, dtype)
+    return plan

@@ -1,93 +1,267 @@
 """From a prompt to token ids, with a Hugging Face tokenizer.
 
-Rule: no torch is known here. ``encode`` changes nothing, so that the server thread (short prompts) and the engine's
-worker thread (long ones) may both be in it.
+Rule: no torch is known here. A ``PromptEncoder`` is built on the engine's worker thread, for it looks through the whole
+vocabulary. After that nothing in it changes, so that the server thread (``at_once``) and the worker thread
+(``encode``) may both be in it.
+
+The GIL decides what a long prompt costs everybody else. Of a tokenizer's calls ``encode`` holds it to the end and
+``encode_batch_fast`` gives it up, so that long texts take the second. How many tokens came out is asked before they are
+made into a list. A tokenizer written in Python has no such call: its long prompts hold the GIL as its code does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import math
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lmbridge.errors import InvalidRequestError
+from lmbridge.engines.transformers.length import LengthBound, length_bound
+from lmbridge.errors import InvalidRequestError, PromptTooLongError
 from lmbridge.messages import Message, Prompt
+
+INLINE_CHARACTERS = 8_000
+"""A prompt of up to this many characters (see ``characters``) is tokenised at once; it takes a few milliseconds."""
+INLINE_IDS = 100_000
+"""So many token ids are checked at once; it takes about four milliseconds."""
+RENDERED_CHARACTERS = 5_000_000
+"""Up to this many characters, a prompt that will probably not fit is put through the chat template at once, to refuse it:
+about two milliseconds for each million."""
+RENDERED_MESSAGES = 256
+"""And up to this many messages: about one millisecond."""
 
 
 class PromptEncoder:
-    """Turns texts, conversations and token ids into the ids a model is given."""
+    """Turns strings, conversations and token ids into the ids a model is given.
 
-    def __init__(self, tokenizer: Any, vocabulary_size: int) -> None:
+    Args:
+        tokenizer: a tokenizer of transformers.
+        vocabulary_size: how many rows the model's embeddings have.
+        room: the most tokens, prompt and answer together; None where there is no limit.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary_size: int, room: int | None = None) -> None:
         self._tokenizer = tokenizer
         self._vocabulary_size = vocabulary_size
+        self._room: float = math.inf if room is None else room
+        self._bound: LengthBound | None = None
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         if self._backend is not None:  # a saved tokenizer may cut texts short or fill them up
             self._backend.no_truncation()
             self._backend.no_padding()
+            self._bound = length_bound(self._backend)
+
+    def at_once(self, prompt: Prompt, raw: bool = False) -> list[int] | None:
+        """``encode`` where that takes milliseconds; None where another thread should do it.
+
+        A prompt that cannot fit is refused here, if that can be told within milliseconds.
+
+        Raises:
+            InvalidRequestError, PromptTooLongError: as ``encode``.
+        """
+        if self._is_short(prompt):
+            return self.encode(prompt, raw)
+        if self._bound is not None and self._is_rendered_at_once(prompt, raw, self._bound):
+            text = self.text(prompt, raw)
+            if isinstance(text, str):
+                self.refuse_long(text)
+        return None
 
     def encode(self, prompt: Prompt, raw: bool = False) -> list[int]:
-        """The token ids of ``prompt``, at least one.
+        """The token ids of ``prompt``: at least one, and so few that there is room for one more.
 
-        A text becomes one user message of a chat where the tokenizer has a chat template, unless ``raw``.
+        A string becomes one user message of a chat where the tokenizer has a chat template, unless ``raw``.
 
         Raises:
             InvalidRequestError: the prompt is of no known kind, has no tokens, is refused by the chat template, or
-                holds ids the model does not have.
+                has ids that the model does not have, be they the caller's or the tokenizer's.
+            PromptTooLongError: there is no room for it and one more token. A text that cannot fit because of its
+                length alone is not tokenised.
         """
-        if isinstance(prompt, str):
-            if raw or not self._tokenizer.chat_template:
-                ids = self._tokenize(prompt, add_special_tokens=True)
-            else:
-                ids = self._chat([{"role": "user", "content": prompt}])
-        elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-            ids = self._chat([_plain(message) for message in prompt])
-        elif isinstance(prompt, Sequence):
-            ids = [self._known(token) for token in prompt]
+        text = self.text(prompt, raw)
+        if not isinstance(text, str):
+            ids = self._given(text)
         else:
-            raise _wrong(f"A prompt is a text, a list of messages or a list of token ids, not {prompt!r:.80}.")
+            self.refuse_long(text)
+            ids = self._tokenize(text, add_special_tokens=self._is_bare(prompt, raw))
         if not ids:
-            raise _wrong("The prompt is empty: the tokenizer makes no token of it. Give it some text.")
+            raise _invalid("The prompt is empty: the tokenizer makes no token of it. Give it some text.")
         return ids
 
-    def _chat(self, messages: list[Message]) -> list[int]:
+    def text(self, prompt: Prompt, raw: bool = False) -> str | Sequence[Any]:
+        """What is to be tokenised, with the chat template around it; of token ids, these ids.
+
+        Raises:
+            InvalidRequestError: the prompt is of no known kind, or is refused by the chat template.
+        """
+        if isinstance(prompt, str):
+            return prompt if self._is_bare(prompt, raw) else self._chat([{"role": "user", "content": prompt}])
+        if not isinstance(prompt, Sequence):
+            raise _invalid(f"A prompt is a string, a list of messages or a list of token ids, not {_short(prompt)}.")
+        if prompt and isinstance(prompt[0], Mapping):
+            return self._chat([_plain(message) for message in prompt])
+        return prompt
+
+    def refuse_long(self, text: str) -> None:
+        """Refuse a text that has too many tokens whatever they are; milliseconds for millions of characters.
+
+        Raises:
+            PromptTooLongError: there is no room for it and one more token.
+        """
+        if self._bound is None:
+            return
+        fewest = self._bound.fewest_tokens(text)
+        if fewest >= self._room:
+            raise self._too_long(f"{len(text)} characters, and so at least {fewest} tokens")
+
+    def _is_short(self, prompt: Any) -> bool:
+        if _is_ids(prompt):
+            return len(prompt) <= INLINE_IDS or len(prompt) >= self._room
+        return characters(prompt, INLINE_CHARACTERS) <= INLINE_CHARACTERS
+
+    def _is_bare(self, prompt: Prompt, raw: bool) -> bool:
+        """Whether it is a string for the model as it is."""
+        return isinstance(prompt, str) and (raw or not self._tokenizer.chat_template)
+
+    def _is_rendered_at_once(self, prompt: Any, raw: bool, bound: LengthBound) -> bool:
+        """Whether it takes milliseconds to render, and is likely to be refused then."""
+        if self._is_bare(prompt, raw):
+            return True
+        return bound.longest * self._room <= _rendered_length(prompt) <= RENDERED_CHARACTERS
+
+    def _chat(self, messages: list[Message]) -> str:
         if not self._tokenizer.chat_template:
-            raise _wrong("The model has no chat template, so that it takes no messages; give it a text.")
+            raise _invalid("The model has no chat template, so that it takes no messages; give it a string.")
         try:
-            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return self._render_calls(messages)
         except Exception as cause:  # a template is a program of the model's author, and may raise anything
-            raise _wrong(f"The model's chat template refused the messages: {cause}") from cause
-        return self._tokenize(text, add_special_tokens=False)
+            raise _invalid(f"The model's chat template refused the messages: {cause}") from cause
+
+    def _render_calls(self, messages: list[Message]) -> str:
+        """Most templates want the arguments of a tool call as a mapping; some join them to a string as they came."""
+        parsed = [_with_parsed_arguments(message) for message in messages]
+        try:
+            return self._render(parsed)
+        except Exception as first:
+            if all(new is old for new, old in zip(parsed, messages, strict=True)):
+                raise
+            try:
+                return self._render(messages)
+            except Exception:
+                raise first from None
+
+    def _render(self, messages: list[Message]) -> str:
+        text: str = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return text
 
     def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
         try:
-            if self._backend is not None:  # the wrapper around it changes settings, and two threads may be here
-                return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
-            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+            if self._backend is None:
+                encoded = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            elif len(text) <= INLINE_CHARACTERS:  # the wrapper around it changes settings, and two threads may be here
+                encoded = self._backend.encode(text, add_special_tokens=add_special_tokens)
+            else:
+                encoded = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         except (TypeError, UnicodeError) as cause:  # a text with halves of surrogate pairs
-            raise _wrong(f"The prompt is no valid Unicode text: {cause}") from cause
+            raise _invalid(f"The prompt is not valid Unicode text: {cause}") from cause
+        self._refuse_count(len(encoded))
+        ids = list(encoded if self._backend is None else encoded.ids)
+        for token in self._unknown(ids):
+            raise _invalid(self._missing_row(token))
+        return ids
 
-    def _known(self, token: object) -> int:
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self._vocabulary_size:
-            raise _wrong(f"Token ids of a prompt are ints from 0 to {self._vocabulary_size - 1}, not {token!r:.80}.")
-        return token
+    def _given(self, tokens: Sequence[Any]) -> list[int]:
+        self._refuse_count(len(tokens))
+        for token in self._unknown(tokens):
+            raise _invalid(
+                f"Token ids of a prompt are ints from 0 to {self._vocabulary_size - 1}, not {_short(token)}."
+            )
+        return list(tokens)
+
+    def _unknown(self, tokens: Sequence[Any]) -> Iterable[Any]:
+        """Those that are no ids of the model. Where there are none, it costs about 35 ns a token."""
+        if set(map(type, tokens)) <= {int} and (
+            not tokens or (min(tokens) >= 0 and max(tokens) < self._vocabulary_size)
+        ):
+            return ()
+        return (token for token in tokens if not self._is_id(token))
+
+    def _is_id(self, token: object) -> bool:
+        return isinstance(token, int) and not isinstance(token, bool) and 0 <= token < self._vocabulary_size
+
+    def _missing_row(self, token: Any) -> str:
+        """About an id that the tokenizer made."""
+        try:
+            name = self._tokenizer.convert_ids_to_tokens(token)
+        except Exception:  # of an id that it made itself; that it has no name for it is the smaller trouble
+            name = None
+        return (
+            f"The tokenizer makes the token {_short(name)} (id {_short(token)}) of a part of the prompt, but the "
+            f"model's embeddings have no row for it: its ids end at {self._vocabulary_size - 1}. Leave that part out; "
+            "the model's owner can call resize_token_embeddings on the model, or drop the token from the tokenizer."
+        )
+
+    def _refuse_count(self, tokens: int) -> None:
+        if tokens >= self._room:
+            raise self._too_long(f"{tokens} tokens")
+
+    def _too_long(self, size: str) -> PromptTooLongError:
+        return PromptTooLongError(
+            f"The prompt has {size}; there is room for {self._room}, one of them for the answer. "
+            "Shorten it, or raise max_context or cache_share where the model allows it.",
+            param="prompt",
+        )
 
 
-def characters(prompt: object) -> int:
-    """About how many characters there are to tokenise; token ids need no tokenising."""
+def characters(prompt: object, enough: float = math.inf) -> int:
+    """Approximately how much there is to render and tokenise, in characters of ASCII; token ids need neither.
+
+    A character of a string that is not ASCII counts as three, for it may be as many tokens; a number, in the arguments
+    of a tool call say, as one. Counting ends once there are more than ``enough``.
+    """
+    if _is_ids(prompt):
+        return 0
+    total, rest = 0, [prompt]
+    while rest and total <= enough:
+        part = rest.pop()
+        if isinstance(part, str):
+            total += len(part) if part.isascii() else 3 * len(part)
+        elif isinstance(part, (Mapping, list, tuple)):
+            total += len(part)
+            if total <= enough:
+                rest.extend(part.values() if isinstance(part, Mapping) else part)
+    return total
+
+
+def _rendered_length(prompt: Any) -> int:
+    """The characters of a string, or of a few messages of nothing but strings; else 0."""
     if isinstance(prompt, str):
         return len(prompt)
-    messages = prompt if isinstance(prompt, (list, tuple)) else ()
-    return sum(len(str(message.get("content"))) for message in messages if isinstance(message, dict))
+    if _is_ids(prompt) or len(prompt) > RENDERED_MESSAGES:
+        return 0
+    parts = [part for message in prompt if isinstance(message, Mapping) for part in message.values()]
+    return sum(map(len, parts)) if all(isinstance(part, str) for part in parts) else 0
+
+
+def _is_ids(prompt: object) -> bool:
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
+        return False
+    return not prompt or not isinstance(prompt[0], Mapping)
+
+
+# --------------------------------------------------------------------------------------------- messages for a template
 
 
 def _plain(message: object) -> Message:
-    """The message with its content as one text; parts of it that are texts are joined."""
+    """The message with its content as one string; parts of it that are strings are joined."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
-        raise _wrong(f"A message is a dict with 'role' and 'content', not {message!r:.80}.")
+        raise _invalid(f"A message is a dict with 'role' and 'content', not {_short(message)}.")
     content = message["content"]
     if isinstance(content, str) or (content is None and len(message) > 2):  # a turn of tool calls has no content
         return dict(message)
     if not isinstance(content, Sequence) or not all(_is_text_part(part) for part in content):
-        raise _wrong(f"The content of a message is a text or a list of text parts, not {content!r:.80}.")
+        raise _invalid(f"The content of a message is a string or a list of text parts, not {_short(content)}.")
     return {**message, "content": "".join(part["text"] for part in content)}
 
 
@@ -95,5 +269,32 @@ def _is_text_part(part: object) -> bool:
     return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
-def _wrong(message: str) -> InvalidRequestError:
+def _with_parsed_arguments(message: Message) -> Message:
+    """The message itself where no tool call of it has a JSON object's text as its arguments."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, (list, tuple)):
+        return message
+    parsed = [_parsed_call(call) for call in calls]
+    if all(new is old for new, old in zip(parsed, calls, strict=True)):
+        return message
+    return {**message, "tool_calls": parsed}
+
+
+def _parsed_call(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    arguments = function.get("arguments") if isinstance(function, Mapping) else None
+    if function is None or not isinstance(arguments, str):
+        return call
+    try:
+        mapping = json.loads(arguments)
+    except (ValueError, RecursionError):  # a model may write anything there
+        return call
+    return {**call, "function": {**function, "arguments": mapping}} if isinstance(mapping, dict) else call
+
+
+def _short(value: object) -> str:
+    return reprlib.repr(value)
+
+
+def _invalid(message: str) -> InvalidRequestError:
     return InvalidRequestError(message, param="prompt")

@@ -1,51 +1,44 @@
-"""The transformers engine: many requests at once on one model, by transformers' own continuous batching.
+"""The transformers engine: many requests at once on one model, by whichever runner serves it.
 
 Rule: everything here runs on the server thread, except where a docstring says otherwise. torch and transformers are
-imported when the engine starts and no earlier. The generation thread tells of each step by one call to the loop.
+imported when the engine starts and no earlier.
 """
 
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
-import gc
 import itertools
 import os
-import traceback
 from collections.abc import Sequence
-from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmbridge.engines.base import Engine, EngineThread, Sink, engine_error
 from lmbridge.engines.models import find_model
-from lmbridge.engines.text import Piece, TextStream, Vocabulary
-from lmbridge.engines.transformers.encoding import PromptEncoder, characters
+from lmbridge.engines.text import Piece, TextStream
+from lmbridge.engines.transformers.encoding import characters
 from lmbridge.engines.transformers.options import ModelOptions
 from lmbridge.engines.transformers.running import Running
-from lmbridge.errors import (
-    EngineDeadError,
-    LMBridgeError,
-    MissingDependencyError,
-    PromptTooLongError,
-)
+from lmbridge.errors import EngineDeadError, LMBridgeError, PromptTooLongError, UnsupportedOptionError
 from lmbridge.messages import Delta, FinishReason, GenerationConfig, Request
 
 if TYPE_CHECKING:
-    from lmbridge.engines.transformers.continuous import Core, Listener
+    from lmbridge.engines.transformers.starting import Core, Start
 
-OLDEST_TRANSFORMERS = (5, 17)
 INLINE_CHARACTERS = 8_000
 """A prompt of up to this many characters is tokenised at once; it takes about two milliseconds."""
-CLOSE_TIMEOUT = 5.0
-"""Seconds to wait at the end for a step that is still running."""
 
 
 class TransformersEngine(Engine):
-    """A Hugging Face causal language model under transformers' continuous batching.
+    """A Hugging Face causal language model, by default under transformers' continuous batching.
 
     Args:
-        model: ``"demo"``, a folder, or a hub id.
+        model: ``"demo"``, a folder, a ``.gguf`` file, or a hub id.
+        runner: ``"paged"``, transformers' continuous batching; ``"plain"``, one request's run of the model after
+            another's, which serves every causal language model; ``"auto"``, paged where it passes the self-check.
+        self_check: end loading with requests whose answers are compared with the model's own.
+        generation_defaults: ``"model"``: the sampling settings that the model's author recommends hold for requests
+            that sample and give none of their own; ``"none"``: they do not.
         device: ``"cuda"`` where there is one, else ``"cpu"``.
         dtype: ``"auto"`` (as stored), ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"`` or a torch dtype;
             by default float32 on a CPU and as stored elsewhere.
@@ -53,12 +46,13 @@ class TransformersEngine(Engine):
         max_batch_size: requests in a step.
         max_chunk_size: prompt tokens in a step; longer prompts take several.
         max_context: the most tokens of prompt and answer together, where the model allows more.
-        cache_share: the part of the free memory that the cache may take, in (0, 1). On a CPU a tenth by default, and
-            at most 2 GiB, with less where a full batch of full contexts needs less.
+        cache_share: the part of the free memory that the cache may take, in (0, 1). On a GPU 0.8 by default; on a CPU a
+            tenth, and at most 2 GiB, with less where a full batch of full contexts needs less.
         page_size: tokens per page of the cache.
         num_blocks: pages in the cache, instead of ``cache_share``.
         threads: how many threads torch uses for a step on a CPU, for this engine only; by default one for a model of
             fewer than 4 million parameters, else torch's own choice.
+        cuda_graphs: let transformers record steps as CUDA graphs; requests for logprobs are refused then.
         trust_remote_code: run code that comes with the model.
         revision: branch, tag or commit on the hub.
     """
@@ -70,6 +64,9 @@ class TransformersEngine(Engine):
         self,
         model: str | os.PathLike[str],
         *,
+        runner: str = "auto",
+        self_check: bool = True,
+        generation_defaults: str = "model",
         device: str | None = None,
         dtype: Any = None,
         attn_implementation: str | None = None,
@@ -80,12 +77,16 @@ class TransformersEngine(Engine):
         page_size: int | None = None,
         num_blocks: int | None = None,
         threads: int | None = None,
+        cuda_graphs: bool = False,
         trust_remote_code: bool = False,
         revision: str | None = None,
     ) -> None:
         self._label = os.fspath(model)
         self._options = ModelOptions(
             model=find_model(model),
+            runner=runner,
+            self_check=self_check,
+            generation_defaults=generation_defaults,
             device=None if device is None else str(device),
             dtype=dtype,
             attn_implementation=attn_implementation,
@@ -96,85 +97,83 @@ class TransformersEngine(Engine):
             page_size=page_size,
             num_blocks=num_blocks,
             threads=threads,
+            cuda_graphs=cuda_graphs,
             trust_remote_code=trust_remote_code,
             revision=revision,
         )
         self.max_batch_size = max_batch_size
         self._thread = EngineThread("lmbridge transformers")
+        self._start: Start | None = None
         self._core: Core | None = None
-        self._loaded: Core | None = None  # worker thread only
-        self._started = False
         self._requests: dict[str, Running] = {}  # by key
         self._keys: dict[str, str] = {}  # request id -> key
         self._numbers = itertools.count()
         self._encoding: set[asyncio.Task[None]] = set()  # long prompts on the worker thread
-        self._unsure: collections.deque[str] = collections.deque(maxlen=4 * max_batch_size)  # see _cancel
         self._tokens = 0
         self._dead: BaseException | None = None
-        self._closed = False
-        self._where = ""
+        self._proved = False
+
+    @property
+    def runner(self) -> str:
+        """``"paged"`` or ``"plain"``; "" before the model is loaded. Any thread."""
+        core = self._core
+        return core.runner.name if core is not None else ""
 
     def describe(self) -> str:
-        return f"{self._label} on transformers{self._where}"
+        core = self._core
+        return f"{self._label} on transformers" + (f" ({core.describe()})" if core is not None else "")
 
     # --------------------------------------------------------------------------------------------------- start and end
 
     async def start(self) -> None:
-        """Load the model on the worker thread.
+        """Load the model on the worker thread, and have it prove itself.
 
         Raises:
             MissingDependencyError: a package is missing or too old.
+            EngineStartError: transformers has changed, or the model is none that this engine can run, or its answers
+                are not its own.
             Exception: what transformers raises when it cannot load the model, or when there is too little memory.
         """
         self._loop = asyncio.get_running_loop()
-        self._started = True
-        self._core = core = await self._thread.run(self._load)
-        self._where = f" ({core.device}, {core.dtype})"
-        self._vocabulary = Vocabulary(core.tokenizer)
-        self._encoder = PromptEncoder(core.tokenizer, core.vocabulary_size)
+        start = self._start = await self._thread.run(_begin, self._options, self._label)
+        for attempt in await self._thread.run(start.load):
+            fault = await self._attempt(start, attempt)
+            if not fault:
+                self._proved = True
+                start.succeeded(attempt)
+                return
+            self._core = None
+            await self._thread.run(start.failed, attempt, fault)
+        raise start.error()
 
-    def _load(self) -> Core:
-        """On the worker thread. The core is kept at once: whoever waits for it may be cancelled."""
-        continuous = _import_library()
-        listener: Listener = continuous.Listener(
-            on_outputs=lambda outputs: self._tell(self._on_outputs, outputs),
-            on_failure=lambda key, error, fatal: self._tell(self._on_failure, key, error, fatal),
-            on_end=lambda error: self._tell(self._on_end, error),
-        )
+    async def _attempt(self, start: Start, attempt: Any) -> str:
+        """Put the model on a runner; what is wrong with the answers that it gives there, or ""."""
+        from lmbridge.engines.transformers import library
+        from lmbridge.engines.transformers.runner import Listener
+
         try:
-            core: Core = continuous.load(self._options, listener)
-        except BaseException as error:
-            _let_go(error)
-            raise
-        self._loaded = core
-        return core
-
-    def _unload(self) -> None:
-        """On the worker thread."""
-        core, self._loaded = self._loaded, None
-        if core is not None:
-            core.close(CLOSE_TIMEOUT)
-        del core
-        if self._dead is not None:
-            _let_go(self._dead)
-        gc.collect()
-
-    def _tell(self, method: Any, *args: Any) -> None:
-        """On the generation thread: one hop to the loop. A loop that is closed has nobody waiting."""
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(method, *args)
+            with library.quiet():
+                core = self._core = await self._thread.run(start.build, attempt)
+                listener = Listener(self._on_tokens, self._on_failure, self._on_end)
+                await self._thread.run(core.runner.start, self._loop, listener)
+                return await start.proof.ask(self.add_request) if start.proof is not None else ""
+        except Exception as cause:
+            fault = start.let_go(cause)
+            if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
+                raise  # with another runner it would not be what was asked for
+            return fault
 
     async def close(self) -> None:
-        self._closed = True
         for task in self._encoding:
             task.cancel()
         self._requests.clear()
         self._keys.clear()
         self._core = None
-        started, self._started = self._started, False
+        self._proved = False
+        start, self._start = self._start, None
         try:
-            if started:
-                await self._thread.run(self._unload)
+            if start is not None:
+                await self._thread.run(start.unload, self._dead)
         finally:  # whoever waits for a hanging step may give up
             self._thread.close()
 
@@ -192,7 +191,7 @@ class TransformersEngine(Engine):
         prompt = request.prompt
         running = self._new_running(request, sink, core)
         if characters(prompt) <= INLINE_CHARACTERS:
-            self._submit(running, self._encoder.encode(prompt, request.raw))
+            self._submit(running, core.encoder.encode(prompt, request.raw))
             return
         self._remember(running)
         task = self._loop.create_task(self._encode_and_submit(running))
@@ -208,19 +207,35 @@ class TransformersEngine(Engine):
         self._end(running, "abort")
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
-        return self._vocabulary.texts(token_ids)
+        core = self._core
+        return core.vocabulary.texts(token_ids) if core is not None else super().token_texts(token_ids)
+
+    def check(self, request: Request) -> None:
+        super().check(request)
+        if self._options.cuda_graphs and request.config.logprobs is not None:
+            raise UnsupportedOptionError("logprobs need an engine with cuda_graphs=False.", param="logprobs")
+
+    def progress(self, request_id: str) -> int | None:
+        """How many steps the request was part of, those of reading its prompt included."""
+        running = self._requests.get(self._keys.get(request_id, ""))
+        return None if running is None or not running.prompt_tokens else running.plan.steps
+
+    def where(self) -> str:
+        core = self._core
+        return core.runner.where() if core is not None else ""
 
     def stats(self) -> dict[str, float]:
         """``in_flight``, ``steps`` and ``tokens`` so far, ``max_batch_size``, ``cache_free``: the share of the cache
         that nobody holds, and ``memory_bytes``: what CUDA has reserved on the device, or on a CPU the process has.
         """
         core = self._core
+        held = [running.prompt_tokens + len(running.tokens) for running in self._requests.values()]
         return {
-            "in_flight": float(len(self._requests)),
-            "steps": float(core.sampler.steps) if core else 0.0,
+            "in_flight": float(len(held)),
+            "steps": float(core.runner.steps) if core else 0.0,
             "tokens": float(self._tokens),
             "max_batch_size": float(self.max_batch_size),
-            "cache_free": core.free_share() if core else 0.0,
+            "cache_free": core.free_share(held) if core else 0.0,
             "memory_bytes": _memory(core.device) if core else 0.0,
         }
 
@@ -231,12 +246,10 @@ class TransformersEngine(Engine):
         return self._core
 
     def _new_running(self, request: Request, sink: Sink, core: Core) -> Running:
-        from lmbridge.engines.transformers.sampling import Plan
-
-        config = request.config
+        config = core.with_defaults(request.config)
         stop_ids = frozenset(config.stop_token_ids or ()) | (frozenset() if config.ignore_eos else core.eos)
-        stream = TextStream(self._vocabulary, config.stop_words, config.skip_special_tokens)
-        return Running(f"{request.id}#{next(self._numbers)}", request, sink, stream, stop_ids, Plan(config))
+        stream = TextStream(core.vocabulary, config.stop_words, config.skip_special_tokens)
+        return Running(f"{request.id}#{next(self._numbers)}", request, sink, stream, stop_ids, core.plan(config))
 
     def _remember(self, running: Running) -> None:
         self._requests[running.key] = running
@@ -245,9 +258,8 @@ class TransformersEngine(Engine):
     async def _encode_and_submit(self, running: Running) -> None:
         """A long prompt. The request may be aborted while the worker thread is at it."""
         try:
-            ids = await self._thread.run(self._encoder.encode, running.request.prompt, running.request.raw)
+            ids = await self._thread.run(self._alive().encoder.encode, running.request.prompt, running.request.raw)
             if running.key in self._requests:
-                self._alive()
                 self._submit(running, ids)
         except LMBridgeError as error:
             self._fail(running, error)
@@ -256,40 +268,34 @@ class TransformersEngine(Engine):
 
     def _submit(self, running: Running, token_ids: list[int]) -> None:
         core = self._alive()
-        left = core.room - len(token_ids)
+        room = core.runner.room
+        left = room - len(token_ids)
         if left < 1:
             raise PromptTooLongError(
-                f"The prompt has {len(token_ids)} tokens; there is room for {core.room}, one of them for the answer. "
+                f"The prompt has {len(token_ids)} tokens; there is room for {room}, one of them for the answer. "
                 "Shorten it, or raise max_context or cache_share where the model allows it.",
                 param="prompt",
             )
         running.prompt_tokens = len(token_ids)
-        if running.plan.needed:
-            core.sampler.add(running.key, running.plan)
+        running.plan.prompt = token_ids
         self._remember(running)
         budget = min(running.request.config.max_new_tokens, left)
-        if not core.add(running.key, token_ids, budget, sorted(running.stop_ids)):
-            self._loop.call_soon(self._on_end, core.fatal_error)
+        core.runner.add(running.key, token_ids, budget, sorted(running.stop_ids), running.plan)
 
     # ---------------------------------------------------------------------------------- news from the generation thread
 
-    def _on_outputs(self, outputs: list[Any]) -> None:
-        self._tokens += len(outputs)  # streaming: one token each
-        for output in outputs:
-            running = self._requests.get(output.request_id)
-            if running is not None:
-                try:
-                    self._advance(running, output)
-                except Exception as cause:  # this answer's text or its sink; the others go on
-                    self._abandon(running, cause)
-            elif self._core is not None and output.request_id in self._unsure:
-                self._unsure.remove(output.request_id)
-                self._core.cancel(output.request_id)
+    def _on_tokens(self, key: str, tokens: Sequence[int], finished: bool) -> None:
+        self._tokens += 1
+        running = self._requests.get(key)
+        if running is not None:
+            try:
+                self._advance(running, tokens, finished)
+            except Exception as cause:  # this answer's text or its sink; the others go on
+                self._abandon(running, cause)
 
-    def _advance(self, running: Running, output: Any) -> None:
-        """Take in what the step added; an output carries all tokens of its answer so far."""
-        finished: bool = output.is_finished()
-        piece, ended = running.take(output.generated_tokens, finished)
+    def _advance(self, running: Running, tokens: Sequence[int], finished: bool) -> None:
+        """Take in what the step added to an answer."""
+        piece, ended = running.take(tokens, finished)
         if piece.stopped:
             if not finished:
                 self._cancel(running)
@@ -320,49 +326,35 @@ class TransformersEngine(Engine):
             self._fail(running, engine_error(f"The answer could not be handed on: {cause!r}.", cause))
 
     def _cancel(self, running: Running) -> None:
-        """Stop it on the manager, unless it never got there.
-
-        The manager empties one queue of requests and then one of cancellations. A cancellation put between may be read
-        before its request, which then shows up once more.
-        """
+        """Stop it at the runner, unless it never got there."""
         if self._core is not None and running.prompt_tokens:
-            self._core.cancel(running.key)
-            if not running.tokens:
-                self._unsure.append(running.key)
+            self._core.runner.cancel(running.key)
 
     def _forget(self, running: Running) -> None:
         self._requests.pop(running.key, None)
         if self._keys.get(running.request.id) == running.key:
             del self._keys[running.request.id]
-        if self._core is not None:
-            self._core.sampler.remove(running.key)
 
-    def _on_failure(self, key: str, error: BaseException, fatal: bool) -> None:
-        if fatal:
-            self._on_end(error)
-            return
+    def _on_failure(self, key: str, error: BaseException) -> None:
         running = self._requests.get(key)
         if running is not None:
             self._fail(running, engine_error(f"The engine failed this request: {error!r}.", error))
 
-    def _on_end(self, error: BaseException | None) -> None:
-        """The generation thread ends, or has ended: whoever is inside is lost, and the server is told once."""
-        if self._closed or self._dead is not None:
+    def _on_end(self, error: BaseException) -> None:
+        """The runner cannot go on: whoever is inside is lost, and the server is told once.
+
+        While the engine proves itself, only its own requests are inside, and are told.
+        """
+        if self._core is None or self._dead is not None:
             return
-        self._dead = error or RuntimeError("The generation thread of transformers ended without an error.")
+        if not self._proved:
+            for running in list(self._requests.values()):
+                self._fail(running, engine_error(f"The generation thread ended: {error!r}.", error))
+            return
+        self._dead = error
         self._requests.clear()
         self._keys.clear()
-        self.on_death(self._dead)
-
-
-def _let_go(error: BaseException) -> None:
-    """Empty the frames that an error's traceback leads to: they hold the model, and callers will hold the error."""
-    for outer, _ in traceback.walk_tb(error.__traceback__):
-        frame: FrameType | None = outer
-        with contextlib.suppress(RuntimeError):  # this one is still running
-            while frame is not None:
-                frame.clear()
-                frame = frame.f_back
+        self.on_death(error)
 
 
 def _memory(device: str) -> float:
@@ -376,17 +368,11 @@ def _memory(device: str) -> float:
     return float(psutil.Process().memory_info().rss)
 
 
-def _import_library() -> Any:
-    """The module that knows transformers."""
-    try:
-        import transformers
+def _begin(options: ModelOptions, label: str) -> Start:
+    """On the worker thread: import what takes long to import."""
+    from lmbridge.engines.transformers import library
 
-        if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST_TRANSFORMERS:
-            raise ImportError(f"transformers {transformers.__version__} is too old")
-        from lmbridge.engines.transformers import continuous
-    except ImportError as cause:
-        raise MissingDependencyError(
-            f"The transformers engine needs torch, transformers >= 5.17 and psutil ({cause}); "
-            'install them with: pip install --upgrade torch "transformers>=5.17" psutil'
-        ) from cause
-    return continuous
+    library.import_library()
+    from lmbridge.engines.transformers.starting import Start
+
+    return Start(options, label)

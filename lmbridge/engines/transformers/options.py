@@ -12,6 +12,9 @@ from lmbridge.errors import InvalidRequestError
 
 _DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 _LEAST = {"max_batch_size": 1, "max_chunk_size": 1, "max_context": 2, "page_size": 4, "num_blocks": 1, "threads": 1}
+_CHOICES = {"runner": ("auto", "paged", "plain"), "generation_defaults": ("model", "none")}
+_STRINGS = ("device", "attn_implementation", "revision")
+_SWITCHES = ("trust_remote_code", "self_check", "cuda_graphs")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,10 @@ class ModelOptions:
     threads: int | None = None
     trust_remote_code: bool = False
     revision: str | None = None
+    runner: str = "auto"
+    self_check: bool = True
+    generation_defaults: str = "model"
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -47,10 +54,18 @@ class ModelOptions:
             raise _wrong("cache_share", "a number between 0 and 1", self.cache_share)
         if self.dtype is not None and not _is_dtype(self.dtype):
             raise _wrong("dtype", f"one of {', '.join(_DTYPES)} or a torch dtype", self.dtype)
-        for name in ("device", "attn_implementation", "revision"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise _wrong(name, "a text", value)
+        for name in _STRINGS:
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise _wrong(name, "a string", getattr(self, name))
+        self._check_choices()
+
+    def _check_choices(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise _wrong(name, " or ".join(repr(choice) for choice in choices), getattr(self, name))
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise _wrong(name, "True or False", getattr(self, name))
 
 
 def _is_dtype(value: object) -> bool:

@@ -5,6 +5,7 @@ Rule: plain data, no torch; server thread only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -38,11 +39,11 @@ class Running:
     tokens: list[int] = field(default_factory=list)
     told: int = 0
 
-    def take(self, tokens: list[int], finished: bool) -> tuple[Piece, bool]:
+    def take(self, tokens: Sequence[int], finished: bool) -> tuple[Piece, bool]:
         """Take in all tokens generated so far, and tell what may be shown and whether the last is one that ends it."""
-        known, self.tokens = len(self.tokens), tokens
+        known, self.tokens = len(self.tokens), list(tokens)
         ended = finished and bool(tokens) and tokens[-1] in self.stop_ids
-        return self.stream.push(tokens[known : len(tokens) - ended]), ended
+        return self.stream.push(self.tokens[known : len(tokens) - ended]), ended
 
     def delta(self, piece: Piece, reason: FinishReason | None) -> Delta:
         """The piece with the tokens that belong to it."""

@@ -1,0 +1,323 @@
+"""The paged runner: transformers' own continuous batching, one packed batch of all requests in each step.
+
+Rule: of transformers only calls that its documentation knows; what is not documented stands in ``processor`` and
+``attention``. Threads as ``runner`` says; the outputs come from the manager's own generation thread, by one hop to the
+loop for each step.
+
+CUDA graphs are off unless asked for, asynchronous batching always: it prepares a step before the token of the last one
+is known, which a repetition penalty needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import importlib
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from transformers.generation import ContinuousBatchingConfig
+
+from lmbridge.engines.transformers import attention, library, processor
+from lmbridge.engines.transformers.options import ModelOptions
+from lmbridge.engines.transformers.runner import (
+    NO_LIMIT,
+    Listener,
+    Runner,
+    Witness,
+    context_of,
+    generating,
+    rope_kind,
+    still,
+    thread_count,
+    use_threads,
+)
+from lmbridge.engines.transformers.sampling import Plan, Sampler
+
+logger = logging.getLogger("lmbridge")
+psutil: Any = importlib.import_module("psutil")  # untyped
+
+WATCH = 0.25
+"""Seconds between two looks at whether the generation thread lives."""
+CLOSE_WATCH = 0.02
+"""The same once a request has failed, which is how the end of the thread begins to show."""
+ALONE_AFTER = 0.5
+"""Seconds after which a request that failed is taken to have failed alone, the thread being alive."""
+CPU_PAGE, GPU_PAGE = 32, 256
+CPU_CHUNK, GPU_CHUNK = 256, 2048
+CPU_CACHE_SHARE, GPU_CACHE_SHARE = 0.1, 0.8
+CPU_CACHE_LIMIT = 2 << 30
+UNKNOWN_CONTEXT = 4096
+"""Tokens a request is supposed to need where the model states no limit."""
+
+
+class PagedRunner(Runner):
+    """A model with its manager."""
+
+    name = "paged"
+
+    def __init__(self, model: Any, options: ModelOptions, *, own_attention: bool = False) -> None:
+        """On the worker thread.
+
+        Args:
+            own_attention: attend by ``attention`` rather than as transformers does.
+
+        Raises:
+            EngineStartError: transformers lacks what the runner relies on.
+            Exception: what transformers raises for a model it cannot batch, or when there is too little memory.
+        """
+        library.check_batching()
+        self._model = model
+        self._sampler = Sampler(_vocabulary(model), options.max_batch_size, model.device)
+        self._threads = thread_count(model, options)
+        self._plans: dict[str, tuple[Plan, Sequence[int]]] = {}  # with the stop ids; server thread only, as the next
+        self._failed: deque[tuple[float, str, str]] = deque()  # when to believe it, key, why
+        self._refused: float | None = None  # since when the manager takes no requests
+        self._timer: asyncio.TimerHandle | None = None
+        sizes = _Sizes(model, options)
+        self.page = sizes.page
+        self._manager = self._build(sizes, options, own_attention)
+        self.room, self.capacity = sizes.room, sizes.blocks * sizes.page
+        self._witness = Witness(model)
+        self._halted = False
+
+    def start(self, loop: asyncio.AbstractEventLoop, listener: Listener) -> None:
+        """It is a daemon because the caller is one: no model may hold the process."""
+        if not threading.current_thread().daemon:
+            raise RuntimeError("The generation thread must be started by a daemon thread, whose nature it inherits.")
+        self._loop, self._listener = loop, listener
+        generating(self)
+        with torch.inference_mode():  # the generation thread takes the mode over: a few per cent less to do
+            self._manager.start()
+        loop.call_soon_threadsafe(self._look)
+
+    def add(self, key: str, prompt: list[int], budget: int, stop_ids: Sequence[int], plan: Plan) -> None:
+        self._manager.register_result_handler(key, self._deliver)
+        self._plans[key] = plan, stop_ids
+        added = self._manager.add_request(
+            prompt,
+            request_id=key,
+            max_new_tokens=budget,
+            streaming=True,
+            eos_token_id=list(stop_ids) or -1,
+            plan=plan,
+        )
+        if added is None and self._refused is None:  # its thread is ending, and soon says why
+            self._refused = time.monotonic()
+            self._loop.call_soon(self._look)
+
+    def cancel(self, key: str) -> None:
+        """One that decodes is ended by its own next token, others through the manager.
+
+        The manager never lets go of the handler of a request that it was told to cancel, only of one that has ended.
+        """
+        plan, stop_ids = self._plans.get(key, (None, ()))
+        if plan is not None and plan.position and stop_ids:
+            plan.end = stop_ids[0]
+        else:
+            self._plans.pop(key, None)
+            self._manager.cancel_request(key)
+
+    @property
+    def steps(self) -> int:
+        return self._sampler.steps
+
+    def where(self) -> str:
+        if not self._manager.is_running():
+            return "the generation thread of transformers has ended"
+        return self._witness.where() or f"step {self.steps} has ended and no other has begun"
+
+    def halt(self, timeout: float) -> bool:
+        self._halted = True
+        still(self)
+        if self._manager.is_running():
+            with library.quiet():  # whoever is inside is told otherwise, or nobody waits
+                self._manager.stop(block=True, timeout=timeout, hard_stop=True)
+        return not self._manager.is_running()
+
+    def close(self, timeout: float) -> bool:
+        ended = self.halt(timeout)
+        self._witness.close()
+        self._plans.clear()
+        self._manager = self._model = None
+        gc.collect()
+        return ended
+
+    # ---------------------------------------------------------------------------------------------------- server thread
+
+    def _deliver(self, output: Any) -> None:
+        """One request's output of one step."""
+        key: str = output.request_id
+        finished: bool = output.is_finished()
+        plan, _ = self._plans.get(key, (None, ()))
+        if output.error is not None:
+            self._failed.append((time.monotonic() + ALONE_AFTER, key, output.error))
+            self._look()
+        elif plan is None:
+            if not finished:
+                # The manager empties one queue of requests and then one of cancellations. A cancellation put between
+                # may be read before its request, which then shows up once more.
+                self._manager.cancel_request(key)
+        else:
+            if finished:
+                del self._plans[key]
+            if plan.end is None:
+                self._listener.on_tokens(key, output.generated_tokens, finished)
+
+    def _look(self) -> None:
+        """Whether the generation thread lives; whether requests that failed have failed alone."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._halted:
+            return
+        now = time.monotonic()
+        refuses = self._refused is not None and now - self._refused > ALONE_AFTER
+        if refuses or not self._manager.is_running():
+            self._listener.on_end(self._cause())
+            return
+        while self._failed and self._failed[0][0] <= now:
+            _, key, why = self._failed.popleft()
+            if self._plans.pop(key, None) is not None:
+                self._listener.on_failure(key, RuntimeError(why))
+        close = self._failed or self._refused is not None
+        self._timer = self._loop.call_later(CLOSE_WATCH if close else WATCH, self._look)
+
+    def _cause(self) -> BaseException:
+        """What ended the thread: the error itself where the model raised it, else what transformers wrote down."""
+        why = self._failed[0][2] if self._failed else None
+        error = self._witness.error
+        if error is not None and (why is None or str(error) == why):
+            return error
+        running = "takes no requests any more" if self._manager.is_running() else "ended without an error"
+        return RuntimeError(why or f"The generation thread of transformers {running}.")
+
+    # ---------------------------------------------------------------------------------------------------- worker thread
+
+    def _build(self, sizes: _Sizes, options: ModelOptions, own_attention: bool) -> Any:
+        while True:
+            try:
+                return self._manager_of(sizes.config(options), own_attention)
+            except MemoryError:  # what a step needs besides is transformers' own estimate
+                if options.num_blocks is not None or not sizes.shrink():
+                    raise
+
+    def _manager_of(self, config: ContinuousBatchingConfig, own_attention: bool) -> Any:
+        # Neutral: what the model's author recommends for sampling is for the plan of each request.
+        neutral = transformers.GenerationConfig(do_sample=False, eos_token_id=-1)
+        with torch.inference_mode():
+            manager = self._model.init_continuous_batching(generation_config=neutral, continuous_batching_config=config)
+            if own_attention:
+                attention.install(self._model)
+            processor.install(manager, self._sampler, self._enter)
+            manager.warmup()  # makes the cache here rather than in its thread, so that a lack of memory is told at once
+        return manager
+
+    def _enter(self) -> None:
+        """On the generation thread, before its first step."""
+        threading.current_thread().name = "lmbridge generation"
+        use_threads(self._threads)
+
+
+def unfit(model: Any, options: ModelOptions) -> str:
+    """Why the packed batch cannot be right for the model, though short prompts would not show it; "" if it can."""
+    config = model.config.get_text_config()
+    rope = rope_kind(model)
+    if rope in ("dynamic", "longrope"):
+        short = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+        if (context_of(model, options) or NO_LIMIT) > short:
+            return f"its {rope} positions would follow the longest request in the batch (max_context={short} avoids it)"
+    if getattr(config, "attn_logit_softcapping", None) and model.device.type == "cpu":
+        return "transformers' batching drops its soft cap on a CPU"
+    return ""
+
+
+def _vocabulary(model: Any) -> int:
+    size: int = model.get_output_embeddings().weight.shape[0]
+    return size
+
+
+class _Sizes:
+    """How large the cache is and how much of it one request may have; transformers counts in blocks of a page for each
+    layer, which it hands out by sectors that suit layers with and without a sliding window.
+    """
+
+    def __init__(self, model: Any, options: ModelOptions) -> None:
+        self._config = model.config.get_text_config()
+        self._context = context_of(model, options)
+        self._rows = options.max_batch_size
+        on_cpu = model.device.type == "cpu"
+        self.page = options.page_size or (CPU_PAGE if on_cpu else GPU_PAGE)
+        self.chunk = max(options.max_chunk_size or (CPU_CHUNK if on_cpu else GPU_CHUNK), self._rows)
+        budget = _cpu_budget(options) if on_cpu else self._gpu_budget(model, options)
+        per_block = self._bytes_per_token(model, on_cpu) * self.page
+        wanted = -(-self._rows * (self._context or UNKNOWN_CONTEXT) // self.page)
+        self.blocks = options.num_blocks or max(1, min(wanted, budget // per_block) if on_cpu else budget // per_block)
+
+    def shrink(self) -> bool:
+        """Try with less; False if there is nothing left to give up."""
+        self.blocks = self.blocks * 3 // 4
+        return self.blocks > 0
+
+    def config(self, options: ModelOptions) -> ContinuousBatchingConfig:
+        return ContinuousBatchingConfig(
+            page_size=self.page,
+            num_blocks=self.blocks,
+            max_batch_tokens=self.chunk,
+            max_requests_per_batch=self._rows,
+            use_cuda_graph=options.cuda_graphs,
+            use_async_batching=False,
+            auto_switch_to_flash=options.attn_implementation is None,
+        )
+
+    @property
+    def room(self) -> int:
+        """The most tokens that one request may have, alone in the cache."""
+        layers, slides = self._layers()
+        sector = math.lcm(*(count for count in (layers - slides, slides) if count))  # in pages of one layer
+        sectors = self.blocks * layers // sector
+        if not slides:
+            capacity = sectors * sector // layers * self.page
+        elif slides == layers:
+            capacity = NO_LIMIT
+        else:
+            window = -(-self._config.sliding_window // self.page) * slides  # pages
+            capacity = max(0, sectors - -(-window // sector)) * sector // (layers - slides) * self.page
+        return capacity if self._context is None else min(capacity, self._context)
+
+    def _layers(self) -> tuple[int, int]:
+        """How many layers there are, and how many of them slide."""
+        types = getattr(self._config, "layer_types", None)
+        count: int = self._config.num_hidden_layers
+        if types is not None:
+            return count, sum(kind == "sliding_attention" for kind in types)
+        return count, count if getattr(self._config, "sliding_window", None) is not None else 0
+
+    def _bytes_per_token(self, model: Any, on_cpu: bool) -> int:
+        """What a token costs in the cache and, on a GPU, in what a step reads from it."""
+        config, size = self._config, model.dtype.itemsize
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        cached: int = 2 * config.num_hidden_layers * heads * head_size * size
+        read = (2 * config.num_attention_heads + heads) * head_size * size + 2 * self.chunk * size + 16
+        return cached if on_cpu else cached + read
+
+    def _gpu_budget(self, model: Any, options: ModelOptions) -> int:
+        """Bytes for the cache: a share of what is free now that the model is there, less what a step needs besides."""
+        config, size = self._config, model.dtype.itemsize
+        free = torch.cuda.mem_get_info(model.device)[0]
+        step = self.chunk * (8 * config.hidden_size * size + 4 * config.vocab_size)
+        budget: int = int(free * (options.cache_share or GPU_CACHE_SHARE)) - step
+        return budget
+
+
+def _cpu_budget(options: ModelOptions) -> int:
+    """Bytes for the cache: a share of what is free, within a limit where none was asked for."""
+    budget = int(psutil.virtual_memory().available * (options.cache_share or CPU_CACHE_SHARE))
+    return budget if options.cache_share is not None else min(budget, CPU_CACHE_LIMIT)

@@ -1,0 +1,293 @@
+"""The plain runner: each request is a ``generate`` of its own, and they take turns run by run.
+
+Rule: of transformers only what its documentation knows of ``generate``, so that it serves every causal language model.
+Each request has a thread; whoever holds the turn is the only one inside transformers. A turn is one run of the model:
+a token, or a chunk of a long prompt. It passes on in front of the next run, in a hook that torch documents, and a
+request that was cancelled meanwhile ends there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+
+from lmbridge.engines.transformers.options import ModelOptions
+from lmbridge.engines.transformers.runner import (
+    NO_LIMIT,
+    Listener,
+    Runner,
+    Witness,
+    context_of,
+    generating,
+    rope_kind,
+    still,
+    thread_count,
+    use_threads,
+)
+from lmbridge.engines.transformers.sampling import Plan, Sampler
+
+CHUNK = 256
+"""Tokens of a long prompt in one run, unless asked for otherwise."""
+CHECKED_CHUNK = 4
+"""The same during the self-check, whose prompts are short: models that keep a state may not be read in pieces."""
+
+
+class PlainRunner(Runner):
+    """A model that is run for one request at a time, by turns.
+
+    Attributes:
+        chunk: tokens of a prompt in one run; None reads every prompt whole.
+    """
+
+    name = "plain"
+
+    def __init__(self, model: Any, options: ModelOptions, *, chunked: bool = True, interleaved: bool = True) -> None:
+        """
+        Args:
+            chunked: read long prompts in pieces, which some models cannot continue.
+            interleaved: pass the turn on after each run, rather than after each request: some models keep a request's
+                state in themselves.
+        """
+        self._model = model
+        self._threads = thread_count(model, options)
+        self._chunk = options.max_chunk_size or CHUNK
+        self.chunk: int | None = CHECKED_CHUNK if chunked else None
+        self.room = context_of(model, options) or NO_LIMIT
+        self.capacity = self.room * options.max_batch_size
+        self._size: int = model.get_output_embeddings().weight.shape[0]
+        self._keeps_rope = rope_kind(model) == "dynamic"
+        if rope_kind(model) in ("dynamic", "longrope"):
+            self.chunk = None  # its factor follows the end of what is read at once
+        self._turns = _Turns()
+        self._interleaved = interleaved
+        self._jobs: dict[str, _Job] = {}  # server thread only
+        self._inside = threading.local()  # .job: what the thread works on
+        self._witness = Witness(model)
+        self._hook = model.register_forward_pre_hook(self._before_run)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self, loop: asyncio.AbstractEventLoop, listener: Listener) -> None:
+        self._listener = listener
+        self._loop = loop
+        generating(self)
+
+    def proved(self) -> None:
+        if self.chunk is not None:
+            self.chunk = self._chunk
+
+    def add(self, key: str, prompt: list[int], budget: int, stop_ids: Sequence[int], plan: Plan) -> None:
+        job = self._jobs[key] = _Job(key, prompt, budget, list(stop_ids), plan)
+        job.thread = threading.Thread(target=self._work, args=(job,), name="lmbridge generation", daemon=True)
+        job.thread.start()
+
+    def cancel(self, key: str) -> None:
+        job = self._jobs.pop(key, None)
+        if job is not None:
+            job.cancelled = True
+
+    @property
+    def steps(self) -> int:
+        return self._witness.steps
+
+    def where(self) -> str:
+        return self._witness.where() or f"step {self.steps} has ended and no other has begun"
+
+    def halt(self, timeout: float) -> bool:
+        still(self)
+        return self._turns.close(timeout)
+
+    def close(self, timeout: float) -> bool:
+        ended = self.halt(timeout)
+        self._hook.remove()
+        self._witness.close()
+        self._jobs.clear()
+        self._model = None
+        gc.collect()
+        return ended
+
+    # ----------------------------------------------------------------------------------------------- a request's thread
+
+    def _work(self, job: _Job) -> None:
+        """Generate one answer, from the first turn to the last."""
+        try:
+            with self._turns.taken(job):
+                use_threads(self._threads)
+                self._inside.job = job
+                self._generate(job)
+        except _Cancelled:
+            pass
+        except BaseException as error:
+            self._tell(self._on_failure, job, error)
+
+    def _generate(self, job: _Job) -> None:
+        with torch.inference_mode():
+            ids = torch.tensor([job.prompt], device=self._model.device)
+            self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=transformers.GenerationConfig(
+                    do_sample=False,
+                    max_new_tokens=job.budget,
+                    eos_token_id=job.stop_ids or None,
+                    pad_token_id=0,
+                    prefill_chunk_size=self.chunk if self.chunk is not None and self.chunk < len(job.prompt) else None,
+                ),
+                logits_processor=transformers.LogitsProcessorList([_Chooser(self, job, self._size)]),
+            )
+
+    def _before_run(self, model: Any, inputs: Any) -> None:
+        """In front of each run: to the end of the line, unless it is the first one or not a request's."""
+        job: _Job | None = getattr(self._inside, "job", None)
+        if job is None:
+            return
+        if job.cancelled or self._turns.closed:
+            raise _Cancelled
+        if job.plan.steps and self._interleaved:
+            self._turns.go_round(job)
+        job.plan.steps += 1
+        if self._keeps_rope:
+            self._reset_rope(job)
+
+    def _reset_rope(self, job: _Job) -> None:
+        """Undo what the last run of a dynamic rope has left in the model: a run of one token resets it."""
+        self._inside.job = None
+        self._model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=self._model.device), use_cache=False)
+        self._inside.job = job
+
+    def chosen(self, job: _Job, token: int) -> None:
+        """The job has one more token."""
+        job.tokens.append(token)
+        finished = token in job.stop_ids or len(job.tokens) >= job.budget
+        self._tell(self._on_tokens, job, job.tokens[:], finished)
+
+    def _tell(self, method: Any, *args: Any) -> None:
+        """One hop to the loop. A loop that is closed has nobody waiting."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(method, *args)
+
+    # ---------------------------------------------------------------------------------------------------- server thread
+
+    def _on_tokens(self, job: _Job, tokens: list[int], finished: bool) -> None:
+        if self._jobs.get(job.key) is job and not self._turns.closed:
+            if finished:
+                del self._jobs[job.key]
+            self._listener.on_tokens(job.key, tokens, finished)
+
+    def _on_failure(self, job: _Job, error: BaseException) -> None:
+        if self._jobs.pop(job.key, None) is job and not self._turns.closed:
+            if isinstance(error, Exception) and not _is_of_the_device(error):
+                self._listener.on_failure(job.key, error)
+            else:
+                self._listener.on_end(error)
+
+
+class _Job:
+    """One request. Written by its own thread, but for ``cancelled`` (server thread)."""
+
+    def __init__(self, key: str, prompt: list[int], budget: int, stop_ids: list[int], plan: Plan) -> None:
+        self.key, self.prompt, self.budget, self.stop_ids, self.plan = key, prompt, budget, stop_ids, plan
+        self.tokens: list[int] = []
+        self.cancelled = False
+        self.thread: threading.Thread | None = None
+        self.turn = threading.Semaphore(0)
+
+
+class _Cancelled(BaseException):
+    """Leaves ``generate`` when its request was cancelled or the runner is closed. No handler of errors may keep it."""
+
+
+class _Turns:
+    """Hands the model from one request's thread to the next, in the order in which they asked."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._line: deque[_Job] = deque()  # guarded by _lock
+        self._busy = False  # guarded by _lock: somebody has the turn, or is about to
+        self._free = threading.Event()  # nobody has
+        self._free.set()
+        self.closed = False  # nobody gets one any more
+
+    @contextlib.contextmanager
+    def taken(self, job: _Job) -> Any:
+        """While the caller has the turn.
+
+        Raises:
+            _Cancelled: there will be none.
+        """
+        self._take(job)
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    def go_round(self, job: _Job) -> None:
+        """Give the turn to whoever has waited longest, and wait for the next.
+
+        Raises:
+            _Cancelled: there will be none; whoever has been inside ``taken`` gives back a turn then that he has.
+        """
+        with self._lock:
+            following = self._line.popleft() if self._line else job
+            if following is not job:
+                self._line.append(job)
+        if following is not job:
+            following.turn.release()
+            job.turn.acquire()  # whoever has the turn passes it on, whatever becomes of him
+        if job.cancelled or self.closed:
+            raise _Cancelled
+
+    def close(self, timeout: float) -> bool:
+        """Let nobody begin another run; whether the last one ends within ``timeout`` seconds."""
+        self.closed = True
+        return self._free.wait(timeout)
+
+    def _take(self, job: _Job) -> None:
+        with self._lock:
+            at_once = not self._busy
+            if at_once:
+                self._busy = True
+                self._free.clear()
+            else:
+                self._line.append(job)
+        if not at_once:
+            job.turn.acquire()
+        if job.cancelled or self.closed:
+            self._pass_on()
+            raise _Cancelled
+
+    def _pass_on(self) -> None:
+        with self._lock:
+            following = self._line.popleft() if self._line else None
+            if following is None:
+                self._busy = False
+                self._free.set()
+        if following is not None:
+            following.turn.release()
+
+
+class _Chooser(transformers.LogitsProcessor):  # type: ignore[misc]
+    """Has the request's own plan choose each token, and leaves ``generate`` no other."""
+
+    def __init__(self, runner: PlainRunner, job: _Job, size: int) -> None:
+        self._runner, self._job = runner, job
+        self._sampler = Sampler(size, 1, runner._model.device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._sampler.prepare([self._job.plan])
+        token = self._sampler.choose(scores) if self._sampler.active else scores.argmax(-1)
+        self._runner.chosen(self._job, int(token))
+        return torch.full_like(scores, -torch.inf).index_fill_(1, token, 0.0)
+
+
+def _is_of_the_device(error: BaseException) -> bool:
+    """Whether the device is in a state that fails every later run; a guess by name, as torch has no class for all."""
+    return type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)

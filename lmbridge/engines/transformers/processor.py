@@ -1,0 +1,80 @@
+"""The sampler in the place of a manager's logits processors: one of two seams into undocumented parts of transformers.
+
+Rule: all that is known of how transformers' continuous batching calls its processors is known here, and named in
+``library.SAMPLER``, which is looked at before. Everything but ``install`` runs on the manager's generation thread.
+
+transformers keeps one set of sampling parameters for a manager. A manager that takes the most likely token
+(``do_sample`` off) serves requests of every kind, if the token that each request's own plan chooses is made the most
+likely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from lmbridge.engines.transformers import library
+from lmbridge.engines.transformers.sampling import Sampler
+
+
+def install(manager: Any, sampler: Sampler, entering: Callable[[], None]) -> None:
+    """Have ``sampler`` choose the manager's tokens. Between making the manager and warming it up.
+
+    Each request must be added with its ``plan`` as an argument of that name.
+
+    Args:
+        entering: called once on the generation thread, before its first step.
+
+    Raises:
+        EngineStartError: the manager keeps its processors elsewhere.
+    """
+    library.check_manager(manager)
+    manager.logit_processor = _Processors(sampler, entering)
+
+
+class _Processors:
+    """Stands in for ``ContinuousBatchingLogitsProcessorList``.
+
+    Attributes:
+        tensors_required: the manager keeps no tensor of arguments for us.
+    """
+
+    tensors_required = 0
+
+    def __init__(self, sampler: Sampler, entering: Callable[[], None]) -> None:
+        self._sampler = sampler
+        self._entering: Callable[[], None] | None = entering
+
+    @property
+    def do_processing(self) -> bool:
+        """Whether this step has a row to work on; if not, the object is not called."""
+        return self._sampler.active
+
+    def check_kwargs(self, kwargs: dict[str, Any]) -> None:
+        """A request's arguments: its plan, which is ours."""
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        """There are no tensors to fill."""
+
+    def prepare_tensor_args(self, requests_in_batch: Sequence[Any], arg_storage: torch.Tensor) -> torch.Tensor:
+        """Before the model runs: whose rows are coming."""
+        if self._entering is not None:
+            self._entering()
+            self._entering = None
+        plans = []
+        for request in requests_in_batch:
+            plan = request.state.logit_processor_kwargs["plan"]
+            plan.steps += 1
+            if request.has_new_token:
+                plans.append(plan)
+        self._sampler.prepare(plans)
+        return arg_storage
+
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, logits_processor_args: torch.Tensor
+    ) -> torch.Tensor:
+        """The scores with each row's choice made the most likely token. ``scores`` is ours to change."""
+        chosen = self._sampler.choose(scores)
+        return scores.scatter_(1, chosen.unsqueeze(-1), torch.inf)

@@ -1,0 +1,228 @@
+"""What generates: the contract between the engine and the two ways of running a model.
+
+Rule: a runner is built, started and closed on the engine's worker thread; what else the engine asks of it is quick and
+comes from the server thread. It generates on threads of its own, which tell of their work by hops to the server's loop;
+the ``Listener`` is called on the server thread only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from lmbridge.engines.transformers.options import ModelOptions
+from lmbridge.engines.transformers.sampling import Plan
+from lmbridge.standing import where_is
+
+EXIT_GRACE = 5.0
+"""Seconds that the end of the process waits for a model that is loading, or for a step under way."""
+TINY_MODEL = 4_000_000
+"""Parameters below which a second thread costs more than it does: waiting for each other takes longer than the work."""
+NO_LIMIT = 1 << 20
+"""Tokens of prompt and answer together for a model that states no limit of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Where a runner reports to, on the server thread.
+
+    Attributes:
+        on_tokens: a request's key, all tokens of its answer so far, whether the last of them ends it.
+        on_failure: a request's key and what ended it; the others go on.
+        on_end: the runner cannot go on, and why.
+    """
+
+    on_tokens: Callable[[str, Sequence[int], bool], None]
+    on_failure: Callable[[str, BaseException], None]
+    on_end: Callable[[BaseException], None]
+
+
+class Runner(ABC):
+    """A model that generates for many requests.
+
+    Attributes:
+        name: what users call this way of running.
+        room: the most tokens, prompt and answer together, that one request may have.
+        capacity: how many tokens the cache holds for all requests together.
+        page: the cache is given out in pieces of so many tokens.
+    """
+
+    name: ClassVar[str]
+    room: int
+    capacity: int
+    page: int = 1
+
+    @abstractmethod
+    def start(self, loop: asyncio.AbstractEventLoop, listener: Listener) -> None:
+        """Begin to take requests; ``listener`` hears of them on ``loop``. A daemon thread must call."""
+
+    def proved(self) -> None:  # noqa: B027 - there may be nothing to do
+        """The self-check has been passed, or is not asked for: from now on requests are users' own."""
+
+    @abstractmethod
+    def add(self, key: str, prompt: list[int], budget: int, stop_ids: Sequence[int], plan: Plan) -> None:
+        """Begin a request of at most ``budget`` new tokens."""
+
+    @abstractmethod
+    def cancel(self, key: str) -> None:
+        """Free what the request holds, within two more steps. Nothing need be told of it."""
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """Runs of the model so far."""
+
+    @abstractmethod
+    def where(self) -> str:
+        """Where the generation thread stands, in a few words. Any thread."""
+
+    @abstractmethod
+    def halt(self, timeout: float) -> bool:
+        """Stop generating and telling; False if a step does not end within ``timeout`` seconds."""
+
+    @abstractmethod
+    def close(self, timeout: float) -> bool:
+        """Halt and let go of the model; False if a step does not end within ``timeout`` seconds."""
+
+
+class Witness:
+    """Watches the model's runs by hooks that torch documents: how many there were, who is in one, how one failed.
+
+    Written by generation threads, read by anyone; each attribute is set in one step.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.steps = 0
+        self.error: BaseException | None = None  # what the last run that failed has raised
+        self._inside: tuple[int, float] | None = None  # the thread that is in a run, and since when
+        self._hooks = (
+            model.register_forward_pre_hook(self._enter),
+            model.register_forward_hook(self._leave, always_call=True),
+        )
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self.error = None
+
+    def where(self) -> str:
+        """Which step is under way since when, and where in the code; "" between steps."""
+        inside = self._inside
+        if inside is None:
+            return ""
+        thread, since = inside
+        return f"step {self.steps} began {time.monotonic() - since:.1f} s ago and stands in {where_is(thread)}"
+
+    def _enter(self, model: Any, inputs: Any) -> None:
+        self.steps += 1
+        self._inside = threading.get_ident(), time.monotonic()
+
+    def _leave(self, model: Any, inputs: Any, output: Any) -> None:
+        self._inside = None
+        raised = sys.exc_info()[1]  # torch calls the hook while it handles what the run raised
+        if raised is not None:
+            self.error = raised
+
+
+# ------------------------------------------------------------------------------------------- what both runners work out
+
+
+def context_of(model: Any, options: ModelOptions) -> int | None:
+    """The most tokens of prompt and answer that model and options allow; None where neither states a limit."""
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "max_seq_len", "seq_length", "n_positions")
+    stated = next(
+        (limit for name in names if isinstance(limit := getattr(config, name, None), int) and limit > 0), None
+    )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if stated is not None and rope.get("rope_type") in ("linear", "dynamic"):
+        stated = int(
+            stated * rope.get("factor", 1.0)
+        )  # these state what the model was trained on, the others the whole
+    return min((limit for limit in (stated, options.max_context) if limit), default=None)
+
+
+def rope_kind(model: Any) -> str:
+    """How positions are scaled: ``default``, ``dynamic``, ``longrope`` …; the worst of a model with several."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type")} | {part.get("rope_type") for part in rope.values() if isinstance(part, dict)}
+    return next((kind for kind in ("dynamic", "longrope") if kind in kinds), "default")
+
+
+def thread_count(model: Any, options: ModelOptions) -> int | None:
+    """How many threads torch should use in a step; None for its own choice."""
+    tiny = model.device.type == "cpu" and model.num_parameters() < TINY_MODEL
+    return options.threads or (1 if tiny else None)
+
+
+def use_threads(count: int | None) -> None:
+    """Have torch use so many threads for what the calling thread computes.
+
+    torch keeps the number for each thread, but takes the last one set for threads to come, hence one sets it back.
+    """
+    usual = torch.get_num_threads()
+    if count is not None and count != usual:
+        torch.set_num_threads(count)
+        restorer = threading.Thread(target=torch.set_num_threads, args=(usual,), daemon=True)
+        restorer.start()
+        restorer.join()
+
+
+# --------------------------------------------------------------------------------------------------- the process's end
+
+_generating: set[Runner] = set()  # single operations on a set are atomic; so too below
+_loading: set[threading.Event] = set()
+_leaving = threading.Event()
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """While a model loads, the end of the process waits for it."""
+    loaded = threading.Event()
+    _loading.add(loaded)
+    try:
+        yield
+    finally:
+        _loading.discard(loaded)
+        loaded.set()
+
+
+def generating(runner: Runner) -> None:
+    """The runner is about to compute in daemon threads, which must be still before the interpreter goes.
+
+    Raises:
+        RuntimeError: the interpreter is ending; nothing may begin to compute.
+    """
+    if _leaving.is_set():
+        raise RuntimeError("The interpreter is ending.")
+    _generating.add(runner)
+
+
+def still(runner: Runner) -> None:
+    """The runner computes no more."""
+    _generating.discard(runner)
+
+
+@atexit.register
+def _end_threads() -> None:
+    """An interpreter that ends while a daemon thread is inside torch aborts the process (before Python 3.14).
+
+    It runs before a bridge's own end, since this module is imported later, and hence is quiet about requests in flight.
+    """
+    _leaving.set()
+    end = time.monotonic() + EXIT_GRACE
+    for loaded in list(_loading):
+        loaded.wait(max(0.0, end - time.monotonic()))
+    for runner in list(_generating):
+        runner.halt(EXIT_GRACE)

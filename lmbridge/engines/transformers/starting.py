@@ -1,0 +1,226 @@
+"""How an engine comes to a runner that is right: the model loaded, put on one, proved, or else put on the next.
+
+Rule: imported once an engine starts. Everything in ``Start`` runs on the engine's worker thread, except ``proof`` (what
+it asks is asked on the server thread), ``let_go``, ``succeeded`` and ``error``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import logging
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from lmbridge.engines.text import Vocabulary
+from lmbridge.engines.transformers import library
+from lmbridge.engines.transformers.encoding import PromptEncoder
+from lmbridge.engines.transformers.loading import Loaded, free_memory, load, with_defaults
+from lmbridge.engines.transformers.options import ModelOptions
+from lmbridge.engines.transformers.paged import PagedRunner, unfit
+from lmbridge.engines.transformers.plain import PlainRunner
+from lmbridge.engines.transformers.proof import Proof
+from lmbridge.engines.transformers.runner import Runner, context_of, loading
+from lmbridge.engines.transformers.sampling import Plan
+from lmbridge.errors import EngineStartError
+from lmbridge.messages import GenerationConfig
+
+logger = logging.getLogger("lmbridge")
+
+CLOSE_TIMEOUT = 5.0
+"""Seconds to wait at the end for a step that is still running."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One way of running the model."""
+
+    name: str
+    build: Callable[[Any, ModelOptions], Runner]
+
+
+@dataclass(frozen=True)
+class Core:
+    """A model on its runner, and what a request needs of them."""
+
+    runner: Runner
+    encoder: PromptEncoder
+    vocabulary: Vocabulary
+    eos: frozenset[int]
+    defaults: dict[str, Any]
+    device: str
+    dtype: str
+
+    def describe(self) -> str:
+        """Where and how it runs."""
+        return f"{self.device}, {self.dtype}, {self.runner.name}"
+
+    def with_defaults(self, config: GenerationConfig) -> GenerationConfig:
+        """The request's settings, with the model author's where it samples and gives none."""
+        return with_defaults(config, self.defaults)
+
+    def plan(self, config: GenerationConfig) -> Plan:
+        """How the request's tokens are to be chosen."""
+        return Plan(config)
+
+    def free_share(self, held: Sequence[int]) -> float:
+        """The share of the cache that is free while requests hold so many tokens each."""
+        page = self.runner.page
+        return max(0.0, 1.0 - sum(-(-tokens // page) * page for tokens in held) / self.runner.capacity)
+
+
+class Start:
+    """Loads one model and tries runners on it.
+
+    Attributes:
+        proof: what a runner has to show; None where no check was asked for.
+    """
+
+    def __init__(self, options: ModelOptions, label: str) -> None:
+        self._options = options
+        self._label = label
+        self._loaded: Loaded | None = None
+        self._runner: Runner | None = None  # kept at once: whoever waits for it may be cancelled
+        self._faults: list[str] = []
+        self._cause: BaseException | None = None
+        self.proof: Proof | None = None
+
+    def load(self) -> list[Attempt]:
+        """Load the model; the ways of running it that are worth trying, best first."""
+        try:
+            with loading():
+                loaded = self._loaded = load(self._options)
+                if self._options.self_check:
+                    room = context_of(loaded.model, self._options)
+                    self.proof = Proof.of(loaded.model, loaded.tokenizer, loaded.attention, room)
+        except BaseException as error:
+            for link in _chain(error):
+                _clear(link)
+            raise
+        return self._attempts(loaded)
+
+    def build(self, attempt: Attempt) -> Core:
+        """Put the model on a runner, which is not started yet.
+
+        Raises:
+            Exception: it cannot be.
+        """
+        loaded = self._loaded
+        assert loaded is not None
+        with loading():
+            runner = self._runner = attempt.build(loaded.model, self._options)
+        size = loaded.model.get_input_embeddings().weight.shape[0]
+        return Core(
+            runner,
+            PromptEncoder(loaded.tokenizer, size),
+            Vocabulary(loaded.tokenizer),
+            loaded.eos,
+            loaded.defaults,
+            str(loaded.model.device),
+            str(loaded.model.dtype).removeprefix("torch."),
+        )
+
+    def failed(self, attempt: Attempt, fault: str) -> None:
+        """Take the model off a runner that did not pass."""
+        self._faults.append(f"{attempt.name}: {fault}")
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.close(CLOSE_TIMEOUT)
+        loaded = self._loaded
+        if loaded is not None and loaded.attention is not None:
+            loaded.model.set_attn_implementation(loaded.attention)
+        free_memory()
+
+    def succeeded(self, attempt: Attempt) -> None:
+        """Say how the model runs."""
+        assert self._runner is not None
+        self._runner.proved()
+        if self._faults:
+            logger.warning("%s runs %s. %s", self._model_name(), attempt.name, " ".join(self._faults))
+        else:
+            logger.info("%s runs %s.", self._model_name(), attempt.name)
+
+    def error(self) -> EngineStartError:
+        """Why there is no runner."""
+        error = EngineStartError(
+            f"transformers {library.installed()} does not run {self._model_name()} as the model itself says: "
+            f"{'; '.join(self._faults)}. Try another version of transformers, or runner='plain' where it was not tried."
+        )
+        error.__cause__ = self._cause
+        return error
+
+    def unload(self, death: BaseException | None) -> None:
+        """Free everything. ``death``: what ended the runner, whose traceback may hold the model."""
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.close(CLOSE_TIMEOUT)
+        self._loaded = self.proof = None
+        del runner
+        if death is not None:
+            self.let_go(death)
+        free_memory()
+
+    def let_go(self, error: BaseException) -> str:
+        """What the error says, once it holds the model no more: callers will hold the error.
+
+        Its traceback goes, not only what the frames hold: torch's frames around hooks hold the model by their code.
+        """
+        self._cause = error
+        for link in _chain(error):
+            _clear(link)
+            link.__traceback__ = None
+        gc.collect()
+        return str(error) or repr(error)
+
+    def _attempts(self, loaded: Loaded) -> list[Attempt]:
+        options = self._options
+        plain = [Attempt("plain", PlainRunner)]
+        if options.self_check:
+            whole = functools.partial(PlainRunner, chunked=False)
+            one_by_one = functools.partial(PlainRunner, chunked=False, interleaved=False)
+            plain += [Attempt("plain, each prompt whole", whole), Attempt("plain, each request whole", one_by_one)]
+        if options.runner == "plain":
+            return plain
+        why = unfit(loaded.model, options)
+        paged = [] if why else self._paged(loaded)
+        if why:
+            self._faults.append(f"paged: {why}.")
+        return paged if options.runner == "paged" else [*paged, *plain]
+
+    def _paged(self, loaded: Loaded) -> list[Attempt]:
+        own = self._options.attn_implementation is None and loaded.attention == "sdpa"
+        theirs = Attempt("paged", PagedRunner)
+        if not own or loaded.model.device.type != "cpu":
+            return [theirs]
+        if not library.attention_fits():
+            self._faults.append(f"transformers {library.installed()} has changed what lmbridge's attention needs.")
+            return [theirs]
+        return [
+            Attempt("paged", functools.partial(PagedRunner, own_attention=True)),
+            Attempt("paged, with transformers' attention", PagedRunner),
+        ]
+
+    def _model_name(self) -> str:
+        model = self._loaded.model if self._loaded is not None else None
+        return f"The model {self._label} ({type(model).__name__})"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def _clear(error: BaseException) -> None:
+    """Empty the frames that the error's traceback leads to."""
+    for outer, _ in traceback.walk_tb(error.__traceback__):
+        frame: FrameType | None = outer
+        with contextlib.suppress(RuntimeError):  # this one is still running
+            while frame is not None:
+                frame.clear()
+                frame = frame.f_back
