@@ -49,7 +49,8 @@ class Health:
     Attributes:
         state: as ``Bridge.state``; requests are served while it is ``ready``, and kept while it is ``starting`` or
             ``restarting``.
-        reason: why it is ``restarting`` or ``failed``; else "".
+        reason: why it is ``restarting`` or ``failed``, or since when a ``ready`` engine has made no progress and where
+            it stands; else "".
         waiting: requests that wait for the engine.
         running: requests in the engine.
         restarts: how often a dead engine has been followed by a new one.
@@ -77,7 +78,8 @@ class Bridge(Verbs):
         max_pending: how many requests may wait for the engine.
         max_pending_per_client: how many of them may be one client's.
         when_full: ``"block"`` has callers wait for room up to their deadline, ``"reject"`` raises QueueFullError.
-        stall_timeout: an engine that has work and says nothing for this many seconds is taken for dead; None trusts it.
+        stall_timeout: an engine that has work and says nothing for this many seconds is taken for dead; a request that
+            it leaves lying for as long while it goes on with others fails alone. None trusts it.
         engine_options: the engine's own options.
 
     Raises:
@@ -229,6 +231,12 @@ class Bridge(Verbs):
         server = self._host.running()
         seat = None if server is None else server.seat  # one read: the server thread may replace it
         return frozenset() if seat is None else seat.engine.supports
+
+    def describe(self) -> str:
+        """The model, its engine and how it runs there; the model alone while there is no engine. Never blocks."""
+        server = self._host.running()
+        seat = None if server is None else server.seat  # one read: the server thread may replace it
+        return self._host.label if seat is None else seat.engine.describe()
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """Each token's own text, as tables of log-probabilities show it; "" where the engine cannot tell."""

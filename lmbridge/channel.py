@@ -7,9 +7,11 @@ not one per engine step.
 Theory of operation:
 
 1. A channel serves one consumer at a time: a thread in a call, the dispatcher of futures, or another event loop.
-2. Nobody awaits ``requests.async_q.get()``: each put would cost a ``call_soon_threadsafe`` and a task. A put rings the
-   one doorbell of all channels instead, and the loop drains them with ``get_nowait``.
-3. Tokens are hints. Whoever gets one looks at the call it names, so a late, double or foreign token does no harm.
+2. Nobody awaits a queue: each put would cost a ``call_soon_threadsafe`` and a task. A put rings the one doorbell of all
+   channels instead, and the loop drains them without waiting.
+3. Both ends use janus' sync side: without a bound a put never blocks there, and the async side binds itself to its
+   first loop, where ours may have to outlive a loop that is stuck and was left behind.
+4. Tokens are hints. Whoever gets one looks at the call it names, so a late, double or foreign token does no harm.
 """
 
 from __future__ import annotations
@@ -17,16 +19,42 @@ from __future__ import annotations
 import _thread
 import asyncio
 import threading
-from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
 import janus
 
 from lmbridge.call import Call
+from lmbridge.errors import MissingDependencyError
 from lmbridge.relay import Relay
 
 T = TypeVar("T")
+TRIED = "2.0.0"  # versions of janus; setup.cfg has the bounds
+LOCKS = ("_sync_mutex", "_sync_not_empty", "_sync_not_full", "_sync_tasks_done")  # all that a janus queue has
+
+
+def _check_janus() -> None:
+    """See that the locks of a janus queue are those that are exchanged here.
+
+    Raises:
+        MissingDependencyError: they are not, so a Ctrl-C at the wrong moment could leave one held for good.
+    """
+    kinds = (type(threading.Lock()), _thread.RLock, threading.Condition)
+    try:
+        _ = janus.SyncQueueEmpty, janus.SyncQueueShutDown
+        found = {name for name, value in vars(janus.Queue()).items() if isinstance(value, kinds)}
+        changes = [f"Queue.{name} is {'new' if name in found else 'gone'}" for name in sorted(found ^ set(LOCKS))]
+    except Exception as error:  # an older one needs a running loop, and has no shutdown
+        changes = [f"{type(error).__name__}: {error}"]
+    if changes:
+        raise MissingDependencyError(
+            f"janus {getattr(janus, '__version__', '(of no version)')} is not as lmbridge knows it "
+            f"({', '.join(changes)}), so its queues could lock up for good. Use a version that was tried ({TRIED}): "
+            "pip install 'janus>=2.0,<2.1'; or a newer lmbridge."
+        )
+
+
+_check_janus()
 Empty = janus.SyncQueueEmpty
 Closed = janus.SyncQueueShutDown
 
@@ -83,29 +111,16 @@ class _Condition(_thread.RLock):  # type: ignore[misc]  # final in typeshed only
 
 
 class _Queue(janus.Queue[T]):
-    """A janus queue, unbounded, whose sync side is safe to interrupt and whose async side never waits.
+    """A janus queue, unbounded, whose sync side is safe to interrupt.
 
-    It sets janus 2's attributes itself rather than have janus make six conditions nobody waits on: a tenth of the time
-    and of the memory. A test fails when a newer janus has others.
+    Its locks are exchanged for one of ours, by names that janus does not document; nothing else of it is touched.
     """
 
     def __init__(self, relay: Relay | None = None) -> None:
-        self._maxsize = 0
-        self._is_shutdown = False
-        self._unfinished_tasks = 0
-        self._queue = deque()
-        self._put_internal = self._queue.append  # type: ignore[assignment, method-assign]
-        self._get = self._queue.popleft  # type: ignore[method-assign]
-        self._qsize = self._queue.__len__  # type: ignore[method-assign]
-        self._sync_mutex = self._sync_not_empty = self._sync_not_full = _Condition(relay)  # type: ignore[assignment]
-        self._sync_not_empty_waiting = self._sync_not_full_waiting = self._sync_tasks_done_waiting = 0
-        self._async_not_empty_waiting = self._async_not_full_waiting = self._async_tasks_done_waiting = 0
-        self._sync_queue = janus._SyncQueueProxy(self)
-        self._async_queue = janus._AsyncQueueProxy(self)
-
-    # janus asks for the running loop to refuse a second one; ours may have to outlive a loop that is stuck and was left
-    # behind. So the question is answered by the cheapest function there is, and the answer is not looked at.
-    _get_loop = staticmethod(threading.get_ident)  # type: ignore[assignment]
+        super().__init__()
+        lock = _Condition(relay)
+        for name in LOCKS:  # not by way of __dict__, which would make every later look at the queue slower
+            setattr(self, name, lock)
 
 
 class Channel:
@@ -119,7 +134,7 @@ class Channel:
             None: forever); raises ``Empty`` when none came, ``Closed`` when none can come.
     """
 
-    __slots__ = ("requests", "replies", "bell", "send", "wait", "_take", "_reply", "__weakref__")
+    __slots__ = ("requests", "replies", "bell", "send", "wait", "_sent", "_take", "_reply", "__weakref__")
 
     def __init__(self, bell: Doorbell | None = None, relay: Relay | None = None) -> None:
         self.requests: _Queue[Call] = _Queue()
@@ -128,8 +143,9 @@ class Channel:
         # janus' own methods, called as they are: a call of ours around each would be a tenth of a request's cost.
         self.send = self.requests.sync_q.put
         self.wait = self.replies.sync_q.get
-        self._take = self.requests.async_q.get_nowait
-        self._reply = self.replies.async_q.put_nowait
+        self._sent = self.requests.sync_q.qsize
+        self._take = self.requests.sync_q.get
+        self._reply = self.replies.sync_q.put
 
     # --- the caller's end: any thread but the server's ---
 
@@ -146,11 +162,11 @@ class Channel:
 
     def take(self) -> Call | None:
         """The next call that was sent."""
-        if not self.requests._queue:
+        if not self._sent():
             return None
         try:
-            return self._take()
-        except (janus.AsyncQueueEmpty, janus.AsyncQueueShutDown):
+            return self._take(False)
+        except (Empty, Closed):
             return None
 
     def signal(self, call: Call) -> None:
@@ -163,7 +179,7 @@ class Channel:
         call.signalled = True
         try:
             self._reply(call)
-        except janus.AsyncQueueShutDown:
+        except Closed:
             return
         if self.bell is not None:
             self.bell.ring()

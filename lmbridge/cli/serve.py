@@ -154,6 +154,7 @@ def configuration(arguments: argparse.Namespace) -> dict[str, Any]:
 def log_to_stderr(arguments: argparse.Namespace) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("lmbridge").setLevel(logging.CRITICAL)  # while it loads, a failure is the command's own last line
+    logging.getLogger("lmbridge.loading").setLevel(logging.INFO)
     if arguments.access_log:
         logging.getLogger("lmbridge.access").setLevel(logging.INFO)
     if arguments.log_prompts:

@@ -21,7 +21,7 @@ from lmbridge.errors import LMBridgeError
 if TYPE_CHECKING:
     from lmbridge.bridge import Bridge
 
-MODEL_HELP = "a folder, a hub id, or demo, the bundled model (the default)"
+MODEL_HELP = "a folder, a .gguf file, a hub id, or demo, the bundled model (the default)"
 DEBUG = "LMBRIDGE_TRACEBACK"  # the environment variable that lets errors through with their traceback
 
 
@@ -66,6 +66,21 @@ def quiet_libraries() -> None:
         warnings.simplefilter("ignore")
 
 
+class _Notes(logging.Handler):
+    """Shows what loading has to say; ``sys.stderr`` is looked up each time, since the spinner replaces it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        complain(record.getMessage())
+
+
+def show_notes() -> None:
+    """Show what loading has to say, as lines on stderr: that a hub is asked, that a model runs the slow way."""
+    notes = logging.getLogger("lmbridge.loading")
+    notes.setLevel(logging.INFO)
+    if not notes.handlers:
+        notes.addHandler(_Notes())
+
+
 # --- the model ---
 
 
@@ -104,6 +119,7 @@ def loaded(arguments: argparse.Namespace, *, quiet: bool = False) -> Iterator[Br
     from lmbridge.bridge import Bridge
 
     quiet_libraries()
+    show_notes()
     bridge = Bridge(arguments.model, engine=arguments.engine, **dict(arguments.options))
     try:
         _load(bridge, str(arguments.model), quiet)

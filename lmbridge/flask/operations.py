@@ -83,7 +83,8 @@ def _states(models: Models) -> dict[str, dict[str, str]]:
     found = {}
     for name in models.names():
         health = models.bridge(name).health()
-        found[name] = {"state": health.state, "reason": health.reason}
+        engine = models.bridge(name).describe()
+        found[name] = {"state": health.state, "reason": health.reason, "engine": engine}
     return found
 
 

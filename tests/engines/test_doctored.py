@@ -63,7 +63,7 @@ def test_a_renamed_call_leaves_the_engine_slower_not_dead(
     """The first command of a new user would end in an AttributeError of some thread."""
     monkeypatch.delattr(ContinuousBatchingManager, "register_result_handler")
     assert runs(llama, reference) == "plain"
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "lmbridge"]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "lmbridge.loading"]
     assert "runs plain" in line
     assert "ContinuousBatchingManager.register_result_handler" in line
 

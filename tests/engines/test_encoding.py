@@ -572,14 +572,19 @@ def test_counting_ends_when_it_is_enough() -> None:
     seen = 0
 
     class Message(dict[str, str]):
-        def values(self) -> Any:
+        def __len__(self) -> int:
             nonlocal seen
             seen += 1
-            return super().values()
+            return super().__len__()
+
+    class Unread(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            raise AssertionError("read")
 
     messages = [Message(role="user", content="a" * 100) for _ in range(10_000)]
     assert characters(messages, 20_000) > 20_000
     assert seen < 200
+    assert characters([{"role": "user", "content": Unread([1] * 50_000)}], 20_000) > 20_000
     encoder = PromptEncoder(byte_level_tokenizer(), PLENTY, 1000)
     assert encoder.at_once(messages) is None
     assert seen < 400

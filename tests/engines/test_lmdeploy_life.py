@@ -23,6 +23,7 @@ if importlib.util.find_spec("lmdeploy") is None:  # one that is installed and ca
     pytest.skip("needs LMDeploy; .ci/run installs it without a GPU", allow_module_level=True)
 
 from lmbridge import Bridge, EngineDeadError, RequestTimeoutError
+from lmbridge.engines import parts
 from lmbridge.engines.lmdeploy import LMDeployEngine, library
 from lmbridge.errors import EngineStartError, MissingDependencyError
 from tests.engines.conftest import Answer

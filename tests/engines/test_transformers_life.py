@@ -19,9 +19,7 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from lmbridge.engines import engine_class, engine_factory
-from lmbridge.engines.transformers import TransformersEngine
-from lmbridge.engines.transformers import engine as module
-from lmbridge.engines.transformers import library
+from lmbridge.engines.transformers import TransformersEngine, encoding, library
 from lmbridge.errors import (
     EngineDeadError,
     EngineError,
@@ -369,7 +367,7 @@ def test_a_prompt_longer_than_the_room_states_both(llama: str) -> None:
 
 def test_long_prompts_leave_the_loop_alone_and_fail_alone(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a book is tokenised, everybody else's stream would stand still."""
-    monkeypatch.setattr(module, "INLINE_CHARACTERS", 100)
+    monkeypatch.setattr(encoding, "INLINE_CHARACTERS", 100)
 
     async def scenario() -> None:
         async with driven(llama) as driver:
@@ -513,7 +511,7 @@ def test_abort_tells_what_was_held_back(llama: str) -> None:
 
 def test_abort_while_tokenising(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long prompt given up while it is tokenised would be answered all the same."""
-    monkeypatch.setattr(module, "INLINE_CHARACTERS", 10)
+    monkeypatch.setattr(encoding, "INLINE_CHARACTERS", 10)
 
     async def scenario() -> None:
         async with driven(llama) as driver:

@@ -1,7 +1,14 @@
 """The transformers engine, file by file as a prompt passes.
 
-``engine`` takes the request, ``encoding`` makes tokens of it, ``continuous`` has the model generate, ``attention`` and
-``sampling`` are the parts of a step that are ours, ``running`` keeps what is known of one answer.
+1. ``engine`` takes the request; ``encoding`` makes tokens of its prompt, and ``length`` refuses one that cannot fit.
+2. A runner has the model generate: ``paged``, by transformers' continuous batching, or ``plain``, by its ``generate``;
+   ``runner`` is what they have in common.
+3. ``sampling`` says how each token is chosen, and ``choosing`` is the tensor program that does it. ``processor`` and
+   ``attention`` are the seams by which they reach into the packed batch.
+4. ``running`` keeps what is known of one answer.
+
+Before that, ``starting`` brings model and runner together: ``library`` looks at transformers, ``hub`` and ``loading``
+load the model as ``options`` say, ``proof`` has it prove itself.
 
 Rule: importing this package loads neither torch nor transformers.
 """

@@ -194,6 +194,7 @@ def _reached(scores: torch.Tensor, weights: torch.Tensor, aims: torch.Tensor) ->
     """
     bits = scores.view(torch.int32)
     keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # in the order of the scores
+    aims = aims.contiguous()  # searchsorted warns of anything else
     found = torch.full_like(keys[:, :1], -1024)  # the lowest key's first eleven bits
     for shift, count, further in ((21, 2048, 2048), (10, 2048, 1024), (0, 1024, 1)):
         top = found + count
@@ -215,7 +216,7 @@ def _leading(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
         return values.topk(count)
     groups = size // width
     whole = groups * width
-    best = values[:, :whole].reshape(-1, width, groups).amax(1).topk(count, sorted=False).indices
+    best = values[:, :whole].reshape(values.shape[0], width, groups).amax(1).topk(count, sorted=False).indices
     tokens = (best.unsqueeze(-1) + torch.arange(0, whole, groups)).flatten(1)
     tokens = torch.cat([tokens, torch.arange(whole, size).expand(values.shape[0], -1)], -1)
     found, places = values.gather(-1, tokens).topk(count)
@@ -231,7 +232,7 @@ def draw(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     width = 1 << round(math.log2(size) / 2)
     whole = size - size % width
     exact = None if probabilities.device.type == "cpu" else torch.double  # the order of sums varies on other devices
-    blocks = probabilities[:, :whole].reshape(-1, whole // width, width).sum(-1, dtype=exact)
+    blocks = probabilities[:, :whole].reshape(probabilities.shape[0], whole // width, width).sum(-1, dtype=exact)
     if whole < size:
         blocks = torch.cat([blocks, probabilities[:, whole:].sum(-1, keepdim=True, dtype=exact)], -1)
     block, share = fall(blocks.double(), numbers)

@@ -26,8 +26,8 @@ INLINE_CHARACTERS = 8_000
 INLINE_IDS = 100_000
 """So many token ids are checked at once; it takes about four milliseconds."""
 RENDERED_CHARACTERS = 5_000_000
-"""Up to this many characters, a prompt that will probably not fit is put through the chat template at once, to refuse it:
-about two milliseconds for each million."""
+"""Up to this many characters, a prompt that will probably not fit is put through the chat template at once, so that it
+can be refused: about two milliseconds for each million."""
 RENDERED_MESSAGES = 256
 """And up to this many messages: about one millisecond."""
 

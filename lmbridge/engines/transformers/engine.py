@@ -14,19 +14,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmbridge.engines.base import Engine, EngineThread, Sink, engine_error
-from lmbridge.engines.models import find_model
+from lmbridge.engines.models import announce, find_model
 from lmbridge.engines.text import Piece, TextStream
-from lmbridge.engines.transformers.encoding import characters
 from lmbridge.engines.transformers.options import ModelOptions
 from lmbridge.engines.transformers.running import Running
-from lmbridge.errors import EngineDeadError, LMBridgeError, PromptTooLongError, UnsupportedOptionError
+from lmbridge.errors import EngineDeadError, LMBridgeError, UnsupportedOptionError
 from lmbridge.messages import Delta, FinishReason, GenerationConfig, Request
 
 if TYPE_CHECKING:
     from lmbridge.engines.transformers.starting import Core, Start
-
-INLINE_CHARACTERS = 8_000
-"""A prompt of up to this many characters is tokenised at once; it takes about two milliseconds."""
 
 
 class TransformersEngine(Engine):
@@ -188,10 +184,10 @@ class TransformersEngine(Engine):
             EngineDeadError: the engine takes no requests any more.
         """
         core = self._alive()
-        prompt = request.prompt
         running = self._new_running(request, sink, core)
-        if characters(prompt) <= INLINE_CHARACTERS:
-            self._submit(running, core.encoder.encode(prompt, request.raw))
+        token_ids = core.encoder.at_once(request.prompt, request.raw)
+        if token_ids is not None:
+            self._submit(running, token_ids)
             return
         self._remember(running)
         task = self._loop.create_task(self._encode_and_submit(running))
@@ -256,11 +252,16 @@ class TransformersEngine(Engine):
         self._keys[running.request.id] = running.key
 
     async def _encode_and_submit(self, running: Running) -> None:
-        """A long prompt. The request may be aborted while the worker thread is at it."""
+        """A long prompt. The request may be aborted while the worker thread is at it, or before."""
+
+        def encode() -> list[int] | None:
+            wanted = running.key in self._requests and self._core is not None
+            return self._alive().encoder.encode(running.request.prompt, running.request.raw) if wanted else None
+
         try:
-            ids = await self._thread.run(self._alive().encoder.encode, running.request.prompt, running.request.raw)
-            if running.key in self._requests:
-                self._submit(running, ids)
+            token_ids = await self._thread.run(encode)
+            if token_ids is not None and running.key in self._requests:
+                self._submit(running, token_ids)
         except LMBridgeError as error:
             self._fail(running, error)
         except Exception as cause:
@@ -268,18 +269,10 @@ class TransformersEngine(Engine):
 
     def _submit(self, running: Running, token_ids: list[int]) -> None:
         core = self._alive()
-        room = core.runner.room
-        left = room - len(token_ids)
-        if left < 1:
-            raise PromptTooLongError(
-                f"The prompt has {len(token_ids)} tokens; there is room for {room}, one of them for the answer. "
-                "Shorten it, or raise max_context or cache_share where the model allows it.",
-                param="prompt",
-            )
         running.prompt_tokens = len(token_ids)
         running.plan.prompt = token_ids
         self._remember(running)
-        budget = min(running.request.config.max_new_tokens, left)
+        budget = min(running.request.config.max_new_tokens, core.runner.room - len(token_ids))
         core.runner.add(running.key, token_ids, budget, sorted(running.stop_ids), running.plan)
 
     # ---------------------------------------------------------------------------------- news from the generation thread
@@ -370,6 +363,7 @@ def _memory(device: str) -> float:
 
 def _begin(options: ModelOptions, label: str) -> Start:
     """On the worker thread: import what takes long to import."""
+    announce(options.model)
     from lmbridge.engines.transformers import library
 
     library.import_library()

@@ -107,9 +107,10 @@ def import_library() -> None:
     _refuse(list(missing_parameters(PLAIN)))
 
 
-def check_batching() -> None:
-    """Raise EngineStartError, which names what is missing, unless transformers batches as we know it."""
-    _refuse(list(_missing_batching()))
+def batching_faults() -> str:
+    """What transformers lacks of what batching needs, in a sentence; or ""."""
+    missing = list(_missing_batching())
+    return _complaint(missing) if missing else ""
 
 
 def check_manager(manager: Any) -> None:
@@ -132,10 +133,14 @@ def _missing_batching() -> Iterator[str]:
 
 def _refuse(missing: list[str]) -> None:
     if missing:
-        raise EngineStartError(
-            f"transformers {installed()} lacks what this engine relies on: {', '.join(missing)}. It was tried with "
-            f"transformers {TRIED}; install that, or a newer lmbridge: {PIP}"
-        )
+        raise EngineStartError(_complaint(missing))
+
+
+def _complaint(missing: list[str]) -> str:
+    return (
+        f"transformers {installed()} lacks what this engine relies on: {', '.join(missing)}. It was tried with "
+        f"transformers {TRIED}; install that, or a newer lmbridge: {PIP}"
+    )
 
 
 @contextlib.contextmanager

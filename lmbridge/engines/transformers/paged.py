@@ -11,7 +11,6 @@ is known, which a repetition penalty needs.
 from __future__ import annotations
 
 import asyncio
-import gc
 import importlib
 import logging
 import math
@@ -70,12 +69,12 @@ class PagedRunner(Runner):
             own_attention: attend by ``attention`` rather than as transformers does.
 
         Raises:
-            EngineStartError: transformers lacks what the runner relies on.
+            EngineStartError: transformers keeps its logits processors elsewhere.
             Exception: what transformers raises for a model it cannot batch, or when there is too little memory.
         """
-        library.check_batching()
         self._model = model
-        self._sampler = Sampler(_vocabulary(model), options.max_batch_size, model.device)
+        self._size = _vocabulary(model)
+        self._sampler = Sampler(self._size, options.max_batch_size, model.device)
         self._threads = thread_count(model, options)
         self._plans: dict[str, tuple[Plan, Sequence[int]]] = {}  # with the stop ids; server thread only, as the next
         self._failed: deque[tuple[float, str, str]] = deque()  # when to believe it, key, why
@@ -119,8 +118,9 @@ class PagedRunner(Runner):
         The manager never lets go of the handler of a request that it was told to cancel, only of one that has ended.
         """
         plan, stop_ids = self._plans.get(key, (None, ()))
-        if plan is not None and plan.position and stop_ids:
-            plan.end = stop_ids[0]
+        end = next((token for token in stop_ids if token < self._size), None)  # callers may name what there is not
+        if plan is not None and plan.position and end is not None:
+            plan.end = end
         else:
             self._plans.pop(key, None)
             self._manager.cancel_request(key)
@@ -147,7 +147,6 @@ class PagedRunner(Runner):
         self._witness.close()
         self._plans.clear()
         self._manager = self._model = None
-        gc.collect()
         return ended
 
     # ---------------------------------------------------------------------------------------------------- server thread

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -110,7 +109,6 @@ class PlainRunner(Runner):
         self._witness.close()
         self._jobs.clear()
         self._model = None
-        gc.collect()
         return ended
 
     # ----------------------------------------------------------------------------------------------- a request's thread

@@ -169,14 +169,20 @@ class Sampler:
     def compute(self, scores: torch.Tensor) -> Choice:
         """What of ``choose`` is tensors alone. On a GPU it may stand in a CUDA graph, one for each ``parts``."""
         raw = scores.to(self._device, torch.float)
-        rows = raw.shape[0]
-        settings, factors = self._settings[:rows], self._factors[:rows]
+        settings, moment, factors = self.buffers(raw.shape[0])
         run = _choose_on_cpu if self._device.type == "cpu" else choose
-        choice = run(raw, settings, self._moment[:rows], factors, self.parts)
+        choice = run(raw, settings, moment, factors, self.parts)
         if self.parts.penalty:
             tokens = choice.tokens.clamp(max=self._size - 1).unsqueeze(-1)  # a forced one may be of no token
             factors.scatter_(1, tokens, settings[:, PENALTY : PENALTY + 1].float())
         return choice
+
+    def buffers(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What ``choosing.choose`` reads beside the scores, for the first rows: settings, moment, factors.
+
+        The same memory in every step, but for the factors that a first penalty makes room for.
+        """
+        return self._settings[:rows], self._moment[:rows], self._factors[:rows]
 
     # ------------------------------------------------------------------------------------------------------------ seats
 

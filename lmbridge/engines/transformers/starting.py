@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from lmbridge.errors import EngineStartError
 from lmbridge.messages import GenerationConfig
 
 logger = logging.getLogger("lmbridge")
+notes = logging.getLogger("lmbridge.loading")  # what a command shows, too
 
 CLOSE_TIMEOUT = 5.0
 """Seconds to wait at the end for a step that is still running."""
@@ -116,7 +116,7 @@ class Start:
         size = loaded.model.get_input_embeddings().weight.shape[0]
         return Core(
             runner,
-            PromptEncoder(loaded.tokenizer, size),
+            PromptEncoder(loaded.tokenizer, size, runner.room),
             Vocabulary(loaded.tokenizer),
             loaded.eos,
             loaded.defaults,
@@ -126,7 +126,7 @@ class Start:
 
     def failed(self, attempt: Attempt, fault: str) -> None:
         """Take the model off a runner that did not pass."""
-        self._faults.append(f"{attempt.name}: {fault}")
+        self._faults.append(f"{attempt.name}: {fault.rstrip('.')}.")
         runner, self._runner = self._runner, None
         if runner is not None:
             runner.close(CLOSE_TIMEOUT)
@@ -140,7 +140,7 @@ class Start:
         assert self._runner is not None
         self._runner.proved()
         if self._faults:
-            logger.warning("%s runs %s. %s", self._model_name(), attempt.name, " ".join(self._faults))
+            notes.warning("%s runs %s. %s", self._model_name(), attempt.name, " ".join(self._faults))
         else:
             logger.info("%s runs %s.", self._model_name(), attempt.name)
 
@@ -148,7 +148,7 @@ class Start:
         """Why there is no runner."""
         error = EngineStartError(
             f"transformers {library.installed()} does not run {self._model_name()} as the model itself says: "
-            f"{'; '.join(self._faults)}. Try another version of transformers, or runner='plain' where it was not tried."
+            f"{' '.join(self._faults)} Use another version of transformers, or runner='plain' where it was not tried."
         )
         error.__cause__ = self._cause
         return error
@@ -173,7 +173,6 @@ class Start:
         for link in _chain(error):
             _clear(link)
             link.__traceback__ = None
-        gc.collect()
         return str(error) or repr(error)
 
     def _attempts(self, loaded: Loaded) -> list[Attempt]:
@@ -185,10 +184,10 @@ class Start:
             plain += [Attempt("plain, each prompt whole", whole), Attempt("plain, each request whole", one_by_one)]
         if options.runner == "plain":
             return plain
-        why = unfit(loaded.model, options)
-        paged = [] if why else self._paged(loaded)
+        why = library.batching_faults() or unfit(loaded.model, options)
         if why:
-            self._faults.append(f"paged: {why}.")
+            self._faults.append(f"paged: {why.rstrip('.')}.")
+        paged = [] if why else self._paged(loaded)
         return paged if options.runner == "paged" else [*paged, *plain]
 
     def _paged(self, loaded: Loaded) -> list[Attempt]:

@@ -113,11 +113,11 @@ def test_ready_loads_and_tells(app: Flask) -> None:
     assert bridge_of(app).state == "new"
     answer = client.get("/ready")
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
-    assert told(answer)["models"] == {"first": {"state": "starting", "reason": ""}}
+    assert told(answer)["models"] == {"first": {"state": "starting", "reason": "", "engine": "one"}}
     gate.set()
     wait_until(app, "ready")
     assert told(client.get("/ready")) == {
-        "ready": True, "draining": False, "models": {"first": {"state": "ready", "reason": ""}},
+        "ready": True, "draining": False, "models": {"first": {"state": "ready", "reason": "", "engine": "scripted"}},
     }  # fmt: skip
     models_of(app).close()
     answer = client.get("/ready")
