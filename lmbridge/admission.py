@@ -98,7 +98,7 @@ class Gate:
         deadline = call.request.deadline
         try:
             await asyncio.wait_for(woken.wait(), None if deadline is None else deadline - time.monotonic())
-        except asyncio.TimeoutError:
+        except TimeoutError:
             pass
         except BaseException:
             self._forget(call)

@@ -330,7 +330,7 @@ async def _start(engine: Engine) -> None:
 async def _close(engine: Engine) -> None:
     try:
         await asyncio.wait_for(engine.close(), CLOSE_GRACE)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         logger.warning("The engine %s did not close within %.0f s; it is left behind.", engine.name, CLOSE_GRACE)
     except Exception:
         logger.exception("The engine %s failed while closing.", engine.name)

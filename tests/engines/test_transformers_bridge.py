@@ -103,7 +103,8 @@ def test_a_token_that_the_model_does_not_have_costs_its_caller_only(llama: str, 
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
-    tokenizer.add_tokens([f"[added {number}]" for number in range(10)], special_tokens=True)  # the model has 7 rows more
+    more = [f"[added {number}]" for number in range(10)]  # the model has rows for seven
+    tokenizer.add_tokens(more, special_tokens=True)
     transformers.AutoModelForCausalLM.from_pretrained(llama).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with Bridge(str(tmp_path), device="cpu", timeout=PATIENCE) as bridge:

@@ -328,7 +328,7 @@ def test_the_cache_takes_a_small_part_of_a_cpus_memory(llama: str) -> None:
         (5, "A prompt is"),
         ([{"role": "user"}], "'role' and 'content'"),
         ([{"content": "hi"}], "'role' and 'content'"),
-        ([{"role": "user", "content": 3}], "text or a list of text parts"),
+        ([{"role": "user", "content": 3}], "string or a list of text parts"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "text parts"),
         ([{"role": "forbidden", "content": "hi"}], "no such role"),
         ("\ud800", "Unicode"),
@@ -383,7 +383,7 @@ def test_long_prompts_leave_the_loop_alone_and_fail_alone(llama: str, monkeypatc
             monkeypatch.setattr(core.encoder, "encode", watched)
             long = driver.add("long " * 40, max_new_tokens=3)
             conversation = driver.add([{"role": "user", "content": "long " * 40}], max_new_tokens=3)
-            too_long = driver.add("too long " * 400)
+            too_long = driver.add("é" * 400)  # two tokens each
             short = driver.add("short", max_new_tokens=3)
             assert driver.stat("in_flight") == 4
             await driver.all([short, long, conversation, too_long])
@@ -483,6 +483,22 @@ def test_abort_of_what_is_finished_or_unknown_is_ignored(llama: str) -> None:
             driver.abort(answer)
             driver.engine.abort_request("nobody")
             assert [delta.finish_reason for delta in answer.deltas][-1] == "length"
+
+    asyncio.run(scenario())
+
+
+def test_abort_of_one_whose_ending_token_does_not_exist(llama: str, reference: Any) -> None:
+    """A caller's stop_token_ids of another model would kill the engine when he leaves."""
+
+    async def scenario() -> None:
+        async with driven(llama) as driver:
+            other = driver.add([1, 2, 3], max_new_tokens=100)
+            answer = await driver.add([4], max_new_tokens=400, ignore_eos=True, stop_token_ids=[10**6]).first()
+            driver.abort(answer)
+            assert (await other.wait()).token_ids == generate(reference, [1, 2, 3], 100)
+            await driver.ask([1], max_new_tokens=2)
+            assert driver.holders == set()
+            assert driver.deaths == []
 
     asyncio.run(scenario())
 

@@ -187,7 +187,7 @@ def bench_bridge(bridge: Bridge, arguments: argparse.Namespace) -> int:
 
 def new_result(arguments: argparse.Namespace, label: str, ignore_eos: bool, prompts_by: str) -> Result:
     settings = {name: value for name, value in vars(arguments).items() if name not in HIDDEN}
-    began = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     settings["options"] = dict(arguments.options)
     return Result({**settings, "ignore_eos": ignore_eos, "prompts_by": prompts_by}, label, began)
 

@@ -56,12 +56,13 @@ class Proof:
         size = model.get_input_embeddings().weight.shape[0]
         longest = LONGEST if room is None else max(1, min(LONGEST, room - TOKENS))
         prompts = [_ids(tokenizer, text, size)[:longest] for text in TEXTS]
-        if attention is not None:
+        eager = attention is not None and not _eager_is_wrong(model)
+        if eager:
             model.set_attn_implementation("eager")
         try:
             expected = [_answer(model, prompt) for prompt in prompts]
         finally:
-            if attention is not None:
+            if eager:
                 model.set_attn_implementation(attention)
         return cls(prompts, expected, FINE if model.dtype.itemsize >= 4 else COARSE)
 
@@ -128,6 +129,12 @@ def _request(number: int, prompt: list[int]) -> Request:
         created=time.monotonic(),
         context=contextvars.copy_context(),
     )
+
+
+def _eager_is_wrong(model: Any) -> bool:
+    """Falcon's eager attention adds an ALiBi bias twice (transformers 5.24)."""
+    config = model.config.get_text_config()
+    return config.model_type == "falcon" and bool(getattr(config, "alibi", False))
 
 
 def _answer(model: Any, prompt: list[int]) -> list[torch.Tensor]:

@@ -177,11 +177,15 @@ class Start:
 
     def _attempts(self, loaded: Loaded) -> list[Attempt]:
         options = self._options
-        plain = [Attempt("plain", PlainRunner)]
-        if options.self_check:
-            whole = functools.partial(PlainRunner, chunked=False)
-            one_by_one = functools.partial(PlainRunner, chunked=False, interleaved=False)
-            plain += [Attempt("plain, each prompt whole", whole), Attempt("plain, each request whole", one_by_one)]
+        whole = functools.partial(PlainRunner, chunked=False)
+        one_by_one = functools.partial(PlainRunner, chunked=False, interleaved=False)
+        plain = [
+            Attempt("plain", PlainRunner),
+            Attempt("plain, each prompt whole", whole),
+            Attempt("plain, each request whole", one_by_one),
+        ]
+        if not options.self_check:  # who would notice a model that cannot be read in pieces?
+            plain = plain[1:2]
         if options.runner == "plain":
             return plain
         why = library.batching_faults() or unfit(loaded.model, options)
