@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from lmbridge.engines.transformers.sampling import Sampler
+from lmbridge.errors import UnsupportedOptionError
 from tests.engines.conftest import BYTES, EOS, Brake, driven, generate, save_model
 
 PROMPTS = [[5, 9, 200], [7] * 40, list(range(1, 130)), [250, 3], list(range(200, 20, -1)), [77]]
@@ -473,5 +474,30 @@ def test_a_batch_of_greedy_requests_never_enters_the_sampler(llama: str, monkeyp
             monkeypatch.setattr(Sampler, "choose", refuse)
             answers = await driver.all([driver.add(prompt, max_new_tokens=5) for prompt in PROMPTS])
             assert [answer.reason for answer in answers] == ["length"] * len(PROMPTS)
+
+    asyncio.run(scenario())
+
+
+def test_the_sampler_of_a_cuda_graph_chooses_the_same_tokens(llama: str) -> None:
+    """Answers would change when graphs are switched on; here on a CPU, where only the sampler runs as in a graph."""
+    settings: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.3, "random_seed": 1},
+        {"temperature": 1.5, "top_k": 9, "random_seed": 2},
+        {"top_p": 0.7, "temperature": 2.0, "random_seed": 3},
+        {"min_p": 0.1, "repetition_penalty": 1.3, "random_seed": 4},
+        {"repetition_penalty": 1.5},
+    ]
+
+    async def tokens(graphs: bool) -> list[list[int]]:
+        async with driven(llama, cuda_graphs=graphs) as driver:
+            answers = [driver.add([number, 4, 2], max_new_tokens=25, **each) for number, each in enumerate(settings)]
+            return [answer.token_ids for answer in await driver.all(answers)]
+
+    async def scenario() -> None:
+        assert await tokens(True) == await tokens(False)
+        async with driven(llama, cuda_graphs=True) as driver:
+            with pytest.raises(UnsupportedOptionError, match="cuda_graphs=False"):
+                driver.add([1], logprobs=2)
 
     asyncio.run(scenario())

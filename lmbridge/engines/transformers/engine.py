@@ -152,7 +152,9 @@ class TransformersEngine(Engine):
                 core = self._core = await self._thread.run(start.build, attempt)
                 listener = Listener(self._on_tokens, self._on_failure, self._on_end)
                 await self._thread.run(core.runner.start, self._loop, listener)
-                return await start.proof.ask(self.add_request) if start.proof is not None else ""
+                if start.proof is None:
+                    return ""
+                return await start.proof.ask(self.add_request, logprobs=not self._options.cuda_graphs)
         except Exception as cause:
             fault = start.let_go(cause)
             if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":

@@ -74,7 +74,7 @@ class PagedRunner(Runner):
         """
         self._model = model
         self._size = _vocabulary(model)
-        self._sampler = Sampler(self._size, options.max_batch_size, model.device)
+        self._sampler = Sampler(self._size, options.max_batch_size, model.device, static=options.cuda_graphs)
         self._threads = thread_count(model, options)
         self._plans: dict[str, tuple[Plan, Sequence[int]]] = {}  # with the stop ids; server thread only, as the next
         self._failed: deque[tuple[float, str, str]] = deque()  # when to believe it, key, why

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from lmbridge.engines.transformers import library
-from lmbridge.engines.transformers.sampling import Sampler
+from lmbridge.engines.transformers.sampling import Plan, Sampler
+from lmbridge.messages import GenerationConfig
 
 
 def install(manager: Any, sampler: Sampler, entering: Callable[[], None]) -> None:
@@ -46,6 +47,7 @@ class _Processors:
     def __init__(self, sampler: Sampler, entering: Callable[[], None]) -> None:
         self._sampler = sampler
         self._entering: Callable[[], None] | None = entering
+        self._nobody = Plan(GenerationConfig())  # of requests that transformers makes up to record a step
 
     @property
     def do_processing(self) -> bool:
@@ -65,7 +67,7 @@ class _Processors:
             self._entering = None
         plans = []
         for request in requests_in_batch:
-            plan = request.state.logit_processor_kwargs["plan"]
+            plan = request.state.logit_processor_kwargs.get("plan", self._nobody)
             plan.steps += 1
             if request.has_new_token:
                 plans.append(plan)

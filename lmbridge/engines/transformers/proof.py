@@ -66,25 +66,29 @@ class Proof:
                 model.set_attn_implementation(attention)
         return cls(prompts, expected, FINE if model.dtype.itemsize >= 4 else COARSE)
 
-    async def ask(self, add: Callable[[Request, Sink], None]) -> str:
+    async def ask(self, add: Callable[[Request, Sink], None], logprobs: bool = True) -> str:
         """Send the prompts the way that every request goes; what is wrong with the answers, or "".
+
+        Args:
+            logprobs: ask for them; without them only the tokens are compared.
 
         Raises:
             Exception: a request failed.
         """
         answers = [_Answer() for _ in self.prompts]
         for number, (prompt, answer) in enumerate(zip(self.prompts, answers, strict=True)):
-            add(_request(number, prompt), answer.sink)
+            add(_request(number, prompt, logprobs), answer.sink)
         wholes = await asyncio.wait_for(asyncio.gather(*(answer.whole for answer in answers)), PATIENCE)
-        faults = (self._fault(expected, whole) for expected, whole in zip(self.expected, wholes, strict=True))
-        return next((fault for fault in faults if fault), "")
+        for expected, whole in zip(self.expected, wholes, strict=True):
+            if not whole.token_ids or (logprobs and whole.logprobs is None):
+                return "no tokens came" if not whole.token_ids else "no log-probabilities came"
+            if fault := self._fault(expected, whole):
+                return fault
+        return ""
 
     def _fault(self, expected: list[torch.Tensor], answer: Delta) -> str:
-        if not answer.token_ids or answer.logprobs is None:
-            return "no tokens came"
-        for place, (logprobs, token, found) in enumerate(
-            zip(expected, answer.token_ids, answer.logprobs, strict=False)
-        ):
+        likely: list[Logprobs] = answer.logprobs or [{} for _ in answer.token_ids]
+        for place, (logprobs, token, found) in enumerate(zip(expected, answer.token_ids, likely, strict=False)):
             apart = _apart(logprobs, token, found)
             if not apart <= self.tolerance:  # not a number is a fault too
                 return f"log-probabilities of token {place + 1} are {apart:.3g} from the model's own"
@@ -116,8 +120,10 @@ class _Answer:
             self.whole.set_result(join_deltas(self._deltas))
 
 
-def _request(number: int, prompt: list[int]) -> Request:
-    config = GenerationConfig(max_new_tokens=TOKENS, ignore_eos=True, logprobs=LIKELY, skip_special_tokens=False)
+def _request(number: int, prompt: list[int], logprobs: bool) -> Request:
+    config = GenerationConfig(
+        max_new_tokens=TOKENS, ignore_eos=True, logprobs=LIKELY if logprobs else None, skip_special_tokens=False
+    )
     return Request(
         id=f"self-check-{number}",
         prompt=prompt,

@@ -115,13 +115,16 @@ class Sampler:
         """
         Args:
             rows: the most plans that a step is prepared for.
-            static: make room for the penalties at once (4 bytes per row and token), rather than once one is asked for.
+            static: run every part in every step but log-probabilities, on tensors made at once (4 bytes per row and
+                token for the penalties), as a CUDA graph needs that replays what it has recorded.
         """
         device = torch.device(device)
         self.steps = 0
         self.parts = Parts()
         self._device = torch.device("cpu") if device.type == "mps" else device  # it has no double precision
         self._size = vocabulary_size
+        self._static = static
+        self._every = Parts(True, True, vocabulary_size, True, True, True, True)
         self._seats: list[weakref.ref[Plan]] = []  # whose settings the rows hold
         self._needed = self._ending = False
         self._settings = self._buffer(rows, len(SETTINGS), 1.0)
@@ -131,7 +134,7 @@ class Sampler:
     @property
     def active(self) -> bool:
         """Whether the step prepared has a row that must not simply get its most likely token."""
-        return self._needed or self._ending
+        return self._static or self._needed or self._ending
 
     def prepare(self, plans: Sequence[Plan]) -> None:
         """Before a step: row i of the coming scores belongs to ``plans[i]``. Counts the token that it will choose.
@@ -193,7 +196,7 @@ class Sampler:
         self._seat_histories(plans)
         self._seats = [weakref.ref(plan) for plan in plans]
         self._needed = any(plan.needed for plan in plans)
-        self.parts = _parts(plans, self._size if self._device.type != "cpu" else None)
+        self.parts = self._every if self._static else _parts(plans, self._size if self._device.type != "cpu" else None)
         self._settings.fill_(1.0)  # rows without a plan penalize nothing
         if plans:
             self._settings[: len(plans)] = torch.tensor(
