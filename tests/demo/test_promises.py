@@ -41,7 +41,7 @@ class Workshop:
         """Have the model call ``act`` before each forward from now on."""
         core = self.engines[-1]._core
         assert core is not None
-        model: Any = core._model
+        model: Any = core.runner._model  # type: ignore[attr-defined]
         forward = model.forward
 
         def faulty(*args: Any, **kwargs: Any) -> Any:

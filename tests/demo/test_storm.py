@@ -29,7 +29,7 @@ class FailingEngine(TransformersEngine):
     async def start(self) -> None:
         await super().start()
         assert self._core is not None
-        model: Any = self._core._model
+        model: Any = self._core.runner._model  # type: ignore[attr-defined]
         forward = model.forward
         steps = iter(range(10**9))
 
