@@ -1,7 +1,7 @@
 """Every architecture of the table answers as ``generate`` does, alone and in a crowd, on the runner that is stated.
 
-One of them: ``python -m pytest tests/architectures -k mistral``. The documentation's table is written anew by
-``LMBRIDGE_WRITE_TABLE=1 python -m pytest tests/architectures``.
+One of them: ``python -m pytest -m long tests/architectures -k mistral``. The documentation's table is written anew by
+``LMBRIDGE_WRITE_TABLE=1 python -m pytest -m long tests/architectures``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tests.architectures import table
 from tests.architectures.asking import LEAST_MARGIN, PATIENCE, PROMPTS, answers_without, expected, observe
 from tests.architectures.models import ARCHITECTURES, REFUSED, Architecture, Refused, save, save_refused
 
+pytestmark = pytest.mark.long
 SPECIAL = [architecture for architecture in ARCHITECTURES if architecture.without]
 
 

@@ -190,6 +190,21 @@ def test_flat_distributions_need_more_than_the_head() -> None:
         assert not bool(weights(flat, [plan(**fields)], HEAD)[1])
 
 
+def test_top_p_next_to_one_keeps_everything() -> None:
+    """A share that rounding puts out of reach would leave no token to draw."""
+    raw = scores(50, spread=1.0)
+    assert bool((ours(raw, [plan(top_p=1 - 1e-14)] * 50) > 0).all())
+
+
+def test_rows_without_filters_do_not_ask_for_a_second_try() -> None:
+    """Each step of a greedy request beside one with top_p would be computed twice."""
+    plans = [greedy(), plan(), plan(top_p=0.5)]
+    rows, parts = arguments(plans, VOCABULARY)
+    assert 0 < parts.head < VOCABULARY
+    moment = torch.tensor([(0.5, -1)] * 3, dtype=torch.double)
+    assert choose(scores(3), rows, moment, scores(3), parts).enough.tolist() == [True] * 3
+
+
 def test_a_flat_row_among_others_gets_what_it_gets_from_the_whole_vocabulary() -> None:
     """A row whose head was too small would keep the token found in vain, or get a neighbour's."""
     raw = scores(6, size=5000)
@@ -235,7 +250,7 @@ def test_a_penalty_stays_with_its_request_wherever_its_row_is() -> None:
     """A request would forget what it has said, or be told what another has, when others come and go."""
     raw = scores(3)
     prompts = {name: [int(token)] for name, token in zip("abc", raw.argmax(-1), strict=True)}
-    plans = {name: greedy(prompts[name], repetition_penalty=3.0) for name in "abc"}
+    plans = {name: greedy(list(prompts[name]), repetition_penalty=3.0) for name in "abc"}
     sampler = Sampler(VOCABULARY, 4)
     plain = greedy()
     for batch in ("ab", "ba", "b", "xbca", "cx", "abc", "c", "ab"):
@@ -568,16 +583,17 @@ def test_the_program_is_exported_whole(head: int) -> None:
 
 
 def test_a_recorded_step_serves_later_requests() -> None:
-    """A CUDA graph would read the settings of requests long gone."""
+    """A CUDA graph would read the settings of requests long gone, or have recorded a part of the program only."""
     sampler = Sampler(VOCABULARY, 4, static=True)
-    kinds = MIXED[3], {"temperature": 2.0}, {"repetition_penalty": 2.0}, MIXED[6]
-    sampler.prepare([plan(range(9), random_seed=1, **fields) for fields in kinds])
-    parts = sampler.parts._replace(head=VOCABULARY)
-    buffers = sampler.buffers(4)
-    for seed in range(4):
-        kinds = *kinds[1:], kinds[0]
-        plans = [plan(range(9), random_seed=seed, **fields) for fields in kinds]
-        sampler.prepare(plans)
+    sampler.prepare([])  # as while a manager warms up
+    assert sampler.active
+    buffers, parts = sampler.buffers(4), sampler.parts
+    kinds: list[dict[str, Any]] = [MIXED[3], {"temperature": 2.0}, {"repetition_penalty": 2.0}, MIXED[6]]
+    kinds += [{"do_sample": False}, MIXED[1], {"min_p": 0.2, "repetition_penalty": 1.5}]
+    for seed in range(6):
+        kinds = [*kinds[1:], kinds[0]]
         raw = scores(4, seed)
-        recorded_tokens = choose(raw, *buffers, parts).tokens.tolist()
-        assert recorded_tokens == sampler.choose(raw).tolist()
+        mine, others = ([plan([3, 4], **{"random_seed": seed, **fields}) for fields in kinds[:4]] for _ in range(2))
+        sampler.prepare(mine)
+        found = choose(raw, *buffers, parts).tokens.tolist()
+        assert found == sampler.choose(raw).tolist() == step(Sampler(VOCABULARY, 4), others, raw)

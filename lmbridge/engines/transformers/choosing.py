@@ -144,18 +144,18 @@ def filtered(scores: torch.Tensor, settings: torch.Tensor, total: torch.Tensor |
     """
     temperature, top_k, top_p, min_p = settings[:, :4].unsqueeze(-1).unbind(1)
     weights = ((scores.double() - scores.amax(-1, keepdim=True).double()) / temperature).exp()
-    left = weights * (weights >= min_p)
+    kept = weights >= min_p
     if parts.limits:
         last = _reached(scores, torch.ones_like(weights), top_k).masked_fill(top_k == 0, -torch.inf)
         limited = scores >= last
-        left, weights = left * limited, weights * limited
+        kept, weights = kept & limited, weights * limited
     if parts.cuts:
         own = weights.sum(-1, keepdim=True)
         aims = top_p * (own if total is None else torch.where(top_k > 0, own, total))
         # rounding must not put the aim out of reach
         nucleus = _reached(scores, weights, torch.minimum(aims, own * (1 - 2.0**-40)))
-        left = left * (scores >= nucleus.masked_fill(top_p >= 1, -torch.inf))
-    return left
+        kept = kept & (scores >= nucleus.masked_fill(top_p >= 1, -torch.inf))
+    return weights * kept
 
 
 def filtered_head(
@@ -218,7 +218,8 @@ def _leading(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
     whole = groups * width
     best = values[:, :whole].reshape(values.shape[0], width, groups).amax(1).topk(count, sorted=False).indices
     tokens = (best.unsqueeze(-1) + torch.arange(0, whole, groups)).flatten(1)
-    tokens = torch.cat([tokens, torch.arange(whole, size).expand(values.shape[0], -1)], -1)
+    if whole < size:
+        tokens = torch.cat([tokens, torch.arange(whole, size).expand(values.shape[0], -1)], -1)
     found, places = values.gather(-1, tokens).topk(count)
     return found, tokens.gather(-1, places)
 

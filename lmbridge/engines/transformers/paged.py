@@ -153,6 +153,8 @@ class PagedRunner(Runner):
 
     def _deliver(self, output: Any) -> None:
         """One request's output of one step."""
+        if self._halted:
+            return
         key: str = output.request_id
         finished: bool = output.is_finished()
         plan, _ = self._plans.get(key, (None, ()))

@@ -120,11 +120,11 @@ class Sampler:
         """
         device = torch.device(device)
         self.steps = 0
-        self.parts = Parts()
         self._device = torch.device("cpu") if device.type == "mps" else device  # it has no double precision
         self._size = vocabulary_size
         self._static = static
         self._every = Parts(True, True, vocabulary_size, True, True, True, True)
+        self.parts = self._every if static else Parts()
         self._seats: list[weakref.ref[Plan]] = []  # whose settings the rows hold
         self._needed = self._ending = False
         self._settings = self._buffer(rows, len(SETTINGS), 1.0)
@@ -149,7 +149,7 @@ class Sampler:
             self._seat(plans)
         ends = [plan.end for plan in plans]  # read once: the server thread may set one at any time
         self._ending = any(end is not None for end in ends)
-        if self.active:
+        if plans and self.active:
             moment = [(plan.number(), -1 if end is None else end) for plan, end in zip(plans, ends, strict=True)]
             self._moment[: len(plans)] = torch.tensor(moment, dtype=torch.double)
         for plan in plans:
@@ -197,11 +197,9 @@ class Sampler:
         self._seats = [weakref.ref(plan) for plan in plans]
         self._needed = any(plan.needed for plan in plans)
         self.parts = self._every if self._static else _parts(plans, self._size if self._device.type != "cpu" else None)
-        self._settings.fill_(1.0)  # rows without a plan penalize nothing
         if plans:
-            self._settings[: len(plans)] = torch.tensor(
-                [plan.settings(self._size) for plan in plans], dtype=torch.double
-            )
+            settings = [plan.settings(self._size) for plan in plans]
+            self._settings[: len(plans)] = torch.tensor(settings, dtype=torch.double)
 
     def _seat_histories(self, plans: Sequence[Plan]) -> None:
         """Give each row the penalties of its new plan; a plan that has left its row takes its own along."""
@@ -272,10 +270,10 @@ def _parts(plans: Sequence[Plan], whole: int | None) -> Parts:
 def _choose_on_cpu(
     scores: torch.Tensor, settings: torch.Tensor, moment: torch.Tensor, factors: torch.Tensor, parts: Parts
 ) -> Choice:
-    """As many rows at once as fit the caches."""
+    """As many rows at once as fit the caches, if any part makes tensors as large as the scores."""
     rows, size = scores.shape
     many = max(_AT_ONCE // size, 1)
-    if rows <= many or not (parts.drawn or parts.open):  # the others make no large tensors
+    if rows <= many or not (parts.drawn or parts.open or parts.penalty or parts.logprobs >= 0):
         return _choose_until_enough(scores, settings, moment, factors, parts)
     several = []
     for start in range(0, rows, many):
