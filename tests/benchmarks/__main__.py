@@ -18,7 +18,7 @@ RUNS = [
     ["main_job"],
     ["http_servers"],
     ["http_peers"],
-    ["engine_speed", "--tokens", "100", "--candidates", "bridge,manager,lock,static-8,static-32,serve"],
+    ["engine_speed", "--tokens", "100", "--candidates", "bridge,bridge-sdpa,manager,lock,static-8,static-32,serve"],
 ]
 
 

@@ -3,17 +3,20 @@
 Candidates, in turn, medians of the rounds, ratios within each round:
 
 - bridge: a thread a prompt calls ``bridge.infer``
+- bridge-sdpa: the same with transformers' own attention; the distance to the bridge is what lmbridge's is worth
 - streams: a thread a prompt reads ``bridge.stream`` to its end
 - engine: the engine on a loop of its own; no thread is crossed and no bridge there
 - manager: transformers' continuous batching as it comes, driven by one thread
-- manager-same: the same with our attention, page size, chunk size and torch threads; what is left of the difference to
-  the bridge is what we cost
+- manager-same: the same with our attention, page and chunk size, torch threads and inference mode; what is left of the
+  difference to the bridge is what we cost
 - lock: a thread a prompt calls ``model.generate`` behind a lock
 - static-N: ``model.generate`` on N prompts at a time, filled up on the left
 - serve: a process of ``transformers serve --continuous-batching`` on this machine, a thread a prompt reading its stream
   of chat completions
 
-Each says how many of its answers equal those of ``model.generate`` on one prompt after the other.
+Each says how many of its answers equal those of ``model.generate`` on one prompt after the other, and the CPU time that
+this process spent on them: on a machine that others use too it tells more than the clock, between candidates with as
+many torch threads (a second one waits for work by spinning).
 
 Run: ``python -m tests.benchmarks.engine_speed [--rounds 5] [--prompts 32] [--tokens 400] [--threads 1]
 [--hidden 512] [--candidates bridge,manager,…]``
@@ -42,10 +45,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation import ContinuousBatchingConfig
 
 from lmbridge import Bridge, GenerationConfig
-from lmbridge.engines.transformers import attention, continuous
+from lmbridge.engines.transformers import attention
+from lmbridge.engines.transformers.options import ModelOptions
+from lmbridge.engines.transformers.paged import CPU_CHUNK, CPU_PAGE
+from lmbridge.engines.transformers.runner import thread_count, use_threads
 from tests.benchmarks.engine_models import model_folder
 from tests.benchmarks.main_job import Locked, Native, make_prompts
 
@@ -55,36 +61,41 @@ Run = Callable[[list[str]], list[str]]
 
 
 class Manager:
-    """transformers' own manager, its requests added and its results taken by one thread."""
+    """transformers' own manager, its requests added and its results taken by one thread.
+
+    Args:
+        same: set up as the engine sets it up, but for the sampler.
+    """
 
     def __init__(self, path: str, locked: Locked, tokens: int, same: bool) -> None:
         self._tokenizer, self._tokens = locked.tokenizer, tokens
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        self._page = continuous.CPU_PAGE if same else 256
+        page = CPU_PAGE if same else 256
         sizes = ContinuousBatchingConfig(
-            num_blocks=64 * 1024 // self._page,  # or it takes 60 per cent of the memory of the machine
-            max_batch_tokens=continuous.CPU_CHUNK if same else None,
+            num_blocks=64 * 1024 // page,  # or it takes 60 per cent of the memory of the machine
+            max_batch_tokens=CPU_CHUNK if same else None,
             max_requests_per_batch=64,
-            page_size=self._page,
+            page_size=page,
         )
         config = transformers.GenerationConfig(do_sample=False, eos_token_id=model.generation_config.eos_token_id)
-        self._manager: Any = model.init_continuous_batching(generation_config=config, continuous_batching_config=sizes)
-        if same:
-            transformers.AttentionInterface.register(attention.NAME, attention.segment_attention)
-            model.set_attn_implementation(attention.NAME)
-            self._use_our_threads(model)
-        self._manager.warmup()
-        self._manager.start()
+        with torch.inference_mode(same):
+            self._manager: Any = model.init_continuous_batching(
+                generation_config=config, continuous_batching_config=sizes
+            )
+            if same:
+                attention.install(model)
+                self._use_our_threads(model, thread_count(model, ModelOptions(path)))
+            self._manager.warmup()
+            self._manager.start()
 
-    def _use_our_threads(self, model: Any) -> None:
-        run = self._manager._run_generation_loop
-        count = 1 if model.num_parameters() < continuous.TINY_MODEL else None
+    def _use_our_threads(self, model: Any, count: int | None) -> None:
+        """From the generation thread's first step on."""
 
-        def with_our_threads() -> None:
-            continuous._use_threads(count)
-            run()
+        def enter(*_: Any) -> None:
+            hook.remove()
+            use_threads(count)
 
-        self._manager._run_generation_loop = with_our_threads
+        hook = model.register_forward_pre_hook(enter)
 
     def run(self, prompts: list[str]) -> list[str]:
         ids = [encode(self._tokenizer, prompt) for prompt in prompts]
@@ -92,6 +103,8 @@ class Manager:
         left, found = set(keys), {}
         while left:
             result = self._manager.get_result(timeout=1)
+            if result is None and not self._manager.is_running():
+                raise RuntimeError("The manager's generation thread has ended.")
             if result is not None and result.is_finished():
                 left.discard(result.request_id)
                 found[result.request_id] = result.generated_tokens
@@ -203,11 +216,12 @@ def encode(tokenizer: Any, prompt: str) -> list[int]:
 def build(name: str, path: str, locked: Locked, arguments: argparse.Namespace, stack: contextlib.ExitStack) -> Run:
     """The candidate of that name, closed with the stack."""
     config = GenerationConfig(max_new_tokens=arguments.tokens)
-    if name in ("bridge", "streams"):
-        bridge = stack.enter_context(Bridge(path))
-        if name == "bridge":
-            return functools.partial(in_threads, lambda prompt: bridge.infer(prompt, config).text)
-        return functools.partial(in_threads, lambda prompt: "".join(d.text for d in bridge.stream(prompt, config)))
+    if name in ("bridge", "bridge-sdpa", "streams"):
+        attention_name = "sdpa" if name == "bridge-sdpa" else None
+        bridge = stack.enter_context(Bridge(path, runner="paged", attn_implementation=attention_name))
+        if name == "streams":
+            return functools.partial(in_threads, lambda prompt: "".join(d.text for d in bridge.stream(prompt, config)))
+        return functools.partial(in_threads, lambda prompt: bridge.infer(prompt, config).text)
     if name == "engine":
         native = stack.enter_context(contextlib.closing(Native(path)))
         return lambda prompts: native.run(prompts, config)
@@ -224,33 +238,36 @@ def build(name: str, path: str, locked: Locked, arguments: argparse.Namespace, s
     return Static(locked, arguments.tokens, int(name.removeprefix("static-"))).run
 
 
-def measure(candidates: dict[str, Run], prompts: list[str], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round of each, in an order drawn anew for each round.
+def measure(candidates: dict[str, Run], prompts: list[str], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds on the clock and of CPU time of each round of each, in an order drawn anew for each round.
 
     Nobody follows the same one always: threads of OpenMP go on spinning for a while after their work.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
     orders = random.Random(0)
     for _ in range(rounds):
         for name in orders.sample(list(candidates), len(candidates)):
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             candidates[name](prompts)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append((time.perf_counter() - start, time.process_time() - cpu))
     return seconds
 
 
-def report(seconds: dict[str, list[float]], equal: dict[str, int], prompts: int, tokens: int) -> None:
-    """Tokens a second, and the speed of the first candidate in units of each."""
+def report(seconds: dict[str, list[tuple[float, float]]], equal: dict[str, int], prompts: int, tokens: int) -> None:
+    """Tokens a second, the speed of the first candidate in units of each, CPU seconds (of this process)."""
     first = next(iter(seconds))
-    print(f"{'candidate':<14} {'tokens/s':>9} {f'speed of {first} / its (median, min, max)':>44} {'answers equal':>15}")
-    for name, values in seconds.items():
-        ratios = [value / base for value, base in zip(values, seconds[first], strict=True)]
+    heading = f"{'candidate':<14} {'tokens/s':>9} {f'speed of {first} / its (median, min, max)':>44}"
+    print(f"{heading} {'CPU s':>7} {'answers equal':>15}")
+    for name, rounds in seconds.items():
+        ratios = [mine / base for (mine, _), (base, _) in zip(rounds, seconds[first], strict=True)]
         spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} - {max(ratios):.3f})"
-        print(f"{name:<14} {tokens / statistics.median(values):9.0f} {spread:>44} {equal[name]:>8} of {prompts}")
+        rate = tokens / statistics.median(clock for clock, _ in rounds)
+        cpu = f"{statistics.median(cpu for _, cpu in rounds):.2f}" if name != "serve" else "-"
+        print(f"{name:<14} {rate:9.0f} {spread:>44} {cpu:>7} {equal[name]:>8} of {prompts}")
 
 
 def main() -> None:
-    names = "bridge,streams,engine,manager-same,manager,lock,static-8,static-32,serve"
+    names = "bridge,bridge-sdpa,streams,engine,manager-same,manager,lock,static-8,static-32,serve"
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=32)

@@ -7,7 +7,7 @@ Candidates, interleaved in one process, medians of the rounds:
 - native: one task on the engine's own loop hands it the same 32 prompts, and nobody crosses threads
 - lock: 32 threads call ``model.generate`` one after another behind a lock
 
-Run: ``python tests/benchmarks/main_job.py [--rounds 5] [--prompts 32] [--model demo]``
+Run: ``python -m tests.benchmarks.main_job [--rounds 5] [--prompts 32] [--model demo]``
 """
 
 from __future__ import annotations
