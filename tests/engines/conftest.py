@@ -251,3 +251,14 @@ def generate(model: Any, prompt: Sequence[int], count: int, **settings: Any) -> 
             torch.tensor([list(prompt)]), max_new_tokens=count, do_sample=False, pad_token_id=EOS, **settings
         )
     return [int(token) for token in whole[0][len(prompt) :]]
+
+
+@pytest.fixture(scope="session")
+def ending(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[int]]:
+    """A model that ends its greedy answer after some tokens, and that answer."""
+    folder = tmp_path_factory.mktemp("models") / "ending"
+    model = transformers.AutoModelForCausalLM.from_pretrained(save_model(folder))
+    free = generate(model, [1, 2, 3], 12)
+    model.generation_config.eos_token_id = [EOS, free[8]]
+    model.save_pretrained(folder)
+    return str(folder), free[: free.index(free[8])]

@@ -225,23 +225,13 @@ def test_stop_token_ids_end_the_answer_and_are_left_out(llama: str, reference: A
     asyncio.run(scenario())
 
 
-@pytest.fixture(scope="module")
-def ending(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[int]]:
-    """A model that ends its greedy answer after some tokens, and that answer."""
-    folder = tmp_path_factory.mktemp("models") / "ending"
-    model = transformers.AutoModelForCausalLM.from_pretrained(save_model(folder))
-    free = generate(model, [1, 2, 3], 12)
-    model.generation_config.eos_token_id = [EOS, free[8]]
-    model.save_pretrained(folder)
-    return str(folder), free[: free.index(free[8])]
-
-
-def test_the_models_own_end_tokens_end_the_answer(ending: tuple[str, list[int]]) -> None:
+@pytest.mark.parametrize("runner", ["paged", "plain"])
+def test_the_models_own_end_tokens_end_the_answer(ending: tuple[str, list[int]], runner: str) -> None:
     """An answer would run on after its end, or show the token that ends it."""
     model, expected = ending
 
     async def scenario() -> None:
-        async with driven(model) as driver:
+        async with driven(model, runner=runner) as driver:
             answer = await driver.ask([1, 2, 3], max_new_tokens=40)
             assert answer.token_ids == expected
             assert (answer.reason, answer.usage.completion_tokens) == ("stop", len(expected) + 1)
@@ -253,12 +243,13 @@ def test_the_models_own_end_tokens_end_the_answer(ending: tuple[str, list[int]])
     asyncio.run(scenario())
 
 
-def test_ignore_eos_goes_on_but_minds_stop_token_ids(ending: tuple[str, list[int]]) -> None:
+@pytest.mark.parametrize("runner", ["paged", "plain"])
+def test_ignore_eos_goes_on_but_minds_stop_token_ids(ending: tuple[str, list[int]], runner: str) -> None:
     """A measurement that needs answers of one length would not get them."""
     model, _ = ending
 
     async def scenario() -> None:
-        async with driven(model) as driver:
+        async with driven(model, runner=runner) as driver:
             answer = await driver.ask([1, 2, 3], max_new_tokens=40, ignore_eos=True)
             assert len(answer.token_ids) == 40
             assert answer.reason == "length"

@@ -19,7 +19,7 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from lmbridge.engines import engine_class, engine_factory
-from lmbridge.engines.transformers import TransformersEngine, encoding, library
+from lmbridge.engines.transformers import TransformersEngine, encoding, library, paged
 from lmbridge.errors import (
     EngineDeadError,
     EngineError,
@@ -709,5 +709,39 @@ def test_a_model_may_have_more_rows_than_its_tokenizer(tmp_path: Path) -> None:
             answer = await driver.ask([290, 299], max_new_tokens=50, temperature=50.0, random_seed=1)
             assert max(answer.token_ids) > 257
             assert len(answer.token_ids) == 50
+
+    asyncio.run(scenario())
+
+
+def test_an_abort_under_a_full_cache_leaves_the_others_served(llama: str, reference: Any) -> None:
+    """After one caller leaves, those who had lost their cache to him would wait for ever, and everybody after them."""
+
+    async def scenario() -> None:
+        async with driven(llama, num_blocks=8, page_size=16) as driver:
+            answers = [driver.add([number] * 30, max_new_tokens=90, ignore_eos=True) for number in (1, 2)]
+            while max(len(answer.deltas) for answer in answers) < 45:
+                await asyncio.sleep(0)
+            longer, other = sorted(answers, key=lambda answer: -len(answer.deltas))
+            driver.abort(longer)
+            assert (await driver.ask([3] * 5, max_new_tokens=3)).reason == "length"
+            await other.wait()
+            prompt = [answers.index(other) + 1] * 30
+            assert other.token_ids == generate(reference, prompt, 90)
+            assert driver.deaths == []
+
+    asyncio.run(scenario())
+
+
+def test_a_scheduler_that_runs_nothing_is_death(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Callers would wait beside a living thread that has forgotten them all, each until a deadline of his own."""
+    monkeypatch.setattr(paged, "WEDGED", 3)
+
+    async def scenario() -> None:
+        async with driven(llama) as driver:
+            scheduler = driver.runner._manager.batch_processor.scheduler
+            scheduler.schedule_batch = lambda *args: ([], False, 0, 0)
+            driver.add([1, 2])
+            await asyncio.wait_for(driver.died.wait(), 60)
+            assert "schedules nothing" in str(driver.deaths[0])
 
     asyncio.run(scenario())

@@ -70,10 +70,10 @@ SAMPLER = {
 ``tensors_required``."""
 
 SAMPLER_MEMBERS = {
-    f"{_BATCHING}.requests:RequestState": ("logit_processor_kwargs",),
+    f"{_BATCHING}.requests:RequestState": ("logit_processor_kwargs", "_eos_token_ids"),
     f"{_BATCHING}.requests:FutureRequestState": ("state", "has_new_token"),
 }
-"""And what the processors read of a request."""
+"""And what the processors read of a request, or add to."""
 
 ATTENTION = {
     "transformers:AttentionInterface.register": ("key", "value"),

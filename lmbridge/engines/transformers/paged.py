@@ -49,6 +49,10 @@ CLOSE_WATCH = 0.02
 """The same once a request has failed, which is how the end of the thread begins to show."""
 ALONE_AFTER = 0.5
 """Seconds after which a request that failed is taken to have failed alone, the thread being alive."""
+WEDGED = 20
+"""Looks in a row that find requests and no step, after which none is expected any more."""
+END = 0
+"""The token that ends a request from outside; any will do, since nobody is shown it."""
 CPU_PAGE, GPU_PAGE = 32, 256
 CPU_CHUNK, GPU_CHUNK = 256, 2048
 CPU_CACHE_SHARE, GPU_CACHE_SHARE = 0.1, 0.8
@@ -76,7 +80,9 @@ class PagedRunner(Runner):
         self._size = _vocabulary(model)
         self._sampler = Sampler(self._size, options.max_batch_size, model.device, static=options.cuda_graphs)
         self._threads = thread_count(model, options)
-        self._plans: dict[str, tuple[Plan, Sequence[int]]] = {}  # with the stop ids; server thread only, as the next
+        self._plans: dict[str, Plan] = {}  # of the requests inside, by key; server thread only, as the next
+        self._idle_looks = 0  # how often in a row there were requests and no step
+        self._seen = 0  # steps at the last look
         self._failed: deque[tuple[float, str, str]] = deque()  # when to believe it, key, why
         self._refused: float | None = None  # since when the manager takes no requests
         self._timer: asyncio.TimerHandle | None = None
@@ -99,7 +105,7 @@ class PagedRunner(Runner):
 
     def add(self, key: str, prompt: list[int], budget: int, stop_ids: Sequence[int], plan: Plan) -> None:
         self._manager.register_result_handler(key, self._deliver)
-        self._plans[key] = plan, stop_ids
+        self._plans[key] = plan
         added = self._manager.add_request(
             prompt,
             request_id=key,
@@ -115,12 +121,12 @@ class PagedRunner(Runner):
     def cancel(self, key: str) -> None:
         """One that decodes is ended by its own next token, others through the manager.
 
-        The manager never lets go of the handler of a request that it was told to cancel, only of one that has ended.
+        Of a request that it was told to cancel, the manager never lets go of the handler; and if others had lost their
+        cache to it, it begins none of them again. Both happen only at a request's end.
         """
-        plan, stop_ids = self._plans.get(key, (None, ()))
-        end = next((token for token in stop_ids if token < self._size), None)  # callers may name what there is not
-        if plan is not None and plan.position and end is not None:
-            plan.end = end
+        plan = self._plans.get(key)
+        if plan is not None and plan.position:
+            plan.end = END
         else:
             self._plans.pop(key, None)
             self._manager.cancel_request(key)
@@ -157,7 +163,7 @@ class PagedRunner(Runner):
             return
         key: str = output.request_id
         finished: bool = output.is_finished()
-        plan, _ = self._plans.get(key, (None, ()))
+        plan = self._plans.get(key)
         if output.error is not None:
             self._failed.append((time.monotonic() + ALONE_AFTER, key, output.error))
             self._look()
@@ -187,8 +193,21 @@ class PagedRunner(Runner):
             _, key, why = self._failed.popleft()
             if self._plans.pop(key, None) is not None:
                 self._listener.on_failure(key, RuntimeError(why))
+        self._look_for_steps()
         close = self._failed or self._refused is not None
         self._timer = self._loop.call_later(CLOSE_WATCH if close else WATCH, self._look)
+
+    def _look_for_steps(self) -> None:
+        """A scheduler that runs nothing though there are requests is dead too, however alive its thread.
+
+        Looks are counted, not seconds: a process that was stopped goes on with the same engine.
+        """
+        stands = bool(self._plans) and self.steps == self._seen and not self._witness.inside
+        self._idle_looks = self._idle_looks + 1 if stands else 0
+        self._seen = self.steps
+        if self._idle_looks > WEDGED:
+            why = f"transformers schedules nothing, though it has {len(self._plans)} requests"
+            self._listener.on_end(RuntimeError(why))
 
     def _cause(self) -> BaseException:
         """What ended the thread: the error itself where the model raised it, else what transformers wrote down."""

@@ -120,6 +120,8 @@ class PlainRunner(Runner):
                 use_threads(self._threads)
                 self._inside.job = job
                 self._generate(job)
+            if not job.finished:
+                raise RuntimeError(f"generate ended by itself after {len(job.tokens)} of {job.budget} tokens")
         except _Cancelled:
             pass
         except BaseException as error:
@@ -134,7 +136,7 @@ class PlainRunner(Runner):
                 generation_config=transformers.GenerationConfig(
                     do_sample=False,
                     max_new_tokens=job.budget,
-                    eos_token_id=job.stop_ids or None,
+                    eos_token_id=job.stop_ids or [-1],  # none at all; None would mean the model's own
                     pad_token_id=0,
                     prefill_chunk_size=self.chunk if self.chunk is not None and self.chunk < len(job.prompt) else None,
                 ),
@@ -163,8 +165,8 @@ class PlainRunner(Runner):
     def chosen(self, job: _Job, token: int) -> None:
         """The job has one more token."""
         job.tokens.append(token)
-        finished = token in job.stop_ids or len(job.tokens) >= job.budget
-        self._tell(self._on_tokens, job, job.tokens[:], finished)
+        job.finished = token in job.stop_ids or len(job.tokens) >= job.budget
+        self._tell(self._on_tokens, job, job.tokens[:], job.finished)
 
     def _tell(self, method: Any, *args: Any) -> None:
         """One hop to the loop. A loop that is closed has nobody waiting."""
@@ -194,6 +196,7 @@ class _Job:
     def __init__(self, key: str, prompt: list[int], budget: int, stop_ids: list[int], plan: Plan) -> None:
         self.key, self.prompt, self.budget, self.stop_ids, self.plan = key, prompt, budget, stop_ids, plan
         self.tokens: list[int] = []
+        self.finished = False
         self.cancelled = False
         self.thread: threading.Thread | None = None
         self.turn = threading.Semaphore(0)

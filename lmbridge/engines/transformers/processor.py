@@ -71,6 +71,8 @@ class _Processors:
             plan.steps += 1
             if request.has_new_token:
                 plans.append(plan)
+                if plan.end is not None:  # a token that ends this one request, whatever it means to others
+                    request.state._eos_token_ids.add(plan.end)
         self._sampler.prepare(plans)
         return arg_storage
 

@@ -116,6 +116,11 @@ class Witness:
             hook.remove()
         self.error = None
 
+    @property
+    def inside(self) -> bool:
+        """Whether a run is under way."""
+        return self._inside is not None
+
     def where(self) -> str:
         """Which step is under way since when, and where in the code; "" between steps."""
         inside = self._inside
