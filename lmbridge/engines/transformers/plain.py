@@ -35,6 +35,8 @@ from lmbridge.engines.transformers.sampling import Plan, Sampler
 
 CHUNK = 256
 """Tokens of a long prompt in one run, unless asked for otherwise."""
+CHECKED_REQUESTS = 2
+"""Those of the self-check, which begin together: or the first might end before it had to share the model."""
 CHECKED_CHUNK = 4
 """The same during the self-check, whose prompts are short: models that keep a state may not be read in pieces."""
 
@@ -65,7 +67,7 @@ class PlainRunner(Runner):
         self._keeps_rope = rope_kind(model) == "dynamic"
         if rope_kind(model) in ("dynamic", "longrope"):
             self.chunk = None  # its factor follows the end of what is read at once
-        self._turns = _Turns()
+        self._turns = _Turns(CHECKED_REQUESTS if options.self_check else 0)
         self._interleaved = interleaved
         self._jobs: dict[str, _Job] = {}  # server thread only
         self._inside = threading.local()  # .job: what the thread works on
@@ -207,12 +209,17 @@ class _Cancelled(BaseException):
 
 
 class _Turns:
-    """Hands the model from one request's thread to the next, in the order in which they asked."""
+    """Hands the model from one request's thread to the next, in the order in which they asked.
 
-    def __init__(self) -> None:
+    Args:
+        awaited: how many must have asked before anybody gets a turn.
+    """
+
+    def __init__(self, awaited: int) -> None:
         self._lock = threading.Lock()
         self._line: deque[_Job] = deque()  # guarded by _lock
         self._busy = False  # guarded by _lock: somebody has the turn, or is about to
+        self._awaited = awaited  # guarded by _lock
         self._free = threading.Event()  # nobody has
         self._free.set()
         self.closed = False  # nobody gets one any more
@@ -249,27 +256,38 @@ class _Turns:
     def close(self, timeout: float) -> bool:
         """Let nobody begin another run; whether the last one ends within ``timeout`` seconds."""
         self.closed = True
+        with self._lock:
+            self._awaited = 0
+            following = self._next()
+        if following is not None:  # who gets the turn now only passes it on
+            following.turn.release()
         return self._free.wait(timeout)
 
     def _take(self, job: _Job) -> None:
         with self._lock:
-            at_once = not self._busy
-            if at_once:
-                self._busy = True
-                self._free.clear()
-            else:
-                self._line.append(job)
-        if not at_once:
-            job.turn.acquire()
+            self._line.append(job)
+            self._awaited = max(0, self._awaited - 1)
+            following = self._next()
+        if following is not None:
+            following.turn.release()
+        job.turn.acquire()
         if job.cancelled or self.closed:
             self._pass_on()
             raise _Cancelled
 
+    def _next(self) -> _Job | None:
+        """Who gets the turn that nobody has. With the lock held."""
+        if self._busy or self._awaited or not self._line:
+            return None
+        self._busy = True
+        self._free.clear()
+        return self._line.popleft()
+
     def _pass_on(self) -> None:
         with self._lock:
-            following = self._line.popleft() if self._line else None
+            self._busy = False
+            following = self._next()
             if following is None:
-                self._busy = False
                 self._free.set()
         if following is not None:
             following.turn.release()
