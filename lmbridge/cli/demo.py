@@ -4,6 +4,10 @@ Eight threads ask eight different questions at once, and each streams its own
 answer; then the same threads ask one at a time behind a lock, for comparison;
 then one answer is left in the middle, and the engine stops working on it. The
 exit status is 0 only if every answer reached the thread that asked for it.
+
+The bundled model's right answers are known. Of another model, an answer has
+reached its own thread if it begins like the one that the same question got
+alone, more than like that of any other question.
 """
 
 from __future__ import annotations
@@ -24,12 +28,12 @@ if TYPE_CHECKING:
     from lmbridge.bridge import Bridge
 
 SUMMARY = "watch eight threads share one model"
-CONFIG = GenerationConfig(max_new_tokens=400)  # greedy: the same prompt gets the same answer every time
+TOKENS, OTHER_TOKENS = 400, 64  # of an answer, at most: the bundled model's, another's, which is larger
 BREAK_AFTER = 10  # tokens of the answer that is left in the middle
 SETTLED = 0.2  # seconds in which the engine's token count must not move before it is believed
 PATIENCE = 10.0  # seconds to wait for that
 
-# What each thread asks, and a word that the right answer has and no other answer here.
+# What each thread asks, and a word that the bundled model's right answer has and no other answer here.
 QUESTIONS = (
     ("Write a long story about a fox.", "fox"),
     ("What is the capital of France?", "Paris"),
@@ -56,7 +60,7 @@ class Turn:
 
     thread: str
     prompt: str
-    word: str
+    word: str | None  # that tells the right answer; None where no right answer is known
     state: str = "waiting"
     text: str = ""
     response: Response | None = None
@@ -64,8 +68,8 @@ class Turn:
 
     @property
     def right(self) -> bool:
-        """Whether the answer to this question is what came."""
-        return self.response is not None and says(self.response.text, self.word)
+        """Whether the answer to this question is what came, as far as can be told by itself."""
+        return self.response is not None and (self.word is None or says(self.response.text, self.word))
 
     @property
     def tokens(self) -> int:
@@ -82,6 +86,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=8,
         help=f"how many, 1 to {len(QUESTIONS)} (default: 8)",
     )
+    parser.add_argument(
+        "--tokens",
+        metavar="N",
+        type=_token_count,
+        help=f"of an answer, at most (default: {TOKENS}; {OTHER_TOKENS} for a model other than demo)",
+    )
 
 
 def _thread_count(text: str) -> int:
@@ -90,31 +100,48 @@ def _thread_count(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {len(QUESTIONS)}")
 
 
+def _token_count(text: str) -> int:
+    if text.isdecimal() and int(text) > BREAK_AFTER:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number over {BREAK_AFTER}")
+
+
 def run(arguments: argparse.Namespace) -> int:
+    bundled = arguments.model == "demo"
+    tokens = arguments.tokens or (TOKENS if bundled else OTHER_TOKENS)
     with loaded(arguments) as bridge:
-        return 0 if show(bridge, arguments.threads, choose_view()) else 1
+        return 0 if show(bridge, arguments.threads, choose_view(), tokens=tokens, words=bundled) else 1
 
 
-def show(bridge: Bridge, threads: int, view: View) -> bool:
-    """The whole demo on a bridge that is ready; whether every answer reached its own thread."""
+def show(bridge: Bridge, threads: int, view: View, *, tokens: int = TOKENS, words: bool = True) -> bool:
+    """The whole demo on a bridge that is ready; whether every answer reached its own thread.
+
+    Args:
+        tokens: of an answer, at most.
+        words: whether right answers are known, by a word of each.
+    """
+    config = GenerationConfig(max_new_tokens=tokens)  # greedy: the same prompt gets the same answer every time
     bridge.infer("Hello!", max_new_tokens=4)  # an engine's first request is slower than the others
-    at_once, together = new_turns(threads), 0.0
+    at_once, together = new_turns(threads, words), 0.0
     with view.screen(f"{threads} threads ask one model at once", at_once) as screen:
-        together = run_threads(at_once, lambda turn: stream_answer(bridge, turn, screen))
-    in_turn, one_by_one = new_turns(threads), 0.0
+        together = run_threads(at_once, lambda turn: stream_answer(bridge, turn, config, screen))
+    in_turn, one_by_one = new_turns(threads, words), 0.0
     lock = threading.Lock()
     with view.screen("The same, one at a time behind a lock", in_turn, passing=True) as screen:
-        one_by_one = run_threads(in_turn, lambda turn: infer_behind(lock, bridge, turn, screen))
+        one_by_one = run_threads(in_turn, lambda turn: infer_behind(lock, bridge, turn, config, screen))
     view.say(comparison(at_once, together, in_turn, one_by_one))
-    view.say(leave_by_break(bridge, max(at_once, key=lambda turn: turn.tokens)))
-    return verdict(at_once + in_turn, view)
+    view.say(leave_by_break(bridge, max(at_once, key=lambda turn: turn.tokens), config))
+    return verdict(at_once, in_turn, view)
 
 
 # --- asking ---
 
 
-def new_turns(count: int) -> list[Turn]:
-    return [Turn(f"thread {number}", *question) for number, question in enumerate(QUESTIONS[:count], start=1)]
+def new_turns(count: int, words: bool = True) -> list[Turn]:
+    return [
+        Turn(f"thread {number}", prompt, word if words else None)
+        for number, (prompt, word) in enumerate(QUESTIONS[:count], start=1)
+    ]
 
 
 def run_threads(turns: list[Turn], work: Callable[[Turn], None]) -> float:
@@ -136,10 +163,10 @@ def run_threads(turns: list[Turn], work: Callable[[Turn], None]) -> float:
     return time.monotonic() - began
 
 
-def stream_answer(bridge: Bridge, turn: Turn, screen: Screen) -> None:
+def stream_answer(bridge: Bridge, turn: Turn, config: GenerationConfig, screen: Screen) -> None:
     """Ask, and show the answer as it grows."""
     turn.state = "answering"
-    stream = bridge.stream(turn.prompt, CONFIG)
+    stream = bridge.stream(turn.prompt, config)
     for delta in stream:
         turn.text += delta.text
         screen.grew(turn, delta.text)
@@ -147,11 +174,11 @@ def stream_answer(bridge: Bridge, turn: Turn, screen: Screen) -> None:
     screen.grew(turn, "\n")
 
 
-def infer_behind(lock: threading.Lock, bridge: Bridge, turn: Turn, screen: Screen) -> None:
+def infer_behind(lock: threading.Lock, bridge: Bridge, turn: Turn, config: GenerationConfig, screen: Screen) -> None:
     """Ask as one must where threads may not share the model: alone."""
     with lock:
         turn.state = "answering"
-        turn.response = bridge.infer(turn.prompt, CONFIG)
+        turn.response = bridge.infer(turn.prompt, config)
     turn.text = turn.response.text
 
 
@@ -168,11 +195,11 @@ def comparison(at_once: list[Turn], together: float, in_turn: list[Turn], one_by
     )
 
 
-def leave_by_break(bridge: Bridge, turn: Turn) -> str:
+def leave_by_break(bridge: Bridge, turn: Turn, config: GenerationConfig) -> str:
     """Leave the longest answer in the middle, and say what the engine counts as done for it."""
     before = engine_count(bridge)
     seen = 0
-    for delta in bridge.stream(turn.prompt, CONFIG):
+    for delta in bridge.stream(turn.prompt, config):
         seen += len(delta.token_ids)
         if seen >= BREAK_AFTER:
             break
@@ -200,10 +227,11 @@ def engine_count(bridge: Bridge) -> int:
     return int(count)
 
 
-def verdict(turns: list[Turn], view: View) -> bool:
+def verdict(at_once: list[Turn], in_turn: list[Turn], view: View) -> bool:
     """Say whether every answer reached its own thread, and which did not."""
-    lost = [turn for turn in turns if not turn.right]
-    for line in dict.fromkeys(_what_came(turn, turns) for turn in lost):
+    turns = at_once + in_turn
+    lost = [turn for turn in turns if not turn.right or turn.thread not in owners(turn, in_turn)]
+    for line in dict.fromkeys(_what_came(turn, in_turn) for turn in lost):
         view.say(line)
     if lost:
         view.say(f"{len(lost)} of {len(turns)} answers did not reach their own thread.")
@@ -212,12 +240,30 @@ def verdict(turns: list[Turn], view: View) -> bool:
     return not lost
 
 
-def _what_came(turn: Turn, turns: list[Turn]) -> str:
+def owners(turn: Turn, in_turn: list[Turn]) -> list[str]:
+    """The threads whose answer it may be that came: by a word of it, or by what each question got alone."""
+    if turn.response is None:
+        return []
+    text = turn.response.text
+    if turn.word is not None:
+        return sorted({other.thread for other in in_turn if other.word and says(text, other.word)})
+    alone = {other.thread: other.response.text for other in in_turn if other.response is not None}
+    shared = {thread: _shared_length(text, other) for thread, other in alone.items()}
+    return sorted(thread for thread, length in shared.items() if length == max(shared.values()))
+
+
+def _shared_length(one: str, other: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (mine, its) in pairs if mine != its), min(len(one), len(other)))
+
+
+def _what_came(turn: Turn, in_turn: list[Turn]) -> str:
     asked = f"{turn.thread} asked {turn.prompt!r} and got"
     if turn.response is None:
         return f"{asked} an error: {one_line(turn.error)}"
-    owners = sorted({other.thread for other in turns if says(turn.response.text, other.word)})
-    whose = f", the answer of {' or '.join(owners)}" if owners else ""
+    others = owners(turn, in_turn)
+    whose = f", the answer of {' or '.join(others)}" if others else ""
     return f"{asked} {one_line(turn.response.text)[:60]!r}{whose}"
 
 

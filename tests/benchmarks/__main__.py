@@ -1,7 +1,7 @@
 """The bridge's cost beside every other way there is, in one run: calls, calls beside a busy thread, streams, idleness,
 memory, the bundled model, WSGI servers, and the engine beside what else runs the same model.
 
-Run on a quiet machine: ``python -m tests.benchmarks [--rounds 5]`` (about half an hour)
+Run on a quiet machine: ``python -m tests.benchmarks [--rounds 5]`` (about an hour)
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ RUNS = [
     ["http_servers"],
     ["http_peers"],
     ["engine_speed", "--tokens", "100", "--candidates", "bridge,bridge-sdpa,manager,lock,static-8,static-32,serve"],
+    ["sampler_cost"],
+    ["long_prompt"],
+    ["real_model", "--serve", "--profile"],
 ]
 
 

@@ -99,6 +99,31 @@ def test_crossed_answers(scripted: Scripted, capsys: pytest.CaptureFixture[str])
     assert last == "4 of 16 answers did not reach their own thread."
 
 
+def test_another_model(scripted: Scripted, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model whose answers lack the bundled model's words would fail a demo in which nothing is wrong."""
+    bridge, _ = scripted(ScriptedEngine(lambda request: ["I will not say:", f" {prompt_text(request.prompt)}"]))
+    assert demo.show(bridge, 8, PlainView(), tokens=64, words=False)
+    assert "Every one of the 16 answers" in capsys.readouterr().out
+
+
+def test_crossed_answers_of_another_model(scripted: Scripted, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where no right answer is known, an answer that another thread should have had is found out all the same."""
+    seen: set[str] = set()
+
+    def answer(request: Request) -> list[str]:
+        prompt = prompt_text(request.prompt)
+        crossed = prompt == "What is the capital of France?" and prompt not in seen
+        seen.add(prompt)
+        return ["This is about ", "What is 37 + 48?" if crossed else prompt, *[" and"] * 20]
+
+    bridge, _ = scripted(ScriptedEngine(answer))
+    assert not demo.show(bridge, 8, PlainView(), words=False)
+    *_, which, last = capsys.readouterr().out.splitlines()
+    assert which.startswith("thread 2 asked 'What is the capital of France?' and got 'This is about What is 37 + 48?")
+    assert which.endswith(", the answer of thread 4")
+    assert last == "1 of 16 answers did not reach their own thread."
+
+
 def test_a_failed_answer(scripted: Scripted, capsys: pytest.CaptureFixture[str]) -> None:
     """A thread whose request fails is named with the reason, and the demo fails."""
     bridge, engine = scripted(ScriptedEngine(right_answer))

@@ -29,7 +29,7 @@ NAME = "lmbridge_segments"
 _PLANS = (
     "_lmbridge_plans"  # an attribute of the step's ``cu_seq_lens_k``, so that what is remembered ends with the step
 )
-_KEYS = 512  # of one call: more are masked work, fewer are more calls (measured: flat from 384 to 640)
+_KEYS = 384  # of one call: more are masked work, fewer are more calls (measured: flat from 256 to 640)
 _KNOWN = frozenset(
     {
         "cu_seq_lens_q",

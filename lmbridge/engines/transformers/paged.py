@@ -53,7 +53,7 @@ WEDGED = 20
 """Looks in a row that find requests and no step, after which none is expected any more."""
 END = 0
 """The token that ends a request from outside; any will do, since nobody is shown it."""
-CPU_PAGE, GPU_PAGE = 32, 256
+CPU_PAGE, GPU_PAGE = 16, 256
 CPU_CHUNK, GPU_CHUNK = 256, 2048
 CPU_CACHE_SHARE, GPU_CACHE_SHARE = 0.1, 0.8
 CPU_CACHE_LIMIT = 2 << 30

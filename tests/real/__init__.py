@@ -1,0 +1,1 @@
+"""Tests on a real instruct model, which is fetched when they first run."""
