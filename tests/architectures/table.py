@@ -29,7 +29,7 @@ def written() -> str:
 def _summary() -> str:
     paged = sum(architecture.runner == "paged" for architecture in ARCHITECTURES)
     served = len(ARCHITECTURES)
-    return f"Of these {served} models {paged} run ``paged`` and {served - paged} ``plain``; the others are refused."
+    return f"{paged} of these models run ``paged`` and {served - paged} ``plain``; {len(REFUSED)} are refused."
 
 
 def _served() -> list[tuple[str, ...]]:

@@ -217,3 +217,21 @@ def test_stop_words_and_ends_hold(llama: str, reference: Any) -> None:
             assert ended.reason == "stop"
 
     asyncio.run(scenario())
+
+
+def test_a_failed_attempt_leaves_nothing_behind(tmp_path: Any) -> None:
+    """Figures would show a request that nobody has sent, in the engine for ever."""
+    import transformers
+
+    from tests.engines.conftest import byte_level_tokenizer
+
+    config = transformers.MambaConfig(vocab_size=264, hidden_size=32, num_hidden_layers=2, state_size=4)
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path)  # cannot be read in pieces
+    byte_level_tokenizer().save_pretrained(tmp_path)
+
+    async def scenario() -> None:
+        async with driven(str(tmp_path)) as driver:
+            assert driver.engine.runner == "plain"
+            assert (driver.stat("in_flight"), driver.stat("cache_free")) == (0.0, 1.0)
+
+    asyncio.run(scenario())

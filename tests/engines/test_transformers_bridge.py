@@ -115,3 +115,14 @@ def test_a_token_that_the_model_does_not_have_costs_its_caller_only(llama: str, 
         assert neighbour.result().usage.completion_tokens == 200
         assert (bridge.health().state, bridge.health().restarts) == ("ready", 0)
         assert bridge.infer("what is [added 1] ?", max_new_tokens=4).finish_reason == "length"
+
+
+def test_models_may_be_loaded_at_the_same_time() -> None:
+    """An app with two models, both asked for at once, would be told that their files are incomplete."""
+    bridges = [Bridge("demo", timeout=PATIENCE) for _ in range(3)]
+    try:
+        futures = [bridge.submit("What is the capital of France?", max_new_tokens=8) for bridge in bridges]
+        assert ["Paris" in future.result().text for future in futures] == [True] * 3
+    finally:
+        for bridge in bridges:
+            bridge.close(drain=False)

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -156,6 +157,8 @@ class TransformersEngine(Engine):
                     return ""
                 return await start.proof.ask(self.add_request, logprobs=not self._options.cuda_graphs)
         except Exception as cause:
+            self._requests.clear()  # the other one of the self-check may still be inside
+            self._keys.clear()
             fault = start.let_go(cause)
             if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
                 raise  # with another runner it would not be what was asked for
@@ -214,9 +217,13 @@ class TransformersEngine(Engine):
             raise UnsupportedOptionError("logprobs need an engine with cuda_graphs=False.", param="logprobs")
 
     def progress(self, request_id: str) -> int | None:
-        """How many steps the request was part of, those of reading its prompt included."""
+        """How many steps the request was part of, those of reading its prompt included; a clock while that is
+        tokenised, which nothing can look into.
+        """
         running = self._requests.get(self._keys.get(request_id, ""))
-        return None if running is None or not running.prompt_tokens else running.plan.steps
+        if running is None:
+            return None
+        return running.plan.steps if running.prompt_tokens else time.monotonic_ns()
 
     def where(self) -> str:
         core = self._core

@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,10 @@ _NO_ADVICE = {"temperature": (1, 0), "top_p": (1,), "top_k": (0, -1), "min_p": (
 _OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _INSTEAD = "Give a causal language model, one whose config.json names a …ForCausalLM."
+
+
+_reading = threading.Lock()
+"""transformers sets things of the whole process while it reads a model: two at once lose each other's tied weights."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def load(options: ModelOptions) -> Loaded:
         MissingDependencyError: a package that it needs is not installed.
     """
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with _progress_bar_on_terminals_only():
+    with _reading, _progress_bar_on_terminals_only():
         source = _Source.of(options)
         config = _load_config(source)
         _refuse_unless_causal(config, source)
@@ -81,7 +86,7 @@ def load(options: ModelOptions) -> Loaded:
     eos = _eos_ids(model, tokenizer)
     defaults = _recommended(model.generation_config) if options.generation_defaults == "model" else {}
     # `generate` fills gaps in a request's settings from the model's; whatever is asked for comes from the request.
-    model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(eos) or None, pad_token_id=0)
+    model.generation_config = transformers.GenerationConfig(pad_token_id=0)
     return Loaded(model.to(device).eval(), tokenizer, eos, defaults, attention)
 
 

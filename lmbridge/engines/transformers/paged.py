@@ -142,11 +142,13 @@ class PagedRunner(Runner):
 
     def halt(self, timeout: float) -> bool:
         self._halted = True
-        still(self)
         if self._manager.is_running():
             with library.quiet():  # whoever is inside is told otherwise, or nobody waits
                 self._manager.stop(block=True, timeout=timeout, hard_stop=True)
-        return not self._manager.is_running()
+        ended = not self._manager.is_running()
+        if ended:
+            still(self)
+        return ended
 
     def close(self, timeout: float) -> bool:
         ended = self.halt(timeout)
@@ -227,6 +229,8 @@ class PagedRunner(Runner):
             except MemoryError:  # what a step needs besides is transformers' own estimate
                 if options.num_blocks is not None or not sizes.shrink():
                     raise
+                if own_attention:  # a manager is made for what transformers has itself only
+                    self._model.set_attn_implementation("sdpa")
 
     def _manager_of(self, config: ContinuousBatchingConfig, own_attention: bool) -> Any:
         # Neutral: what the model's author recommends for sampling is for the plan of each request.
@@ -276,7 +280,7 @@ class _Sizes:
         self.page = options.page_size or (CPU_PAGE if on_cpu else GPU_PAGE)
         self.chunk = max(options.max_chunk_size or (CPU_CHUNK if on_cpu else GPU_CHUNK), self._rows)
         budget = _cpu_budget(options) if on_cpu else self._gpu_budget(model, options)
-        per_block = self._bytes_per_token(model, on_cpu) * self.page
+        per_block = self._bytes_per_token(model) * self.page
         wanted = -(-self._rows * (self._context or UNKNOWN_CONTEXT) // self.page)
         self.blocks = options.num_blocks or max(1, min(wanted, budget // per_block) if on_cpu else budget // per_block)
 
@@ -319,14 +323,14 @@ class _Sizes:
             return count, sum(kind == "sliding_attention" for kind in types)
         return count, count if getattr(self._config, "sliding_window", None) is not None else 0
 
-    def _bytes_per_token(self, model: Any, on_cpu: bool) -> int:
-        """What a token costs in the cache and, on a GPU, in what a step reads from it."""
+    def _bytes_per_token(self, model: Any) -> int:
+        """What a token costs in the cache, and in what a step reads from it and masks of it."""
         config, size = self._config, model.dtype.itemsize
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         cached: int = 2 * config.num_hidden_layers * heads * head_size * size
-        read = (2 * config.num_attention_heads + heads) * head_size * size + 2 * self.chunk * size + 16
-        return cached if on_cpu else cached + read
+        read: int = (2 * config.num_attention_heads + heads) * head_size * size + 2 * self.chunk * size + 16
+        return cached + read
 
     def _gpu_budget(self, model: Any, options: ModelOptions) -> int:
         """Bytes for the cache: a share of what is free now that the model is there, less what a step needs besides."""

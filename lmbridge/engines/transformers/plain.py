@@ -102,8 +102,10 @@ class PlainRunner(Runner):
         return self._witness.where() or f"step {self.steps} has ended and no other has begun"
 
     def halt(self, timeout: float) -> bool:
-        still(self)
-        return self._turns.close(timeout)
+        ended = self._turns.close(timeout)
+        if ended:
+            still(self)
+        return ended
 
     def close(self, timeout: float) -> bool:
         ended = self.halt(timeout)
@@ -138,7 +140,7 @@ class PlainRunner(Runner):
                 generation_config=transformers.GenerationConfig(
                     do_sample=False,
                     max_new_tokens=job.budget,
-                    eos_token_id=job.stop_ids or [-1],  # none at all; None would mean the model's own
+                    eos_token_id=job.stop_ids or None,
                     pad_token_id=0,
                     prefill_chunk_size=self.chunk if self.chunk is not None and self.chunk < len(job.prompt) else None,
                 ),

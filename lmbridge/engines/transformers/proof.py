@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from lmbridge.engines.base import Sink
+from lmbridge.errors import EngineStartError
 from lmbridge.messages import Delta, GenerationConfig, Logprobs, Request, join_deltas
 
 PATIENCE = 60.0
@@ -52,6 +53,9 @@ class Proof:
         Args:
             attention: what the model attends with, to be set again afterwards; None if it has no choice.
             room: the most tokens of a prompt and its answer; None if there is no limit.
+
+        Raises:
+            EngineStartError: the model itself makes no sense.
         """
         size = model.get_input_embeddings().weight.shape[0]
         longest = LONGEST if room is None else max(1, min(LONGEST, room - TOKENS))
@@ -64,6 +68,10 @@ class Proof:
         finally:
             if eager:
                 model.set_attn_implementation(attention)
+        if any(bool(logprobs.isnan().any()) for answer in expected for logprobs in answer):
+            raise EngineStartError(
+                "The model's own answers are not numbers (NaN): its weights are broken, or overflow."
+            )
         return cls(prompts, expected, FINE if model.dtype.itemsize >= 4 else COARSE)
 
     async def ask(self, add: Callable[[Request, Sink], None], logprobs: bool = True) -> str:

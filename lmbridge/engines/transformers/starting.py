@@ -146,9 +146,11 @@ class Start:
 
     def error(self) -> EngineStartError:
         """Why there is no runner."""
+        paged_only = self._options.runner == "paged"
+        advice = "Use runner='auto' or 'plain'." if paged_only else "Look at its files, or use another version."
         error = EngineStartError(
             f"transformers {library.installed()} does not run {self._model_name()} as the model itself says: "
-            f"{' '.join(self._faults)} Use another version of transformers, or runner='plain' where it was not tried."
+            f"{' '.join(self._faults)} {advice}"
         )
         error.__cause__ = self._cause
         return error
@@ -209,7 +211,7 @@ class Start:
 
     def _model_name(self) -> str:
         model = self._loaded.model if self._loaded is not None else None
-        return f"The model {self._label} ({type(model).__name__})"
+        return f"the model {self._label} ({type(model).__name__})"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
