@@ -105,6 +105,7 @@ MIXED: list[dict[str, Any]] = [
     {"temperature": 0.5},
     {"top_k": 5},
     {"top_k": VOCABULARY + 7},
+    {"top_k": VOCABULARY, "top_p": 0.99, "temperature": 3.0},
     {"top_p": 0.3},
     {"top_p": 0.999, "temperature": 4.0},
     {"min_p": 0.1},

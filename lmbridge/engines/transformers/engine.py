@@ -192,7 +192,11 @@ class TransformersEngine(Engine):
         running = self._new_running(request, sink, core)
         token_ids = core.encoder.at_once(request.prompt, request.raw)
         if token_ids is not None:
-            self._submit(running, token_ids)
+            try:
+                self._submit(running, token_ids)
+            except Exception:
+                self._forget(running)
+                raise
             return
         self._remember(running)
         task = self._loop.create_task(self._encode_and_submit(running))
@@ -274,7 +278,7 @@ class TransformersEngine(Engine):
         except LMBridgeError as error:
             self._fail(running, error)
         except Exception as cause:
-            self._fail(running, engine_error(f"The prompt could not be tokenised: {cause!r}.", cause))
+            self._fail(running, engine_error(f"The engine could not begin this request: {cause!r}.", cause))
 
     def _submit(self, running: Running, token_ids: list[int]) -> None:
         core = self._alive()

@@ -86,8 +86,12 @@ class PlainRunner(Runner):
 
     def add(self, key: str, prompt: list[int], budget: int, stop_ids: Sequence[int], plan: Plan) -> None:
         job = self._jobs[key] = _Job(key, prompt, budget, list(stop_ids), plan)
-        job.thread = threading.Thread(target=self._work, args=(job,), name="lmbridge generation", daemon=True)
-        job.thread.start()
+        thread = threading.Thread(target=self._work, args=(job,), name="lmbridge generation", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system gives no more of them
+            del self._jobs[key]
+            raise
 
     def cancel(self, key: str) -> None:
         job = self._jobs.pop(key, None)
@@ -202,7 +206,6 @@ class _Job:
         self.tokens: list[int] = []
         self.finished = False
         self.cancelled = False
-        self.thread: threading.Thread | None = None
         self.turn = threading.Semaphore(0)
 
 

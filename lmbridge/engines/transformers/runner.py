@@ -180,8 +180,11 @@ def use_threads(count: int | None) -> None:
     if count is not None and count != usual:
         torch.set_num_threads(count)
         restorer = threading.Thread(target=torch.set_num_threads, args=(usual,), daemon=True)
-        restorer.start()
-        restorer.join()
+        try:
+            restorer.start()
+            restorer.join()
+        except RuntimeError:  # the system gives no more threads: then this one computes with the usual number
+            torch.set_num_threads(usual)
 
 
 # --------------------------------------------------------------------------------------------------- the process's end

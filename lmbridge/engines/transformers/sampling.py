@@ -25,7 +25,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _HEAD = 64  # how many of the most likely tokens the filters look at first on a CPU; 98 of 100 rows need no more
 _WIDE_HEAD = 256  # the most that rows pay for because another has a large top_k
 _AT_ONCE = 1 << 19  # scores that a CPU works on at once; many more no longer fit its caches
-_COLDEST = 1e-6  # a lower temperature could overflow, and is the most likely token anyway
+_LEAST, _MOST = 1e-6, 1e6  # of what scores are divided by: beyond, they could overflow, and nothing would change
 
 
 def uniform(seed: int, position: int) -> float:
@@ -44,6 +44,10 @@ def _mix(number: int) -> int:
     return number ^ (number >> 31)
 
 
+def _bounded(divisor: float) -> float:
+    return float(min(max(divisor, _LEAST), _MOST))
+
+
 class Plan:
     """What one request wants of the sampler, and what was found for it.
 
@@ -59,11 +63,11 @@ class Plan:
 
     def __init__(self, config: GenerationConfig, prompt: Sequence[int] = ()) -> None:
         self.samples = config.samples
-        self.temperature = config.temperature if config.temperature is not None else 1.0
+        self.temperature = _bounded(1.0 if config.temperature is None else config.temperature)
         self.top_k = config.top_k or 0
         self.top_p = config.top_p if config.top_p is not None else 1.0
         self.min_p = config.min_p or 0.0
-        self.penalty = config.repetition_penalty or 1.0
+        self.penalty = _bounded(config.repetition_penalty or 1.0)
         self.wants_logprobs = config.logprobs
         self.seed = config.random_seed if config.random_seed is not None else random.getrandbits(64)
         self.prompt = prompt
@@ -92,9 +96,12 @@ class Plan:
         """Its row of ``choosing.SETTINGS``, for a vocabulary of that size."""
         if not self.samples:
             return 1.0, 0.0, 1.0, 0.0, self.penalty, GREEDY
-        top_k = self.top_k if self.top_k < size else 0
         kind = FILTERED if self.filters else DRAWN
-        return max(self.temperature, _COLDEST), top_k, self.top_p, self.min_p, self.penalty, kind
+        return self.temperature, self.limit(size), self.top_p, self.min_p, self.penalty, kind
+
+    def limit(self, size: int) -> int:
+        """top_k, or 0 where it leaves all of a vocabulary of that size."""
+        return self.top_k if self.top_k < size else 0
 
     def number(self) -> float:
         """The uniform number of the token that is chosen next."""
@@ -196,7 +203,7 @@ class Sampler:
         self._seat_histories(plans)
         self._seats = [weakref.ref(plan) for plan in plans]
         self._needed = any(plan.needed for plan in plans)
-        self.parts = self._every if self._static else _parts(plans, self._size if self._device.type != "cpu" else None)
+        self.parts = self._every if self._static else _parts(plans, self._size, self._device.type == "cpu")
         if plans:
             settings = [plan.settings(self._size) for plan in plans]
             self._settings[: len(plans)] = torch.tensor(settings, dtype=torch.double)
@@ -246,19 +253,19 @@ def _at(plans: Sequence[Plan | None], row: int) -> Plan | None:
     return plans[row] if row < len(plans) else None
 
 
-def _parts(plans: Sequence[Plan], whole: int | None) -> Parts:
-    """What these plans need. ``whole`` is the head that is always enough, where no smaller one is to be tried first."""
+def _parts(plans: Sequence[Plan], size: int, on_cpu: bool) -> Parts:
+    """What these plans need. The head is the whole vocabulary, but on a CPU a smaller one is tried first."""
     drawn = [plan for plan in plans if plan.samples]
     filtered = [plan for plan in drawn if plan.filters]
-    limit = max((plan.top_k for plan in filtered), default=0)
-    head = whole if whole is not None else min(max(limit + 1, _HEAD), _WIDE_HEAD)
+    limits = [plan.limit(size) for plan in filtered]
+    head = min(max(max(limits, default=0) + 1, _HEAD), _WIDE_HEAD) if on_cpu else size
     return Parts(
         greedy=len(drawn) < len(plans),
         drawn=len(filtered) < len(drawn),
         head=head if filtered else 0,
-        limits=limit > 0,
+        limits=any(limits),
         cuts=any(plan.top_p < 1.0 for plan in filtered),
-        open=any(plan.top_p < 1.0 and not plan.top_k for plan in filtered),
+        open=any(plan.top_p < 1.0 and not limit for plan, limit in zip(filtered, limits, strict=True)),
         penalty=any(plan.penalty != 1.0 for plan in plans),
         logprobs=max((-1 if plan.wants_logprobs is None else plan.wants_logprobs for plan in plans), default=-1),
     )
