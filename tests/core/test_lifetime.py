@@ -561,6 +561,7 @@ def test_type_information_is_shipped() -> None:
     assert (Path(lmbridge.__file__).parent / "py.typed").exists()
 
 
+@pytest.mark.long
 def test_clients_in_reference_cycles_leave_nothing_broken() -> None:
     """What the garbage collector finds rather than the reference count must not come back half dismantled."""
     engine = ScriptedEngine(manual=True)

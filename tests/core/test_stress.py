@@ -109,6 +109,7 @@ def storm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.long
 @pytest.mark.parametrize("seed", SEEDS)
 def test_storm(storm: None, seed: int) -> None:
     """64 threads: every request ends once, with its own answer or the error of what happened to it."""

@@ -67,6 +67,7 @@ def by_conversation(bridge: Bridge, text: str, config: GenerationConfig) -> str:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.long
 def test_a_mixed_crowd(demo: Bridge) -> None:
     """64 threads with 20 prompts each, mixed in kind, length, settings and verb: each gets its own answer.
 

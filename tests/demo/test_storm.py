@@ -72,6 +72,7 @@ def ask(bridge: Bridge, question: Question, way: int) -> str | None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.long
 def test_storm_on_the_bundled_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """32 threads while the engine dies three times: each request gets its own right answer, or says what happened."""
     monkeypatch.setattr(lmbridge.supervisor, "MAX_FAILURES", 100)
