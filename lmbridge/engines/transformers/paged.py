@@ -154,7 +154,8 @@ class PagedRunner(Runner):
         ended = self.halt(timeout)
         self._witness.close()
         self._plans.clear()
-        self._manager = self._model = None
+        if ended:  # else its thread holds the model anyway, and is halted once more when the process ends
+            self._manager = self._model = None
         return ended
 
     # ---------------------------------------------------------------------------------------------------- server thread
