@@ -134,7 +134,7 @@ def test_no_defaults_without_a_file_or_when_not_wanted(copy: Path) -> None:
 
 
 def test_the_model_itself_generates_neutrally(copy: Path) -> None:
-    """``generate`` would add the file's settings to a request that did not ask for them, or end one that ignores ends."""
+    """``generate`` would add the file's settings to requests that did not ask, or end one that ignores ends."""
     (copy / "generation_config.json").write_text(json.dumps({"temperature": 0.1, "repetition_penalty": 9.0}))
     settings = load(ModelOptions(str(copy))).model.generation_config
     assert (settings.temperature, settings.repetition_penalty, settings.eos_token_id) == (None, None, None)
