@@ -227,7 +227,10 @@ class TransformersEngine(Engine):
         running = self._requests.get(self._keys.get(request_id, ""))
         if running is None:
             return None
-        return running.plan.steps if running.prompt_tokens else time.monotonic_ns()
+        if not running.prompt_tokens:
+            return time.monotonic_ns()
+        core = self._core
+        return core.runner.steps if core is not None and core.runner.waits(running.key) else running.plan.steps
 
     def where(self) -> str:
         core = self._core

@@ -303,18 +303,23 @@ class _Sizes:
 
     @property
     def room(self) -> int:
-        """The most tokens that one request may have, alone in the cache."""
+        """The most tokens that one request may have, so that it fits when it has the cache to itself again."""
+        low, high = 0, (self._context or NO_LIMIT) // self.page + 1  # pages: those that fit, those that need not
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._fits(middle) else (low, middle - 1)
+        return min(low * self.page, self._context or NO_LIMIT)
+
+    def _fits(self, pages: int) -> bool:
+        """Whether a request of so many pages has room, however those who have left have scattered it over sectors."""
         layers, slides = self._layers()
-        sector = math.lcm(*(count for count in (layers - slides, slides) if count))  # in pages of one layer
-        sectors = self.blocks * layers // sector
-        if not slides:
-            capacity = sectors * sector // layers * self.page
-        elif slides == layers:
-            capacity = NO_LIMIT
-        else:
-            window = -(-self._config.sliding_window // self.page) * slides  # pages
-            capacity = max(0, sectors - -(-window // sector)) * sector // (layers - slides) * self.page
-        return capacity if self._context is None else min(capacity, self._context)
+        full = layers - slides
+        sector = math.lcm(*(count for count in (full, slides) if count))  # in pages of one layer
+        needed = -(-pages * full // sector)
+        if slides:
+            together = sector // slides if self._rows == 1 else 1  # of its blocks of sliding layers, in one sector
+            needed += -(-min(pages, -(-self._config.sliding_window // self.page)) // together)
+        return needed <= -(-self.blocks * layers // sector)
 
     def _layers(self) -> tuple[int, int]:
         """How many layers there are, and how many of them slide."""

@@ -71,8 +71,8 @@ class PlainRunner(Runner):
         self._interleaved = interleaved
         self._jobs: dict[str, _Job] = {}  # server thread only
         self._inside = threading.local()  # .job: what the thread works on
-        self._witness = Witness(model)
         self._hook = model.register_forward_pre_hook(self._before_run)
+        self._witness = Witness(model)  # after the hook in which requests wait: it watches who runs
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop, listener: Listener) -> None:
@@ -97,6 +97,10 @@ class PlainRunner(Runner):
         job = self._jobs.pop(key, None)
         if job is not None:
             job.cancelled = True
+
+    def waits(self, key: str) -> bool:
+        job = self._jobs.get(key)
+        return job is not None and job.waits
 
     @property
     def steps(self) -> int:
@@ -207,6 +211,13 @@ class _Job:
         self.finished = False
         self.cancelled = False
         self.turn = threading.Semaphore(0)
+        self.waits = False  # for the turn
+
+    def await_turn(self) -> None:
+        """Whoever has the turn passes it on, whatever becomes of him."""
+        self.waits = True
+        self.turn.acquire()
+        self.waits = False
 
 
 class _Cancelled(BaseException):
@@ -254,7 +265,7 @@ class _Turns:
                 self._line.append(job)
         if following is not job:
             following.turn.release()
-            job.turn.acquire()  # whoever has the turn passes it on, whatever becomes of him
+            job.await_turn()
         if job.cancelled or self.closed:
             raise _Cancelled
 
@@ -275,7 +286,7 @@ class _Turns:
             following = self._next()
         if following is not None:
             following.turn.release()
-        job.turn.acquire()
+        job.await_turn()
         if job.cancelled or self.closed:
             self._pass_on()
             raise _Cancelled

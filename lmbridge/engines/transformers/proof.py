@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,7 +87,8 @@ class Proof:
         answers = [_Answer() for _ in self.prompts]
         for number, (prompt, answer) in enumerate(zip(self.prompts, answers, strict=True)):
             add(_request(number, prompt, logprobs), answer.sink)
-        wholes = await asyncio.wait_for(asyncio.gather(*(answer.whole for answer in answers)), PATIENCE)
+        async with asyncio.timeout(PATIENCE):
+            wholes = [await answer.whole for answer in answers]
         for expected, whole in zip(self.expected, wholes, strict=True):
             if not whole.token_ids or (logprobs and whole.logprobs is None):
                 return "no tokens came" if not whole.token_ids else "no log-probabilities came"
@@ -108,7 +110,8 @@ class Proof:
 def _apart(expected: torch.Tensor, token: int, found: Logprobs) -> float:
     """How far an answer's log-probabilities are from the expected, and its token from the most likely one."""
     lost = float(expected.max() - expected[token]) / 2
-    return max([lost, *(abs(float(expected[other]) - logprob) for other, logprob in found.items())])
+    apart = [lost, *(abs(float(expected[other]) - logprob) for other, logprob in found.items())]
+    return math.nan if any(map(math.isnan, apart)) else max(apart)
 
 
 class _Answer:
@@ -116,6 +119,7 @@ class _Answer:
 
     def __init__(self) -> None:
         self.whole: asyncio.Future[Delta] = asyncio.get_running_loop().create_future()
+        self.whole.add_done_callback(lambda whole: whole.cancelled() or whole.exception())  # one error is told, not two
         self._deltas: list[Delta] = []
 
     def sink(self, delta: Delta) -> None:

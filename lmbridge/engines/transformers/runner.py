@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -76,6 +77,10 @@ class Runner(ABC):
     @abstractmethod
     def cancel(self, key: str) -> None:
         """Free what the request holds, within two more steps. Nothing need be told of it."""
+
+    def waits(self, key: str) -> bool:
+        """Whether the request stands in line inside, where others may rightly go on for long before it does."""
+        return False
 
     @property
     @abstractmethod
@@ -176,8 +181,18 @@ def use_threads(count: int | None) -> None:
 
     torch keeps the number for each thread, but takes the last one set for threads to come, hence one sets it back.
     """
+    if count is not None:
+        with _setting:
+            _use_threads(count)
+
+
+_setting = threading.Lock()
+"""Two at once would take the number that the other has set for a moment for the usual one."""
+
+
+def _use_threads(count: int) -> None:
     usual = torch.get_num_threads()
-    if count is not None and count != usual:
+    if count != usual:
         torch.set_num_threads(count)
         restorer = threading.Thread(target=torch.set_num_threads, args=(usual,), daemon=True)
         try:
@@ -192,6 +207,8 @@ def use_threads(count: int | None) -> None:
 _generating: set[Runner] = set()  # single operations on a set are atomic; so too below
 _loading: set[threading.Event] = set()
 _leaving = threading.Event()
+os.register_at_fork(after_in_child=_generating.clear)  # nothing of them runs there
+os.register_at_fork(after_in_child=_loading.clear)
 
 
 @contextlib.contextmanager
