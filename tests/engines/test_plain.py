@@ -235,3 +235,33 @@ def test_a_failed_attempt_leaves_nothing_behind(tmp_path: Any) -> None:
             assert (driver.stat("in_flight"), driver.stat("cache_free")) == (0.0, 1.0)
 
     asyncio.run(scenario())
+
+
+def test_who_leaves_the_line_takes_no_thread_along(llama: str) -> None:
+    """Callers who lose patience while a long answer holds the model would leave a thread each behind."""
+
+    async def scenario() -> None:
+        async with driven(llama, runner="plain") as driver:
+            brake = Brake(driver)
+            first = driver.add([1], max_new_tokens=400)
+            await brake.arrival()
+            before = threading.active_count()
+            for answer in [driver.add([number, 2], max_new_tokens=400) for number in range(20)]:
+                driver.abort(answer)
+            while threading.active_count() > before:  # bounded by the test's timeout
+                await asyncio.sleep(0)
+            driver.abort(first)
+            brake.lift()
+
+    asyncio.run(scenario())
+
+
+def test_an_ending_token_that_does_not_exist_ends_nothing(llama: str) -> None:
+    """stop_token_ids of another model would fail the request, on this runner only."""
+
+    async def scenario() -> None:
+        async with driven(llama, runner="plain") as driver:
+            answer = await driver.ask([1, 2], max_new_tokens=4, stop_token_ids=[2**70])
+            assert answer.reason == "length"
+
+    asyncio.run(scenario())

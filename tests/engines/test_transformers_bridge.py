@@ -136,3 +136,25 @@ def test_no_setting_costs_others_their_engine(rebuilt: Rebuilt, extreme: dict[st
     assert answer.usage.completion_tokens == 5
     assert neighbour.result().usage.completion_tokens == 200
     assert rebuilt.bridge.health().restarts == 0
+
+
+@pytest.mark.parametrize("options", [{"max_chunk_size": 8, "max_batch_size": 8}, {"num_blocks": 34, "page_size": 16}])
+def test_who_waits_for_others_is_not_forgotten(llama: str, options: dict[str, Any]) -> None:
+    """Callers behind others' long prompts, or a full cache, would be failed as forgotten though their turn comes."""
+
+    def pause(*args: Any) -> None:
+        threading.Event().wait(0.02)
+
+    class Slow(TransformersEngine):
+        async def start(self) -> None:
+            await super().start()
+            assert self._core is not None
+            model: Any = self._core.runner._model  # type: ignore[attr-defined]
+            model.register_forward_pre_hook(pause)
+
+    bridge = Bridge(lambda: Slow(llama, device="cpu", max_context=512, **options), timeout=PATIENCE, stall_timeout=1.0)
+    try:
+        futures = [bridge.submit([number] * 200, max_new_tokens=60, ignore_eos=True) for number in range(1, 5)]
+        assert [future.result().usage.completion_tokens for future in futures] == [60] * 4
+    finally:
+        bridge.close(drain=False)

@@ -19,7 +19,7 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from lmbridge.engines import engine_class, engine_factory
-from lmbridge.engines.transformers import TransformersEngine, encoding, library, paged
+from lmbridge.engines.transformers import TransformersEngine, encoding, library, paged, starting
 from lmbridge.errors import (
     EngineDeadError,
     EngineError,
@@ -745,3 +745,50 @@ def test_a_scheduler_that_runs_nothing_is_death(llama: str, monkeypatch: pytest.
             assert "schedules nothing" in str(driver.deaths[0])
 
     asyncio.run(scenario())
+
+
+def test_an_abort_while_a_prompt_is_read_under_a_full_cache_leaves_the_others_served(llama: str) -> None:
+    """Whoever had lost his cache would wait for the end of a request that was cancelled, and so would all after him."""
+
+    async def scenario() -> None:
+        async with driven(llama, num_blocks=8, page_size=16, max_chunk_size=8, max_batch_size=4) as driver:
+            scheduler = driver.runner._manager.batch_processor.scheduler
+            holder = await driver.add([1] * 30, max_new_tokens=90, ignore_eos=True).first()
+            reader = driver.add([2] * 60, max_new_tokens=5)
+            while reader.request.id not in {key.split("#")[0] for key in scheduler.active_requests}:
+                await asyncio.sleep(0)
+            scheduler.block_new_requests = True  # as when somebody's cache has been taken
+            waiting = driver.add([3] * 5, max_new_tokens=3)
+            driver.abort(holder)
+            driver.abort(reader)
+            assert (await waiting.wait()).reason == "length"
+            assert driver.deaths == []
+
+    asyncio.run(scenario())
+
+
+def test_a_runner_closed_while_a_step_hangs_lets_go_of_the_model_afterwards(
+    llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After one hung step the process would hold a model that nobody uses until it ends."""
+    monkeypatch.setattr(starting, "CLOSE_TIMEOUT", 0.1)
+
+    async def scenario() -> weakref.ref[Any]:
+        engine = TransformersEngine(llama, device="cpu")
+        driver = Driver(engine)
+        await engine.start()
+        model = weakref.ref(driver.runner._model)
+        brake = Brake(driver)
+        driver.add([1, 2], max_new_tokens=5)
+        await brake.arrival()
+        await engine.close()
+        brake.lift()
+        for thread in threading.enumerate():
+            if thread.name in ("lmbridge generation", "lmbridge late end"):
+                await asyncio.to_thread(thread.join, 30)
+        return model
+
+    with library.quiet():  # or pytest would keep what transformers logs, with its traceback
+        model = asyncio.run(scenario())
+    gc.collect()
+    assert model() is None

@@ -165,6 +165,8 @@ class PromptEncoder:
                 encoded = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         except (TypeError, UnicodeError) as cause:  # a text with halves of surrogate pairs
             raise _invalid(f"The prompt is not valid Unicode text: {cause}") from cause
+        except Exception as cause:  # tokenizers raises nothing more precise
+            raise _invalid(f"The model's tokenizer refused the prompt: {cause}") from cause
         self._refuse_count(len(encoded))
         ids = list(encoded if self._backend is None else encoded.ids)
         for token in self._unknown(ids):

@@ -53,7 +53,7 @@ BATCHING = {
 BATCHING_FIELDS = {
     "transformers.generation:ContinuousBatchingConfig": (
         "page_size", "num_blocks", "max_batch_tokens", "max_requests_per_batch", "use_cuda_graph",
-        "use_async_batching", "auto_switch_to_flash",
+        "use_async_batching", "auto_switch_to_flash", "safety_margin",
     ),
     f"{_BATCHING}.requests:GenerationOutput": ("request_id", "generated_tokens", "error"),
 }  # fmt: skip
@@ -70,10 +70,12 @@ SAMPLER = {
 ``tensors_required``."""
 
 SAMPLER_MEMBERS = {
-    f"{_BATCHING}.requests:RequestState": ("logit_processor_kwargs", "_eos_token_ids"),
+    f"{_BATCHING}.requests:RequestState": (
+        "logit_processor_kwargs", "_eos_token_ids", "remaining_prefill_tokens",
+    ),
     f"{_BATCHING}.requests:FutureRequestState": ("state", "has_new_token"),
-}
-"""And what the processors read of a request, or add to."""
+}  # fmt: skip
+"""And what the processors read of a request, or change."""
 
 ATTENTION = {
     "transformers:AttentionInterface.register": ("key", "value"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import itertools
 import logging
 import math
 import threading
@@ -57,6 +58,8 @@ CPU_PAGE, GPU_PAGE = 16, 256
 CPU_CHUNK, GPU_CHUNK = 256, 2048
 CPU_CACHE_SHARE, GPU_CACHE_SHARE = 0.1, 0.8
 CPU_CACHE_LIMIT = 2 << 30
+SAFETY = 0.15
+"""The share of the cache that is kept for those who decode: no prompt is begun on it."""
 UNKNOWN_CONTEXT = 4096
 """Tokens a request is supposed to need where the model states no limit."""
 
@@ -119,17 +122,30 @@ class PagedRunner(Runner):
             self._loop.call_soon(self._look)
 
     def cancel(self, key: str) -> None:
-        """One that decodes is ended by its own next token, others through the manager.
+        """One that has begun is ended by its own next token, others through the manager.
 
         Of a request that it was told to cancel, the manager never lets go of the handler; and if others had lost their
         cache to it, it begins none of them again. Both happen only at a request's end.
         """
         plan = self._plans.get(key)
-        if plan is not None and plan.position:
+        if plan is not None and plan.steps:
             plan.end = END
         else:
             self._plans.pop(key, None)
             self._manager.cancel_request(key)
+
+    def waits(self, key: str) -> bool:
+        """While the prompts of earlier ones are read, or where the cache has no room. The scheduler takes requests in
+        the order in which they come.
+        """
+        plan = self._plans.get(key)
+        if plan is None:
+            return False
+        held = sum(-(-(len(other.prompt) + other.position) // self.page) for other in self._plans.values())
+        if held * self.page > (1 - SAFETY) * self.capacity:
+            return True
+        earlier = itertools.takewhile(lambda other: other is not plan, self._plans.values())
+        return not plan.position and any(not other.position for other in earlier)
 
     @property
     def steps(self) -> int:
@@ -142,10 +158,11 @@ class PagedRunner(Runner):
 
     def halt(self, timeout: float) -> bool:
         self._halted = True
-        if self._manager.is_running():
+        manager = self._manager
+        if manager is not None and manager.is_running():
             with library.quiet():  # whoever is inside is told otherwise, or nobody waits
-                self._manager.stop(block=True, timeout=timeout, hard_stop=True)
-        ended = not self._manager.is_running()
+                manager.stop(block=True, timeout=timeout, hard_stop=True)
+        ended = manager is None or not manager.is_running()
         if ended:
             still(self)
         return ended
@@ -154,9 +171,18 @@ class PagedRunner(Runner):
         ended = self.halt(timeout)
         self._witness.close()
         self._plans.clear()
-        if ended:  # else its thread holds the model anyway, and is halted once more when the process ends
+        if ended:
             self._manager = self._model = None
+        else:
+            threading.Thread(target=self._let_go, name="lmbridge late end", daemon=True).start()
         return ended
+
+    def _let_go(self) -> None:
+        """On a thread of its own: once the step that hung is over, or never."""
+        while self._manager.is_running():
+            time.sleep(WATCH)
+        still(self)
+        self._manager = self._model = None
 
     # ---------------------------------------------------------------------------------------------------- server thread
 
@@ -298,6 +324,7 @@ class _Sizes:
             max_requests_per_batch=self._rows,
             use_cuda_graph=options.cuda_graphs,
             use_async_batching=False,
+            safety_margin=SAFETY,
             auto_switch_to_flash=options.attn_implementation is None,
         )
 

@@ -85,7 +85,8 @@ class PlainRunner(Runner):
             self.chunk = self._chunk
 
     def add(self, key: str, prompt: list[int], budget: int, stop_ids: Sequence[int], plan: Plan) -> None:
-        job = self._jobs[key] = _Job(key, prompt, budget, list(stop_ids), plan)
+        known = [token for token in stop_ids if token < self._size]  # callers may name what there is not
+        job = self._jobs[key] = _Job(key, prompt, budget, known, plan)
         thread = threading.Thread(target=self._work, args=(job,), name="lmbridge generation", daemon=True)
         try:
             thread.start()
@@ -97,6 +98,7 @@ class PlainRunner(Runner):
         job = self._jobs.pop(key, None)
         if job is not None:
             job.cancelled = True
+            self._turns.leave(job)
 
     def waits(self, key: str) -> bool:
         job = self._jobs.get(key)
@@ -212,6 +214,8 @@ class _Job:
         self.cancelled = False
         self.turn = threading.Semaphore(0)
         self.waits = False  # for the turn
+        self.begun = False  # has had one
+        self.left = False  # was taken out of the line before that
 
     def await_turn(self) -> None:
         """Whoever has the turn passes it on, whatever becomes of him."""
@@ -269,6 +273,15 @@ class _Turns:
         if job.cancelled or self.closed:
             raise _Cancelled
 
+    def leave(self, job: _Job) -> None:
+        """Take a job that has not begun out of the line, where it might stand until all before it have ended."""
+        with self._lock:
+            if job.begun or job not in self._line:
+                return
+            self._line.remove(job)
+            job.left = True
+        job.turn.release()
+
     def close(self, timeout: float) -> bool:
         """Let nobody begin another run; whether the last one ends within ``timeout`` seconds."""
         self.closed = True
@@ -281,12 +294,17 @@ class _Turns:
 
     def _take(self, job: _Job) -> None:
         with self._lock:
+            if job.cancelled or self.closed:
+                raise _Cancelled
             self._line.append(job)
             self._awaited = max(0, self._awaited - 1)
             following = self._next()
         if following is not None:
             following.turn.release()
         job.await_turn()
+        if job.left:
+            raise _Cancelled
+        job.begun = True
         if job.cancelled or self.closed:
             self._pass_on()
             raise _Cancelled

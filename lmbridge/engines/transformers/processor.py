@@ -71,8 +71,8 @@ class _Processors:
             plan.steps += 1
             if request.has_new_token:
                 plans.append(plan)
-                if plan.end is not None:  # a token that ends this one request, whatever it means to others
-                    request.state._eos_token_ids.add(plan.end)
+            if plan.end is not None:
+                _end(request, plan.end)
         self._sampler.prepare(plans)
         return arg_storage
 
@@ -82,3 +82,12 @@ class _Processors:
         """The scores with each row's choice made the most likely token. ``scores`` is ours to change."""
         chosen = self._sampler.choose(scores)
         return scores.scatter_(1, chosen.unsqueeze(-1), torch.inf)
+
+
+def _end(request: Any, token: int) -> None:
+    """Have a request that was given up end with ``token``, whatever that means to others, and without reading on."""
+    state = request.state
+    if request.has_new_token:
+        state._eos_token_ids.add(token)
+    else:  # one token more, and it has read all that it will read
+        state.remaining_prefill_tokens = state.remaining_prefill_tokens[:1]

@@ -168,5 +168,8 @@ def _answer(model: Any, prompt: list[int]) -> list[torch.Tensor]:
 
 def _ids(tokenizer: Any, text: str, size: int) -> list[int]:
     """The text's tokens, as far as the model knows them; of a tokenizer that makes none, the first ids there are."""
-    ids = [token for token in tokenizer.encode(text, add_special_tokens=False) if token < size]
+    try:
+        ids = [token for token in tokenizer.encode(text, add_special_tokens=False) if token < size]
+    except Exception:  # one that does not know these words, and no word for the unknown
+        ids = []
     return ids or list(range(min(size, len(text.split()))))
