@@ -138,7 +138,7 @@ def test_no_setting_costs_others_their_engine(rebuilt: Rebuilt, extreme: dict[st
     assert rebuilt.bridge.health().restarts == 0
 
 
-@pytest.mark.parametrize("options", [{"max_chunk_size": 8, "max_batch_size": 8}, {"num_blocks": 34, "page_size": 16}])
+@pytest.mark.parametrize("options", [{"max_chunk_size": 8, "max_batch_size": 8}, {"num_blocks": 20, "page_size": 16}])
 def test_who_waits_for_others_is_not_forgotten(llama: str, options: dict[str, Any]) -> None:
     """Callers behind others' long prompts, or a full cache, would be failed as forgotten though their turn comes."""
 

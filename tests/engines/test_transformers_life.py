@@ -751,16 +751,17 @@ def test_an_abort_while_a_prompt_is_read_under_a_full_cache_leaves_the_others_se
     """Whoever had lost his cache would wait for the end of a request that was cancelled, and so would all after him."""
 
     async def scenario() -> None:
-        async with driven(llama, num_blocks=8, page_size=16, max_chunk_size=8, max_batch_size=4) as driver:
-            scheduler = driver.runner._manager.batch_processor.scheduler
-            holder = await driver.add([1] * 30, max_new_tokens=90, ignore_eos=True).first()
-            reader = driver.add([2] * 60, max_new_tokens=5)
-            while reader.request.id not in {key.split("#")[0] for key in scheduler.active_requests}:
-                await asyncio.sleep(0)
-            scheduler.block_new_requests = True  # as when somebody's cache has been taken
+        async with driven(llama, max_chunk_size=8, max_batch_size=4) as driver:
+            brake = Brake(driver)
+            reader = driver.add([2] * 80, max_new_tokens=5)
+            for _ in range(3):
+                await brake.arrival()
+                brake.step()
+            await brake.arrival()
+            driver.runner._manager.batch_processor.scheduler.block_new_requests = True  # as when a cache has been taken
             waiting = driver.add([3] * 5, max_new_tokens=3)
-            driver.abort(holder)
             driver.abort(reader)
+            brake.lift()
             assert (await waiting.wait()).reason == "length"
             assert driver.deaths == []
 
