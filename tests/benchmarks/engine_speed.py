@@ -50,8 +50,8 @@ from transformers.generation import ContinuousBatchingConfig
 from lmbridge import Bridge, GenerationConfig
 from lmbridge.engines.transformers import attention
 from lmbridge.engines.transformers.options import ModelOptions
-from lmbridge.engines.transformers.paged import CPU_CHUNK, CPU_PAGE
 from lmbridge.engines.transformers.runner import thread_count, use_threads
+from lmbridge.engines.transformers.sizes import CPU_CHUNK, CPU_PAGE
 from tests.benchmarks.engine_models import model_folder
 from tests.benchmarks.main_job import Locked, Native, make_prompts
 

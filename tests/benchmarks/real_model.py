@@ -41,7 +41,7 @@ from transformers.generation import ContinuousBatchingConfig
 
 from lmbridge import Bridge
 from lmbridge.engines.transformers import attention
-from lmbridge.engines.transformers.paged import CPU_CHUNK, CPU_PAGE
+from lmbridge.engines.transformers.sizes import CPU_CHUNK, CPU_PAGE
 from tests.benchmarks import real_profile
 from tests.real.model import real_model_folder
 

@@ -4,7 +4,7 @@
 2. A runner has the model generate: ``paged``, by transformers' continuous batching, or ``plain``, by its ``generate``;
    ``runner`` is what they have in common.
 3. ``sampling`` says how each token is chosen, and ``choosing`` is the tensor program that does it. ``processor`` and
-   ``attention`` are the seams by which they reach into the packed batch.
+   ``attention`` are the seams by which they reach into the packed batch, ``sizes`` says how large its cache is.
 4. ``running`` keeps what is known of one answer.
 
 Before that, ``starting`` brings model and runner together: ``library`` looks at transformers, ``hub`` and ``loading``
