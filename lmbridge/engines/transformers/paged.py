@@ -270,8 +270,9 @@ def unfit(model: Any, options: ModelOptions) -> str:
         short = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
         if (context_of(model, options) or NO_LIMIT) > short:
             return f"its {rope} positions would follow the longest request in the batch (max_context={short} avoids it)"
-    if getattr(config, "attn_logit_softcapping", None) and model.device.type == "cpu":
-        return "transformers' batching drops its soft cap on a CPU"
+    flash = (options.attn_implementation or "").startswith("flash")
+    if getattr(config, "attn_logit_softcapping", None) and not flash:
+        return "transformers' batching drops its soft cap, but where a flash attn_implementation is asked for"
     return ""
 
 
