@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lmbridge.bridge import Bridge, Health, RequestInfo
+    from lmbridge.caller.futures import ResponseFuture
+    from lmbridge.caller.stream_group import StreamGroup
+    from lmbridge.caller.streams import AsyncStream, Stream
     from lmbridge.chat import Chat
     from lmbridge.client import Client
     from lmbridge.engines.base import Engine
@@ -33,10 +36,7 @@ if TYPE_CHECKING:
         UnsupportedOptionError,
         WrongThreadError,
     )
-    from lmbridge.futures import ResponseFuture
-    from lmbridge.group import StreamGroup
     from lmbridge.messages import Delta, GenerationConfig, Request, Response, Timings, Usage
-    from lmbridge.streams import AsyncStream, Stream
 
 __version__ = "0.1.0"
 
@@ -51,10 +51,10 @@ _HOMES = {
         "QueueFullError", "RequestAbortedError", "RequestTimeoutError", "UnknownEngineError",
         "UnsupportedEnvironmentError", "UnsupportedOptionError", "WrongThreadError",
     ),
-    "futures": ("ResponseFuture",),
-    "group": ("StreamGroup",),
+    "caller.futures": ("ResponseFuture",),
+    "caller.stream_group": ("StreamGroup",),
     "messages": ("Delta", "GenerationConfig", "Request", "Response", "Timings", "Usage"),
-    "streams": ("AsyncStream", "Stream"),
+    "caller.streams": ("AsyncStream", "Stream"),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

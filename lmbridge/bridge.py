@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lmbridge.admission import Gate
+from lmbridge.caller.verbs import Verbs
 from lmbridge.chat import Chat
 from lmbridge.client import Client
+from lmbridge.crossing.gate import Gate
 from lmbridge.engines import engine_factory
 from lmbridge.engines.base import Engine
 from lmbridge.errors import InvalidRequestError, RequestAbortedError
-from lmbridge.host import Host
 from lmbridge.messages import GenerationConfig
 from lmbridge.metrics import Metrics
-from lmbridge.supervisor import Recipe, State
-from lmbridge.verbs import Verbs
+from lmbridge.server.supervisor import Recipe, State
+from lmbridge.server.thread import ServerThread
 
 _numbers = itertools.count(1)  # for clients without a name
 
@@ -102,7 +102,7 @@ class Bridge(Verbs):
         recipe = _recipe(model, engine, engine_options)
         metrics = Metrics()
         gate = Gate(max_pending, max_pending_per_client, when_full == "reject", metrics)
-        self._host = Host(recipe, gate, metrics, timeout, stall_timeout)
+        self._server_thread = ServerThread(recipe, gate, metrics, timeout, stall_timeout)
         self._threads = threading.local()  # .client: the thread's own client, dropped when the thread ends
 
     # --- lifetime ---
@@ -114,7 +114,7 @@ class Bridge(Verbs):
             EngineStartError: it could not be loaded.
             RequestTimeoutError: it was not ready in time; loading goes on.
         """
-        self._host.start(timeout)
+        self._server_thread.start(timeout)
         return self
 
     def close(self, *, drain: bool = False, timeout: float = 10.0) -> None:
@@ -126,7 +126,7 @@ class Bridge(Verbs):
             drain: let running and waiting requests finish.
             timeout: seconds for that; what is left then is aborted.
         """
-        self._host.close(drain, timeout)
+        self._server_thread.close(drain, timeout)
 
     def swap(
         self,
@@ -149,7 +149,7 @@ class Bridge(Verbs):
             EngineStartError: the new model could not be loaded; the old one goes on (or is brought back).
             RequestTimeoutError: what runs did not finish in time; the old one goes on.
         """
-        self._host.swap(_recipe(model, engine, engine_options), overlap, timeout)
+        self._server_thread.swap(_recipe(model, engine, engine_options), overlap, timeout)
 
     def __enter__(self) -> Bridge:
         try:
@@ -163,7 +163,7 @@ class Bridge(Verbs):
 
     def __del__(self) -> None:
         # A finalizer may run in the middle of anything: no locks, no logging, no joining.
-        host = getattr(self, "_host", None)
+        host = getattr(self, "_server_thread", None)
         if host is not None and host.drop():
             message = f"unclosed {self!r}; use `with Bridge(...)` or close()"
             warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
@@ -172,7 +172,7 @@ class Bridge(Verbs):
 
     def client(self, name: str | None = None) -> Client:
         """A client of your own: a fairness account with its own pair of queues and the same verbs."""
-        return Client(self._host, name or f"client-{next(_numbers)}", bridge=self)
+        return Client(self._server_thread, name or f"client-{next(_numbers)}", bridge=self)
 
     def chat(self, config: GenerationConfig | None = None, *, system: str | None = None) -> Chat:
         """A conversation that keeps its history; see ``lmbridge.chat.Chat``."""
@@ -180,7 +180,7 @@ class Bridge(Verbs):
 
     def abort(self, request_id: str) -> None:
         """Abort the living request of that id; its caller gets RequestAbortedError. Unknown ids are ignored."""
-        server = self._host.running()
+        server = self._server_thread.running()
         if server is not None:
             error = RequestAbortedError(f"Request {request_id} was aborted by bridge.abort().")
             server.run_soon(lambda: server.abort_where(lambda call: call.request.id == request_id, error))
@@ -190,20 +190,20 @@ class Bridge(Verbs):
     @property
     def state(self) -> State:
         """``new``, ``starting``, ``ready``, ``restarting``, ``draining``, ``failed`` or ``closed``."""
-        return self._host.status.state
+        return self._server_thread.status.state
 
     def health(self) -> Health:
         """The state with its reason and what goes on. Never blocks, so that a stuck engine can be told from outside."""
         living = self.requests()
         running = sum(request.state == "running" for request in living)
-        status = self._host.status
-        server = self._host.running()
+        status = self._server_thread.status
+        server = self._server_thread.running()
         silent = 0.0 if server is None or status.state == "closed" else time.monotonic() - server.heartbeat
         return Health(status.state, status.reason, len(living) - running, running, status.restarts, silent)
 
     def requests(self) -> list[RequestInfo]:
         """The living requests, oldest first: those that wait for the engine and those in it."""
-        server = self._host.running()
+        server = self._server_thread.running()
         calls = [] if server is None else list(server.living.values())
         now = time.monotonic()
         return [
@@ -220,39 +220,39 @@ class Bridge(Verbs):
     @property
     def metrics(self) -> Metrics:
         """What has been counted since the bridge was built; see ``lmbridge.prometheus`` for its export."""
-        return self._host.metrics
+        return self._server_thread.metrics
 
     def stats(self) -> dict[str, float]:
         """What the engine counts of itself (``in_flight``, ``steps``, ``tokens`` …); empty while there is none."""
-        return self._host.ask_engine(lambda engine: engine.stats()) or {}
+        return self._server_thread.ask_engine(lambda engine: engine.stats()) or {}
 
     def supports(self) -> frozenset[str]:
         """The GenerationConfig fields that the engine honours; empty while there is none. Never blocks."""
-        server = self._host.running()
-        seat = None if server is None else server.seat  # one read: the server thread may replace it
-        return frozenset() if seat is None else seat.engine.supports
+        server = self._server_thread.running()
+        place = None if server is None else server.place  # one read: the server thread may replace it
+        return frozenset() if place is None else place.engine.supports
 
     def describe(self) -> str:
         """The model, its engine and how it runs there; the model alone while there is no engine. Never blocks."""
-        server = self._host.running()
-        seat = None if server is None else server.seat  # one read: the server thread may replace it
-        return self._host.label if seat is None else seat.engine.describe()
+        server = self._server_thread.running()
+        place = None if server is None else server.place  # one read: the server thread may replace it
+        return self._server_thread.label if place is None else place.engine.describe()
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """Each token's own text, as tables of log-probabilities show it; "" where the engine cannot tell."""
-        texts = self._host.ask_engine(lambda engine: engine.token_texts(token_ids))
+        texts = self._server_thread.ask_engine(lambda engine: engine.token_texts(token_ids))
         return [""] * len(token_ids) if texts is None else texts
 
     def __repr__(self) -> str:
         living = self.requests()
         clients = len({request.client for request in living})
-        return f"<Bridge {self.state} model={self._host.label} clients={clients} in_flight={len(living)}>"
+        return f"<Bridge {self.state} model={self._server_thread.label} clients={clients} in_flight={len(living)}>"
 
     def _client(self) -> Client:
         try:
             found: Client = self._threads.client
         except AttributeError:
-            found = self._threads.client = Client(self._host, f"thread-{threading.get_ident()}")
+            found = self._threads.client = Client(self._server_thread, f"thread-{threading.get_ident()}")
         return found
 
 

@@ -13,7 +13,7 @@ from lmbridge.messages import Delta, GenerationConfig, Message, Response
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from lmbridge.verbs import CallOptions, Verbs
+    from lmbridge.caller.verbs import CallOptions, Verbs
 
 
 class Chat:

@@ -14,20 +14,20 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from lmbridge.batch import Batch, Result
-from lmbridge.call import Call, timeout_error
-from lmbridge.channel import Channel, Closed, Empty
+from lmbridge.caller.batch import Batch, Result
+from lmbridge.caller.futures import ResponseFuture
+from lmbridge.caller.prompts import check_prompt, is_batch
+from lmbridge.caller.stream_group import StreamGroup
+from lmbridge.caller.streams import AsyncStream, Stream
+from lmbridge.caller.verbs import CallOptions, Verbs
+from lmbridge.crossing.call import Call, timeout_error
+from lmbridge.crossing.channel import Channel, Closed, Empty
 from lmbridge.errors import BridgeClosedError, InvalidRequestError, LMBridgeError, QueueFullError, RequestAbortedError
-from lmbridge.futures import ResponseFuture
-from lmbridge.group import StreamGroup
 from lmbridge.messages import GenerationConfig, Request, Response
-from lmbridge.prompts import check_prompt, is_batch
-from lmbridge.server import Server
-from lmbridge.streams import AsyncStream, Stream
-from lmbridge.verbs import CallOptions, Verbs
+from lmbridge.server.server import Server
 
 if TYPE_CHECKING:
-    from lmbridge.host import Host
+    from lmbridge.server.thread import ServerThread
 
 _ids = itertools.count(1)
 _PREFIX = f"req-{secrets.token_hex(3)}"
@@ -42,9 +42,9 @@ class Client(Verbs):
     closes it, which aborts what it has running.
     """
 
-    def __init__(self, host: Host, name: str, bridge: object = None) -> None:
+    def __init__(self, host: ServerThread, name: str, bridge: object = None) -> None:
         self.name = name
-        self._host = host
+        self._server_thread = host
         self._bridge = bridge  # keeps it alive; None for a thread's own client, which the bridge holds itself
         # Its pair while no call uses it; append and pop are atomic. It goes with the client: a finalizer that gave it
         # back would run after the garbage collector has cut the server's weak reference to it.
@@ -64,7 +64,7 @@ class Client(Verbs):
             error: what its callers are told; default: BridgeClosedError.
         """
         self._closed = True
-        server = self._host.running()
+        server = self._server_thread.running()
         if server is not None:
             server.run_soon(lambda: server.abort_where(self._is_mine, error or self._closed_error()))
             while self._own:
@@ -80,7 +80,7 @@ class Client(Verbs):
 
     def request(self, prompt: Any, config: GenerationConfig | None, options: CallOptions) -> Request:
         """Check everything and make the request; nothing has been sent when this raises."""
-        timeout = options.pop("timeout", self._host.timeout)
+        timeout = options.pop("timeout", self._server_thread.timeout)
         client, raw, priority, request_id = self.name, False, 0, None
         if options:
             client = _checked_text(options.pop("client", client), "client")
@@ -104,7 +104,7 @@ class Client(Verbs):
 
     def run(self, request: Request) -> Response:
         """Send one request and block for its answer."""
-        server = self._host.server(True)
+        server = self._server_thread.server(True)
         if self._closed:
             raise self._closed_error()
         try:
@@ -175,7 +175,7 @@ class Client(Verbs):
 
     def open_future(self, request: Request, owner: object) -> ResponseFuture:
         server = self._server(blocking=True)
-        dispatcher = self._host.dispatcher(server)
+        dispatcher = self._server_thread.dispatcher(server)
         call = Call(request, dispatcher.channel, self)
         future = ResponseFuture(server, call, owner)
         dispatcher.expect(call, future)
@@ -206,13 +206,13 @@ class Client(Verbs):
 
     def open_async_stream(self, request: Request, owner: object, streaming: bool = True) -> AsyncStream:
         server = self._server(blocking=False)
-        port = self._host.port(server, asyncio.get_running_loop())
+        port = self._server_thread.port(server, asyncio.get_running_loop())
         return AsyncStream(server, Call(request, port.channel, self, streaming), owner, port)
 
     # --- their parts ---
 
     def _server(self, blocking: bool) -> Server:
-        server = self._host.server(blocking)
+        server = self._server_thread.server(blocking)
         if self._closed:
             raise self._closed_error()
         return server

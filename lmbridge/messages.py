@@ -267,6 +267,10 @@ class Response:
     request_id: str = ""
 
 
+Outcome = Response | BaseException
+"""How a call ended. Its reader fills a Response's text, token ids and logprobs in from the deltas."""
+
+
 def join_deltas(deltas: Sequence[Delta]) -> Delta:
     """One delta that says what ``deltas`` said, in order. ``deltas`` holds at least one."""
     if len(deltas) == 1:

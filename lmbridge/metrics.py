@@ -10,8 +10,7 @@ import threading
 from bisect import bisect_left
 from collections import Counter
 
-from lmbridge.call import Outcome
-from lmbridge.messages import Response
+from lmbridge.messages import Outcome, Response
 
 CANCELS = {
     "RequestTimeoutError": "deadline",

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any, cast
 from flask import Flask, current_app, g, has_request_context, request
 from werkzeug.local import LocalProxy
 
-from lmbridge.batch import Result
+from lmbridge.caller.batch import Result
+from lmbridge.caller.futures import ResponseFuture
+from lmbridge.caller.stream_group import StreamGroup
+from lmbridge.caller.streams import Stream
 from lmbridge.client import Client
 from lmbridge.errors import DisconnectedError, LMBridgeError, RequestAbortedError, fresh
 from lmbridge.flask import tracing
 from lmbridge.flask.disconnect import watch
 from lmbridge.flask.models import Models, current_models
 from lmbridge.flask.signals import answered, disconnected, failed
-from lmbridge.futures import ResponseFuture
-from lmbridge.group import StreamGroup
 from lmbridge.messages import GenerationConfig, Request, Response
-from lmbridge.streams import Stream
 
 if TYPE_CHECKING:
     from lmbridge.bridge import Bridge
@@ -45,7 +45,7 @@ class RequestBridge(Client):
     """
 
     def __init__(self, bridge: Bridge, model: str, account: str, app: Flask, models: Models) -> None:
-        super().__init__(bridge._host, account, bridge=bridge)
+        super().__init__(bridge._server_thread, account, bridge=bridge)
         self.model = model
         self._app = app
         self._models = models

@@ -13,9 +13,9 @@ from typing import Any
 
 from flask import Response
 
+from lmbridge.caller.stream_group import StreamGroup
 from lmbridge.errors import LMBridgeError
 from lmbridge.flask.caller import Reader, RequestBridge, take_callers
-from lmbridge.group import StreamGroup
 from lmbridge.messages import Delta, Usage
 
 Piece = tuple[int, Delta]

@@ -44,7 +44,7 @@ from lmbridge.engines.transformers import attention
 from lmbridge.engines.transformers.paged import PagedRunner
 from lmbridge.engines.transformers.processor import _Processors
 from lmbridge.engines.transformers.runner import Witness
-from lmbridge.server import Server
+from lmbridge.server.server import Server
 from tests.benchmarks.engine_models import model_folder
 
 STEP = "the rest of the loop"
@@ -216,7 +216,7 @@ class Load:
             found.append(time.thread_time())
             told.set()
 
-        server = self._bridge._host.running()
+        server = self._bridge._server_thread.running()
         assert server is not None
         server.run_soon(tell)
         told.wait(30)

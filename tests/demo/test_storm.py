@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import lmbridge.supervisor
+import lmbridge.server.supervisor
 from examples.demo_model import world
 from examples.demo_model.world import Question
 from lmbridge import Bridge, EngineDeadError
@@ -75,7 +75,7 @@ def ask(bridge: Bridge, question: Question, way: int) -> str | None:
 @pytest.mark.long
 def test_storm_on_the_bundled_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """32 threads while the engine dies three times: each request gets its own right answer, or says what happened."""
-    monkeypatch.setattr(lmbridge.supervisor, "MAX_FAILURES", 100)
+    monkeypatch.setattr(lmbridge.server.supervisor, "MAX_FAILURES", 100)
     FailingEngine.faults = 0
     ends: Counter[str] = Counter()
     counting = threading.Lock()

@@ -35,7 +35,7 @@ def engine_of(bridge: Bridge) -> tuple[Engine, asyncio.AbstractEventLoop]:
     Raises:
         EngineDeadError: there is none, or its thread does not answer.
     """
-    found = bridge._host.ask_engine(lambda engine: (engine, asyncio.get_running_loop()))
+    found = bridge._server_thread.ask_engine(lambda engine: (engine, asyncio.get_running_loop()))
     if found is None:
         raise EngineDeadError("The engine is gone.")
     return found

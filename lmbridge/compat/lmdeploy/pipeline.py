@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lmbridge.bridge import Bridge
+from lmbridge.caller.futures import ResponseFuture
 from lmbridge.compat.lmdeploy import answers
 from lmbridge.compat.lmdeploy.convert import generation_config
 from lmbridge.compat.lmdeploy.engines import choose_engine
@@ -29,7 +30,6 @@ from lmbridge.compat.lmdeploy.standin import chosen
 from lmbridge.compat.lmdeploy.streaming import Ask, ManyAnswers, OneAnswer, ResponseStream, Source, WholeAnswers
 from lmbridge.engines.base import Engine
 from lmbridge.errors import InvalidRequestError, LMBridgeError, UnsupportedOptionError
-from lmbridge.futures import ResponseFuture
 
 _NEUTRAL: dict[str, Any] = {"multiplex": True, "sequence_start": True, "sequence_end": True, "step": 0}
 """Arguments that LMDeploy's calls take, with a value that asks for nothing; None never does."""

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lmbridge.bridge import Bridge
+from lmbridge.caller.streams import AsyncStream, Stream
 from lmbridge.compat.lmdeploy.answers import Parts
 from lmbridge.compat.lmdeploy.messages import Response
 from lmbridge.errors import ForkedError, LMBridgeError
 from lmbridge.messages import GenerationConfig
-from lmbridge.streams import AsyncStream, Stream
 
 
 @dataclass

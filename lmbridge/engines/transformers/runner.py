@@ -21,9 +21,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from lmbridge.engines.standing import where_is
 from lmbridge.engines.transformers.options import ModelOptions
 from lmbridge.engines.transformers.sampling import Plan
-from lmbridge.standing import where_is
 
 EXIT_GRACE = 5.0
 """Seconds that the end of the process waits for a model that is loading, or for a step under way."""

@@ -9,6 +9,8 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from lmbridge.caller.stream_group import StreamGroup
+from lmbridge.caller.verbs import CallOptions, Verbs
 from lmbridge.errors import InvalidRequestError, LMBridgeError, RequestAbortedError
 from lmbridge.flask.caller import Reader
 from lmbridge.flask.openai.errors import error_payload
@@ -16,9 +18,7 @@ from lmbridge.flask.openai.reading import Call
 from lmbridge.flask.openai.sampling import in_clients_words
 from lmbridge.flask.openai.writing import DONE, Writer, total_usage
 from lmbridge.flask.sse import Piece, first_pieces, pieces
-from lmbridge.group import StreamGroup
 from lmbridge.messages import Response
-from lmbridge.verbs import CallOptions, Verbs
 
 
 class Answering:

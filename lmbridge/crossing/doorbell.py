@@ -1,0 +1,39 @@
+"""Wakes an event loop from any thread, once for all who ring.
+
+Rule: takes no lock and never blocks, so finalizers and signal handlers may ring too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+
+class Doorbell:
+    """Wakes one loop, at most once outstanding however many ring.
+
+    It cannot stick for long: if a ringer is killed between raising the flag and calling the loop, its owner's sweep
+    answers anyway and lowers the flag.
+    """
+
+    __slots__ = ("_loop", "_answer", "rung")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, answer: Callable[[], None]) -> None:
+        self._loop = loop
+        self._answer = answer
+        self.rung = False  # raised by any thread, lowered on the loop only
+
+    def ring(self) -> None:
+        """Have the loop answer soon. Any thread, finalizers and signal handlers too; takes no lock."""
+        if self.rung:
+            return
+        self.rung = True
+        try:  # noqa: SIM105  contextlib.suppress costs as much as the rest of a ring
+            self._loop.call_soon_threadsafe(self.answer)
+        except RuntimeError:  # the loop is closed: whatever ended it settles every call
+            pass
+
+    def answer(self) -> None:
+        """Look. On the loop only. The flag falls first, so that what comes meanwhile rings again."""
+        self.rung = False
+        self._answer()

@@ -1,0 +1,147 @@
+"""One engine's place at the server: what it works on, whether it moves, and whether it has died.
+
+Rule: server thread only, but for what ``standstill`` and the watchdog read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lmbridge.crossing.call import Call
+from lmbridge.engines.base import Engine
+
+logger = logging.getLogger("lmbridge")
+
+FAIR_LOOKS = 3  # at how many looks the engine must have gone on without a call before that says anything
+ABORT_GRACE = 10.0  # seconds an engine may take to answer an abort before the place is given to somebody else
+
+
+@dataclass(slots=True)
+class _Sight:
+    """What the looks at one call have shown."""
+
+    heard: int  # Call.heard at the last look
+    since: float  # monotonic time at which it was last seen to advance, or to be aborted
+    shown: int | None = None  # Engine.progress at the last look, where the call was silent then
+    passed: int = 0  # at how many looks since then the engine had gone on without it
+    aborted: bool = False
+    forgotten: bool = False  # was found to be; its abort may then go unanswered as well
+
+
+class Place:
+    """An engine and the calls it has begun."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.load = 0  # calls begun and not ended
+        self.progress = 0  # rises with everything the engine says or shows
+        self.dead: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+        self._quiet: asyncio.Event | None = None  # there while somebody waits for it
+        self._seen = -1  # progress at the last look
+        self._moves = False  # whether it had risen then
+        self._moved: float | None = None  # monotonic time at which progress was last seen, or none was due
+        self._sights: dict[Call, _Sight] = {}
+        self._tells = True  # Engine.progress may be asked; it has not failed so far
+        engine.on_death = self.die
+
+    @property
+    def room(self) -> int:
+        """How many more calls the engine takes now."""
+        return 0 if self.dead.done() else self.engine.max_batch_size - self.load
+
+    def leave(self) -> None:
+        """One call has ended."""
+        self.load -= 1
+        if self._quiet is not None and not self.load:
+            self._quiet.set()
+
+    async def quiet(self) -> None:
+        """Return when the engine works on nothing."""
+        while self.load:
+            self._quiet = asyncio.Event()
+            await self._quiet.wait()
+
+    def die(self, cause: BaseException) -> None:
+        """The engine cannot go on. The first cause counts."""
+        if not self.dead.done():
+            self.dead.set_result(cause)
+
+    # --- whether it moves ---
+
+    def standstill(self, now: float) -> float:
+        """For how many seconds the engine has made no progress with what it has; 0 without work. Any thread."""
+        moved = self._moved
+        return 0.0 if moved is None or not self.load else max(0.0, now - moved)
+
+    def stall(self, seconds: float) -> TimeoutError:
+        """The cause of death of an engine that has stood still. Any thread."""
+        where = self.where()
+        return TimeoutError(f"no progress for {seconds:g} s (stall_timeout)" + (f"; {where}" if where else ""))
+
+    def where(self) -> str:
+        """Where the engine's own thread stands; "" where that is not known. Any thread."""
+        try:
+            return self.engine.where()
+        except BaseException:  # it is asked when things go wrong, by threads that must not end
+            logger.exception("The engine %s could not say where it stands.", self.engine.name)
+            return ""
+
+    def look(self, calls: Sequence[Call], now: float) -> None:
+        """See whether the engine moves, and with which of the calls begun here; comes with every sweep."""
+        self._moves = self.progress != self._seen
+        self._seen = self.progress
+        if self._moves or not calls:
+            self._moved = now
+        self._sights = {call: self._look_at(call, now) for call in calls}
+
+    def forgotten(self, patience: float, now: float) -> list[Call]:
+        """The calls with which the engine has not advanced for ``patience`` seconds while it did with others."""
+        found: list[Call] = []
+        if not self._moves:  # perhaps all of it stands still, which is not for one call to answer for
+            return found
+        for call, sight in self._sights.items():
+            if not sight.aborted and sight.passed >= FAIR_LOOKS and now - sight.since > patience:
+                sight.forgotten = True
+                found.append(call)
+        return found
+
+    def unanswered(self, patience: float, now: float) -> list[Call]:
+        """The aborted calls that the engine does not let go of, though it has gone on since or had forgotten them."""
+        patience = min(patience / 2, ABORT_GRACE)  # before an engine that has nothing else to do is taken for dead
+        return [
+            call
+            for call, sight in self._sights.items()
+            if sight.aborted and now - sight.since > patience and (sight.forgotten or sight.passed >= FAIR_LOOKS)
+        ]
+
+    def _look_at(self, call: Call, now: float) -> _Sight:
+        sight = self._sights.get(call)
+        if sight is None:
+            return _Sight(call.heard, now, aborted=call.outcome is not None)
+        if call.heard != sight.heard:
+            sight.heard, sight.since, sight.shown, sight.passed = call.heard, now, None, 0
+        elif self._shows(call, sight):
+            self.progress += 1
+            sight.since, sight.passed = now, 0
+        elif self._moves:
+            sight.passed += 1
+        if call.outcome is not None and not sight.aborted:
+            sight.aborted, sight.since, sight.passed = True, now, 0
+        return sight
+
+    def _shows(self, call: Call, sight: _Sight) -> bool:
+        """Whether the engine says that a silent call has advanced since the last look."""
+        before, sight.shown = sight.shown, self._told(call)
+        return before is not None and sight.shown is not None and sight.shown != before
+
+    def _told(self, call: Call) -> int | None:
+        if self._tells:
+            try:
+                return self.engine.progress(call.request.id)
+            except BaseException:  # no engine may take the loop with it
+                self._tells = False
+                logger.exception("The engine %s failed to tell its progress; it is not asked again.", self.engine.name)
+        return None

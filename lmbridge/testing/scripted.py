@@ -1,0 +1,235 @@
+"""An engine that does what it is told, for tests without a model.
+
+Rule: loads nothing and needs nothing; its cues may be given from any thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from collections.abc import Callable, Sequence
+
+from lmbridge.engines.base import Engine, Sink
+from lmbridge.errors import EngineError
+from lmbridge.messages import Delta, FinishReason, GenerationConfig, Prompt, Request, Usage
+
+Script = Callable[[Request], Sequence[str]]
+
+
+def echo(request: Request) -> list[str]:
+    """The default script: the words of the prompt, in pieces that join to it."""
+    text = prompt_text(request.prompt)
+    words = text.split(" ")
+    return [word if place == 0 else f" {word}" for place, word in enumerate(words)]
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt of any kind as one text: the last message of a conversation, or the token ids."""
+    if isinstance(prompt, str):
+        return prompt
+    last = prompt[-1]
+    return str(last["content"]) if isinstance(last, dict) else " ".join(map(str, prompt))
+
+
+class ScriptedEngine(Engine):
+    """Answers each prompt with the pieces its script names, one piece per request and step.
+
+    Steps follow each other as fast as the loop runs, or ``step_time`` seconds apart; with ``manual=True`` only
+    ``step()`` makes one, which stands for time that passes on demand.
+
+    Args:
+        script: from a request to the pieces of its answer; each piece counts as one token.
+        manual: make steps only on ``step()``.
+        step_time: seconds between steps otherwise.
+        start_error: raised by ``start``.
+        start_gate: ``start`` waits until this event is set, without blocking the loop.
+        max_batch_size: requests at once.
+    """
+
+    name = "scripted"
+    supports = frozenset(GenerationConfig().__dict__)
+
+    def __init__(
+        self,
+        script: Script = echo,
+        *,
+        manual: bool = False,
+        step_time: float = 0.0,
+        start_error: BaseException | None = None,
+        start_gate: threading.Event | None = None,
+        max_batch_size: int = 64,
+    ) -> None:
+        self.max_batch_size = max_batch_size
+        self.steps = 0  # written on the server thread, read by anyone, as are the next five
+        self.tokens = 0
+        self.started: list[str] = []
+        self.aborted: list[str] = []
+        self.closed = False
+        self.threads: set[int] = set()
+        self._script = script
+        self._manual = manual
+        self._step_time = step_time
+        self._start_error = start_error
+        self._start_gate = start_gate
+        self._active: dict[str, _Work] = {}  # server thread only, as are the next four
+        self._failing: dict[str, BaseException] = {}
+        self._refusing: dict[str, BaseException] = {}
+        self._forgetting: set[str] = set()
+        self._stepping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._changed = threading.Condition()
+
+    # --- cues, from any thread ---
+
+    def step(self, count: int = 1) -> None:
+        """Make ``count`` steps; returns when they are made."""
+        done = threading.Event()
+
+        def steps() -> None:
+            for _ in range(count):
+                self._step()
+            done.set()
+
+        self._on_loop(steps)
+        done.wait(10)
+
+    def crash(self, cause: BaseException) -> None:
+        """Die: tell the server that this engine cannot go on."""
+        self._on_loop(lambda: self.on_death(cause))
+
+    def fail(self, text: str, error: BaseException) -> None:
+        """Fail the request with this prompt at its next step; the others go on."""
+        self._failing[text] = error
+
+    def refuse(self, text: str, error: BaseException) -> None:
+        """Raise ``error`` when the request with this prompt is added."""
+        self._refusing[text] = error
+
+    def forget(self, text: str) -> None:
+        """Lose the request with this prompt at its next step: it gets no piece any more, nor a word on its abort."""
+        self._forgetting.add(text)
+
+    def block(self, until: threading.Event) -> None:
+        """Block the loop itself, as an engine stuck in native code does, until the event is set."""
+        self._on_loop(functools.partial(_wait_here, until))
+
+    def wait_for(self, condition: Callable[[ScriptedEngine], bool], timeout: float = 10.0) -> None:
+        """Block until ``condition(engine)`` holds.
+
+        Raises:
+            TimeoutError: it did not within ``timeout`` seconds.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: condition(self), timeout):
+                raise TimeoutError(f"the engine did not come to the state waited for: {self.stats()}")
+
+    @property
+    def active(self) -> int:
+        """How many requests it works on."""
+        return len(self._active)
+
+    # --- the engine contract ---
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.threads.add(threading.get_ident())
+        while self._start_gate is not None and not self._start_gate.is_set():
+            await asyncio.sleep(0.001)
+        if self._start_error is not None:
+            raise self._start_error
+
+    def add_request(self, request: Request, sink: Sink) -> None:
+        self.threads.add(threading.get_ident())
+        text = prompt_text(request.prompt)
+        if text in self._refusing:
+            raise self._refusing.pop(text)
+        self._active[request.id] = _Work(text, sink, list(self._script(request)), request.config.max_new_tokens)
+        self._tell(lambda: self.started.append(request.id))
+        self._step_later()
+
+    def abort_request(self, request_id: str) -> None:
+        self.threads.add(threading.get_ident())
+        work = self._active.pop(request_id, None)
+        if work is not None:
+            self._tell(lambda: self.aborted.append(request_id))
+            work.finish("abort")
+
+    def stats(self) -> dict[str, float]:
+        return {
+            "in_flight": float(len(self._active)),
+            "steps": float(self.steps),
+            "tokens": float(self.tokens),
+            "max_batch_size": float(self.max_batch_size),
+        }
+
+    async def close(self) -> None:
+        self._active.clear()
+        self._tell(lambda: setattr(self, "closed", True))
+
+    # --- stepping, on the server thread ---
+
+    def _step(self) -> None:
+        self._stepping = False
+        self._tell(lambda: setattr(self, "steps", self.steps + 1))
+        self.tokens += len(self._active)
+        for request_id, work in list(self._active.items()):
+            if work.text in self._forgetting:
+                del self._active[request_id]
+            elif work.text in self._failing:
+                del self._active[request_id]
+                error = EngineError(f"scripted failure of {work.text!r}")
+                error.__cause__ = self._failing.pop(work.text)
+                work.sink(Delta(error=error))
+            elif work.advance():
+                self._active.pop(request_id, None)
+        self._tell(lambda: None)
+        self._step_later()
+
+    def _step_later(self) -> None:
+        if self._active and not self._manual and not self._stepping and self._loop is not None:
+            self._stepping = True
+            if self._step_time:
+                self._loop.call_later(self._step_time, self._step)
+            else:
+                self._loop.call_soon(self._step)
+
+    def _on_loop(self, function: Callable[[], None]) -> None:
+        self.wait_for(lambda engine: engine._loop is not None)
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(function)
+
+    def _tell(self, change: Callable[[], None]) -> None:
+        with self._changed:
+            change()
+            self._changed.notify_all()
+
+
+class _Work:
+    """One request inside the scripted engine."""
+
+    def __init__(self, text: str, sink: Sink, pieces: list[str], limit: int) -> None:
+        self.text = text
+        self.sink = sink
+        self._pieces = pieces
+        self._limit = limit
+        self._said = 0
+
+    def advance(self) -> bool:
+        """Say the next piece; whether that was the last one."""
+        piece = self._pieces[self._said] if self._said < len(self._pieces) else ""
+        self._said += 1
+        complete = self._said >= len(self._pieces)
+        if not complete and self._said < self._limit:
+            self.sink(Delta(piece, [self._said]))
+            return False
+        self.finish("stop" if complete else "length", piece, [self._said])
+        return True
+
+    def finish(self, reason: FinishReason, text: str = "", token_ids: list[int] | None = None) -> None:
+        usage = Usage(prompt_tokens=len(self.text.split()), completion_tokens=self._said)
+        self.sink(Delta(text, token_ids or [], finish_reason=reason, usage=usage))
+
+
+def _wait_here(event: threading.Event) -> None:
+    event.wait(30)
