@@ -48,6 +48,10 @@ class LMBridgeError(Exception):
     partial: str = ""
     retryable: bool = False
 
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if self.index is None else f"Prompt {self.index} of the list: {text}"
+
 
 class InvalidRequestError(LMBridgeError, ValueError):
     """The request is wrong in itself. ``param`` names the argument or field at fault."""

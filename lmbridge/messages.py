@@ -6,12 +6,16 @@ Rule: no thread, no queue and no engine is known here. Times are seconds on the 
 from __future__ import annotations
 
 import dataclasses
+import math
+import reprlib
+import sys
 from collections.abc import Callable, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, Union
 
 from lmbridge.errors import InvalidRequestError, LMBridgeError
+from lmbridge.values import as_flag, as_int, as_list, as_number
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -19,7 +23,7 @@ Message = dict[str, Any]
 """One turn of a conversation: ``{"role": "user", "content": "…"}``."""
 
 Prompt = Union[str, Sequence[Message], Sequence[int]]
-"""One prompt: a text, a conversation, or token ids."""
+"""One prompt: a string, a conversation, or token ids. Engines get plain dicts and ints, whatever was given."""
 
 Logprobs = dict[int, float]
 """One position: token id to log-probability; the token that was chosen comes first."""
@@ -56,6 +60,9 @@ class Overrides(TypedDict, total=False):
 class GenerationConfig:
     """How to generate. Mutable, and copied when a request is submitted.
 
+    Numbers, flags and lists may be numpy's, torch's, or of any type that Python's ``numbers`` knows; engines get plain
+    ones.
+
     Attributes:
         max_new_tokens: the most tokens to generate, >= 1. The room left in the model's context may end it earlier.
         do_sample: True samples, False takes the most likely token; None samples when one of temperature, top_p,
@@ -66,7 +73,7 @@ class GenerationConfig:
         min_p: keep tokens at least this fraction as likely as the most likely one, in [0, 1].
         repetition_penalty: > 0; above 1 makes tokens of the prompt and the answer less likely.
         random_seed: the same seed gives the same text, whatever else is in the batch.
-        stop_words: texts that end the answer; the answer does not contain them.
+        stop_words: strings that end the answer; the answer does not contain them.
         stop_token_ids: token ids that end the answer, beside the model's own.
         ignore_eos: go on after the model's own end-of-sequence tokens.
         skip_special_tokens: leave special tokens out of the text.
@@ -101,25 +108,24 @@ class GenerationConfig:
         return self.do_sample
 
     def merged(self, overrides: Overrides) -> GenerationConfig:
-        """A checked copy with ``overrides`` applied over it.
+        """A checked copy with ``overrides`` applied over it; its numbers, flags and lists are plain ones of its own.
 
         Raises:
             InvalidRequestError: a field is unknown, of the wrong type or out of range.
         """
         _refuse_unknown(overrides)
         merged = object.__new__(type(self))
-        merged.__dict__.update(self.__dict__, **overrides)
-        merged.check()
+        fields = merged.__dict__
+        fields.update(self.__dict__, **overrides)
+        for name, default in _DEFAULTS.items():
+            value = fields[name]
+            if value is not default:  # by identity: 512.0 and numpy's 512 equal the default too
+                fields[name] = _checked(name, value)
         return merged
 
     def check(self) -> None:
         """Raise InvalidRequestError, naming the field, unless every field is of its type and in its range."""
-        fields = self.__dict__
-        if fields == _DEFAULTS:  # the usual case: nothing was set
-            return
-        for name, (holds, expected) in _CHECKS.items():
-            if not holds(fields[name]):
-                raise InvalidRequestError(f"{name} must be {expected}, not {fields[name]!r}.", param=name)
+        self.merged({})
 
     def given(self) -> list[str]:
         """The names of the fields that differ from their defaults."""
@@ -138,37 +144,64 @@ def _refuse_unknown(fields: Any) -> None:
         raise InvalidRequestError(f"GenerationConfig has no field {name!r}: {hint}.", param=name)
 
 
-def _is_int(value: object, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+def _checked(name: str, value: object) -> object:
+    """The field's plain value."""
+    read, expected = _KINDS[name]
+    plain = read(value)
+    if plain is None:
+        raise InvalidRequestError(f"{name} must be {expected}, not {reprlib.repr(value)}.", param=name)
+    return plain
 
 
-def _is_number(value: object, low: float, high: float = float("inf"), above: bool = False) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return (low < value if above else low <= value) and value <= high and value != float("inf")
+def _int(low: int, high: float = math.inf) -> _Reader:
+    def read(value: object) -> int | None:
+        number = as_int(value)
+        return number if number is not None and low <= number <= high else None
+
+    return read
 
 
-def _is_list(value: object, kind: type) -> bool:
-    if not isinstance(value, (list, tuple)):
-        return False
-    return all(isinstance(item, kind) and not isinstance(item, bool) and item != "" for item in value)
+def _number(low: float, high: float = sys.float_info.max, above: bool = False) -> _Reader:
+    """From ``low``, or above it, to ``high``; never infinite, and never nan, which compares to nothing."""
+
+    def read(value: object) -> float | None:
+        number = as_number(value)
+        return number if number is not None and low <= number <= high and not (above and number == low) else None
+
+    return read
 
 
+def _texts(value: object) -> list[str] | None:
+    texts = as_list(value)
+    return list(texts) if texts is not None and all(isinstance(text, str) and text for text in texts) else None
+
+
+def _ints(value: object) -> list[int] | None:
+    numbers = as_list(value)
+    if numbers is None:
+        return None
+    plain = [number for number in map(as_int, numbers) if number is not None]
+    return plain if len(plain) == len(numbers) else None
+
+
+_Reader = Callable[[object], object]
+"""The plain value, or None where what was given is not of the kind."""
 _FIELD_NAMES: dict[str, None] = {}  # filled below, once the class exists
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_new_tokens": (lambda v: _is_int(v, 1), "an int >= 1"),
-    "do_sample": (lambda v: v is None or isinstance(v, bool), "True, False or None"),
-    "temperature": (lambda v: v is None or _is_number(v, 0), "a number >= 0 or None"),
-    "top_p": (lambda v: v is None or _is_number(v, 0, 1, above=True), "a number in (0, 1] or None"),
-    "top_k": (lambda v: v is None or _is_int(v, 0), "an int >= 0 or None"),
-    "min_p": (lambda v: v is None or _is_number(v, 0, 1), "a number in [0, 1] or None"),
-    "repetition_penalty": (lambda v: v is None or _is_number(v, 0, above=True), "a number > 0 or None"),
-    "random_seed": (lambda v: v is None or _is_int(v, 0), "an int >= 0 or None"),
-    "stop_words": (lambda v: v is None or _is_list(v, str), "a list of texts that are not empty, or None"),
-    "stop_token_ids": (lambda v: v is None or _is_list(v, int), "a list of ints or None"),
-    "ignore_eos": (lambda v: isinstance(v, bool), "True or False"),
-    "skip_special_tokens": (lambda v: isinstance(v, bool), "True or False"),
-    "logprobs": (lambda v: v is None or (_is_int(v, 0) and v <= 20), "an int from 0 to 20 or None"),
+# What the fields may hold beside their defaults, which is None wherever None says something.
+_KINDS: dict[str, tuple[_Reader, str]] = {
+    "max_new_tokens": (_int(1), "an int >= 1"),
+    "do_sample": (as_flag, "True, False or None"),
+    "temperature": (_number(0), "a number >= 0 or None"),
+    "top_p": (_number(0, 1, above=True), "a number in (0, 1] or None"),
+    "top_k": (_int(0), "an int >= 0 or None"),
+    "min_p": (_number(0, 1), "a number in [0, 1] or None"),
+    "repetition_penalty": (_number(0, above=True), "a number > 0 or None"),
+    "random_seed": (_int(0), "an int >= 0 or None"),
+    "stop_words": (_texts, "a list of strings that are not empty, or None"),
+    "stop_token_ids": (_ints, "a list of ints or None"),
+    "ignore_eos": (as_flag, "True or False"),
+    "skip_special_tokens": (as_flag, "True or False"),
+    "logprobs": (_int(0, 20), "an int from 0 to 20 or None"),
 }
 _FIELD_NAMES.update(dict.fromkeys(f.name for f in dataclasses.fields(GenerationConfig)))
 _DEFAULTS: dict[str, object] = {}

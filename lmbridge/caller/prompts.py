@@ -1,64 +1,136 @@
 """Tells one prompt from a batch of them, and refuses what is neither.
 
-Rule: pure functions on the caller's thread. ``str``, ``list[dict]`` and ``list[int]`` are one prompt; ``list[str]``,
-``list[list[dict]]`` and ``list[list[int]]`` are batches; ``[]`` is the empty batch.
+Rule: pure functions on the caller's thread. What a list holds as a whole says what it is, so that one bad item cannot
+turn a batch into a prompt:
+
+- a string or a list among its items: a batch of prompts;
+- else a message (any mapping) among them: one conversation;
+- else a number among them: one prompt's token ids;
+- else a batch, of things that are no prompts, or of none: ``[None]``, ``[]``.
+
+So ``[None, "q"]`` is a batch whose first prompt is invalid, ``[message, None]`` a conversation whose second message is
+invalid, and ``[1, None]`` a prompt whose second token is invalid. A list is whatever ``as_list`` takes for one: a
+tuple, a column of a data frame, an array of one dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Number
+from typing import Any, Literal
 
-from lmbridge.errors import InvalidRequestError
-from lmbridge.messages import Prompt
+from lmbridge.errors import InvalidRequestError, LMBridgeError
+from lmbridge.messages import Message, Prompt
+from lmbridge.values import as_int, as_list
+
+_Kind = Literal["batch", "conversation", "tokens"]
+_USUAL: dict[type, _Kind] = {
+    str: "batch", list: "batch", tuple: "batch", dict: "conversation", int: "tokens",
+}  # fmt: skip
 
 
 def is_batch(prompts: object) -> bool:
-    """Whether ``prompts`` holds prompts rather than being one."""
-    if not isinstance(prompts, (list, tuple)):
+    """Whether ``prompts`` holds prompts rather than being one; the module's docstring says how that is decided."""
+    if isinstance(prompts, str):
         return False
-    return not prompts or isinstance(prompts[0], (str, list, tuple))
+    items = as_list(prompts)
+    return items is not None and _kind(items) == "batch"
 
 
 def check_prompt(prompt: Any) -> Prompt:
-    """The prompt, copied where it is a list.
+    """The prompt as engines know it: a string, a list of plain dicts, or a list of plain ints.
+
+    Messages are copied, but not what they hold.
 
     Raises:
-        InvalidRequestError: it is empty, or neither a text, a conversation nor token ids.
+        InvalidRequestError: it is empty, or neither a string, a conversation nor token ids.
     """
+    try:
+        return _checked(prompt)
+    except LMBridgeError:
+        raise
+    except Exception as cause:  # of a mapping or an array that is code of somebody's own
+        raise _invalid(f"The prompt cannot be read: {cause!r}.") from cause
+
+
+def _checked(prompt: Any) -> Prompt:
     if isinstance(prompt, str):
         if not prompt:
-            raise InvalidRequestError("The prompt is empty; give it at least one character.", "prompt")
+            raise _invalid("The prompt is empty; give it at least one character.")
         return prompt
-    if not isinstance(prompt, (list, tuple)) or is_batch(prompt):
-        raise InvalidRequestError(
-            "A prompt is a text, a list of messages such as {'role': 'user', 'content': '…'}, or a list of token ids; "
-            f"got {_shape(prompt)}. Only infer and ainfer take a list of prompts.",
-            "prompt",
+    items = as_list(prompt)
+    kind = None if items is None else _kind(items)
+    if items is None or kind == "batch":
+        raise _invalid(
+            "A prompt is a string, a list of messages such as {'role': 'user', 'content': '…'}, or a list of token "
+            f"ids; got {_shape(prompt, items)}"
         )
-    if isinstance(prompt[0], dict):
-        return [_check_message(message, place) for place, message in enumerate(prompt)]
-    return [_check_token(token, place) for place, token in enumerate(prompt)]
+    return _messages(items) if kind == "conversation" else _token_ids(items)
 
 
-def _check_message(message: Any, place: int) -> dict[str, Any]:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-        raise InvalidRequestError(
-            f"Message {place} of the conversation must be a dict with 'role' and 'content', not {message!r:.80}.",
-            "prompt",
+def _kind(items: Sequence[Any]) -> _Kind:
+    types = set(map(type, items))
+    kinds = {_USUAL.get(kind) or _kind_of(kind) for kind in types}
+    if "batch" in kinds:
+        return "batch"
+    if "conversation" in kinds:
+        return "conversation"
+    return "tokens" if "tokens" in kinds else "batch"
+
+
+def _kind_of(item: type) -> _Kind | None:
+    """What a list is that has such an item; None: it does not say."""
+    if issubclass(item, Mapping):
+        return "conversation"
+    if issubclass(item, Number):
+        return "tokens"
+    if issubclass(item, Sequence) or (hasattr(item, "tolist") and hasattr(item, "__len__")):
+        return "batch"
+    return None
+
+
+def _messages(items: Sequence[Any]) -> list[Message]:
+    return [_message(item, place) for place, item in enumerate(items)]
+
+
+def _message(message: Any, place: int) -> Message:
+    if not isinstance(message, (dict, Mapping)) or not isinstance(message.get("role"), str) or "content" not in message:
+        raise _invalid(
+            f"Message {place} of the conversation must be a dict with 'role' and 'content', "
+            f"not {reprlib.repr(message)}."
         )
-    return message.copy()
+    return dict(message)
 
 
-def _check_token(token: Any, place: int) -> int:
-    if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-        raise InvalidRequestError(f"Token {place} of the prompt must be an int >= 0, not {token!r:.80}.", "prompt")
-    return token
+def _token_ids(items: Sequence[Any]) -> list[int]:
+    if set(map(type, items)) == {int} and min(items) >= 0:  # the usual case, about 30 ns a token
+        return list(items)
+    return [_token_id(item, place) for place, item in enumerate(items)]
 
 
-def _shape(prompt: object) -> str:
-    if not isinstance(prompt, (list, tuple)):
-        return type(prompt).__name__
-    if not prompt:
-        return "an empty list"
-    return f"a list of {type(cast(Sequence[object], prompt)[0]).__name__}"
+def _token_id(token: Any, place: int) -> int:
+    plain = as_int(token)
+    if plain is None or plain < 0:
+        raise _invalid(f"Token {place} of the prompt must be an int >= 0, not {reprlib.repr(token)}.")
+    return plain
+
+
+def _shape(prompt: object, items: Sequence[Any] | None) -> str:
+    """What was given in place of a prompt, and what to give."""
+    name = type(prompt).__name__
+    if items:
+        return f"a list of {type(items[0]).__name__}. Only infer, ainfer and stream_many take a list of prompts."
+    if items is not None:
+        return "an empty list. Give at least one message or one token id."
+    if isinstance(prompt, Mapping):
+        return f"{name}. Put a message into a list: [{{'role': …}}]."
+    if hasattr(prompt, "ndim"):
+        return f"{name} of {prompt.ndim} dimensions. Give 1 dimension for one prompt, a list of those for several."
+    if isinstance(prompt, Iterable) and not isinstance(prompt, (bytes, bytearray, memoryview)):
+        return f"{name}. Make a list of it: list(…)."
+    return f"{reprlib.repr(prompt)}."
+
+
+def _invalid(message: str) -> InvalidRequestError:
+    return InvalidRequestError(message, "prompt")

@@ -10,15 +10,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import logging
 import queue
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from lmbridge.errors import EngineError, LMBridgeError, UnsupportedOptionError
 from lmbridge.messages import Delta, Request
 
+CLEANUP_PATIENCE = 2.0
+"""Seconds that an iterator may take to clean up, after its last delta or an abort, before its sink hears the end."""
+CLOSE_PATIENCE = 3.0
+"""Seconds that all iterators may take to end when the engine is closed; the others are left behind."""
+LOOK_INTERVAL = 1.0
+"""Seconds between two looks at whether an engine's thread still lives, while something is awaited from it."""
+
+logger = logging.getLogger("lmbridge")
 T = TypeVar("T")
 
 Sink = Callable[[Delta], None]
@@ -80,21 +91,23 @@ class Engine(ABC):
         Raises:
             LMBridgeError: the request alone is at fault; the engine goes on with the others.
         """
-        task = asyncio.get_running_loop().create_task(self._run(request, sink), name=f"lmbridge {request.id}")
-        self._running[request.id] = task
-        task.add_done_callback(lambda done: self._running.pop(request.id, None))
+        self._pumps.add(_Pump(self, request, sink))
 
     def abort_request(self, request_id: str) -> None:
         """Stop the request and free what it holds, within two more steps. Unknown ids are ignored.
 
         Its sink gets one last delta with finish_reason ``abort``, now or soon.
         """
-        task = self._running.get(request_id)
-        if task is not None:
-            task.cancel()
+        for pump in self._pumps:
+            if pump.request.id == request_id:  # two have it while one, which has ended, still cleans up
+                pump.abort()
 
     def generate(self, request: Request) -> AsyncIterator[Delta]:
-        """Yield the request's deltas, the last with a finish_reason. Cancellation at a yield or await is the abort."""
+        """Yield the request's deltas, the last with a finish_reason. Cancellation at a yield or await is the abort.
+
+        What is freed in a ``finally`` is free when the server hears of the end, unless that takes over
+        ``CLEANUP_PATIENCE`` seconds.
+        """
         raise TypeError(f"{type(self).__name__} must override generate(), or add_request() and abort_request().")
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
@@ -118,37 +131,113 @@ class Engine(ABC):
 
     def stats(self) -> dict[str, float]:
         """Numbers of the engine itself: ``in_flight``, ``steps``, ``tokens`` and what else it counts."""
-        return {"in_flight": float(len(self._running))}
+        return {"in_flight": float(len(self._pumps))}
 
     async def close(self) -> None:
         """Stop everything and free the model. Called once, also after a failed start; in-flight requests are lost."""
-        tasks = list(self._running.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        pumps = list(self._pumps)
+        for pump in pumps:
+            pump.abort()
+        if pumps:
+            await asyncio.wait([pump.task for pump in pumps], timeout=CLOSE_PATIENCE)
+        for pump in pumps:
+            if not pump.task.done():
+                logger.warning("The engine %s does not end request %s; it is left behind.", self.name, pump.request.id)
+
+    @functools.cached_property
+    def _pumps(self) -> set[_Pump]:
+        """The requests that run by ``generate``, and those whose iterator still cleans up; server thread only."""
+        return set()
 
     @property
     def _running(self) -> dict[str, asyncio.Task[None]]:
         """The task of each request that runs by ``generate``; server thread only."""
-        return self.__dict__.setdefault("_tasks", {})  # type: ignore[no-any-return]
+        return {pump.request.id: pump.task for pump in self._pumps}
 
-    async def _run(self, request: Request, sink: Sink) -> None:
-        """Pump one ``generate`` into its sink; whatever happens, the sink hears one last delta."""
-        last = Delta(error=EngineError(f"{self.name} ended the answer without a finish_reason."))
+
+class _Pump:
+    """One request's ``generate`` into its sink. Whatever happens, the sink hears one last delta, and nothing after it.
+
+    What the last delta says is decided by the first of: the iterator, its failure, an abort. It is told when the
+    iterator has cleaned up, or when that takes too long. Server thread only.
+    """
+
+    def __init__(self, engine: Engine, request: Request, sink: Sink) -> None:
+        self.request = request
+        self._engine = engine
+        self._sink = sink
+        self._last: Delta | None = None  # once it is decided
+        self._told = False
+        self._patience: asyncio.TimerHandle | None = None  # there from the decision on
+        self._loop = asyncio.get_running_loop()
+        self.task = self._loop.create_task(self._run(), name=f"lmbridge {request.id}")
+        self.task.add_done_callback(self._on_end)
+
+    def abort(self) -> None:
+        """End the iterator, unless it is ending already."""
+        if self._last is None:
+            self._decide(Delta(finish_reason="abort"))
+            self.task.cancel()
+
+    async def _run(self) -> None:
+        deltas = None
         try:
-            async with contextlib.aclosing(self.generate(request)) as deltas:  # type: ignore[type-var]
-                async for delta in deltas:
-                    if delta.finish_reason is not None or delta.error is not None:
-                        last = delta
-                        break
-                    sink(delta)
-        except asyncio.CancelledError:
-            last = Delta(finish_reason="abort")
+            deltas = self._engine.generate(self.request)
+            async for delta in deltas:
+                if delta.finish_reason is not None or delta.error is not None:
+                    self._decide(delta)
+                if self._last is not None:  # or it was aborted, and has swallowed the cancellation
+                    break
+                self._sink(delta)
+            else:
+                self._decide(Delta(error=EngineError(f"{self._engine.name} ended the answer without a finish_reason.")))
+        except GeneratorExit:  # the loop has been closed with the task in it
+            raise
         except LMBridgeError as error:
-            last = Delta(error=error)
+            self._decide(Delta(error=error))
         except BaseException as cause:  # SystemExit too, which would otherwise take the loop with it
-            last = Delta(error=engine_error(f"{self.name} failed: {cause!r}.", cause))
-        sink(last)
+            self._decide(Delta(error=engine_error(f"{self._engine.name} failed: {cause!r}.", cause)))
+        await self._clean_up(deltas)
+        self._tell()
+
+    def _decide(self, last: Delta) -> None:
+        """The first decision counts: what an iterator does after it was aborted concerns nobody."""
+        if self._last is None:
+            self._last = last
+            self._patience = self._loop.call_later(CLEANUP_PATIENCE, self._lose_patience)
+
+    async def _clean_up(self, deltas: Any) -> None:
+        close = getattr(deltas, "aclose", None)  # iterators that are no generators need not have it
+        if close is not None:
+            try:
+                await close()
+            except GeneratorExit:
+                raise
+            except BaseException as cause:  # the answer is none the worse for it
+                self._warn(f"failed to clean up: {cause!r}")
+
+    def _lose_patience(self) -> None:
+        self._warn(f"has not cleaned up within {CLEANUP_PATIENCE:g} s")
+        self._tell()
+
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        self._engine._pumps.discard(self)
+        if self._last is None:  # it was cancelled before its first step
+            self._decide(Delta(finish_reason="abort"))
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._told or self._last is None or self._patience is None:
+            return
+        self._told = True
+        self._patience.cancel()
+        try:
+            self._sink(self._last)
+        except BaseException:
+            logger.exception("The end of request %s could not be told.", self.request.id)
+
+    def _warn(self, what: str) -> None:
+        logger.warning("generate() of the engine %s for request %s %s.", self._engine.name, self.request.id, what)
 
 
 def engine_error(message: str, cause: BaseException) -> EngineError:
@@ -163,48 +252,106 @@ class EngineThread:
 
     It is a daemon of our own rather than an executor: the interpreter joins executor threads before atexit runs, and a
     model that is stuck in native code would then hold the process.
+
+    Should the thread end, by an exception thrown into it say, another one goes on with what waits. The call that the
+    thread was at fails; it is not made twice.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        # Appended on the server thread. The worker looks at the first, and takes it out when it is through with it.
+        self._jobs: deque[_Job[Any]] = deque()
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # rung by any thread: there is something to look at
+        self._closed = False  # set by any thread, once
         self._thread: threading.Thread | None = None  # server thread only
 
     async def run(self, function: Callable[..., T], *args: Any) -> T:
-        """Run ``function(*args)`` on the thread and await what it returns or raises."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
+        """Run ``function(*args)`` on the thread and await what it returns or raises.
 
-        def tell(result: T | None, error: Exception | None) -> None:
-            if future.done():  # its waiter was cancelled
-                return
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(cast(T, result))
-
-        def job() -> None:
-            result, error = None, None
-            try:
-                result = function(*args)
-            except Exception as raised:
-                error = raised
-            except BaseException as raised:  # some libraries call exit() when they cannot load
-                error = RuntimeError(f"{raised!r} on the engine's thread")
-            with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile: nobody waits
-                loop.call_soon_threadsafe(tell, result, error)
-
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-            self._thread.start()
-        self._jobs.put(job)
-        return await future
+        Raises:
+            RuntimeError: the thread was closed before, ended meanwhile, or cannot be started; or the function tried
+                to end it, with SystemExit say, which is chained.
+        """
+        if self._closed:
+            raise RuntimeError(f"The thread {self._name!r} has been closed; it takes no more work.")
+        self._see_to_thread()
+        job = _Job(functools.partial(function, *args))
+        self._jobs.append(job)
+        self._bell.put(None)
+        while job.outcome is None:
+            await asyncio.wait([job.news], timeout=LOOK_INTERVAL)
+            if job.outcome is None:
+                self._see_to_thread()
+        return job.result()
 
     def close(self) -> None:
-        """Let the thread end after the jobs it has."""
-        self._jobs.put(None)
+        """Let the thread end after the jobs it has. Any thread; takes no lock."""
+        self._closed = True
+        self._bell.put(None)
+
+    def _see_to_thread(self) -> None:
+        """Start it, or another one in place of one that has ended."""
+        if self._thread is not None and self._thread.is_alive():
+            return
+        if self._thread is not None:
+            logger.error("The thread %r has ended, and is replaced.", self._name)
+        if self._jobs and self._jobs[0].begun:
+            self._jobs.popleft().lose(f"The thread {self._name!r} ended in the middle of a call; it has been replaced.")
+        thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+        thread.start()
+        self._thread = thread  # not before it runs: one that does not would be waited for
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job()
-            del job  # or its results would live until the next job
+        while True:
+            while self._jobs:
+                self._jobs[0].do()
+                self._jobs.popleft()
+            if self._closed:
+                return
+            self._bell.get()
+
+
+class _Job(Generic[T]):
+    """One call for an engine's thread, and what came of it."""
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._call = call
+        self._loop = asyncio.get_running_loop()
+        self.news: asyncio.Future[None] = self._loop.create_future()  # loop's thread only
+        self.begun = False  # set by the worker thread, read when that has ended
+        self.outcome: tuple[T | None, BaseException | None] | None = None  # set once, by the worker or its successor
+
+    def do(self) -> None:
+        """Make the call. Worker thread."""
+        self.begun = True
+        try:
+            self.outcome = self._call(), None
+        except Exception as raised:
+            self.outcome = None, raised
+        except BaseException as raised:  # some libraries call exit() when they cannot load
+            self.lose(f"{raised!r} on the engine's thread", raised)
+        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile: nobody waits
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def lose(self, why: str, cause: BaseException | None = None) -> None:
+        """Nothing came of it, unless something did."""
+        if self.outcome is None:
+            error = RuntimeError(why)
+            error.__cause__ = cause
+            self.outcome = None, error
+
+    def result(self) -> T:
+        """What the call returned or raised."""
+        assert self.outcome is not None
+        result, error = self.outcome
+        try:
+            if error is not None:
+                raise error
+            return cast(T, result)
+        finally:  # what the error's traceback holds, half a model say, would live until the next garbage collection
+            self.outcome = None
+            del error
+
+    def _wake(self) -> None:
+        if not self.news.done():  # its waiter was cancelled
+            self.news.set_result(None)

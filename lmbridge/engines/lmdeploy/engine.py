@@ -253,6 +253,7 @@ class LMDeployEngine(Engine):
             EngineError: LMDeploy failed this request.
             EngineDeadError: the engine takes no requests any more.
         """
+        session = None
         try:
             core = self._alive()
             prepared = await self._prepare(core, request)
@@ -261,7 +262,7 @@ class LMDeployEngine(Engine):
                 core.session_mgr.remove(prepared.session)
                 yield answer.finish("abort")
                 return
-            self._sessions[request.id] = prepared.session
+            session = self._sessions[request.id] = prepared.session
             reason = None
             with self._errors_named():
                 async with contextlib.aclosing(core.generate(prepared, stream_response=True)) as outputs:
@@ -276,8 +277,9 @@ class LMDeployEngine(Engine):
             if reason is not None:
                 yield answer.finish(reason)
         finally:
-            self._sessions.pop(request.id, None)
-            self._aborted.discard(request.id)
+            if self._sessions.get(request.id) is session:  # or the id has been given to another meanwhile
+                self._sessions.pop(request.id, None)
+                self._aborted.discard(request.id)
 
     async def _prepare(self, core: Any, request: Request) -> Any:
         """LMDeploy's own form of the request: its tokens, and what it makes of the config."""

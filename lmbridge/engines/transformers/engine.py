@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import os
 import time
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -100,6 +101,7 @@ class TransformersEngine(Engine):
         )
         self.max_batch_size = max_batch_size
         self._thread = EngineThread("lmbridge transformers")
+        weakref.finalize(self, self._thread.close)  # an engine whose loop got stuck is never closed
         self._start: Start | None = None
         self._core: Core | None = None
         self._requests: dict[str, Running] = {}  # by key
