@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lmbridge.bridge import Bridge, Health, RequestInfo
+    from lmbridge.caller.async_streams import AsyncStream
     from lmbridge.caller.futures import ResponseFuture
+    from lmbridge.caller.observer import Observer
     from lmbridge.caller.stream_group import StreamGroup
-    from lmbridge.caller.streams import AsyncStream, Stream
+    from lmbridge.caller.streams import Stream
     from lmbridge.chat import Chat
     from lmbridge.client import Client
     from lmbridge.engines.base import Engine
@@ -54,17 +56,19 @@ _HOMES = {
     "caller.futures": ("ResponseFuture",),
     "caller.stream_group": ("StreamGroup",),
     "messages": ("Delta", "GenerationConfig", "Request", "Response", "Timings", "Usage"),
-    "caller.streams": ("AsyncStream", "Stream"),
+    "caller.async_streams": ("AsyncStream",),
+    "caller.observer": ("Observer",),
+    "caller.streams": ("Stream",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AsyncStream", "Bridge", "BridgeClosedError", "Chat", "Client", "Delta", "DisconnectedError", "Engine",
     "EngineDeadError", "EngineError", "EngineStartError", "ForkedError", "GenerationConfig", "Health",
-    "InvalidRequestError", "LMBridgeError", "MissingDependencyError", "ModelNotFoundError", "PromptTooLongError",
-    "QueueFullError", "Request", "RequestAbortedError", "RequestInfo", "RequestTimeoutError", "Response",
-    "ResponseFuture", "Stream", "StreamGroup", "Timings", "UnknownEngineError", "UnsupportedEnvironmentError",
-    "UnsupportedOptionError", "Usage", "WrongThreadError",
+    "InvalidRequestError", "LMBridgeError", "MissingDependencyError", "ModelNotFoundError", "Observer",
+    "PromptTooLongError", "QueueFullError", "Request", "RequestAbortedError", "RequestInfo", "RequestTimeoutError",
+    "Response", "ResponseFuture", "Stream", "StreamGroup", "Timings", "UnknownEngineError",
+    "UnsupportedEnvironmentError", "UnsupportedOptionError", "Usage", "WrongThreadError",
 ]  # fmt: skip
 
 

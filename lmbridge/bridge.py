@@ -5,6 +5,7 @@ Rule: used from any thread but the server's. It puts the parts together and keep
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
 import time
@@ -14,17 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lmbridge.caller.access import Access
+from lmbridge.caller.account import Account
+from lmbridge.caller.observer import Observer
 from lmbridge.caller.verbs import Verbs
 from lmbridge.chat import Chat
 from lmbridge.client import Client
 from lmbridge.crossing.gate import Gate
+from lmbridge.crossing.status import State
 from lmbridge.engines import engine_factory
 from lmbridge.engines.base import Engine
 from lmbridge.errors import InvalidRequestError, RequestAbortedError
 from lmbridge.messages import GenerationConfig
 from lmbridge.metrics import Metrics
-from lmbridge.server.supervisor import Recipe, State
+from lmbridge.server.supervisor import Recipe
 from lmbridge.server.thread import ServerThread
+from lmbridge.values import as_int, as_number
 
 _numbers = itertools.count(1)  # for clients without a name
 
@@ -102,8 +108,9 @@ class Bridge(Verbs):
         recipe = _recipe(model, engine, engine_options)
         metrics = Metrics()
         gate = Gate(max_pending, max_pending_per_client, when_full == "reject", metrics)
-        self._server_thread = ServerThread(recipe, gate, metrics, timeout, stall_timeout)
-        self._threads = threading.local()  # .client: the thread's own client, dropped when the thread ends
+        self._server_thread = ServerThread(recipe, gate, metrics, stall_timeout)
+        self._access = Access(self._server_thread.server, self._server_thread.handle, timeout)
+        self._threads = threading.local()  # .account: the thread's own, dropped when the thread ends
 
     # --- lifetime ---
 
@@ -163,27 +170,31 @@ class Bridge(Verbs):
 
     def __del__(self) -> None:
         # A finalizer may run in the middle of anything: no locks, no logging, no joining.
-        host = getattr(self, "_server_thread", None)
-        if host is not None and host.drop():
+        server = getattr(self, "_server_thread", None)
+        if server is not None and server.drop():
             message = f"unclosed {self!r}; use `with Bridge(...)` or close()"
             warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
 
     # --- callers ---
 
-    def client(self, name: str | None = None) -> Client:
-        """A client of your own: a fairness account with its own pair of queues and the same verbs."""
-        return Client(self._server_thread, name or f"client-{next(_numbers)}", bridge=self)
+    def client(self, name: str | None = None, observer: Observer | None = None) -> Client:
+        """A client of your own: a fairness account with its own pair of queues and the same verbs.
+
+        Args:
+            name: whose turn its calls take; clients of one name take it together.
+            observer: hears of its calls.
+        """
+        return Client(self._access, name or f"client-{next(_numbers)}", self, observer)
 
     def chat(self, config: GenerationConfig | None = None, *, system: str | None = None) -> Chat:
         """A conversation that keeps its history; see ``lmbridge.chat.Chat``."""
         return Chat(self, config, system=system)
 
     def abort(self, request_id: str) -> None:
-        """Abort the living request of that id; its caller gets RequestAbortedError. Unknown ids are ignored."""
-        server = self._server_thread.running()
-        if server is not None:
+        """Abort the request of that id, wherever it is: its caller gets RequestAbortedError. Ignores unknown ids."""
+        if self._server_thread.started:
             error = RequestAbortedError(f"Request {request_id} was aborted by bridge.abort().")
-            server.run_soon(lambda: server.abort_where(lambda call: call.request.id == request_id, error))
+            self._server_thread.handle.abort_where(lambda call: call.request.id == request_id, error)
 
     # --- what can be seen ---
 
@@ -197,14 +208,11 @@ class Bridge(Verbs):
         living = self.requests()
         running = sum(request.state == "running" for request in living)
         status = self._server_thread.status
-        server = self._server_thread.running()
-        silent = 0.0 if server is None or status.state == "closed" else time.monotonic() - server.heartbeat
-        return Health(status.state, status.reason, len(living) - running, running, status.restarts, silent)
+        waiting = len(living) - running
+        return Health(status.state, status.reason, waiting, running, status.restarts, self._server_thread.silent)
 
     def requests(self) -> list[RequestInfo]:
-        """The living requests, oldest first: those that wait for the engine and those in it."""
-        server = self._server_thread.running()
-        calls = [] if server is None else list(server.living.values())
+        """The living requests, oldest first: those that wait for room or for the engine, and those in it."""
         now = time.monotonic()
         return [
             RequestInfo(
@@ -214,7 +222,7 @@ class Bridge(Verbs):
                 age=now - call.request.created,
                 tokens=call.tokens,
             )
-            for call in calls
+            for call in self._server_thread.living()
         ]
 
     @property
@@ -228,15 +236,13 @@ class Bridge(Verbs):
 
     def supports(self) -> frozenset[str]:
         """The GenerationConfig fields that the engine honours; empty while there is none. Never blocks."""
-        server = self._server_thread.running()
-        place = None if server is None else server.place  # one read: the server thread may replace it
-        return frozenset() if place is None else place.engine.supports
+        engine = self._server_thread.engine
+        return frozenset() if engine is None else engine.supports
 
     def describe(self) -> str:
         """The model, its engine and how it runs there; the model alone while there is no engine. Never blocks."""
-        server = self._server_thread.running()
-        place = None if server is None else server.place  # one read: the server thread may replace it
-        return self._server_thread.label if place is None else place.engine.describe()
+        engine = self._server_thread.engine
+        return self._server_thread.label if engine is None else engine.describe()
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """Each token's own text, as tables of log-probabilities show it; "" where the engine cannot tell."""
@@ -248,12 +254,15 @@ class Bridge(Verbs):
         clients = len({request.client for request in living})
         return f"<Bridge {self.state} model={self._server_thread.label} clients={clients} in_flight={len(living)}>"
 
-    def _client(self) -> Client:
+    def _account(self) -> Account:
         try:
-            found: Client = self._threads.client
+            found: Account = self._threads.account
         except AttributeError:
-            found = self._threads.client = Client(self._server_thread, f"thread-{threading.get_ident()}")
+            found = self._threads.account = Account(self._access, f"thread-{threading.get_ident()}")
         return found
+
+    def _task_account(self) -> Account:
+        return Account(self._access, f"task-{id(asyncio.current_task())}")
 
 
 def _recipe(model: Any, engine: str, options: dict[str, Any]) -> Recipe:
@@ -272,11 +281,13 @@ def _recipe(model: Any, engine: str, options: dict[str, Any]) -> Recipe:
     )
 
 
-def _check_limits(max_pending: int, per_client: int, when_full: str, timeout: float | None) -> None:
+def _check_limits(max_pending: Any, per_client: Any, when_full: Any, timeout: Any) -> None:
     for name, value in (("max_pending", max_pending), ("max_pending_per_client", per_client)):
-        if not isinstance(value, int) or value < 1:
+        limit = as_int(value)
+        if limit is None or limit < 1:
             raise InvalidRequestError(f"{name} must be an int >= 1, not {value!r}.", name)
     if when_full not in ("block", "reject"):
         raise InvalidRequestError(f"when_full must be 'block' or 'reject', not {when_full!r}.", "when_full")
-    if timeout is not None and not timeout >= 0:
+    seconds = as_number(timeout)
+    if timeout is not None and (seconds is None or not seconds >= 0):
         raise InvalidRequestError(f"timeout must be seconds >= 0 or None, not {timeout!r}.", "timeout")

@@ -13,7 +13,8 @@ from lmbridge.messages import Delta, GenerationConfig, Message, Response
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from lmbridge.caller.verbs import CallOptions, Verbs
+    from lmbridge.caller.options import CallOptions
+    from lmbridge.caller.verbs import Verbs
 
 
 class Chat:

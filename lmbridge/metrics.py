@@ -1,12 +1,12 @@
 """What a bridge counts, once; ``lmbridge.prometheus`` exports it.
 
-Rule: ``Metrics`` is written on the server thread, once per request and never per token; anybody may read it.
+Rule: written on the server thread, once per request and never per token, but for what the gate counts; anybody may
+read it.
 Counting is plain arithmetic, because each request pays for it.
 """
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_left
 from collections import Counter
 
@@ -46,7 +46,10 @@ class Histogram:
 class Metrics:
     """What one bridge has counted since it was built; times are in seconds.
 
+    Once every request has ended, ``started`` is the sum of ``outcomes``.
+
     Attributes:
+        started: requests that asked for a place in the queue.
         outcomes: ended requests by how they ended: a finish_reason, or the name of the error's class.
         prompt_tokens, completion_tokens: of answered requests.
         queued: how long answered requests waited until the engine took them.
@@ -56,14 +59,14 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        self.outcomes: Counter[str] = Counter()
+        self.started = 0  # written under the gate's lock
+        self.outcomes: Counter[str] = Counter()  # the gate counts QueueFullError under its lock, and only that
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.queued = Histogram()
         self.first_token = Histogram()
         self.inter_token = Histogram()
         self.total = Histogram()
-        self._lock = threading.Lock()
 
     @property
     def cancels(self) -> dict[str, int]:
@@ -73,11 +76,6 @@ class Metrics:
             if outcome in CANCELS:
                 causes[CANCELS[outcome]] += count
         return causes
-
-    def refused(self) -> None:
-        """Count one request that found no room. Any thread; the server thread never touches this outcome."""
-        with self._lock:
-            self.outcomes["QueueFullError"] += 1
 
     def ended(self, outcome: Outcome) -> None:
         """Count one request that has had the server's final word."""

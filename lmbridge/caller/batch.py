@@ -1,128 +1,130 @@
 """A list of prompts as one call of the caller: in together as room allows, out in order.
 
-Rule: caller's thread only. A batch is one consumer with one channel; its tokens say which of its calls has ended.
+Rule: a batch is one consumer with one channel: a thread's own, or that of the event loop that awaits it.
 """
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
-from lmbridge.crossing.call import Call, timeout_error
+from lmbridge.caller.account import Account
+from lmbridge.caller.sender import Sender
+from lmbridge.crossing.call import Call
 from lmbridge.crossing.channel import Channel, Closed, Empty
+from lmbridge.crossing.handle import ServerHandle
 from lmbridge.errors import LMBridgeError
 from lmbridge.messages import Request, Response
-from lmbridge.server.server import Server
-
-if TYPE_CHECKING:
-    from lmbridge.crossing.gate import Gate
 
 Result = Response | BaseException
+Requests = list[Request | LMBridgeError]
 
 
 class Batch:
-    """Runs ``requests`` to their ends.
+    """Runs requests to their ends.
 
     A request that is an exception already (its prompt was refused) is that slot's outcome.
+
+    Args:
+        keep: errors fill their slots; otherwise the first is raised, with its position as ``index``.
+        advance: called for each slot that is filled.
     """
 
-    def __init__(self, server: Server, channel: Channel, client: object, keep_errors: bool, progress: bool) -> None:
-        self._server = server
-        self._gate: Gate = server.gate
-        self._channel = channel
-        self._client = client
-        self._keep_errors = keep_errors
-        self._progress = progress
-        self._waiting: deque[tuple[int, Request]] = deque()
-        self._open: dict[Call, int] = {}
+    def __init__(self, account: Account, keep: bool, advance: Callable[[], object] = lambda: None) -> None:
+        self._account = account
+        self._keep = keep
+        self._advance = advance
         self._results: dict[int, Result] = {}
+        self._clean = True  # the server has said its final word on all that were closed
 
-    def run(self, requests: list[Request | LMBridgeError]) -> list[Result]:
-        """One result for each request, in order.
+    def run(self, requests: Requests) -> list[Result]:
+        """One result for each request, in order; blocks for all of them.
 
         Raises:
             LMBridgeError: the first error, with its position as ``index``; the rest have been aborted. Not raised
                 when errors are kept: they fill their slots.
         """
-        with _bar(len(requests), self._progress) as advance:
-            for index, request in enumerate(requests):
-                if isinstance(request, LMBridgeError):
-                    self._record(index, request)
-                    advance()
-                else:
-                    self._waiting.append((index, request))
-            try:
-                while self._waiting or self._open:
-                    self._send_what_fits()
-                    call = self._next_ended()
-                    if call is not None:
-                        self._record_call(call)
-                        advance()
-            except BaseException:
-                self._abort_rest()
-                raise
+        if not requests:
+            return []
+        server = self._account.server(True)
+        channel = self._account.lease(server)
+        sender = Sender(self._account, server, channel)
+        try:
+            self._begin(requests, sender)
+            while not sender.done:
+                sender.send()
+                self._record(sender, _named(channel, server, sender))
+        except BaseException:
+            self._leave(sender)
+            raise
+        if self._clean:
+            self._account.take_back(server, channel)
         return [self._results[index] for index in range(len(requests))]
 
-    def _send_what_fits(self) -> None:
-        """Send while there is room; wait for room only when there is no answer to wait for."""
-        while self._waiting:
-            index, request = self._waiting[0]
-            call = Call(request, self._channel, self._client)
-            others = bool(self._open)
-            self._open[call] = index  # first, so that it will be aborted whatever happens next
-            if not self._gate.try_enter(call):
-                if others:
-                    del self._open[call]
-                    return
-                if not self._gate.enter(call):
-                    call.settle(timeout_error(call))
-            self._waiting.popleft()
-            if call.outcome is None:
-                self._server.submit(call)
-
-    def _next_ended(self) -> Call | None:
-        """Block for the next call that ends, or settle those whose deadline has passed and return one of them."""
-        now = time.monotonic()
-        deadline = next(iter(self._open)).request.deadline  # a list shares one
-        if deadline is not None and now >= deadline:
-            call = next(iter(self._open))
-            if call.settle(timeout_error(call)):
-                self._server.abort(call)
-            return call
+    async def run_async(self, requests: Requests) -> list[Result]:
+        """``run`` for a task; cancelling it aborts all of them."""
+        if not requests:
+            return []
+        server = self._account.server(False)
+        port = self._account.access.port(asyncio.get_running_loop())
+        sender = Sender(self._account, server, port.channel)
+        news = port.listen()
+        sender.opened = news.add
         try:
-            token = self._channel.wait(True, None if deadline is None else deadline - now)
-        except Empty:
-            return None
-        except Closed:
-            token = next(iter(self._open))
-            token.settle(self._server.closed_error())
-        return token if token in self._open and token.outcome is not None else None
+            self._begin(requests, sender)
+            while not sender.done:
+                sender.send()
+                self._record(sender, await news.wait(sender.remaining()) or list(sender.open))
+        except BaseException:
+            self._leave(sender)
+            raise
+        finally:
+            news.close()
+        return [self._results[index] for index in range(len(requests))]
 
-    def _record_call(self, call: Call) -> None:
-        index = self._open.pop(call)
-        try:
-            self._results[index] = call.response()
-        except LMBridgeError as error:
-            self._record(index, error)
+    def _begin(self, requests: Requests, sender: Sender) -> None:
+        for index, request in enumerate(requests):
+            if isinstance(request, LMBridgeError):
+                self._fill(index, request)
+            else:
+                sender.add(index, request)
 
-    def _record(self, index: int, error: LMBridgeError) -> None:
-        error.index = index
-        if not self._keep_errors:
-            raise error
-        self._results[index] = error
+    def _record(self, sender: Sender, calls: Iterable[Call]) -> None:
+        for call in calls:
+            if call.outcomes and call in sender.open:
+                self._clean = self._clean and call.ended
+                self._account.report(call)
+                self._fill(sender.open.pop(call), call.result())
 
-    def _abort_rest(self) -> None:
-        for call in self._open:
-            if call.settle(call.finish("abort")):
-                self._server.abort(call)
+    def _fill(self, index: int, result: Result) -> None:
+        if isinstance(result, LMBridgeError):
+            result.index = index
+        if isinstance(result, BaseException) and not self._keep:
+            raise result
+        self._results[index] = result
+        self._advance()
+
+    def _leave(self, sender: Sender) -> None:
+        for call in sender.abort():
+            self._account.report(call)
+
+
+def _named(channel: Channel[Call], server: ServerHandle, sender: Sender) -> Iterable[Call]:
+    """Block for news; the calls that may have ended."""
+    try:
+        return (channel.wait(True, sender.remaining()),)
+    except Empty:
+        pass
+    except Closed:
+        for call in sender.open:
+            call.settle(server.closed_error())
+    return list(sender.open)
 
 
 @contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Any]:
-    """A progress bar's ``update``, or something that does nothing."""
+def progress_bar(total: int, shown: bool) -> Iterator[Callable[[], object]]:
+    """What advances a progress bar of so many prompts, or does nothing."""
     if not shown:
         yield lambda: None
         return

@@ -8,16 +8,15 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from lmbridge.crossing.call import Call, timeout_error
-from lmbridge.crossing.channel import Channel, Closed, Empty
-from lmbridge.errors import LMBridgeError, fresh
-from lmbridge.messages import Delta, Request, Response, join_deltas
-
-if TYPE_CHECKING:
-    from lmbridge.server.server import Server
+from lmbridge.caller.account import Account
+from lmbridge.caller.sender import Sender
+from lmbridge.crossing.call import Call
+from lmbridge.crossing.channel import Closed, Empty
+from lmbridge.errors import LMBridgeError
+from lmbridge.messages import Delta, Request, Response
 
 
 class StreamGroup:
@@ -25,40 +24,44 @@ class StreamGroup:
 
     The last delta of each answer has a ``finish_reason`` or an ``error``; an answer that fails leaves the others
     running. Leaving the loop, ``close``, the end of a ``with`` and dropping the group abort what still runs. Deltas
-    that come while nobody reads are merged into the answer's next one.
+    that come while nobody reads are merged into the answer's next one. Prompts for which there is no room yet are sent
+    while the others are read.
     """
 
-    def __init__(
-        self,
-        server: Server,
-        channel: Channel,
-        client: object,
-        requests: Sequence[Request],
-        owner: object,
-        release: Callable[[Channel], None],
-    ) -> None:
+    def __init__(self, account: Account, requests: Sequence[Request | LMBridgeError], owner: object) -> None:
+        """Send what there is room for; one that is an error already ends with it.
+
+        Raises:
+            QueueFullError: there is room for none, and the bridge does not wait.
+            LMBridgeError: the bridge or the client is closed.
+        """
+        server = account.server(True)
+        self._account = account
         self._server = server
-        self._channel = channel
         self._owner = owner  # keeps the bridge alive for as long as the group is
-        self._release: Callable[[Channel], None] | None = release  # takes the channel back, once
-        self._calls = [Call(request, channel, client, streaming=True) for request in requests]
-        self._read: list[list[Delta]] = [[] for _ in requests]
-        self._open = {call: index for index, call in enumerate(self._calls)}  # reader only, as is the next
+        self._channel = account.lease(server)
+        self._lent = True  # the channel has to be given back
+        self._requests = list(requests)
+        self._ends: dict[int, Call] = {}  # reader only, as are the next three
         self._news: deque[tuple[int, Delta]] = deque()
         self._iterated = False
+        self._sender = Sender(account, server, self._channel, streaming=True)
         self._turn = threading.Lock()  # held by the thread that reads
+        for index, request in enumerate(requests):
+            if isinstance(request, LMBridgeError):
+                self._news.append((index, Delta(error=request)))
+            else:
+                self._sender.add(index, request)
         try:
-            for call in self._calls:
-                if not server.gate.enter(call):
-                    raise timeout_error(call)
-                server.submit(call)
+            self._sender.send()
         except BaseException:
             self._leave()
             raise
 
     @property
     def request_ids(self) -> list[str]:
-        return [call.request.id for call in self._calls]
+        """One for each prompt; "" for one that was wrong."""
+        return ["" if isinstance(request, LMBridgeError) else request.id for request in self._requests]
 
     @property
     def responses(self) -> list[Response | BaseException]:
@@ -67,9 +70,11 @@ class StreamGroup:
         Raises:
             RuntimeError: the group has not ended yet.
         """
-        if self._open and not all(call.outcomes for call in self._calls):
+        ends = {**self._ends, **{index: call for call, index in list(self._sender.open.items())}}
+        results = [self._result(request, ends.get(index)) for index, request in enumerate(self._requests)]
+        if None in results:
             raise RuntimeError("The answers have not ended yet; read them to their ends, or close the group, before.")
-        return [_result(call, read) for call, read in zip(self._calls, self._read, strict=True)]
+        return [result for result in results if result is not None]
 
     def __iter__(self) -> Iterator[tuple[int, Delta]]:
         if self._iterated:
@@ -90,10 +95,12 @@ class StreamGroup:
 
     def __next__(self) -> tuple[int, Delta]:
         """The next delta of any answer, with the index of its prompt; raises StopIteration at the end of all."""
-        self.wait()
-        if not self._news:
+        with self._reading():
+            self._wait(None)
+            news = self._news.popleft() if self._news else None
+        if news is None:
             raise StopIteration
-        return self._news.popleft()
+        return news
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until ``next`` would not; False when ``timeout`` seconds passed first.
@@ -102,21 +109,12 @@ class StreamGroup:
             RuntimeError: another thread reads already.
             ForkedError: this is a child of the process that the group belongs to.
         """
-        self._server.check_process()
-        if not self._turn.acquire(False):
-            raise RuntimeError("Another thread is reading this group; give each thread one of its own.")
-        limit = None if timeout is None else time.monotonic() + timeout
-        try:
-            while not self._news and self._open:
-                if not self._look(limit):
-                    return False
-            return True
-        except BaseException:  # KeyboardInterrupt while waiting: nobody reads on
-            self._leave()
-            raise
-        finally:
-            self._give_back()
-            self._turn.release()
+        with self._reading():
+            return self._wait(None if timeout is None else time.monotonic() + timeout)
+
+    def stop(self, index: int) -> None:
+        """End the answer to that prompt; its last delta says ``abort``, and the others go on. Any thread, any time."""
+        self._sender.stop(index)
 
     def close(self, error: LMBridgeError | None = None) -> None:
         """Abort what still runs; a reader in another thread sees the end. Any thread, any time.
@@ -124,8 +122,12 @@ class StreamGroup:
         Args:
             error: what that reader is told of each answer instead, and what they count as having ended with.
         """
+        if self._server.forked:
+            return
         for call in self._leave(error):
-            call.channel.nudge(call)
+            self._channel.nudge(call)
+        for call in list(self._sender.open):
+            self._account.report(call)
 
     def __enter__(self) -> StreamGroup:
         return self
@@ -139,76 +141,86 @@ class StreamGroup:
 
     # --- reading ---
 
-    def _look(self, limit: float | None) -> bool:
-        """Wait for one token and take what its call has; False when ``limit`` has passed."""
-        now = time.monotonic()
-        deadline = next(iter(self._open)).request.deadline  # a group shares one
-        if deadline is not None and now >= deadline:
-            self._end_all(timeout_error)
-            return True
-        if limit is not None and now >= limit:
-            return False
-        ends = [end for end in (limit, deadline) if end is not None]
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Be the one thread that reads; KeyboardInterrupt and the like end all, for nobody reads on."""
+        self._server.check_process()
+        if not self._turn.acquire(False):
+            raise RuntimeError("Another thread is reading this group; give each thread one of its own.")
         try:
-            self._take(self._channel.wait(True, min(ends) - now if ends else None))
+            yield
+        except BaseException:
+            self._leave()
+            raise
+        finally:
+            self._give_back()
+            self._turn.release()
+
+    def _wait(self, limit: float | None) -> bool:
+        while not self._news and not self._sender.done:
+            if limit is not None and time.monotonic() >= limit:
+                return False
+            self._look(limit)
+        return True
+
+    def _look(self, limit: float | None) -> None:
+        """Wait for one token, and take what its call has."""
+        self._sender.send()
+        remaining = self._sender.remaining()
+        if limit is not None:
+            remaining = min(remaining, max(0.0, limit - time.monotonic()))
+        try:
+            self._take(self._channel.wait(True, remaining))
+            return
         except Empty:
             pass
         except Closed:
-            self._end_all(lambda call: self._server.closed_error())
-        return True
+            for call in self._sender.open:
+                call.settle(self._server.closed_error())
+        for call in list(self._sender.open):  # a token may have been lost
+            self._take(call)
 
     def _take(self, call: Call) -> None:
         """Put what a call has into the news; its end too, once everything was read."""
-        index = self._open.get(call)
+        index = self._sender.open.get(call)
         if index is None:  # a late token
             return
         call.signalled = False  # before looking, so that what comes now sends a new token
         outcome = call.outcome  # before the deltas, all of which precede it
-        taken = call.deltas[:]
-        del call.deltas[: len(taken)]
-        if taken:
-            delta = join_deltas(taken)
-            self._read[index].append(delta)
-            self._news.append((index, delta))
+        taken = call.take()
+        if taken is not None:
+            self._news.append((index, taken))
         if outcome is None:
             return
-        del self._open[call]
+        del self._sender.open[call]
+        self._ends[index] = call
+        self._account.report(call)
         if isinstance(outcome, Response):
-            if not taken or taken[-1].finish_reason is None:
+            if taken is None or taken.finish_reason is None:
                 self._news.append((index, Delta(finish_reason=outcome.finish_reason, usage=outcome.usage)))
-        elif not taken or taken[-1].error is None:
-            self._news.append((index, Delta(error=_as_error(call.error(outcome, self._read[index])))))
+        elif taken is None or taken.error is None:
+            self._news.append((index, Delta(error=_as_error(call.error(outcome)))))
 
-    def _end_all(self, error: Callable[[Call], LMBridgeError]) -> None:
-        for call in list(self._open):
-            if call.settle(error(call)):
-                self._server.abort(call)
-            self._take(call)
+    def _result(self, request: Request | LMBridgeError, call: Call | None) -> Response | BaseException | None:
+        """How one answer has ended; None when it has not."""
+        if isinstance(request, LMBridgeError):
+            return request
+        if call is None:
+            return None if self._sender.left is None else self._sender.unsent(request)
+        return call.result() if call.outcomes else None
 
     def _leave(self, error: LMBridgeError | None = None) -> list[Call]:
         """Abort the calls without an outcome, and return them; takes no lock."""
-        if self._server.forked:
-            return []
-        left = []
-        for call in self._calls:
-            if call.outcome is None and call.settle(call.finish("abort") if error is None else fresh(error)):
-                left.append(call)
-        for call in left:
-            self._server.abort(call)
-        return left
+        return [] if self._server.forked else self._sender.abort(error)
 
     def _give_back(self) -> None:
-        release = self._release
-        if release is not None and not self._open and all(call.ended for call in self._calls):
-            self._release = None
-            release(self._channel)
-
-
-def _result(call: Call, read: Sequence[Delta]) -> Response | BaseException:
-    try:
-        return call.response(read)
-    except LMBridgeError as error:
-        return error
+        if (
+            self._lent
+            and self._sender.done
+            and all(isinstance(end, LMBridgeError) or end.ended for end in self._ends.values())
+        ):
+            self._lent = False
+            self._account.take_back(self._server, self._channel)
 
 
 def _as_error(error: BaseException) -> LMBridgeError:

@@ -1,6 +1,6 @@
 """The verbs, written once and shared by Bridge and Client: infer, stream, stream_many, submit, ainfer, astream.
 
-Rule: signatures and their promises only; a ``Client`` does the work, on any thread but the server's.
+Rule: signatures and their promises only; what they are made of stands beside.
 """
 
 from __future__ import annotations
@@ -8,43 +8,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from lmbridge.caller.batch import Result
+from lmbridge.caller.account import Account
+from lmbridge.caller.answer import answer
+from lmbridge.caller.async_streams import AsyncStream
+from lmbridge.caller.batch import Batch, Result, progress_bar
 from lmbridge.caller.futures import ResponseFuture
+from lmbridge.caller.options import CallOptions
 from lmbridge.caller.prompts import is_batch
+from lmbridge.caller.requests import make_list, make_request
 from lmbridge.caller.stream_group import StreamGroup
-from lmbridge.caller.streams import AsyncStream, Stream
-from lmbridge.messages import GenerationConfig, Message, Overrides, Response
+from lmbridge.caller.streams import Stream
+from lmbridge.errors import InvalidRequestError
+from lmbridge.messages import GenerationConfig, Message, Response
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from lmbridge.client import Client
-
 Prompts = list[str] | list[list[Message]] | list[list[int]]
-
-
-class CallOptions(Overrides, total=False):
-    """The keyword arguments of every verb, beside GenerationConfig's own fields.
-
-    timeout: seconds for loading, queueing and generation together; None waits forever; default: the bridge's.
-    client: the account whose turn is taken, to group threads (default: this client, or this thread).
-    raw: give a text to the model as it is, without the chat template.
-    priority: higher goes first; waiting raises it.
-    request_id: an id of your own for ``bridge.abort`` and the logs; unique among the living.
-    """
-
-    timeout: float | None
-    client: str
-    raw: bool
-    priority: int
-    request_id: str
 
 
 class Verbs:
     """infer, stream, stream_many and submit for threads; ainfer and astream for other event loops."""
 
-    def _client(self) -> Client:
+    def _account(self) -> Account:
+        """In whose name a thread's call is made."""
         raise NotImplementedError
+
+    def _task_account(self) -> Account:
+        """In whose name a task's call is made."""
+        return self._account()
 
     @overload
     def infer(
@@ -58,7 +50,7 @@ class Verbs:
     def infer(
         self,
         prompt: Prompts,
-        config: GenerationConfig | None = None,
+        config: GenerationConfig | Sequence[GenerationConfig] | None = None,
         *,
         progress: bool = False,
         return_exceptions: Literal[False] = False,
@@ -69,7 +61,7 @@ class Verbs:
     def infer(
         self,
         prompt: Prompts,
-        config: GenerationConfig | None = None,
+        config: GenerationConfig | Sequence[GenerationConfig] | None = None,
         *,
         progress: bool = False,
         return_exceptions: Literal[True],
@@ -79,7 +71,7 @@ class Verbs:
     def infer(
         self,
         prompt: Any,
-        config: GenerationConfig | None = None,
+        config: Any = None,
         *,
         progress: bool = False,
         return_exceptions: bool = False,
@@ -89,7 +81,8 @@ class Verbs:
 
         Args:
             prompt: a text, a conversation (list of messages), token ids, or a list of these.
-            config: how to generate; keyword arguments named like its fields override it.
+            config: how to generate; keyword arguments named like its fields override it. A list of prompts may have
+                a list of them, one for each.
             progress: show a progress bar for a list.
             return_exceptions: put the error of a failed prompt into its slot instead of raising the first.
             options: see CallOptions.
@@ -100,10 +93,12 @@ class Verbs:
             LMBridgeError: what else may happen to a request; see the guide. For a list the first error is raised,
                 with its position as ``index``, and the rest is aborted.
         """
-        client = self._client()
-        if not isinstance(prompt, str) and is_batch(prompt):
-            return client.run_batch(prompt, config, options, return_exceptions, progress)
-        return client.run(client.request(prompt, config, options))
+        account = self._account()
+        if isinstance(prompt, str) or not is_batch(prompt):
+            return answer(account, make_request(account, prompt, config, options))
+        requests = make_list(account, prompt, config, options, return_exceptions)
+        with progress_bar(len(requests), progress) as advance:
+            return Batch(account, return_exceptions, advance).run(requests)
 
     def stream(
         self,
@@ -112,22 +107,27 @@ class Verbs:
         **options: Unpack[CallOptions],
     ) -> Stream:
         """Submit one prompt and return its deltas as they come; leaving the stream aborts. Raises as ``infer`` does."""
-        client = self._client()
-        return client.open_stream(client.request(prompt, config, options), self)
+        account = self._account()
+        return Stream(account, make_request(account, prompt, config, options), self)
 
     def stream_many(
         self,
         prompts: Prompts,
         config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
         **options: Unpack[CallOptions],
     ) -> StreamGroup:
         """Submit a list of prompts and return their deltas with their indices as they come, in one iteration.
 
         The same prompt several times gives several answers to it; ``config`` may be a list, one for each. A
-        ``request_id`` has ``-0``, ``-1`` … put behind it. Raises as ``infer`` does; nothing runs then.
+        ``request_id`` has ``-0``, ``-1`` … put behind it. Raises as ``infer`` does; nothing runs then. With
+        ``return_exceptions`` a wrong prompt is a delta with that error instead, and the others run.
         """
-        client = self._client()
-        return client.open_group(client.requests(prompts, config, options), self)
+        account = self._account()
+        if isinstance(prompts, str) or not is_batch(prompts):
+            raise InvalidRequestError("stream_many takes a list of prompts; stream takes one.", "prompts")
+        return StreamGroup(account, make_list(account, prompts, config, options, return_exceptions), self)
 
     def submit(
         self,
@@ -136,8 +136,8 @@ class Verbs:
         **options: Unpack[CallOptions],
     ) -> ResponseFuture:
         """Submit one prompt and return a ``concurrent.futures.Future`` of its Response; what is wrong raises here."""
-        client = self._client()
-        return client.open_future(client.request(prompt, config, options), self)
+        account = self._account()
+        return ResponseFuture(account, make_request(account, prompt, config, options), self)
 
     @overload
     async def ainfer(
@@ -151,7 +151,7 @@ class Verbs:
     async def ainfer(
         self,
         prompt: Prompts,
-        config: GenerationConfig | None = None,
+        config: GenerationConfig | Sequence[GenerationConfig] | None = None,
         *,
         return_exceptions: Literal[False] = False,
         **options: Unpack[CallOptions],
@@ -161,7 +161,7 @@ class Verbs:
     async def ainfer(
         self,
         prompt: Prompts,
-        config: GenerationConfig | None = None,
+        config: GenerationConfig | Sequence[GenerationConfig] | None = None,
         *,
         return_exceptions: Literal[True],
         **options: Unpack[CallOptions],
@@ -170,16 +170,17 @@ class Verbs:
     async def ainfer(
         self,
         prompt: Any,
-        config: GenerationConfig | None = None,
+        config: Any = None,
         *,
         return_exceptions: bool = False,
         **options: Unpack[CallOptions],
     ) -> Any:
         """``infer`` for a task on any other event loop; cancelling the task aborts."""
-        client = self._client()
-        if is_batch(prompt):
-            return await client.run_batch_async(prompt, config, options, return_exceptions, self)
-        return await client.run_async(client.request(prompt, config, options), self)
+        account = self._task_account()
+        if not isinstance(prompt, str) and is_batch(prompt):
+            requests = make_list(account, prompt, config, options, return_exceptions)
+            return await Batch(account, return_exceptions).run_async(requests)
+        return await AsyncStream(account, make_request(account, prompt, config, options), self, streaming=False).whole()
 
     def astream(
         self,
@@ -191,5 +192,5 @@ class Verbs:
 
         What is wrong raises here; the request is sent by the first delta asked for, or by ``await bridge.astream(…)``.
         """
-        client = self._client()
-        return client.open_async_stream(client.request(prompt, config, options), self)
+        account = self._task_account()
+        return AsyncStream(account, make_request(account, prompt, config, options), self)

@@ -2,8 +2,11 @@
 
 The stations of a prompt, in the order it meets them:
 
-1. ``call``: one request on its way, shared by both ends, and its one outcome.
-2. ``gate``: bounded admission.
-3. ``channel``: the pair of janus queues; the only module that imports janus.
-4. ``doorbell``: wakes a loop. ``wake_chain``: wakes the threads that wait, one by another, on the way back.
+1. ``call``: one request on its way, shared by both ends, and its one outcome. ``endings``: the others it can have.
+2. ``handle``: what callers hold of the server.
+3. ``gate``: bounded admission, and the book of all calls.
+4. ``channel``: the pair of janus queues, lent by ``channels``; the only module that imports janus.
+5. ``doorbell``: wakes a loop. ``wake_chain``: wakes the threads that wait, one by another, on the way back.
+
+``status`` is what the server tells of the engine's life.
 """

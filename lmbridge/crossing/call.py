@@ -1,57 +1,53 @@
-"""One request on its way: what the caller's end and the loop end share, and how it can end.
+"""One request on its way: what the caller's end and the loop end share, and its one outcome.
 
-Rule: no queue and no thread is known here. What is written by one end only says by which.
+Rule: no thread is known here. What is written by one end only says by which.
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections import deque
+from typing import Protocol
 
-from lmbridge.errors import (
-    BridgeClosedError,
-    EngineDeadError,
-    EngineError,
-    LMBridgeError,
-    RequestTimeoutError,
-    fresh,
-)
+from lmbridge.crossing.channel import Channel
+from lmbridge.errors import LMBridgeError
 from lmbridge.messages import Delta, FinishReason, Outcome, Request, Response, Timings, Usage, join_deltas
 
-if TYPE_CHECKING:
-    from lmbridge.crossing.channel import Channel
-    from lmbridge.server.place import Place
+MERGED = 64  # deltas are merged in lots of so many, so that memory goes with the text and not with the steps
 
-logger = logging.getLogger("lmbridge")
+
+class Owner(Protocol):
+    """In whose name a call is made. Once ``closed`` is set, its calls end with a copy of it."""
+
+    @property
+    def closed(self) -> LMBridgeError | None: ...
 
 
 class Call:
-    """One request on its way: what the caller's end and the loop end share.
-
-    ``deltas`` is appended by the server thread and emptied by the caller, each in one atomic step.
-    """
+    """One request on its way: what the caller's end and the loop end share."""
 
     __slots__ = (
-        "request", "channel", "client", "streaming", "deltas", "signalled",
-        "place", "heard", "began", "first_token", "tokens", "ended", "outcomes", "__weakref__",
+        "request", "channel", "owner", "streaming", "admitted", "ended", "outcomes", "deltas", "signalled", "read",
+        "began", "first_token", "tokens", "heard", "_limit", "_lots", "__weakref__",
     )  # fmt: skip
 
-    def __init__(self, request: Request, channel: Channel, client: object, streaming: bool = False) -> None:
+    def __init__(self, request: Request, channel: Channel[Call], owner: Owner, streaming: bool = False) -> None:
         self.request = request
-        self.channel = channel
-        self.client = client  # closing it ends its calls
+        self.channel = channel  # its tokens come back by this one; written by the reader only
+        self.owner = owner
         self.streaming = streaming  # a token per engine step, not only at the end
-        self.deltas: list[Delta] = []
+        self.admitted = False  # it has been given a place at the gate; written under the gate's lock
+        self.outcomes: list[Outcome] = []  # the ends that were proposed by any thread; the first one counts
+        self.ended = False  # the final word has been said; written by the server thread, read by anyone
+        self.deltas: deque[Delta] = deque()  # what came and was not read: the server adds, the reader takes
         self.signalled = False  # a token is on its way; the reader clears it before it looks
-        self.place: Place | None = None  # where it runs; server thread only, as are the next five
-        self.heard = 0  # the place's count of deltas at this call's latest
-        self.began: float | None = None
+        self.read: list[Delta] = []  # what was read; its reader only, as is the next
+        self._lots = 0  # how many of them, from the first, are merged already
+        self.began: float | None = None  # monotonic times, written by the server thread, as are the rest
         self.first_token: float | None = None
         self.tokens = 0
-        self.ended = False  # the server's final word has been said; read by anyone
-        self.outcomes: list[Outcome] = []  # the ends that were proposed; the first one counts
+        self.heard = 0  # the engine's progress when it last said something of this call
+        self._limit = MERGED  # how many deltas may wait before some are merged
 
     def settle(self, outcome: Outcome) -> bool:
         """Try to be the one outcome; False when another was first. Any thread, any moment, no lock.
@@ -65,27 +61,26 @@ class Call:
     def outcome(self) -> Outcome | None:
         return self.outcomes[0] if self.outcomes else None
 
-    def response(self, read: Sequence[Delta] = ()) -> Response:
-        """The whole answer of a call that has an outcome, after what was ``read`` already.
+    # --- the loop end ---
 
-        Raises:
-            BaseException: the call's error, with the text generated before it as ``partial``.
-        """
-        outcome = self.outcomes[0]
-        if not isinstance(outcome, Response):
-            raise self.error(outcome, read)
-        deltas = [*read, *self.deltas] if read else self.deltas
-        if deltas:
-            whole = deltas[0] if len(deltas) == 1 else join_deltas(deltas)
-            outcome.text, outcome.token_ids, outcome.logprobs = whole.text, whole.token_ids, whole.logprobs
-        return outcome
+    def add(self, delta: Delta) -> None:
+        """Keep what the engine said for the reader. Server thread only."""
+        self.deltas.append(delta)
+        if len(self.deltas) >= self._limit:
+            self._merge()
 
-    def error(self, outcome: BaseException, read: Sequence[Delta] = ()) -> BaseException:
-        """The call's error, completed with what its waiter knows."""
-        if isinstance(outcome, LMBridgeError):
-            outcome.request_id = self.request.id
-            outcome.partial = "".join(delta.text for delta in [*read, *self.deltas])
-        return outcome
+    def _merge(self) -> None:
+        """Make one of the last deltas, while the reader may take the others."""
+        last: list[Delta] = []
+        try:
+            while len(last) < MERGED:
+                last.append(self.deltas.pop())
+        except IndexError:
+            if not last:
+                return
+        last.reverse()
+        self.deltas.append(join_deltas(last))
+        self._limit = len(self.deltas) + MERGED - 1
 
     def finish(self, reason: FinishReason, usage: Usage | None = None) -> Response:
         """The outcome of a call that ends now without an error; tokens are counted where the engine does not."""
@@ -95,50 +90,59 @@ class Call:
         usage = usage or Usage(completion_tokens=self.tokens)
         return Response("", [], reason, usage, timings, None, self.request.id)
 
+    # --- the caller's end: one reader at a time ---
 
-def timeout_error(call: Call) -> RequestTimeoutError:
-    """What a call whose deadline has passed ends with."""
-    if call.began is None:
-        where, advice = "the queue", "Give a longer timeout; health() says what holds the queue up."
-    elif call.first_token is None:
-        where, advice = "the engine", "No token had come: see in health() whether the engine makes progress."
-    else:
-        where, advice = "the engine", "Give a longer timeout, or fewer max_new_tokens."
-    waited = time.monotonic() - call.request.created
-    what = f"Request {call.request.id} passed its deadline after {waited:.1f} s in {where}; generation was aborted."
-    return RequestTimeoutError(f"{what} {advice}")
+    def take(self) -> Delta | None:
+        """All that came since the last take, merged; None when nothing did."""
+        self.signalled = False  # before looking, so that what comes now sends a new token
+        deltas = self.deltas
+        if not deltas:
+            return None
+        try:
+            delta = deltas.popleft()
+            if deltas:
+                delta = self._take_rest(delta)
+        except IndexError:  # the server merges them at this moment, and will signal again
+            return None
+        self.read.append(delta)
+        if len(self.read) - self._lots == MERGED:
+            self.read[self._lots :] = [join_deltas(self.read[self._lots :])]
+            self._lots += 1
+        return delta
 
+    def _take_rest(self, first: Delta) -> Delta:
+        taken = [first]
+        try:
+            while True:
+                taken.append(self.deltas.popleft())
+        except IndexError:
+            return join_deltas(taken)
 
-def closed_error(cause: BaseException) -> LMBridgeError:
-    """What a call ends with when the loop is gone: a waiter's own instance, with the cause chained."""
-    if isinstance(cause, BridgeClosedError):
-        return fresh(cause)
-    error = BridgeClosedError(f"The server thread has ended ({cause!r}); the request was lost. Build a new Bridge.")
-    error.__cause__ = cause
-    return error
+    def response(self) -> Response:
+        """The whole answer of a call that has an outcome.
 
+        Raises:
+            BaseException: the call's error, with the text generated before it as ``partial``.
+        """
+        outcome = self.outcomes[0]
+        if not isinstance(outcome, Response):
+            raise self.error(outcome)
+        deltas = [*self.read, *self.deltas]
+        if deltas:
+            whole = deltas[0] if len(deltas) == 1 else join_deltas(deltas)
+            outcome.text, outcome.token_ids, outcome.logprobs = whole.text, whole.token_ids, whole.logprobs
+        return outcome
 
-def lost_error(cause: BaseException) -> EngineDeadError:
-    """What a call ends with whose engine died under it."""
-    error = EngineDeadError(f"The engine died while it worked on this request: {cause!r}. Send it again.")
-    error.retryable = True
-    error.__cause__ = cause
-    return error
+    def error(self, outcome: BaseException) -> BaseException:
+        """The call's error, completed with what its waiter knows."""
+        if isinstance(outcome, LMBridgeError):
+            outcome.request_id = self.request.id
+            outcome.partial = "".join([delta.text for delta in [*self.read, *self.deltas]])
+        return outcome
 
-
-def forgotten_error(silent: float) -> EngineError:
-    """What a call ends with that its engine has left lying for ``silent`` seconds while it worked on others."""
-    error = EngineError(
-        f"The engine made no progress on this request for {silent:g} s while it went on with others; the request was "
-        "aborted. Send it again."
-    )
-    error.retryable = True
-    return error
-
-
-def log_end(call: Call) -> None:
-    """One line a request, never with its text."""
-    outcome, request = call.outcome, call.request
-    end = outcome.finish_reason if isinstance(outcome, Response) else type(outcome).__name__
-    age = time.monotonic() - request.created
-    logger.debug("request %s of client %s: %s, %d tokens in %.3f s", request.id, request.client, end, call.tokens, age)
+    def result(self) -> Response | BaseException:
+        """``response``, with an error given back rather than raised."""
+        try:
+            return self.response()
+        except BaseException as error:
+            return error

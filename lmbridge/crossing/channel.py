@@ -1,6 +1,6 @@
 """The way between a caller and the server thread: a pair of janus queues, and the doorbell that says look.
 
-Rule: the only module that imports janus. A ``Call`` goes in by ``Channel.requests`` and is named again by each token
+Rule: the only module that imports janus. A call goes in by ``Channel.requests`` and is named again by each token
 that comes back by ``Channel.replies``; what was generated waits on the call itself, so a slow reader costs one token,
 not one per engine step.
 
@@ -18,17 +18,25 @@ from __future__ import annotations
 
 import _thread
 import threading
-from typing import TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import janus
 
-from lmbridge.crossing.call import Call
 from lmbridge.crossing.doorbell import Doorbell
 from lmbridge.crossing.wake_chain import WakeChain
 from lmbridge.errors import MissingDependencyError
 
+
+class Named(Protocol):
+    """What goes through a channel. ``signalled``: a token that names it is on its way; its reader clears that."""
+
+    signalled: bool
+
+
 T = TypeVar("T")
+C = TypeVar("C", bound=Named)
 TRIED = "2.0.0"  # versions of janus; setup.cfg has the bounds
+SLICE = 1.0  # seconds after which whoever waits looks again by himself: a lost wake-up costs that much, and no caller
 LOCKS = ("_sync_mutex", "_sync_not_empty", "_sync_not_full", "_sync_tasks_done")  # all that a janus queue has
 
 
@@ -75,7 +83,11 @@ class _Condition(_thread.RLock):  # type: ignore[misc]  # final in typeshed only
         self._spare: threading.Lock | None = None  # a waiter of earlier, held, to be used again
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Give the lock back, wait to be notified, take it again. False when ``timeout`` seconds passed first."""
+        """Give the lock back, wait to be notified, take it again. False when ``timeout`` seconds passed first.
+
+        Raises:
+            Empty: there was no timeout, and nothing came for a second. Who waits without a limit looks again then.
+        """
         waiter, self._spare = self._spare, None
         if waiter is None:
             waiter = threading.Lock()
@@ -84,7 +96,7 @@ class _Condition(_thread.RLock):  # type: ignore[misc]  # final in typeshed only
         notified = False
         try:
             self.release()
-            notified = waiter.acquire(True, -1 if timeout is None else timeout)
+            notified = waiter.acquire(True, SLICE if timeout is None else timeout)
         finally:
             if self._wakes is not None:
                 self._wakes.pass_on()
@@ -93,6 +105,8 @@ class _Condition(_thread.RLock):  # type: ignore[misc]  # final in typeshed only
                 self._waiters.remove(waiter)
         if notified:  # otherwise somebody may have released it meanwhile
             self._spare = waiter
+        elif timeout is None:
+            raise Empty
         return notified
 
     def notify(self) -> None:
@@ -122,7 +136,7 @@ class _Queue(janus.Queue[T]):
             setattr(self, name, lock)
 
 
-class Channel:
+class Channel(Generic[C]):
     """One consumer's pair of janus queues.
 
     ``bell`` is set where the consumer is an event loop, which must be woken rather than blocked.
@@ -130,14 +144,14 @@ class Channel:
     Attributes:
         send: put a call in, from the caller's end; never blocks; raises ``Closed``.
         wait: ``wait(True, timeout)`` blocks for the next token at the caller's end, at most ``timeout`` seconds (>= 0;
-            None: forever); raises ``Empty`` when none came, ``Closed`` when none can come.
+            None: a second); raises ``Empty`` when none came, ``Closed`` when none can come.
     """
 
     __slots__ = ("requests", "replies", "bell", "send", "wait", "_sent", "_take", "_reply", "__weakref__")
 
     def __init__(self, bell: Doorbell | None = None, wakes: WakeChain | None = None) -> None:
-        self.requests: _Queue[Call] = _Queue()
-        self.replies: _Queue[Call] = _Queue(wakes)
+        self.requests: _Queue[C] = _Queue()
+        self.replies: _Queue[C] = _Queue(wakes)
         self.bell = bell
         # janus' own methods, called as they are: a call of ours around each would be a tenth of a request's cost.
         self.send = self.requests.sync_q.put
@@ -148,7 +162,7 @@ class Channel:
 
     # --- the caller's end: any thread but the server's ---
 
-    def nudge(self, call: Call) -> None:
+    def nudge(self, call: C) -> None:
         """Wake the consumer from any thread; takes a lock, so not from a finalizer or a signal handler."""
         try:
             self.replies.sync_q.put(call)
@@ -159,7 +173,7 @@ class Channel:
 
     # --- the loop end: the server thread only ---
 
-    def take(self) -> Call | None:
+    def take(self) -> C | None:
         """The next call that was sent."""
         if not self._sent():
             return None
@@ -168,7 +182,7 @@ class Channel:
         except (Empty, Closed):
             return None
 
-    def signal(self, call: Call) -> None:
+    def signal(self, call: C) -> None:
         """Tell the reader of a call that there is something to look at, unless a token is on its way already.
 
         It is woken by the queue's own condition, with the GIL kept.
@@ -183,7 +197,7 @@ class Channel:
         if self.bell is not None:
             self.bell.ring()
 
-    def close(self) -> list[Call]:
+    def close(self) -> list[C]:
         """Refuse further calls, wake the consumer, and return the calls nobody took. The loop need not run."""
         left = []
         self.requests.shutdown()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 
 class Doorbell:
-    """Wakes one loop, at most once outstanding however many ring.
+    """Wakes one loop, at most once outstanding however many ring. Without a loop it is silent.
 
     It cannot stick for long: if a ringer is killed between raising the flag and calling the loop, its owner's sweep
     answers anyway and lowers the flag.
@@ -18,14 +18,16 @@ class Doorbell:
 
     __slots__ = ("_loop", "_answer", "rung")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, answer: Callable[[], None]) -> None:
+    def __init__(
+        self, answer: Callable[[], None] = lambda: None, loop: asyncio.AbstractEventLoop | None = None
+    ) -> None:
         self._loop = loop
         self._answer = answer
         self.rung = False  # raised by any thread, lowered on the loop only
 
     def ring(self) -> None:
         """Have the loop answer soon. Any thread, finalizers and signal handlers too; takes no lock."""
-        if self.rung:
+        if self.rung or self._loop is None:
             return
         self.rung = True
         try:  # noqa: SIM105  contextlib.suppress costs as much as the rest of a ring

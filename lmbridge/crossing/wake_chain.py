@@ -1,9 +1,10 @@
 """Wakes waiting threads a few at a time: each that wakes, wakes the next.
 
-Rule: the server thread enters waiters; whichever thread wakes passes the relay on. A relay that stops is given up.
+Rule: the server thread enters waiters; whichever thread wakes passes the chain on. A chain that stops is given up, and
+whoever waits looks by himself once a second, so a link that is lost costs a second and no thread.
 
 A thread that wakes needs the GIL. Sixty that are woken at once queue for it: each is put to sleep and woken again on
-its way, and the server thread, with the engine's next step in its hands, has to queue behind all of them. In a relay
+its way, and the server thread, with the engine's next step in its hands, has to queue behind all of them. In a chain
 about as many are awake as can run, and a reader whose turn comes late finds its deltas merged.
 
 Beside a busy Python thread it is the other way round: each hand-over costs that thread's whole turn (the switch
@@ -28,11 +29,11 @@ PAUSES = (0.05, 1.0)  # seconds for which everybody is woken at once: the first 
 class WakeChain:
     """The threads still to be woken after the engine's last step."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, ring: Callable[[], None]) -> None:
-        self._loop = loop
+    def __init__(self, ring: Callable[[], None]) -> None:
+        self._loop: asyncio.AbstractEventLoop  # set before anybody waits
         self._ring = ring  # the server's doorbell
         self._waiting: deque[threading.Lock] = deque()  # appended by the server thread, popped by any
-        self._held_back = False  # somebody did not ring because a relay is on: whoever wakes last does
+        self._held_back = False  # somebody did not ring because a chain is on: whoever wakes last does
         self._passed = 0  # since the last look; a rough count, since any thread adds to it
         self._thread_id: int | None = None  # the server thread's; it alone touches the rest
         self.held = False  # ``start`` will be called: nobody is woken before
@@ -54,7 +55,7 @@ class WakeChain:
             self._ring()
 
     def ring(self) -> None:
-        """Ring the doorbell; while a relay is on, only once for all who wake in it."""
+        """Ring the doorbell; while a chain is on, only once for all who wake in it."""
         self._held_back = True
         if not self._waiting:
             self._held_back = False
@@ -83,9 +84,12 @@ class WakeChain:
 
     # --- the server thread only ---
 
-    def open(self) -> None:
-        """Say which thread is the server's."""
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Say that this thread is the server's, and which is its loop."""
+        self._loop = loop
+        self.held, self._look, self._pause_end = False, None, 0.0
         self._thread_id = threading.get_ident()
+        self.wake_all()
 
     def start(self) -> None:
         """Wake the first few; comes after everything the engine had to say in one step."""

@@ -2,10 +2,11 @@
 
 The stations of a prompt, in the order it meets them:
 
-1. ``server``: takes calls out of the channels, hands them to the engine and brings answers back.
-2. ``turns``: who is next.
-3. ``place``: the engine's place, and whether it moves.
+1. ``inbox``: what callers have put down is taken in; ``sweep`` finds what no bell announced.
+2. ``calls``: a call's life, from its arrival to the final word.
+3. ``turns``: who is next.
+4. ``place``: the engine's place, what it works on and whether it moves.
 
-And whose life they share: ``thread`` is the server thread's, ``watchdog`` looks after it from outside, ``supervisor`` is
-the engine's.
+And whose lives these are: ``loop`` is the loop end of one server thread, ``thread`` starts and ends such threads,
+``watchdog`` looks at them from outside, ``supervisor`` keeps an engine there. ``environment``: where none can be.
 """

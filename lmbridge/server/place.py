@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lmbridge.crossing.call import Call
@@ -36,7 +35,7 @@ class Place:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.load = 0  # calls begun and not ended
+        self.calls: dict[Call, None] = {}  # begun and not ended
         self.progress = 0  # rises with everything the engine says or shows
         self.dead: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self._quiet: asyncio.Event | None = None  # there while somebody waits for it
@@ -50,17 +49,17 @@ class Place:
     @property
     def room(self) -> int:
         """How many more calls the engine takes now."""
-        return 0 if self.dead.done() else self.engine.max_batch_size - self.load
+        return 0 if self.dead.done() else self.engine.max_batch_size - len(self.calls)
 
-    def leave(self) -> None:
-        """One call has ended."""
-        self.load -= 1
-        if self._quiet is not None and not self.load:
+    def leave(self, call: Call) -> None:
+        """A call has ended."""
+        self.calls.pop(call, None)
+        if self._quiet is not None and not self.calls:
             self._quiet.set()
 
     async def quiet(self) -> None:
         """Return when the engine works on nothing."""
-        while self.load:
+        while self.calls:
             self._quiet = asyncio.Event()
             await self._quiet.wait()
 
@@ -74,7 +73,7 @@ class Place:
     def standstill(self, now: float) -> float:
         """For how many seconds the engine has made no progress with what it has; 0 without work. Any thread."""
         moved = self._moved
-        return 0.0 if moved is None or not self.load else max(0.0, now - moved)
+        return 0.0 if moved is None or not self.calls else max(0.0, now - moved)
 
     def stall(self, seconds: float) -> TimeoutError:
         """The cause of death of an engine that has stood still. Any thread."""
@@ -89,13 +88,13 @@ class Place:
             logger.exception("The engine %s could not say where it stands.", self.engine.name)
             return ""
 
-    def look(self, calls: Sequence[Call], now: float) -> None:
-        """See whether the engine moves, and with which of the calls begun here; comes with every sweep."""
+    def look(self, now: float) -> None:
+        """See whether the engine moves, and with which of its calls; comes with every sweep."""
         self._moves = self.progress != self._seen
         self._seen = self.progress
-        if self._moves or not calls:
+        if self._moves or not self.calls:
             self._moved = now
-        self._sights = {call: self._look_at(call, now) for call in calls}
+        self._sights = {call: self._look_at(call, now) for call in list(self.calls)}
 
     def forgotten(self, patience: float, now: float) -> list[Call]:
         """The calls with which the engine has not advanced for ``patience`` seconds while it did with others."""

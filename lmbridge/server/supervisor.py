@@ -11,8 +11,9 @@ import logging
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+from lmbridge.crossing.status import Status
 from lmbridge.engines import EngineFactory
 from lmbridge.engines.base import Engine
 from lmbridge.errors import (
@@ -22,12 +23,10 @@ from lmbridge.errors import (
     LMBridgeError,
     RequestTimeoutError,
 )
+from lmbridge.server.loop import ServerLoop
 from lmbridge.server.place import Place
-from lmbridge.server.server import Server
 
 logger = logging.getLogger("lmbridge")
-
-State = Literal["new", "starting", "ready", "restarting", "draining", "failed", "closed"]
 
 MAX_FAILURES = 3  # deaths within FAILURE_WINDOW seconds after which the engine stays down
 FAILURE_WINDOW = 300.0
@@ -45,30 +44,6 @@ class Recipe:
 
 
 @dataclass
-class Status:
-    """What everybody may see of the engine's life. Written by the server thread once that runs."""
-
-    state: State = "new"
-    reason: str = ""  # why it is not ready, where there is more to say than the state
-    restarts: int = 0
-    ready: concurrent.futures.Future[None] = field(default_factory=concurrent.futures.Future)
-    deaths: deque[float] = field(default_factory=deque)  # monotonic times; outlive a replaced server thread
-
-    def loaded(self) -> None:
-        self.state, self.reason = "ready", ""
-        if not self.ready.done():
-            self.ready.set_result(None)
-
-    def died(self, cause: BaseException) -> None:
-        self.state, self.reason = "restarting", f"the engine died: {cause!r}"
-
-    def failed(self, error: LMBridgeError) -> None:
-        self.state, self.reason = "failed", str(error)
-        if not self.ready.done():
-            self.ready.set_exception(error)
-
-
-@dataclass
 class Swap:
     """A request to exchange the engine; ``done`` tells whoever asked."""
 
@@ -81,10 +56,11 @@ class Swap:
 class Supervisor:
     """Keeps one engine at the server until it is told to stop."""
 
-    def __init__(self, server: Server, recipe: Recipe, status: Status) -> None:
+    def __init__(self, server: ServerLoop, recipe: Recipe) -> None:
         self.recipe = recipe
-        self._server = server
-        self._status = status
+        self._sweep = server.sweep
+        self._calls = server.calls
+        self._status: Status = server.handle.status
         self._stop = asyncio.Event()
         self._drain_until: float | None = None
         self._swaps: deque[Swap] = deque()  # the first one may be under way
@@ -112,7 +88,7 @@ class Supervisor:
 
     async def run(self, after_death: BaseException | None = None) -> None:
         """The whole life. ``after_death``: why the engine of a server thread before this one was lost."""
-        sweep = asyncio.ensure_future(self._server.sweep())
+        sweep = asyncio.ensure_future(self._sweep.run())
         place: Place | None = None
         try:
             if after_death is None or await self._survives(after_death):
@@ -144,14 +120,15 @@ class Supervisor:
 
     def _install(self, place: Place) -> None:
         place.dead.add_done_callback(lambda dead: self._on_death(place, dead.result()))
+        self._sweep.places.append(place)
         self._status.loaded()
-        self._server.install(place)
+        self._calls.install(place)
 
     def _on_death(self, place: Place, cause: BaseException) -> None:
         """Tell it before the dead engine is closed, which may take its time."""
-        if self._server.place is place and self._status.state == "ready":
+        if self._calls.place is place and self._status.state == "ready":
             self._status.died(cause)
-        self._server.fail_begun(place, cause)
+        self._calls.fail_begun(place, cause)
 
     async def _load(self, recipe: Recipe) -> Place | None:
         """A loaded engine; None when it is time to stop.
@@ -176,7 +153,7 @@ class Supervisor:
 
     async def _replace(self, place: Place) -> Place | None:
         """Follow a dead engine with a new one; None when it stays down."""
-        await _close(place.engine)
+        await self._close(place)
         return await self._open(self.recipe) if await self._survives(place.dead.result()) else None
 
     async def _survives(self, cause: BaseException) -> bool:
@@ -204,7 +181,7 @@ class Supervisor:
 
     def _stay_down(self, error: LMBridgeError) -> None:
         self._status.failed(error)
-        self._server.refuse(error)
+        self._calls.refuse(error)
 
     # --- swapping ---
 
@@ -221,7 +198,7 @@ class Supervisor:
             error = cause if isinstance(cause, LMBridgeError) else start_error(cause)
             logger.error("The swap failed: %s", error)
             swap.done.set_exception(error)
-            return old if swap.overlap else self._server.place  # which may have died meanwhile: it is replaced then
+            return old if swap.overlap else self._calls.place  # which may have died meanwhile: it is replaced then
         if new is None:
             swap.done.set_exception(BridgeClosedError("The bridge was closed before the new model was ready."))
             return old
@@ -232,14 +209,14 @@ class Supervisor:
 
     async def _load_in_place(self, old: Place, swap: Swap) -> Place | None:
         """Drain and free the old engine, then load the new one; a failed load brings the old one back."""
-        self._server.vacate(old)
+        self._calls.vacate(old)
         quiet = asyncio.ensure_future(old.quiet())
         await self._unless_stopped(quiet, old.dead, timeout=swap.timeout)
         quiet.cancel()
-        if old.load and not old.dead.done():
-            self._server.install(old)
+        if old.calls and not old.dead.done():
+            self._calls.install(old)
             raise RequestTimeoutError(f"What runs did not finish within {swap.timeout} s; the old model goes on.")
-        await _close(old.engine)
+        await self._close(old)
         try:
             return await self._load(swap.recipe)
         except Exception:
@@ -248,7 +225,7 @@ class Supervisor:
 
     def _retire(self, place: Place) -> None:
         """Let the engine finish what it has begun, and close it then."""
-        self._server.vacate(place)
+        self._calls.vacate(place)
         task = asyncio.ensure_future(self._see_off(place))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
@@ -258,7 +235,7 @@ class Supervisor:
         either: list[asyncio.Future[Any]] = [quiet, place.dead]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         quiet.cancel()
-        await _close(place.engine)
+        await self._close(place)
 
     # --- stopping ---
 
@@ -266,18 +243,23 @@ class Supervisor:
         """Drain as asked, end what is left, close every engine."""
         self._status.state = "draining"
         if self._drain_until is not None and place is not None:
-            drained = asyncio.ensure_future(self._server.drained())
+            drained = asyncio.ensure_future(self._calls.drained())
             either: list[asyncio.Future[Any]] = [drained, place.dead]
             patience = max(0.0, self._drain_until - time.monotonic())
             await asyncio.wait(either, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
             drained.cancel()
         closed = BridgeClosedError("The bridge was closed; its requests were aborted.")
         self.fail_swaps(closed)
-        self._server.end_all(closed)
+        self._calls.end_all(closed)
         if place is not None:
-            await _close(place.engine)
+            await self._close(place)
         if self._retiring:
             await asyncio.wait(self._retiring, timeout=CLOSE_GRACE)
+
+    async def _close(self, place: Place) -> None:
+        """Close the engine; it is looked after to its end."""
+        await _close(place.engine)
+        self._sweep.places.remove(place)
 
     # --- waiting ---
 

@@ -1,7 +1,6 @@
-"""The server thread's life: started when first needed, told from its copies in forked children, replaced when it is
-stuck, ended once.
+"""The server thread's life: started when first needed, replaced when it is stuck, ended once.
 
-Rule: callers' threads ask here for the running server and get it, or the reason why there is none.
+Rule: callers' threads ask here for the server's handle and get it, or the reason why there is none.
 """
 
 from __future__ import annotations
@@ -11,19 +10,18 @@ import atexit
 import concurrent.futures
 import dataclasses
 import functools
-import importlib
 import logging
 import os
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from lmbridge.caller.futures import Dispatcher
-from lmbridge.caller.other_loop import OtherLoop
+from lmbridge.crossing.call import Call
 from lmbridge.crossing.gate import Gate
+from lmbridge.crossing.handle import ServerHandle
+from lmbridge.crossing.status import State, Status
 from lmbridge.engines.base import Engine
 from lmbridge.engines.standing import where_is
 from lmbridge.errors import (
@@ -31,42 +29,42 @@ from lmbridge.errors import (
     EngineStartError,
     InvalidRequestError,
     RequestTimeoutError,
-    UnsupportedEnvironmentError,
     WrongThreadError,
     fresh,
 )
 from lmbridge.metrics import Metrics
-from lmbridge.server.server import Server
-from lmbridge.server.supervisor import CLOSE_GRACE, Recipe, State, Status, Supervisor, Swap
+from lmbridge.server.environment import check_environment
+from lmbridge.server.loop import ServerLoop
+from lmbridge.server.supervisor import CLOSE_GRACE, Recipe, Supervisor, Swap
 from lmbridge.server.watchdog import LOOP_GRACE, Watchdog
 
 logger = logging.getLogger("lmbridge")
 T = TypeVar("T")
 
-ASK_PATIENCE = 1.0  # seconds to wait for the loop's answer to a question
 QUIET = 10.0  # seconds without progress after which health tells of it
 
 
 class ServerThread:
-    """Starts one server thread, looks after it and ends it."""
+    """Starts one server thread, looks after it and ends it.
 
-    def __init__(
-        self, recipe: Recipe, gate: Gate, metrics: Metrics, timeout: float | None, stall_timeout: float | None
-    ) -> None:
-        self.timeout = timeout
-        self.gate = gate
+    Attributes:
+        handle: what callers hold of the server, whichever thread that is.
+    """
+
+    def __init__(self, recipe: Recipe, gate: Gate, metrics: Metrics, stall_timeout: float | None) -> None:
         self.metrics = metrics
         self._status = Status()  # as the server thread writes it
+        self.handle = ServerHandle(gate, self._status)
         self._recipe = recipe
         self._stall_timeout = stall_timeout
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._server: Server | None = None  # guarded by _lock when written, as are the rest
+        self._loop: ServerLoop | None = None  # guarded by _lock when written, as are the rest
         self._supervisor: Supervisor | None = None
         self._thread: threading.Thread | None = None
-        self._dispatcher: Dispatcher | None = None
-        self._ports: dict[asyncio.AbstractEventLoop, OtherLoop] = {}
         self._closed = False
+
+    # --- what can be seen, by anyone; waits for nobody ---
 
     @property
     def label(self) -> str:
@@ -74,89 +72,75 @@ class ServerThread:
         return (self._supervisor.recipe if self._supervisor is not None else self._recipe).label
 
     @property
+    def started(self) -> bool:
+        """Whether there has been a server thread in this process."""
+        return self._loop is not None and not self.handle.forked
+
+    @property
+    def engine(self) -> Engine | None:
+        """The engine that gets what comes now."""
+        place = self._loop.calls.place if self._loop is not None and self.started else None
+        return None if place is None else place.engine
+
+    def living(self) -> list[Call]:
+        """The calls that were made and have not ended, oldest first."""
+        return list(self.handle.gate.calls) if self.started else []
+
+    @property
+    def silent(self) -> float:
+        """Seconds since the server thread's last sign of life, of which it gives two a second; 0 without one."""
+        if self._loop is None or not self.started or self._status.state == "closed":
+            return 0.0
+        return time.monotonic() - self._loop.sweep.heartbeat
+
+    @property
     def status(self) -> Status:
-        """The engine's life, seen to be true now: no state outlives what it needs. Waits for nobody."""
-        server, thread = self._server, self._thread
+        """The engine's life, seen to be true now: no state outlives what it needs."""
+        loop, thread = self._loop, self._thread
         ended = thread is not None and not thread.is_alive()  # before the state, which the thread writes at its end
         told = self._status
-        if server is None or told.state in ("failed", "closed"):
+        if loop is None or told.state in ("failed", "closed"):
             return told
-        if server.forked:
+        if self.handle.forked:
             return _seen(told, "failed", "the bridge was started in another process; build one in this process")
         if ended:
             return _seen(told, "failed", "the server thread has ended")
-        return _as_it_stands(told, server)
+        return _as_it_stands(told, loop)
 
     # --- what callers ask for ---
 
-    def server(self, blocking: bool) -> Server:
-        """The running server; starts it when this is the first call.
+    def server(self, blocking: bool) -> ServerHandle:
+        """The running server's handle; starts it when this is the first call.
 
         Raises:
             ForkedError: the bridge was started in another process.
             BridgeClosedError: it was closed.
             WrongThreadError: ``blocking`` on the server thread.
         """
-        server = self._server
-        if server is None or self._closed or server.forked:
-            server = self._start()
-        if blocking and threading.get_ident() == server.thread_id:
+        handle = self.handle
+        if self._loop is None or self._closed or handle.forked:
+            self._start()
+        if blocking and threading.get_ident() == handle.thread_id:
             raise WrongThreadError(
                 "This blocking call was made on the server thread, which would wait for itself forever. "
                 "Use await bridge.ainfer(...), or call from another thread."
             )
-        return server
-
-    def running(self) -> Server | None:
-        """The server if there is one in this process. Takes no lock."""
-        return None if self._server is None or self._server.forked else self._server
+        return handle
 
     def check_process(self) -> None:
         """Raise ForkedError in a child of the process that started the server. Comes before every lock."""
-        if self._server is not None:
-            self._server.check_process()
+        if self._loop is not None:
+            self.handle.check_process()
         elif self._pid != os.getpid():  # nothing had started: this process may begin anew, with a lock nobody holds
             self._pid = os.getpid()
             self._lock = threading.Lock()
-
-    def dispatcher(self, server: Server) -> Dispatcher:
-        """The dispatcher of futures; started when first needed."""
-        if self._dispatcher is None:
-            with self._lock:
-                if self._dispatcher is None:
-                    self._dispatcher = Dispatcher(server)
-        return self._dispatcher
-
-    def port(self, server: Server, loop: asyncio.AbstractEventLoop) -> OtherLoop:
-        """The port of somebody else's loop; made when first needed."""
-        port = self._ports.get(loop)
-        if port is None:
-            with self._lock:
-                self._ports = {other: port for other, port in self._ports.items() if not other.is_closed()}
-                port = self._ports[loop] = OtherLoop(server, loop)
-        return port
+            self.handle.belong_here()
 
     def ask_engine(self, question: Callable[[Engine], T]) -> T | None:
         """What ``question`` finds on the server thread; None without an engine, or when the loop does not answer."""
-        server = self.running()
-        if server is None:
+        if not self.started:
             return None
-        answer: concurrent.futures.Future[T | None] = concurrent.futures.Future()
-
-        def ask() -> None:
-            try:
-                answer.set_result(None if server.place is None else question(server.place.engine))
-            except Exception as error:
-                answer.set_exception(error)
-
-        if threading.get_ident() == server.thread_id:
-            ask()
-        else:
-            server.run_soon(ask)
-        try:
-            return answer.result(ASK_PATIENCE)
-        except concurrent.futures.TimeoutError:
-            return None
+        return self.handle.ask(lambda: None if (engine := self.engine) is None else question(engine))
 
     # --- from start to end ---
 
@@ -185,7 +169,7 @@ class ServerThread:
         """
         self.check_process()
         with self._lock:
-            if self._server is None and not self._closed:
+            if self._loop is None and not self._closed:
                 self._recipe = recipe
                 return
         server = self.server(blocking=True)
@@ -205,7 +189,7 @@ class ServerThread:
 
     def close(self, drain: bool, timeout: float) -> None:
         """End the server and wait for its thread, at most ``timeout`` seconds and some grace. Idempotent."""
-        if self._server is not None and self._server.forked:  # nothing of it runs here
+        if self._loop is not None and self.handle.forked:  # nothing of it runs here
             return
         with self._lock:
             self._closed = True
@@ -220,36 +204,36 @@ class ServerThread:
 
     def drop(self) -> bool:
         """Have the server end at once; for finalizers: takes no lock and waits for nobody. False: nothing ran."""
-        if self.running() is None or self._closed:
+        if not self.started or self._closed:
             return False
         self._closed = True
         self._request_stop(False, 0.0)
         return True
 
     def _request_stop(self, drain: bool, timeout: float) -> None:
-        if self._server is not None and self._supervisor is not None:
-            self._server.run_soon(functools.partial(self._supervisor.stop, drain, timeout))
+        if self._supervisor is not None:
+            self.handle.run_soon(functools.partial(self._supervisor.stop, drain, timeout))
 
     # --- the thread ---
 
-    def _start(self) -> Server:
+    def _start(self) -> None:
         self.check_process()
         with self._lock:
-            if self._closed and self._server is not None and self._status.state == "failed":
-                raise self._server.closed_error()
+            if self._closed and self._loop is not None and self._status.state == "failed":
+                raise self.handle.closed_error()
             if self._closed:
                 raise BridgeClosedError("The bridge is closed; build a new one.")
-            if self._server is None:
-                _check_environment()
-                self._server = self._launch(self._recipe, None)
+            if self._loop is None:
+                check_environment()
+                self._loop = self._launch(self._recipe, None)
                 _started.add(self)
-            return self._server
 
-    def _launch(self, recipe: Recipe, stuck: Server | None) -> Server:
-        """A server on a new thread. With _lock held."""
+    def _launch(self, recipe: Recipe, stuck: ServerLoop | None) -> ServerLoop:
+        """A loop on a new thread. With _lock held."""
         self._status.state = "starting"
-        server = Server(self.gate, self.metrics, self._stall_timeout)
-        self._supervisor = Supervisor(server, recipe, self._status)
+        server = ServerLoop(self.handle, self.metrics, self._stall_timeout)
+        self.handle.loop = server.loop
+        self._supervisor = Supervisor(server, recipe)
         thread = threading.Thread(
             target=self._run, args=(server, self._supervisor, stuck), name="lmbridge server", daemon=True
         )
@@ -259,27 +243,24 @@ class ServerThread:
             Watchdog(server, thread, self._stall_timeout, self._replace).start()
         return server
 
-    def _run(self, server: Server, supervisor: Supervisor, stuck: Server | None) -> None:
+    def _run(self, server: ServerLoop, supervisor: Supervisor, stuck: ServerLoop | None) -> None:
         """The server thread, from its first to its last moment."""
-        server.thread_id = threading.get_ident()
-        server.wakes.open()
         cause: BaseException = BridgeClosedError("The bridge was closed; its requests were aborted.")
         try:
-            if stuck is not None:
-                server.take_over(stuck)
+            server.open(stuck)
             server.loop.run_until_complete(supervisor.run(after_death=None if stuck is None else stuck.loss))
         except BaseException as error:  # the loop was stopped from outside, or something was thrown in
             cause = error
-            if not server.left_behind:
+            if not server.calls.left_behind:
                 logger.error("The server thread ended unexpectedly: %r", error)
         finally:
             supervisor.fail_swaps(BridgeClosedError("The server thread ended before the new model was ready."))
-            if not server.left_behind:
+            if not server.calls.left_behind:
                 self._closed = True
                 self._note_end(cause)
-                server.close(cause)
+                server.calls.close(cause)
                 if not self._status.ready.done():
-                    self._status.ready.set_exception(server.closed_error())
+                    self._status.ready.set_exception(self.handle.closed_error())
                 _started.discard(self)
             _close_loop(server.loop)
 
@@ -289,17 +270,18 @@ class ServerThread:
         else:
             self._status.state, self._status.reason = "failed", f"the server thread ended: {cause!r}"
 
-    def _replace(self, stuck: Server, thread: threading.Thread) -> None:
+    def _replace(self, stuck: ServerLoop, thread: threading.Thread) -> None:
         """Leave a stuck server thread behind and go on with a new one. Called by the watchdog."""
         with self._lock:
-            if self._closed or self._server is not stuck or self._supervisor is None:
+            if self._closed or self._loop is not stuck or self._supervisor is None:
                 return
             logger.error("%s; it is left behind, and the engine is rebuilt on a new thread.", describe_stuck(thread))
             place = where_is(thread.ident) or "unknown code"
             stuck.loss = TimeoutError(f"the engine blocked the server thread, which was stuck in {place}")
-            stuck.left_behind = True
+            stuck.calls.left_behind = True
+            self.handle.run_soon(stuck.loop.stop)
             self._supervisor.fail_swaps(EngineStartError("The server thread was stuck; ask for the swap again."))
-            self._server = self._launch(self._supervisor.recipe, stuck)
+            self._loop = self._launch(self._supervisor.recipe, stuck)
 
 
 def describe_stuck(thread: threading.Thread) -> str:
@@ -307,13 +289,13 @@ def describe_stuck(thread: threading.Thread) -> str:
     return f"The thread {thread.name!r} is stuck in {where_is(thread.ident) or 'unknown code'}"
 
 
-def _as_it_stands(told: Status, server: Server) -> Status:
+def _as_it_stands(told: Status, server: ServerLoop) -> Status:
     """What is told of a server whose thread lives, as far as it holds: it may be stuck, its engine dead or silent."""
-    now, place = time.monotonic(), server.place
-    silent = now - server.heartbeat
+    now, place = time.monotonic(), server.calls.place
+    silent = now - server.sweep.heartbeat
     if silent > LOOP_GRACE and told.state in ("starting", "ready", "restarting"):
         state: State = "restarting" if told.state == "ready" else told.state
-        where = where_is(server.thread_id) or "unknown code"
+        where = where_is(server.handle.thread_id) or "unknown code"
         return _seen(told, state, f"the server thread has not answered for {silent:.0f} s; it stands in {where}")
     if told.state != "ready" or place is None:
         return told
@@ -346,38 +328,13 @@ def _close_loop(loop: asyncio.AbstractEventLoop) -> None:
         loop.close()
 
 
-def _check_environment() -> None:
-    """Refuse processes whose threads are not threads."""
-    patched = getattr(sys.modules.get("gevent.monkey"), "is_module_patched", lambda name: False)("threading")
-    eventlet = getattr(sys.modules.get("eventlet.patcher"), "is_monkey_patched", lambda name: False)("thread")
-    if patched or eventlet:
-        raise UnsupportedEnvironmentError(
-            "threading is patched by gevent or eventlet, so the server thread would be a greenlet and block every "
-            "other one. Use real threads: gunicorn -k gthread, for example."
-        )
-    if _in_subinterpreter():
-        raise UnsupportedEnvironmentError(
-            "This is a subinterpreter; torch and other native libraries serve the main one. Build the Bridge there."
-        )
-
-
-def _in_subinterpreter() -> bool:
-    for name in ("_interpreters", "_xxsubinterpreters"):  # before Python 3.13
-        try:
-            interpreters: Any = importlib.import_module(name)
-        except ImportError:
-            continue
-        return bool(interpreters.get_current() != interpreters.get_main())
-    return False
-
-
 _started: weakref.WeakSet[ServerThread] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_all() -> None:
     """End the bridges nobody closed; by now no non-daemon thread runs that could use them."""
-    for host in list(_started):
-        if host.running() is not None:
+    for server in list(_started):
+        if server.started:
             logger.warning("A Bridge was not closed; use `with Bridge(...)` or bridge.close().")
-            host.close(drain=False, timeout=0.0)
+            server.close(drain=False, timeout=0.0)

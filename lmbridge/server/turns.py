@@ -6,58 +6,62 @@ Rule: server thread only. Requests queue here and at the gate, and nowhere else.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import OrderedDict
 
 from lmbridge.crossing.call import Call
+
+_Lanes = OrderedDict[str, OrderedDict[Call, None]]  # the calls of each client, in order of turns; no lane is empty
 
 
 class Turns:
     """The queue between clients and engine: clients take turns, first come first served within one.
 
-    Each (client, priority) is a lane. The next request comes from the lane whose head has the highest priority, where
-    every ``AGING`` seconds of waiting count as one level; equal lanes take turns.
+    Calls of one priority take turns among themselves. The next is of the priority that is most urgent, where every
+    ``AGING`` seconds for which its next call has waited count as one level; of equal ones, the one that waits longer.
     """
 
     AGING = 10.0
 
     def __init__(self) -> None:
-        self.lanes: dict[tuple[str, int], deque[Call]] = {}  # in order of turns; empty when nobody waits
-        self._prioritised = 0  # how many calls have a priority of their own; usually none
+        self.lanes: dict[int, _Lanes] = {}  # by priority; usually there is one, and none when nobody waits
 
     def push(self, call: Call) -> None:
         request = call.request
-        lane = (request.client, request.priority)
-        queue = self.lanes.get(lane)
-        if queue is None:
-            self.lanes[lane] = deque((call,))
-        else:
-            queue.append(call)
-        self._prioritised += request.priority != 0
+        lanes = self.lanes.get(request.priority)
+        if lanes is None:
+            lanes = self.lanes[request.priority] = OrderedDict()
+        lane = lanes.get(request.client)
+        if lane is None:
+            lane = lanes[request.client] = OrderedDict()
+        lane[call] = None
 
     def pop(self) -> Call:
         """The next call, of which there must be one. Its client goes to the end of the line."""
-        lane = self._most_urgent() if self._prioritised else next(iter(self.lanes))
-        queue = self.lanes.pop(lane)
-        call = queue.popleft()
-        if queue:
-            self.lanes[lane] = queue
-        self._prioritised -= call.request.priority != 0
+        call = self._next()
+        request = call.request
+        self.lanes[request.priority].move_to_end(request.client)
+        self.remove(call)
         return call
 
     def remove(self, call: Call) -> None:
         """Take out a call that will not be begun."""
-        lane = (call.request.client, call.request.priority)
-        queue = self.lanes[lane]
-        queue.remove(call)
-        self._prioritised -= call.request.priority != 0
-        if not queue:
-            del self.lanes[lane]
+        request = call.request
+        lanes = self.lanes[request.priority]
+        lane = lanes[request.client]
+        del lane[call]
+        if not lane:
+            del lanes[request.client]
+            if not lanes:
+                del self.lanes[request.priority]
 
-    def _most_urgent(self) -> tuple[str, int]:
+    def _next(self) -> Call:
+        heads = [next(iter(next(iter(lanes.values())))) for lanes in self.lanes.values()]
+        if len(heads) == 1:
+            return heads[0]
         now = time.monotonic()
 
-        def urgency(lane: tuple[str, int]) -> float:
-            waited = now - self.lanes[lane][0].request.created
-            return lane[1] + waited // self.AGING
+        def urgency(call: Call) -> tuple[float, float]:
+            waited = now - call.request.created
+            return call.request.priority + waited // self.AGING, waited
 
-        return max(self.lanes, key=urgency)  # the first of equals, so turns hold
+        return max(heads, key=urgency)

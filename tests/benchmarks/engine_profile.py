@@ -44,7 +44,7 @@ from lmbridge.engines.transformers import attention
 from lmbridge.engines.transformers.paged import PagedRunner
 from lmbridge.engines.transformers.processor import _Processors
 from lmbridge.engines.transformers.runner import Witness
-from lmbridge.server.server import Server
+from lmbridge.server.calls import Calls
 from tests.benchmarks.engine_models import model_folder
 
 STEP = "the rest of the loop"
@@ -156,7 +156,7 @@ def watch(clock: Clock) -> None:
         (PagedRunner, "_deliver", SERVER[0]),
         (TextStream, "push", SERVER[1]),
         (TextStream, "finish", SERVER[1]),
-        (Server, "_on_delta", SERVER[2]),
+        (Calls, "_on_delta", SERVER[2]),
     ):
         clock.wrap(owner, attribute, name)
 
@@ -216,8 +216,7 @@ class Load:
             found.append(time.thread_time())
             told.set()
 
-        server = self._bridge._server_thread.running()
-        assert server is not None
+        server = self._bridge._server_thread.handle
         server.run_soon(tell)
         told.wait(30)
         return found[0]

@@ -1,218 +1,197 @@
-"""Any order of submitting, reading, leaving, cancelling, crashing, swapping and closing."""
+"""Any order of asking in every way, reading, leaving, aborting, closing clients, refusing, failing and crashing."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import suppress
+import threading
+from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
 
 import lmbridge.server.supervisor
 from lmbridge import (
     Bridge,
     BridgeClosedError,
-    Delta,
+    Client,
     EngineDeadError,
-    QueueFullError,
+    EngineError,
     RequestAbortedError,
-    RequestTimeoutError,
-    ResponseFuture,
-    Stream,
 )
 from lmbridge.testing import ScriptedEngine
+from tests.bridge.asked import LISTS, PATIENCE, TASK_WAYS, WAYS
+from tests.bridge.machine import REFUSED, Machine, lengths
+from tests.conftest import until
 
-ENDS = (CancelledError, EngineDeadError, RequestAbortedError, RequestTimeoutError, BridgeClosedError)
+CLIENTS = ("a", "b")
+PICK = st.integers(0, 10_000)
+ASKERS = st.sampled_from([None, *CLIENTS])  # None: the bridge itself
 
 
-class BridgeMachine(RuleBasedStateMachine):
-    """Drives one bridge; time passes only in steps of its engine."""
-
-    futures: Bundle[tuple[ResponseFuture, str]] = Bundle("futures")
-    streams: Bundle[tuple[Stream, str]] = Bundle("streams")
+class CallsMachine(Machine):
+    """One engine at a time, which makes a step when it is told to; a small queue."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.engines: list[ScriptedEngine] = []
-        self.count = 0
-        self.ended: dict[str, int] = {}  # how often each future's callback ran
-        self.open: list[tuple[ResponseFuture, str]] = []
+        self.clients: dict[str, Client] = {}
+        self.release: threading.Event | None = None  # there while the loop is stuck
 
     def build(self) -> ScriptedEngine:
         self.engines.append(ScriptedEngine(manual=True, max_batch_size=2))
         return self.engines[-1]
 
-    @initialize()
-    def begin(self) -> None:
-        self.patch = pytest.MonkeyPatch()
+    @initialize(when_full=st.sampled_from(["block", "reject"]))
+    def begin(self, when_full: Any) -> None:
         self.patch.setattr(lmbridge.server.supervisor, "MAX_FAILURES", 10_000)
-        self.patch.setattr(lmbridge.server.supervisor, "FIRST_BACKOFF", 0.0)
-        self.bridge = Bridge(self.build, max_pending=3, when_full="reject", stall_timeout=None)
-        self.bridge.start()
+        self.when_full = when_full
+        self.open_bridge()
 
-    def prompt(self, words: int) -> str:
-        self.count += 1
-        return " ".join([f"p{self.count}", *["word"] * words])
+    def open_bridge(self) -> None:
+        self.bridge = Bridge(
+            self.build, max_pending=3, max_pending_per_client=2, when_full=self.when_full, stall_timeout=None
+        ).start()
+        self.clients = {name: self.bridge.client(name) for name in CLIENTS}
 
-    def until_read(self) -> None:
-        """Return when the server has read all that was sent, so that a rule has the same effect each time."""
-        self.bridge.stats()
+    # --- asking ---
 
-    @rule(words=st.integers(0, 4))
-    def time_out(self, words: int) -> None:
-        with pytest.raises((RequestTimeoutError, QueueFullError)):
-            self.bridge.infer(self.prompt(words), timeout=0)
-        self.until_read()
-
-    @rule(target=futures, words=st.integers(0, 4), timeout=st.sampled_from([None, 60.0]))
-    def submit(self, words: int, timeout: float | None) -> Any:
-        text = self.prompt(words)
-        try:
-            future = self.bridge.submit(text, timeout=timeout)
-        except QueueFullError:
-            return multiple()
-        self.until_read()
-        self.ended[text] = 0
-        future.add_done_callback(lambda done: self.count_end(text))
-        self.open.append((future, text))
-        return future, text
-
-    def count_end(self, text: str) -> None:
-        self.ended[text] += 1
-
-    @rule(target=streams, words=st.integers(0, 4))
-    def stream(self, words: int) -> Any:
-        text = self.prompt(words)
-        try:
-            stream = self.bridge.stream(text)
-        except QueueFullError:
-            return multiple()
-        self.until_read()
-        return stream, text
-
-    @rule(steps=st.integers(1, 3))
-    def step(self, steps: int) -> None:
-        self.engines[-1].step(steps)
-
-    @rule(pair=futures)
-    def cancel(self, pair: tuple[ResponseFuture, str]) -> None:
-        future, _ = pair
-        assert future.cancel() or future._call.outcome is not None
-        self.until_read()
-
-    @rule(pair=futures)
-    def abort(self, pair: tuple[ResponseFuture, str]) -> None:
-        self.bridge.abort(pair[0].request_id)
-        self.until_read()
+    def asker(self, name: str | None) -> Bridge | Client:
+        return self.bridge if name is None else self.clients[name]
 
     @rule(
-        pair=consumes(streams),
-        leave=st.sampled_from(["close", "drop", "break", "read"]),
-        count=st.integers(1, 3),
+        way=st.sampled_from([*WAYS, *TASK_WAYS]),
+        name=ASKERS,
+        words=st.integers(0, 3),
+        timeout=st.sampled_from([None, None, 60.0, 0.02, 0]),
     )
-    def end_stream(self, pair: tuple[Stream, str], leave: str, count: int) -> None:
-        stream, text = pair
-        del pair
-        if leave == "close":
-            stream.close()
-            with suppress(*ENDS):  # it may have ended before
-                assert text.startswith(stream.response.text)
-        elif leave == "break":
-            self.read_some(stream, text, count)
-        elif leave == "read":
-            self.read_to_the_end(stream, text)
-        del stream
-        gc.collect(0)
-        self.until_read()
+    def asks(self, way: str, name: str | None, words: int, timeout: float | None) -> None:
+        self.ask(way, self.asker(name), words, timeout, REFUSED[self.when_full]).asker = name
 
-    def read_some(self, stream: Stream, text: str, count: int) -> None:
-        heard = ""
-        with suppress(*ENDS):
-            for delta in self.stepping(stream):
-                heard += delta.text
-                count -= 1
-                if not count:
-                    break
-        assert text.startswith(heard)
+    @rule(way=st.sampled_from(sorted(set(WAYS) - set(LISTS))), name=ASKERS, timeout=st.sampled_from([None, 60.0]))
+    def asks_and_is_held_up(self, way: str, name: str | None, timeout: float | None) -> None:
+        """A thread may be slow between its question and the gate."""
+        self.ask_at_the_door(way, self.asker(name), 1, timeout, REFUSED[self.when_full]).asker = name
 
-    def stepping(self, stream: Stream) -> Iterator[Delta]:
-        """The stream's deltas, with a step of the engine whenever there is none to read."""
-        deltas = iter(stream)
-        while True:
-            while not stream._call.deltas and stream._call.outcome is None:
-                self.engines[-1].step()
-            try:
-                yield next(deltas)
-            except StopIteration:
-                return
+    @precondition(lambda self: self.asked)
+    @rule(number=PICK)
+    def goes_through_the_door(self, number: int) -> None:
+        self.pick(number).door.set()
 
-    def read_to_the_end(self, stream: Stream, text: str) -> None:
-        while stream._call.outcome is None:
-            self.engines[-1].step()
-        try:
-            assert "".join(delta.text for delta in stream) == text
-        except ENDS:
-            assert stream._call.outcome is not None
+    # --- what readers and waiters do ---
 
+    @precondition(lambda self: self.asked)
+    @rule(number=PICK)
+    def reads_on(self, number: int) -> None:
+        self.pick(number).read_on()
+
+    @precondition(lambda self: self.asked)
+    @rule(number=PICK, how=st.sampled_from(["break", "close"]))
+    def leaves(self, number: int, how: str) -> None:
+        asked = self.pick(number)
+        if asked.stream is not None:
+            asked.left = True
+            if how == "close":
+                asked.stream.close()
+            asked.read_on()
+
+    @precondition(lambda self: self.asked)
+    @rule(number=PICK)
+    def cancels(self, number: int) -> None:
+        """A future, or a task."""
+        asked = self.pick(number)
+        asked.may.add(CancelledError)
+        if asked.future is not None:
+            assert asked.future.cancel() or asked.future.done()
+        elif asked.is_task:
+            asked.end.cancel()
+
+    # --- orders ---
+
+    @precondition(lambda self: self.asked)
+    @rule(number=PICK)
+    def aborts(self, number: int) -> None:
+        """By its id, wherever it is."""
+        asked = self.pick(number)
+        asked.may.add(RequestAbortedError)
+        asked.due = asked.due or (len(asked.prompts) == 1 and self.lives(asked))
+        for index in range(len(asked.prompts)):
+            self.bridge.abort(asked.name if len(asked.prompts) == 1 else f"{asked.name}-{index}")
+
+    @rule(name=st.sampled_from(CLIENTS))
+    def closes_a_client(self, name: str) -> None:
+        """What was asked through it ends, wherever it is; a new one has its name then."""
+        self.clients[name].close()
+        for asked in self.open:
+            if asked.asker == name:
+                asked.due = True
+                asked.may.add(BridgeClosedError)
+        self.clients[name] = self.bridge.client(name)
+
+    # --- the engine and its loop ---
+
+    @precondition(lambda self: self.release is None)
+    @rule(steps=st.integers(1, 3))
+    def makes_steps(self, steps: int) -> None:
+        self.engines[-1].step(steps)
+
+    @precondition(lambda self: self.asked)
+    @rule(number=PICK, how=st.sampled_from(["fail", "refuse"]))
+    def fails_one(self, number: int, how: str) -> None:
+        asked = self.pick(number)
+        asked.may.add(EngineError)
+        if how == "fail":
+            self.engines[-1].fail(asked.prompts[-1], ValueError("as told"))
+        else:
+            self.engines[-1].refuse(asked.prompts[-1], SystemExit("as told"))
+
+    @precondition(lambda self: self.release is None)
     @rule()
-    def crash(self) -> None:
+    def crashes(self) -> None:
         built = len(self.engines)
-        self.engines[-1].crash(ValueError("crashed"))
-        while len(self.engines) == built or self.bridge.state != "ready":
-            self.bridge.stats()
+        self.may_end_with(EngineDeadError)
+        self.engines[-1].crash(ValueError("as told"))
+        until(lambda: len(self.engines) > built and self.bridge.state == "ready")
 
-    @rule(overlap=st.booleans())
-    def swap(self, overlap: bool) -> None:
-        old = self.engines[-1]
-        with ThreadPoolExecutor(1) as pool:
-            swapping = pool.submit(self.bridge.swap, self.build, overlap=overlap)
-            while old.active or not swapping.done():
-                old.step()
-        swapping.result()
-        self.until_read()
+    @precondition(lambda self: self.release is None)
+    @rule()
+    def gets_stuck(self) -> None:
+        """The loop stands still, as in native code, until it is released; whoever waits must not."""
+        self.release = threading.Event()
+        self.engines[-1].block(self.release)
 
     @rule()
-    def close_and_build_anew(self) -> None:
-        """Close with whatever is in flight: all of it ends at once, and nothing is left."""
+    def is_released(self) -> None:
+        if self.release is not None:
+            self.release.set()
+            self.release = None
+
+    # --- ending ---
+
+    @rule()
+    def closes_and_opens_anew(self) -> None:
+        """With whatever is in flight: all of it ends at once, and nothing is left."""
+        self.is_released()
+        self.may_end_with(BridgeClosedError)
         self.bridge.close()
-        self.look_at_ends()
-        self.bridge = Bridge(self.build, max_pending=3, when_full="reject", stall_timeout=None)
-        self.bridge.start()
+        for asked in self.open:
+            asked.hurry()
+        self.look_at_the_end()
+        self.open_bridge()
 
-    @invariant()
-    def each_ends_at_most_once(self) -> None:
-        assert all(times <= 1 for times in self.ended.values())
-
-    def teardown(self) -> None:
-        if not hasattr(self, "bridge"):
-            return
-        while any(not future.done() for future, _ in self.open):
-            self.engines[-1].step()
+    def come_to_an_end(self) -> None:
+        self.is_released()
+        for asked in self.open:
+            asked.hurry()
+        until(self.has_nothing_left_to_do, PATIENCE)
         self.bridge.close()
-        self.look_at_ends()
-        self.patch.undo()
 
-    def look_at_ends(self) -> None:
-        """After a close: every future has ended exactly once, with its own answer or an error, and nothing is left."""
-        for future, text in self.open:
-            if not future.cancelled():
-                error = future.exception(10)
-                assert isinstance(error, ENDS) if error is not None else future.result().text == text
-        dispatcher = self.bridge._server_thread._dispatcher
-        if dispatcher is not None:
-            dispatcher._thread.join(10)  # the callbacks of the last ones have run
-        assert self.bridge.requests() == []
-        assert self.bridge._server_thread.gate.pending == 0
-        assert all(engine.closed for engine in self.engines)
-        assert all(times == 1 for times in self.ended.values())
+    def has_nothing_left_to_do(self) -> bool:
+        self.engines[-1].step()
+        return all(asked.end.done() for asked in self.open)
 
 
-TestBridgeMachine = BridgeMachine.TestCase
-TestBridgeMachine.settings = settings(
-    max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
-)
+@pytest.mark.parametrize("length", lengths(40, 30))
+def test_calls_in_any_order(length: settings) -> None:
+    """Each call has one end, its own answer or the error of what was done to it, and nobody waits for nothing."""
+    run_state_machine_as_test(CallsMachine, settings=length)  # type: ignore[no-untyped-call]

@@ -123,7 +123,7 @@ def test_storm(storm: None, seed: int) -> None:
             caller.join(240)
         hung = sum(caller.is_alive() for caller in callers)
         ends = sum((caller.ends for caller in callers), Counter[str]())
-        while bridge.requests() or bridge._server_thread.gate.pending:
+        while bridge.requests() or bridge._server_thread.handle.gate.pending:
             bridge.stats()
         print(f"seed {seed}: {REQUESTS} requests, faults {dict(ChaosEngine.faults)}, ends {dict(ends)}, hung {hung}")
         assert hung == 0

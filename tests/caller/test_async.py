@@ -13,6 +13,7 @@ from functools import partial
 import pytest
 
 from lmbridge import (
+    AsyncStream,
     Bridge,
     BridgeClosedError,
     EngineError,
@@ -20,6 +21,7 @@ from lmbridge import (
     QueueFullError,
     RequestTimeoutError,
 )
+from lmbridge.crossing.channel import Channel
 from lmbridge.testing import ScriptedEngine
 
 Scripted = Callable[..., tuple[Bridge, ScriptedEngine]]
@@ -207,3 +209,89 @@ def test_closed_loops_are_not_kept(scripted: Scripted) -> None:
 
 def _started(count: int, engine: ScriptedEngine) -> bool:
     return len(engine.started) == count
+
+
+def test_two_tasks_wait_for_one_whole_answer(scripted: Scripted) -> None:
+    """Both get it; neither is left waiting because the other was told."""
+    bridge, _ = scripted(ScriptedEngine(step_time=0.01))
+
+    async def both() -> list[str]:
+        stream = await bridge.astream("one answer for two")
+        answers = await asyncio.wait_for(asyncio.gather(stream.whole(), stream.whole()), 10)
+        return [answer.text for answer in answers]
+
+    assert asyncio.run(both()) == ["one answer for two"] * 2
+
+
+def test_a_stream_read_on_one_loop_after_another(scripted: Scripted) -> None:
+    """Synchronous code that runs each step on a loop of its own reads on where the last one stopped."""
+    bridge, _ = scripted(ScriptedEngine(step_time=0.01))
+
+    async def begin() -> AsyncStream:
+        return await bridge.astream("a b c d e")
+
+    async def piece(stream: AsyncStream) -> str:
+        return (await asyncio.wait_for(stream.__anext__(), 10)).text
+
+    stream = asyncio.run(begin())
+    heard = ""
+    while heard != "a b c d e":
+        heard += asyncio.run(piece(stream))
+    with pytest.raises(StopAsyncIteration):
+        asyncio.run(piece(stream))
+    assert stream.response.text == "a b c d e"
+
+
+def test_an_unsent_stream_is_sent_by_the_loop_that_reads_it(scripted: Scripted) -> None:
+    """A stream may be made on one loop and first read on another."""
+    bridge, _ = scripted()
+
+    async def make() -> AsyncStream:
+        return bridge.astream("made elsewhere")
+
+    async def whole(stream: AsyncStream) -> str:
+        return (await asyncio.wait_for(stream.whole(), 10)).text
+
+    assert asyncio.run(whole(asyncio.run(make()))) == "made elsewhere"
+
+
+def test_tasks_are_accounts_as_threads_are(scripted: Scripted) -> None:
+    """Each task takes turns of its own, so that one that asks much does not hold up the others of its loop."""
+    bridge, engine = scripted(ScriptedEngine(manual=True, max_batch_size=1), max_pending_per_client=2)
+
+    async def ask() -> list[str]:
+        greedy = asyncio.ensure_future(bridge.ainfer([f"greedy-{number}" for number in range(10)]))
+        other = asyncio.ensure_future(bridge.ainfer("other"))
+        stepping = asyncio.get_running_loop().run_in_executor(None, step_until_done, bridge, engine)
+        await other
+        done = list(engine.started)
+        await asyncio.gather(greedy, stepping)
+        return done
+
+    started = asyncio.run(asyncio.wait_for(ask(), 30))
+    assert len(started) <= 5
+
+
+def is_at(number: int, engine: ScriptedEngine) -> bool:
+    """Whether the engine works on its ``number``-th request."""
+    return len(engine.started) >= number and engine.active == 1
+
+
+def step_until_done(bridge: Bridge, engine: ScriptedEngine) -> None:
+    """Answer requests of one word each, one after another, until eleven are through."""
+    for number in range(11):
+        engine.wait_for(partial(is_at, number + 1))
+        engine.step(1)
+
+
+def test_a_token_that_is_lost_costs_no_task(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever wakes a task may be struck just before it does; the loop looks by itself."""
+    bridge, _ = scripted()
+    monkeypatch.setattr(Channel, "signal", lambda channel, call: None)
+
+    async def ask() -> list[str]:
+        one, many = bridge.ainfer("one"), bridge.ainfer(["two", "three"])
+        answer, answers = await asyncio.wait_for(asyncio.gather(one, many), 20)
+        return [answer.text, *(each.text for each in answers)]
+
+    assert asyncio.run(ask()) == ["one", "two", "three"]

@@ -6,6 +6,7 @@ import configparser
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,6 +67,6 @@ def test_the_pip_line_of_a_changed_janus_is_what_setup_cfg_bounds(monkeypatch: p
 
 def test_every_lock_of_a_queue_is_the_one_that_is_safe_to_interrupt() -> None:
     """One lock of janus' own left in a queue could be held for good after a Ctrl-C."""
-    queue = channel.Channel().replies
+    queue: Any = channel.Channel[Any]().replies
     assert {type(getattr(queue, name)) for name in channel.LOCKS} == {channel._Condition}
     assert len({id(getattr(queue, name)) for name in channel.LOCKS}) == 1

@@ -89,7 +89,7 @@ def test_interrupted_callers_strand_nobody(quick_switches: None, seed: int) -> N
         assert sum(caller.right for caller in callers) > 100
         assert sum(caller.mixed for caller in callers) == 0
         assert [error for caller in callers for error in caller.errors] == []
-        gate = bridge._server_thread.gate
+        gate = bridge._server_thread.handle.gate
         while bridge.requests() or gate.pending or engine.active:  # the sweep finds what was lost on the way
             bridge.stats()
         del callers, caller
@@ -104,7 +104,7 @@ def test_janus_uses_what_was_made_safe() -> None:
         asking = threading.Thread(target=bridge.infer, args=("one",))
         asking.start()
         engine.wait_for(lambda e: e.active == 1)
-        call = next(iter(bridge._server_thread.server(True).living.values()))
+        call = next(iter(bridge._server_thread.living()))
         condition: Any = call.channel.replies._sync_not_empty
         while not condition._waiters:
             assert asking.is_alive()

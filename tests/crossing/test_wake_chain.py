@@ -51,8 +51,8 @@ def test_a_thread_that_does_not_pass_on_keeps_nobody_asleep() -> None:
         waiter.acquire()
 
     async def all_woken() -> None:
-        wakes = WakeChain(asyncio.get_running_loop(), ring=lambda: None)
-        wakes.open()
+        wakes = WakeChain(ring=lambda: None)
+        wakes.attach(asyncio.get_running_loop())
         for waiter in waiters:
             wakes.wake(waiter)
         while any(waiter.locked() for waiter in waiters):
@@ -61,13 +61,13 @@ def test_a_thread_that_does_not_pass_on_keeps_nobody_asleep() -> None:
     asyncio.run(asyncio.wait_for(all_woken(), 30))
 
 
-def test_who_sends_during_a_relay_is_heard() -> None:
+def test_who_sends_while_others_wake_is_heard() -> None:
     """The doorbell is held back only as long as somebody is still to wake, who may have something to send too."""
     rung: list[int] = []
 
     async def send_during() -> None:
-        wakes = WakeChain(asyncio.get_running_loop(), ring=lambda: rung.append(1))
-        wakes.open()
+        wakes = WakeChain(ring=lambda: rung.append(1))
+        wakes.attach(asyncio.get_running_loop())
         waiters = [threading.Lock() for _ in range(3)]
         for waiter in waiters:
             waiter.acquire()

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
-import lmbridge.server.server
+import lmbridge.server.sweep
 from lmbridge import Bridge, EngineDeadError, EngineError, LMBridgeError, RequestAbortedError
 from lmbridge.server.place import Place
 from lmbridge.testing import ScriptedEngine
@@ -40,7 +40,7 @@ class Forgetful(ScriptedEngine):
 @pytest.fixture(autouse=True)
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks that follow each other faster than twice a second."""
-    monkeypatch.setattr(lmbridge.server.server, "SWEEP_INTERVAL", 0.02)
+    monkeypatch.setattr(lmbridge.server.sweep, "INTERVAL", 0.02)
 
 
 @contextmanager
@@ -67,8 +67,10 @@ def busy(bridge: Bridge) -> Iterator[None]:
     assert wrong == []
 
 
-def seat_of(bridge: Bridge) -> Place:
-    place = bridge._server_thread.server(True).place
+def place_of(bridge: Bridge) -> Place:
+    loop = bridge._server_thread._loop
+    assert loop is not None
+    place = loop.calls.place
     assert place is not None
     return place
 
@@ -105,7 +107,7 @@ def test_places_of_forgotten_requests_are_used_again() -> None:
             engine.forget(name)
             assert isinstance(bridge.submit(name, request_id=name).exception(30), EngineError)
             until_gone(bridge, name)
-        assert seat_of(bridge).load <= 1  # the one that is asked for all the while
+        assert len(place_of(bridge).calls) <= 1  # the one that is asked for all the while
 
 
 def test_an_unanswered_abort_gives_the_place_back(caplog: pytest.LogCaptureFixture) -> None:
@@ -118,7 +120,7 @@ def test_an_unanswered_abort_gives_the_place_back(caplog: pytest.LogCaptureFixtu
         bridge.abort("left")
         assert isinstance(lost.exception(30), RequestAbortedError)
         until_gone(bridge, "left")
-        assert seat_of(bridge).load <= 1
+        assert len(place_of(bridge).calls) <= 1
     assert "does not let go of request left" in caplog.text
     assert bridge.metrics.outcomes["RequestAbortedError"] == 1
 

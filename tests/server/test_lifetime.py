@@ -215,7 +215,7 @@ def test_a_closed_client_ends_its_own_calls_only(scripted: Scripted) -> None:
 def test_short_lived_threads_leave_nothing(scripted: Scripted) -> None:
     """1,000 threads that each ask once do not leave channels, clients or requests behind."""
     bridge, _ = scripted()
-    server = bridge._server_thread.server(True)
+    server = bridge._server_thread.handle
     for _ in range(20):
         threads = [threading.Thread(target=bridge.infer, args=("hello",)) for _ in range(50)]
         for thread in threads:
@@ -223,7 +223,7 @@ def test_short_lived_threads_leave_nothing(scripted: Scripted) -> None:
         for thread in threads:
             thread.join()
     gc.collect()
-    assert len(server._channels) <= 150  # a few times the 50 alive at once, not 1,000
+    assert len(server.channels._known) <= 150  # a few times the 50 alive at once, not 1,000
     assert bridge.requests() == []
 
 
@@ -290,7 +290,8 @@ def test_a_loop_stopped_from_outside_holds_nobody(scripted: Scripted) -> None:
     with ThreadPoolExecutor(2) as pool:
         waiting = pool.submit(bridge.infer, "also waiting")
         engine.wait_for(lambda e: e.active == 2)
-        loop = bridge._server_thread.server(True).loop
+        loop = bridge._server_thread.handle.loop
+        assert loop is not None
         loop.call_soon_threadsafe(loop.stop)
         assert isinstance(waiting.exception(10), BridgeClosedError)
     assert isinstance(future.exception(10), BridgeClosedError)
@@ -577,7 +578,8 @@ def test_clients_in_reference_cycles_leave_nothing_broken() -> None:
             gc.collect()
         waiting = [pool.submit(bridge.client().infer, "never answered") for _ in range(4)]
         engine.wait_for(lambda e: e.active == 4)
-        loop = bridge._server_thread.server(True).loop
+        loop = bridge._server_thread.handle.loop
+        assert loop is not None
         loop.call_soon_threadsafe(loop.stop)
         for future in waiting:
             assert isinstance(future.exception(30), BridgeClosedError)

@@ -23,6 +23,7 @@ from lmbridge import (
     RequestTimeoutError,
 )
 from lmbridge.engines.standing import where_is
+from lmbridge.server.loop import ServerLoop
 from lmbridge.testing import ScriptedEngine
 
 Scripted = Callable[..., tuple[Bridge, ScriptedEngine]]
@@ -100,10 +101,10 @@ def test_an_idle_engine_is_not_stalled() -> None:
     workshop = Workshop()
     with Bridge(workshop, stall_timeout=0.1) as bridge:
         watching = threading.Event()
-        server = bridge._server_thread.server(True)
+        sweep = server_loop(bridge).sweep
         for _ in range(3):  # three of its sweeps are many of the watchdog's looks
-            before = server.heartbeat
-            while server.heartbeat == before:
+            before = sweep.heartbeat
+            while sweep.heartbeat == before:
                 watching.wait(0.01)
         assert len(workshop.built) == 1
         assert bridge.state == "ready"
@@ -201,7 +202,7 @@ def test_a_swapped_out_engine_is_freed() -> None:
     """Nothing holds the old model once its last request has ended."""
     with Bridge(ScriptedEngine) as bridge:
         bridge.infer("hello")
-        place = bridge._server_thread.server(True).place
+        place = server_loop(bridge).calls.place
         assert place is not None
         old = weakref.ref(place.engine)
         del place
@@ -353,7 +354,7 @@ def test_health_while_a_dead_engine_is_closed() -> None:
 
     bridge = Bridge(lambda: Slow())
     bridge.start()
-    place = bridge._server_thread.server(True).place
+    place = server_loop(bridge).calls.place
     assert isinstance(place.engine if place else None, Slow)
     place.engine.crash(ValueError("device lost"))  # type: ignore[union-attr]
     assert closing.wait(10)
@@ -411,9 +412,9 @@ def test_a_deadline_gives_advice_that_helps(scripted: Scripted) -> None:
     """A caller who got not one token would be told to ask for fewer of them."""
     bridge, engine = scripted(ScriptedEngine(manual=True, max_batch_size=1))
     bridge.start()
-    silent, waiting = bridge.submit("one two three", timeout=1.0), bridge.submit("queued", timeout=1.0)
-    assert "No token had come: see in health()" in str(silent.exception(10))
+    silent, waiting = bridge.submit("one two three", timeout=1.0), bridge.submit("queued", timeout=0.5)
     assert "health() says what holds the queue up" in str(waiting.exception(10))
+    assert "No token had come: see in health()" in str(silent.exception(10))
     stream = bridge.stream("one two three", timeout=2.0)
     engine.wait_for(lambda e: e.active == 1)
     engine.step()
@@ -444,8 +445,15 @@ def test_calls_that_race_close() -> None:
             assert all(call.result(30) for call in asking)
 
 
+def server_loop(bridge: Bridge) -> ServerLoop:
+    """What runs on the server thread."""
+    loop = bridge._server_thread._loop
+    assert loop is not None
+    return loop
+
+
 def _stop_loop(bridge: Bridge) -> None:
-    loop = bridge._server_thread.server(True).loop
+    loop = server_loop(bridge).loop
     loop.call_soon_threadsafe(loop.stop)
 
 

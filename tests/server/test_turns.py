@@ -11,10 +11,16 @@ from lmbridge.crossing.channel import Channel
 from lmbridge.server.turns import Turns
 
 
+class Nobody:
+    """An account that is never closed."""
+
+    closed = None
+
+
 def call(client: str, name: str, priority: int = 0, waited: float = 0.0) -> Call:
     created = time.monotonic() - waited
     request = Request(name, name, GenerationConfig(), False, client, priority, None, created, Context())
-    return Call(request, Channel(), client)
+    return Call(request, Channel(), Nobody())
 
 
 def order(*calls: Call) -> list[str]:

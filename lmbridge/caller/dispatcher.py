@@ -1,0 +1,217 @@
+"""Resolves futures, and runs their callbacks.
+
+Rule: two daemon threads of a bridge's own. ``Dispatcher`` runs none of a user's code, so it cannot be held up or ended
+by it; ``Callbacks`` runs nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import queue
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from lmbridge.crossing.call import Call
+from lmbridge.crossing.channel import Channel, Closed, Empty
+from lmbridge.crossing.handle import ServerHandle
+
+logger = logging.getLogger("lmbridge")
+
+LOOK = 0.25  # seconds between two looks at deadlines, which nobody else may be waiting for
+PATIENCE = 1.0  # seconds after which somebody else takes over from a thread that is held up
+
+
+class Pending(Protocol):
+    """A future that waits for its call."""
+
+    def conclude(self) -> None:
+        """Take over the outcome of its call, which has one. Any thread, more than once."""
+
+    def inherit(self) -> None:
+        """End in a forked child, where the call has no end."""
+
+
+class Dispatcher:
+    """Resolves the futures of one bridge."""
+
+    def __init__(self, server: ServerHandle) -> None:
+        self.channel: Channel[Call] = Channel()
+        self.callbacks = Callbacks()
+        self._server = server
+        self._open: dict[Call, Pending] = {}  # set by any thread, popped by any; both atomic
+        self._lock = threading.Lock()  # held while a thread is started
+        self._thread: threading.Thread | None = None
+        self._next_look = 0.0  # dispatcher thread only
+        key = id(self)
+        _dispatchers[key] = weakref.ref(self, functools.partial(_dispatchers.pop, key))
+        server.channels.register(self.channel)
+
+    def expect(self, call: Call, future: Pending) -> None:
+        """Resolve ``future`` when ``call`` ends. Called before the call is sent."""
+        self._open[call] = future
+        self.look_after()
+        if call.request.deadline is not None:
+            self.channel.nudge(call)  # so that its deadline is looked at
+
+    def forget(self, call: Call) -> None:
+        """Drop a call that could not be sent."""
+        self._open.pop(call, None)
+
+    def look_after(self) -> None:
+        """See that there is a thread to resolve what is open."""
+        thread = self._thread
+        if thread is not None and thread.is_alive():
+            return
+        with self._lock:
+            if self._thread is thread:
+                self._thread = threading.Thread(target=self._run, name="lmbridge futures", daemon=True)
+                self._thread.start()
+
+    def inherited(self) -> list[Pending]:
+        """The futures that a forked child has inherited, and that nobody will resolve there."""
+        left = list(self._open.values())
+        self._open.clear()
+        return left
+
+    def join(self, timeout: float) -> None:
+        """Wait for the threads, which end with the server."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+        self.callbacks.join(timeout)
+
+    def _run(self) -> None:
+        try:
+            while self._next():
+                pass
+            self.callbacks.close()
+        finally:  # something was thrown into this thread: another goes on
+            if self._server.ended is None:
+                self._thread = None
+                self.look_after()
+
+    def _next(self) -> bool:
+        """Resolve what has ended; False when nothing can come any more."""
+        call: Call | None = None
+        try:
+            call = self.channel.wait(True, LOOK if self._open else PATIENCE)
+        except Empty:
+            pass
+        except Closed:
+            for left in list(self._open):
+                left.settle(self._server.closed_error())
+                self._resolve(left)
+            return False
+        if call is not None:
+            self._resolve(call)
+        self._look()
+        return True
+
+    def _look(self) -> None:
+        """Keep deadlines, and find what no token announced; a few times a second."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + LOOK
+        for call in list(self._open):
+            deadline = call.request.deadline
+            if deadline is not None and now > deadline:
+                self._server.expire(call)
+            self._resolve(call)
+        self.callbacks.look_after()
+
+    def _resolve(self, call: Call) -> None:
+        if not call.outcomes:  # a nudge
+            return
+        future = self._open.pop(call, None)
+        if future is None:
+            return
+        try:
+            future.conclude()
+        except BaseException:  # an exception was thrown in half way: again, at the next look
+            self._open[call] = future
+            raise
+
+
+class Callbacks:
+    """Runs the callbacks of futures, one after another; one that blocks holds up the others for a second."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Callable[[], object]] = deque()  # any thread appends, the runner takes
+        self._come: queue.SimpleQueue[None] = queue.SimpleQueue()  # says that something waits
+        self._lock = threading.Lock()  # held while a runner is started
+        self._runner: threading.Thread | None = None  # guarded by _lock when written
+        self._since: float | None = None  # when the present callback was begun; written by the runner, read by anyone
+        self._closed = False
+
+    def run_soon(self, job: Callable[[], object]) -> None:
+        """Run ``job`` on a thread for callbacks. Any thread."""
+        self._waiting.append(job)
+        self._come.put(None)
+        self.look_after()
+
+    def look_after(self) -> None:
+        """See that there is a thread for what waits, also when a callback has ended or blocks the last one."""
+        runner, since = self._runner, self._since
+        held_up = since is not None and time.monotonic() - since > PATIENCE
+        if not self._waiting or (runner is not None and runner.is_alive() and not held_up):
+            return
+        with self._lock:
+            if self._runner is runner:
+                self._since = None
+                self._runner = threading.Thread(target=self._run, name="lmbridge callbacks", daemon=True)
+                self._runner.start()
+
+    def close(self) -> None:
+        """Let the thread end after what waits."""
+        self._closed = True
+        self._come.put(None)
+
+    def join(self, timeout: float) -> None:
+        """Wait for what waits, after ``close``."""
+        if self._runner is not None:
+            self._runner.join(timeout)
+
+    def _run(self) -> None:
+        while self._runner is threading.current_thread():  # another takes over from one that is held up
+            if self._waiting:
+                job = self._waiting[0]  # an exception thrown into this thread cannot strike between these two
+                del self._waiting[0]
+                self._call(job)
+                del job  # or what it holds would live until the next one
+            elif self._closed:
+                return
+            else:
+                with contextlib.suppress(queue.Empty):
+                    self._come.get(timeout=PATIENCE)
+
+    def _call(self, job: Callable[[], object]) -> None:
+        since = self._since = time.monotonic()
+        try:
+            job()
+        except BaseException:  # sys.exit() in a callback ends the callback, and no thread of ours
+            logger.exception("A callback of a future failed.")
+        finally:
+            if self._since == since:  # nobody has taken over meanwhile
+                self._since = None
+
+
+_dispatchers: dict[int, weakref.ref[Dispatcher]] = {}  # all there are, for a child of this process
+
+
+def _end_inherited() -> None:
+    """In a forked child: end the futures that nobody resolves there."""
+    for reference in list(_dispatchers.values()):
+        dispatcher = reference()
+        if dispatcher is not None:
+            for future in dispatcher.inherited():
+                future.inherit()
+
+
+os.register_at_fork(after_in_child=_end_inherited)

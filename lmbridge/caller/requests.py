@@ -1,0 +1,134 @@
+"""Makes requests: everything is checked before anything is sent.
+
+Rule: pure functions on the caller's thread.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import itertools
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, cast
+
+from lmbridge.caller.account import Account
+from lmbridge.caller.options import CallOptions
+from lmbridge.caller.prompts import check_prompt
+from lmbridge.errors import InvalidRequestError, LMBridgeError
+from lmbridge.messages import GenerationConfig, Request
+from lmbridge.values import as_flag, as_int, as_number
+
+_ids = itertools.count(1)
+_PREFIX = f"req-{secrets.token_hex(3)}"
+_LONGEST = threading.TIMEOUT_MAX / 2  # seconds; a lock waits no longer, not even for math.inf
+_DEFAULT_CONFIG = GenerationConfig()  # never handed out: engines get it, and engines do not write
+
+
+def make_request(account: Account, prompt: Any, config: GenerationConfig | None, options: CallOptions) -> Request:
+    """Check one prompt with what goes with it, and make its request.
+
+    Raises:
+        InvalidRequestError: something is wrong, and is named; nothing has been sent.
+    """
+    timeout = options.pop("timeout", account.access.timeout)
+    client, raw, priority, request_id = account.name, False, 0, None
+    if options:
+        client = _checked_text(options.pop("client", client), "client")
+        raw = _checked_flag(options.pop("raw", raw), "raw")
+        priority = _checked_priority(options.pop("priority", priority))
+        request_id = options.pop("request_id", None)
+    if options or config is not None:
+        config = _merge(config, options)
+    now = time.monotonic()
+    return Request(
+        f"{_PREFIX}-{next(_ids)}" if request_id is None else _checked_text(request_id, "request_id"),
+        prompt if type(prompt) is str and prompt else check_prompt(prompt),
+        config or _DEFAULT_CONFIG,
+        raw,
+        client,
+        priority,
+        None if timeout is None else now + _checked_timeout(timeout),
+        now,
+        contextvars.copy_context(),
+    )
+
+
+def make_list(
+    account: Account, prompts: Sequence[Any], config: Any, options: CallOptions, keep: bool
+) -> list[Request | LMBridgeError]:
+    """The requests of a list of prompts, which share one deadline.
+
+    Args:
+        config: one for all of them, or a list with one for each.
+        options: a ``request_id`` has ``-0``, ``-1`` … put behind it.
+        keep: put the error of a wrong prompt into its slot instead of raising the first.
+
+    Raises:
+        InvalidRequestError: what they share is wrong, or a prompt is, with its position as ``index``.
+    """
+    configs = config if isinstance(config, (list, tuple)) else [config] * len(prompts)
+    if len(configs) != len(prompts):
+        raise InvalidRequestError(f"There are {len(configs)} configs for {len(prompts)} prompts.", "config")
+    name = options.pop("request_id", None)
+    if name is not None:
+        _checked_text(name, "request_id")
+    shared = make_request(account, "x", None, _copy(options))  # what is wrong with the options is wrong for all
+    made: list[Request | LMBridgeError] = []
+    for index, (prompt, one) in enumerate(zip(prompts, configs, strict=True)):
+        try:
+            request = make_request(account, prompt, one, _copy(options))
+        except LMBridgeError as error:
+            error.index = index
+            if not keep:
+                raise
+            made.append(error)
+            continue
+        request.deadline = shared.deadline
+        if name is not None:
+            request.id = f"{name}-{index}"
+        made.append(request)
+    return made
+
+
+def _copy(options: CallOptions) -> CallOptions:
+    return cast(CallOptions, dict(options))
+
+
+def _merge(config: GenerationConfig | None, overrides: Any) -> GenerationConfig:
+    if config is None:
+        config = _DEFAULT_CONFIG
+    if not isinstance(config, GenerationConfig):
+        raise InvalidRequestError(
+            f"config must be a GenerationConfig, not {type(config).__name__}; its fields also go as keyword arguments.",
+            "config",
+        )
+    return config.merged(overrides)
+
+
+def _checked_timeout(timeout: Any) -> float:
+    seconds = as_number(timeout)
+    if seconds is None or not seconds >= 0:  # nan
+        raise InvalidRequestError(f"timeout must be seconds >= 0 or None, not {timeout!r}.", "timeout")
+    return min(seconds, _LONGEST)
+
+
+def _checked_priority(priority: Any) -> int:
+    plain = as_int(priority)
+    if plain is None:
+        raise InvalidRequestError(f"priority must be an int, not {priority!r}.", "priority")
+    return plain
+
+
+def _checked_flag(value: Any, name: str) -> bool:
+    plain = as_flag(value)
+    if plain is None:
+        raise InvalidRequestError(f"{name} must be True or False, not {value!r}.", name)
+    return plain
+
+
+def _checked_text(value: Any, name: str) -> str:
+    if isinstance(value, str) and value:
+        return value
+    raise InvalidRequestError(f"{name} must be a string that is not empty, not {value!r}.", name)

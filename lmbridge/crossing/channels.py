@@ -1,0 +1,81 @@
+"""All channels of one bridge: lent to one consumer at a time, and known to the server while somebody holds them.
+
+Rule: any thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+
+from lmbridge.crossing.call import Call
+from lmbridge.crossing.channel import Channel
+from lmbridge.crossing.wake_chain import WakeChain
+from lmbridge.errors import LMBridgeError
+
+IDLE = 64  # how many unused channels are kept for the next caller
+
+
+class Channels:
+    """Lends channels, and knows those that somebody holds."""
+
+    def __init__(self, wakes: WakeChain) -> None:
+        self._wakes = wakes
+        self._lock = threading.Lock()
+        # By id, weakly: a channel that its consumer has dropped disappears with the last call in it. Not a WeakSet,
+        # which breaks when one thread looks while another drops. Added under _lock, as is the next.
+        self._known: dict[int, weakref.ref[Channel[Call]]] = {}
+        self._closed: Callable[[], LMBridgeError] | None = None
+        self._idle: deque[Channel[Call]] = deque()  # any thread; append and pop are atomic
+
+    def lease(self) -> Channel[Call]:
+        """A channel for one consumer.
+
+        Raises:
+            BridgeClosedError: the server has ended.
+        """
+        try:
+            return self._idle.pop()
+        except IndexError:
+            channel: Channel[Call] = Channel(wakes=self._wakes)
+            self.register(channel)
+            return channel
+
+    def register(self, channel: Channel[Call]) -> None:
+        """Make the server answer for a channel that somebody built himself.
+
+        Raises:
+            BridgeClosedError: the server has ended.
+        """
+        with self._lock:
+            if self._closed is not None:
+                raise self._closed()
+            key = id(channel)
+            self._known[key] = weakref.ref(channel, functools.partial(self._known.pop, key))
+
+    def give_back(self, channel: Channel[Call]) -> None:
+        """Return a channel all of whose calls have had the final word. Takes no lock.
+
+        One that was left with a call in it is just dropped: it disappears with that call.
+        """
+        self._idle.append(channel)
+
+    def trim(self) -> None:
+        """Drop what nobody has used of late."""
+        while len(self._idle) > IDLE:
+            self._idle.popleft()
+
+    def held(self) -> list[Channel[Call]]:
+        """The channels that somebody holds."""
+        # Not items(): the tuples it makes may set off the garbage collector, whose finalizers take entries out.
+        references = list(self._known.values())
+        return [channel for reference in references if (channel := reference()) is not None]
+
+    def close(self, error: Callable[[], LMBridgeError]) -> list[Call]:
+        """Close every channel, refuse new ones with what ``error`` makes, and return the calls nobody took."""
+        with self._lock:
+            self._closed = error
+        return [call for channel in self.held() for call in channel.close()]

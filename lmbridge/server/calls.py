@@ -1,0 +1,242 @@
+"""A call's life on the server thread: it arrives, waits for its turn, is begun, answered and ended.
+
+Rule: server thread only. A call goes ``arrive`` → ``_begin`` → ``_on_delta`` … → ``_finish``, and the final word on it
+is said exactly once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+
+from lmbridge.crossing.call import Call
+from lmbridge.crossing.endings import log_end, lost_error, twice_error
+from lmbridge.crossing.handle import ServerHandle
+from lmbridge.engines.base import engine_error
+from lmbridge.errors import EngineDeadError, LMBridgeError, fresh
+from lmbridge.messages import Delta, Outcome
+from lmbridge.metrics import Metrics
+from lmbridge.server.place import Place
+from lmbridge.server.turns import Turns
+
+logger = logging.getLogger("lmbridge")
+
+
+class Calls:
+    """The living calls, and the engine's place that they go to.
+
+    Attributes:
+        living: by request id; others may copy it to look.
+        place: of the engine that gets what comes now; None while there is none.
+    """
+
+    def __init__(self, handle: ServerHandle, loop: asyncio.AbstractEventLoop, metrics: Metrics) -> None:
+        self.left_behind = False  # set from outside once this thread is stuck: be silent should it ever wake up
+        self.living: dict[str, Call] = {}
+        self.place: Place | None = None
+        self._handle = handle
+        self._sent = handle.sent
+        self._gate = handle.gate
+        self._loop = loop
+        self._metrics = metrics
+        self._running: dict[Call, Place] = {}  # the living that were begun; the others wait for their turn
+        self._turns = Turns()
+        self._refusal: LMBridgeError | None = None  # what everybody gets while there is no engine and will be none
+        self._pump_due = False
+        self._quiet: asyncio.Event | None = None  # there while somebody waits for the last call's end
+
+    @property
+    def waiting(self) -> bool:
+        """Whether any waits for its turn."""
+        return bool(self._turns.lanes)
+
+    # --- a call's life ---
+
+    def arrive(self, call: Call) -> None:
+        """Take in a call that was sent: it runs at once where there is room for all that come, or waits its turn."""
+        if self.living.get(call.request.id) is call:  # it was found twice
+            return
+        if self.left_behind:  # this thread was slow rather than stuck
+            self._handle.submit(call)
+        elif call.outcomes:  # its caller has given up meanwhile
+            self._final_word(call)
+        elif call.request.id in self.living:
+            self._say(call, twice_error(call.request.id))
+        elif self._refusal is not None:
+            self._say(call, fresh(self._refusal))
+        else:
+            self.living[call.request.id] = call
+            place = self.place
+            if place is not None and not self._turns.lanes and place.room > len(self._sent):
+                self._begin(call, place)
+            else:
+                self._turns.push(call)
+
+    def pump(self) -> None:
+        """Begin waiting calls while the engine has room."""
+        self._pump_due = False
+        while self._turns.lanes and (place := self.place) is not None and place.room > 0 and not self.left_behind:
+            self._begin(self._turns.pop(), place)
+
+    def _begin(self, call: Call, place: Place) -> None:
+        self._gate.leave(call)
+        self._running[call] = place
+        place.calls[call] = None
+        call.heard = place.progress
+        call.began = time.monotonic()
+        request, engine = call.request, place.engine
+        try:
+            engine.check(request)
+            request.context.run(engine.add_request, request, functools.partial(self._on_delta, place, call))
+        except EngineDeadError as death:
+            self._unbegin(call, place)
+            place.die(death.__cause__ or death)
+        except LMBridgeError as error:
+            self._fail(call, error)
+        except BaseException as cause:  # SystemExit too: no engine may take the loop with it
+            self._fail(call, engine_error(f"{engine.name} could not begin the request: {cause!r}.", cause))
+
+    def _unbegin(self, call: Call, place: Place) -> None:
+        """The engine knew that it was dead before it told: the call waits for the next one."""
+        if self._running.get(call) is not place or call.deltas or call.read:  # it had begun, and ends with the engine
+            return
+        del self._running[call]
+        place.leave(call)
+        call.began = None
+        self._turns.push(call)
+
+    def _on_delta(self, place: Place, call: Call, delta: Delta) -> None:
+        """The sink of one call at one engine."""
+        if self._running.get(call) is not place or self.left_behind:  # it has ended
+            return
+        call.heard = place.progress = place.progress + 1
+        tokens = len(delta.token_ids)
+        if call.first_token is None and (tokens or delta.text):
+            call.first_token = time.monotonic()
+        call.tokens += tokens
+        if not call.outcomes:
+            call.add(delta)
+        if delta.error is not None:
+            self._finish(call, delta.error)
+        elif delta.finish_reason is not None:
+            self._finish(call, call.finish(delta.finish_reason, delta.usage))
+        elif call.streaming and not call.signalled:
+            call.channel.signal(call)
+
+    def abort(self, call: Call) -> None:
+        """Stop a settled call: at once where it only waits, through the engine where it runs."""
+        if call.ended:
+            return
+        call.channel.signal(call)  # whoever settled it may not be its reader
+        if self.living.get(call.request.id) is not call:  # it was never sent
+            self._final_word(call)
+            return
+        place = self._running.get(call)
+        if place is None:
+            self._finish(call, call.outcomes[0])
+            return
+        try:
+            call.request.context.run(place.engine.abort_request, call.request.id)
+        except BaseException as cause:
+            place.die(cause)  # an engine that cannot abort cannot be trusted with its batch
+
+    def let_go(self, call: Call) -> None:
+        """End a settled call whose engine says nothing of its abort."""
+        if self.living.get(call.request.id) is call:
+            self._finish(call, call.outcomes[0])
+
+    def _fail(self, call: Call, error: LMBridgeError) -> None:
+        if self.living.get(call.request.id) is call:  # the engine may have said its last word before it raised
+            self._finish(call, error)
+
+    def _finish(self, call: Call, outcome: Outcome) -> None:
+        """End a living call."""
+        del self.living[call.request.id]
+        place = self._running.pop(call, None)
+        if place is None:
+            self._turns.remove(call)
+        else:
+            place.leave(call)
+        self._say(call, outcome)
+        if self._turns.lanes and not self._pump_due:  # after the engine's step, whose ended calls are replaced together
+            self._pump_due = True
+            self._loop.call_soon(self.pump)
+
+    def _say(self, call: Call, outcome: Outcome) -> None:
+        if isinstance(outcome, LMBridgeError):
+            outcome.request_id = call.request.id
+        call.settle(outcome)
+        self._final_word(call)
+        call.channel.signal(call)
+
+    def _final_word(self, call: Call) -> None:
+        """Strike a settled call out of the book, and count it."""
+        call.ended = True
+        if call.began is None:
+            self._gate.forget(call)
+        if call in self._gate.calls:
+            del self._gate.calls[call]
+            self._metrics.ended(call.outcomes[0])
+            if logger.isEnabledFor(logging.DEBUG):
+                log_end(call)
+        if self._quiet is not None and not self._gate.calls:
+            self._quiet.set()
+
+    # --- all calls at once ---
+
+    def install(self, place: Place) -> None:
+        """Hand what waits and what comes to this engine from now on."""
+        self.place = place
+        self._refusal = None
+        self.pump()
+
+    def vacate(self, place: Place) -> None:
+        """Hand nothing more to this engine; what it has begun goes on, what waits goes on waiting."""
+        if self.place is place:
+            self.place = None
+
+    def fail_begun(self, place: Place, cause: BaseException) -> None:
+        """End what the dead engine had begun; what waits goes on waiting."""
+        self.vacate(place)
+        for call in list(place.calls):
+            self._finish(call, lost_error(cause))
+
+    def refuse(self, error: LMBridgeError) -> None:
+        """End what waits, and every later call, with a copy of ``error``."""
+        self._refusal = error
+        for call in [call for call in self.living.values() if call not in self._running]:
+            self._finish(call, fresh(error))
+
+    def end_all(self, error: LMBridgeError) -> None:
+        """Abort what runs, and end every call, those still to come too, with a copy of ``error``."""
+        self.place, self._refusal = None, error
+        for call in list(self._gate.calls):
+            call.settle(fresh(error))
+            self.abort(call)
+            self.let_go(call)
+
+    async def drained(self) -> None:
+        """Return when every call that was made has ended."""
+        while self._gate.calls:
+            self._quiet = asyncio.Event()
+            await self._quiet.wait()
+
+    # --- when the thread ends or is replaced ---
+
+    def close(self, cause: BaseException) -> None:
+        """End every call and refuse the next, with ``cause`` chained. The loop need not run any more."""
+        self.living.clear()
+        for call in self._handle.close(cause):
+            self._final_word(call)
+
+    def take_over(self, stuck: Calls, loss: BaseException) -> None:
+        """Go on where a thread that is stuck was left behind: what it had begun is lost, what waits waits here."""
+        for call in list(stuck.living.values()):
+            if call not in stuck._running:
+                self.arrive(call)
+            else:
+                call.settle(lost_error(loss))
+                self._final_word(call)
+                call.channel.nudge(call)

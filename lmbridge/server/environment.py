@@ -1,0 +1,37 @@
+"""Refuses processes in which the server thread could not be one.
+
+Rule: looks at the process, and imports nothing that is not there already.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+from lmbridge.errors import UnsupportedEnvironmentError
+
+
+def check_environment() -> None:
+    """Refuse processes whose threads are not threads."""
+    patched = getattr(sys.modules.get("gevent.monkey"), "is_module_patched", lambda name: False)("threading")
+    eventlet = getattr(sys.modules.get("eventlet.patcher"), "is_monkey_patched", lambda name: False)("thread")
+    if patched or eventlet:
+        raise UnsupportedEnvironmentError(
+            "threading is patched by gevent or eventlet, so the server thread would be a greenlet and block every "
+            "other one. Use real threads: gunicorn -k gthread, for example."
+        )
+    if _in_subinterpreter():
+        raise UnsupportedEnvironmentError(
+            "This is a subinterpreter; torch and other native libraries serve the main one. Build the Bridge there."
+        )
+
+
+def _in_subinterpreter() -> bool:
+    for name in ("_interpreters", "_xxsubinterpreters"):  # before Python 3.13
+        try:
+            interpreters: Any = importlib.import_module(name)
+        except ImportError:
+            continue
+        return bool(interpreters.get_current() != interpreters.get_main())
+    return False

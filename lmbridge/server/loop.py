@@ -1,0 +1,32 @@
+"""The loop end: the event loop of one server thread, and who works on it.
+
+Rule: made by any thread, used by the server thread only, but for what is said to be read by others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from lmbridge.crossing.handle import ServerHandle
+from lmbridge.metrics import Metrics
+from lmbridge.server.calls import Calls
+from lmbridge.server.inbox import Inbox
+from lmbridge.server.sweep import Sweep
+
+
+class ServerLoop:
+    """One server thread's loop with its inbox, its calls and its sweep."""
+
+    def __init__(self, handle: ServerHandle, metrics: Metrics, stall_timeout: float | None) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.handle = handle
+        self.calls = Calls(handle, self.loop, metrics)
+        self.inbox = Inbox(handle, self.calls)
+        self.sweep = Sweep(handle, self.calls, self.inbox, stall_timeout)
+        self.loss: BaseException = TimeoutError("the server thread was stuck and has been replaced")
+
+    def open(self, stuck: ServerLoop | None) -> None:
+        """Answer callers from now on, where a stuck thread was left behind if there was one."""
+        self.handle.attach(self.loop, self.inbox.answer)
+        if stuck is not None:
+            self.calls.take_over(stuck.calls, stuck.loss)

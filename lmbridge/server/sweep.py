@@ -1,0 +1,104 @@
+"""Looks, now and then, at what no bell announced: lost callers, deadlines, idle channels, engines that forget.
+
+Rule: server thread only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from lmbridge.crossing.call import Call
+from lmbridge.crossing.endings import forgotten_error, interrupted_error
+from lmbridge.crossing.handle import ServerHandle
+from lmbridge.server.calls import Calls
+from lmbridge.server.inbox import Inbox
+from lmbridge.server.place import Place
+
+logger = logging.getLogger("lmbridge")
+
+INTERVAL = 0.5  # seconds between two looks
+SLOW_LOOKS = 2  # after how many looks a call that is nowhere gives its place at the gate to somebody else
+LOST_LOOKS = 20  # and after how many its caller is taken to have been killed rather than slow
+
+
+class Sweep:
+    """The server's backstop.
+
+    Attributes:
+        heartbeat: monotonic time of the last look; read by anyone.
+        places: whose engine is looked at: the serving one and those that finish what they have.
+    """
+
+    def __init__(self, handle: ServerHandle, calls: Calls, inbox: Inbox, stall_timeout: float | None) -> None:
+        self.heartbeat = time.monotonic()
+        self.places: list[Place] = []
+        self._handle = handle
+        self._calls = calls
+        self._inbox = inbox
+        self._stall_timeout = stall_timeout
+        self._missing: dict[Call, int] = {}  # at how many looks in a row a call was in the book and nowhere else
+
+    async def run(self) -> None:
+        """Look for ever."""
+        while True:
+            await asyncio.sleep(INTERVAL)
+            self.heartbeat = time.monotonic()
+            try:
+                self._inbox.answer()
+                self._find_lost()
+                self._expire(time.monotonic())
+                self._look_at_engines(time.monotonic())
+                self._handle.channels.trim()
+            except Exception:  # the backstop itself must not end
+                logger.exception("The server's sweep failed; it goes on.")
+
+    def _find_lost(self) -> None:
+        """Take in what was sent and not announced, and end what never came: its caller was killed on the way."""
+        gate = self._handle.gate
+        for call in self._nowhere():
+            self._inbox.collect(call.channel)
+        self._missing = {call: self._missing.get(call, 0) + 1 for call in self._nowhere()}
+        for call, looks in self._missing.items():
+            if looks >= SLOW_LOOKS:  # should its caller merely be slow, there is one more in the queue than allowed
+                gate.leave(call)
+            if looks >= LOST_LOOKS or (call.outcomes and looks >= SLOW_LOOKS):
+                call.settle(interrupted_error())
+                self._calls.abort(call)
+
+    def _nowhere(self) -> list[Call]:
+        """The calls that are in the book, but neither with the server nor in line at the gate."""
+        gate, living = self._handle.gate, self._calls.living
+        return [c for c in list(gate.calls) if living.get(c.request.id) is not c and (c.admitted or c.outcomes)]
+
+    def _expire(self, now: float) -> None:
+        """End calls whose deadline has passed while nobody waits on them to notice."""
+        for call in list(self._handle.gate.calls):
+            deadline = call.request.deadline
+            if deadline is not None and now > deadline:
+                self._handle.expire(call)
+
+    def _look_at_engines(self, now: float) -> None:
+        """See which of its calls each engine has forgotten, and whether one that was swapped out still moves.
+
+        The engine that serves is the watchdog's to judge, which notices a stall also when it blocks the loop.
+        """
+        for place in list(self.places):
+            place.look(now)
+            if self._stall_timeout is None:
+                continue
+            if place is not self._calls.place and place.standstill(now) > self._stall_timeout:
+                place.die(place.stall(self._stall_timeout))
+            else:
+                self._end_forgotten(place, self._stall_timeout, now)
+
+    def _end_forgotten(self, place: Place, patience: float, now: float) -> None:
+        name = place.engine.name
+        for call in place.unanswered(patience, now):
+            logger.warning("The engine %s does not let go of request %s, which was aborted.", name, call.request.id)
+            self._calls.let_go(call)
+        for call in place.forgotten(patience, now):
+            if call.settle(forgotten_error(patience)):
+                logger.warning("The engine %s has forgotten request %s, which is aborted.", name, call.request.id)
+                self._calls.abort(call)
