@@ -15,22 +15,23 @@ import os
 import select
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 SOCKETS = ("werkzeug.socket", "gunicorn.socket", "lmbridge.socket")  # where servers put theirs into the environ
-IDLE = 2.0  # seconds
+IDLE = 1.0  # seconds
 ASKED_EVERY = 0.25  # seconds between two questions to servers that have to be asked
-_GONE = getattr(select, "EPOLLRDHUP", 0) | getattr(select, "EPOLLHUP", 0) | getattr(select, "EPOLLERR", 0)
+# What the kernel is to report, once: of a socket that was closed here and lives on in a child it would tell for ever.
+_GONE = sum(getattr(select, f"EPOLL{name}", 0) for name in ("RDHUP", "HUP", "ERR", "ONESHOT"))
 
 OnGone = Callable[[], None]
 ToTell = weakref.WeakMethod[OnGone]
 
 
 def watch(environ: Mapping[str, Any], on_gone: OnGone) -> Callable[[], None]:
-    """Call ``on_gone``, once and on a thread of its own, when the client of this request goes away.
+    """Call ``on_gone``, on a thread of its own, when the client of this request goes away. Its first call counts.
 
     Returns what ends the watch; it must be called before the server closes the connection. ``on_gone`` is a method and
     is held weakly: a server that forgets to close a response must not keep what it would have closed.
@@ -41,7 +42,7 @@ def watch(environ: Mapping[str, Any], on_gone: OnGone) -> Callable[[], None]:
     if not hasattr(select, "epoll"):
         return _nothing
     end: Callable[[], None] | None = None
-    while end is None:  # a thread that has ended is followed by another
+    while end is None:  # a watcher that has ended is followed by another
         if asked is not None:
             end = _watcher().ask(asked, told)
         elif sock is not None:
@@ -56,31 +57,33 @@ def _nothing() -> None:
 
 
 class _Watcher:
-    """The thread and what it watches. It ends when it finds nothing to watch, at which it looks every IDLE seconds."""
+    """What is watched, and the thread that watches. It ends when it finds nothing; it looks every IDLE seconds."""
 
     def __init__(self) -> None:
-        self.pid = os.getpid()
         self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._epoll.register(self._wake, select.EPOLLIN)
-        self.ended = False  # guarded by _lock, as are the next two
+        self.ended = False  # guarded by _lock, as are the next three
         self._lock = threading.Lock()
-        self._sockets: dict[int, ToTell] = {}
+        self._sockets: dict[int, list[ToTell]] = {}  # one request may ask by several ways, each with a watch
         self._asked: dict[object, tuple[Callable[[], bool], ToTell]] = {}
-        threading.Thread(target=self._run, name="lmbridge disconnects", daemon=True).start()
+        self._thread: threading.Thread | None = None
+        self._pause = threading.Event()  # never set
 
     def watch(self, fd: int, on_gone: ToTell) -> Callable[[], None] | None:
-        """Returns None when the thread has ended meanwhile."""
+        """Returns None when the watcher has ended meanwhile."""
         with self._lock:
             if self.ended:
                 return None
-            self._sockets[fd] = on_gone
             try:
-                self._epoll.register(fd, _GONE | select.EPOLLONESHOT)
-            except OSError:  # closed already, or watched already by a view that began twice
-                del self._sockets[fd]
+                self._epoll.register(fd, _GONE)
+                self._sockets[fd] = [on_gone]  # whoever else is there has had a connection that was closed
+            except FileExistsError:
+                self._sockets.setdefault(fd, []).append(on_gone)
+            except (OSError, ValueError):  # closed already
                 return _nothing
-        return lambda: self._unwatch(fd, on_gone)
+            self._see_that_it_runs()
+        return lambda: self._drop(fd, [on_gone])
 
     def ask(self, is_gone: Callable[[], bool], on_gone: ToTell) -> Callable[[], None] | None:
         """The same for a server that has to be asked."""
@@ -90,38 +93,83 @@ class _Watcher:
                 return None
             self._asked[token] = is_gone, on_gone
             os.eventfd_write(self._wake, 1)
+            self._see_that_it_runs()
         return lambda: self._unask(token)
 
-    def _unwatch(self, fd: int, on_gone: ToTell) -> None:
+    def abandon(self) -> None:
+        """In the child of a fork: have nothing more to do with what the parent watches."""
+        self._lock = threading.Lock()
+        if not self.ended:
+            self.ended = True
+            self._epoll.close()
+            os.close(self._wake)
+
+    def _see_that_it_runs(self) -> None:
+        """Start the thread, or another should it have died; it finds what was watched. Called with the lock."""
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._run, name="lmbridge disconnects", daemon=True)
+            with contextlib.suppress(RuntimeError):  # there are too many; the next request tries again
+                self._thread.start()
+
+    def _drop(self, fd: int, told: Sequence[ToTell]) -> None:
+        """End these watches, and with the last one the look at the connection."""
         with self._lock:
-            if self._sockets.get(fd) is on_gone:
-                del self._sockets[fd]
-                with contextlib.suppress(OSError):
-                    self._epoll.unregister(fd)
+            if fd in self._sockets:
+                self._sockets[fd] = [on_gone for on_gone in self._sockets[fd] if on_gone not in told]
+                if not self._sockets[fd]:
+                    self._forget(fd)
+
+    def _forget(self, fd: int) -> None:
+        del self._sockets[fd]
+        with contextlib.suppress(OSError, ValueError):
+            self._epoll.unregister(fd)
 
     def _unask(self, token: object) -> None:
         with self._lock:
             self._asked.pop(token, None)
 
     def _run(self) -> None:
-        while True:
-            found = self._epoll.poll(ASKED_EVERY if self._asked else IDLE)
-            if not found and self._end():
-                return
-            for fd, _ in found:
-                if fd == self._wake:
-                    with contextlib.suppress(BlockingIOError):
-                        os.eventfd_read(self._wake)
-                else:
-                    self._tell(self._take(fd))
-            for token, (is_gone, on_gone) in dict(self._asked).items():  # a copy in one step
-                if is_gone():
-                    self._unask(token)
-                    self._tell(on_gone)
+        while not self.ended:
+            try:
+                self._report_again()
+                while not self.ended:
+                    self._look()
+            except BaseException:  # the others' connections must still be watched
+                logger.exception("The look for lost connections failed; it goes on.")
+                self._pause.wait(IDLE)  # or a failure that stays would fill the log
+
+    def _report_again(self) -> None:
+        """Have the kernel report anew what it may have reported to a look that was interrupted."""
+        with self._lock:
+            for fd in self._sockets:
+                with contextlib.suppress(OSError):  # closed meanwhile
+                    self._epoll.modify(fd, _GONE)
+
+    def _look(self) -> None:
+        """Wait for connections that are lost, and tell of them."""
+        found = self._epoll.poll(ASKED_EVERY if self._asked else IDLE)
+        if not found and self._end():
+            return
+        for fd, _ in found:
+            if fd == self._wake:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake)
+            else:
+                told = self._gone(fd)
+                for on_gone in told:
+                    _tell(on_gone)
+                self._drop(fd, told)  # not before: whoever is interrupted here finds it again
+        for token, (is_gone, on_gone) in dict(self._asked).items():  # a copy in one step
+            if _is_gone(is_gone):
+                _tell(on_gone)
+                self._unask(token)
 
     def _end(self) -> bool:
         with self._lock:
-            self._sockets = {fd: told for fd, told in self._sockets.items() if told() is not None}
+            for fd, told in list(self._sockets.items()):
+                self._sockets[fd] = [on_gone for on_gone in told if on_gone() is not None]
+                if not self._sockets[fd]:
+                    self._forget(fd)
             self._asked = {token: pair for token, pair in self._asked.items() if pair[1]() is not None}
             self.ended = not self._sockets and not self._asked
             if self.ended:
@@ -129,37 +177,59 @@ class _Watcher:
                 os.close(self._wake)
             return self.ended
 
-    def _take(self, fd: int) -> ToTell | None:
+    def _gone(self, fd: int) -> list[ToTell]:
         """Whom to tell. The number may belong to a newer connection by now, so the kernel is asked again."""
         with self._lock:
             poll = select.poll()
             poll.register(fd, select.POLLRDHUP)
-            if fd not in self._sockets or not poll.poll(0):
-                return None
-            with contextlib.suppress(OSError):
-                self._epoll.unregister(fd)
-            return self._sockets.pop(fd)
+            return list(self._sockets.get(fd, ())) if poll.poll(0) else []
 
-    def _tell(self, told: ToTell | None) -> None:
-        on_gone = None if told is None else told()
-        if on_gone is None:
-            return
-        try:
-            on_gone()
-        except Exception:  # the others' connections must still be watched
-            logger.exception("What was to be done about a lost connection failed.")
+
+def _is_gone(ask: Callable[[], bool]) -> bool:
+    try:
+        return ask()
+    except BaseException:
+        logger.exception("The server could not say whether a client has gone; it is taken for gone.")
+        return True
+
+
+def _tell(told: ToTell) -> None:
+    """On a thread of its own, because whoever listens may take long, and others wait to be told."""
+    on_gone = told()
+    if on_gone is None:
+        return
+    try:
+        threading.Thread(target=_call, args=(on_gone,), name="lmbridge disconnected", daemon=True).start()
+    except RuntimeError:  # there are too many
+        _call(on_gone)
+
+
+def _call(on_gone: OnGone) -> None:
+    try:
+        on_gone()
+    except BaseException:
+        logger.exception("What was to be done about a lost connection failed.")
 
 
 _making = threading.Lock()
-_made: _Watcher | None = None
+_made: _Watcher | None = None  # guarded by _making
 
 
 def _watcher() -> _Watcher:
-    """This process's watcher; a child of a fork gets one of its own."""
-    global _made, _making
-    if _made is not None and _made.pid != os.getpid():  # forked: whoever held the lock does not exist here
-        _made, _making = None, threading.Lock()
+    """This process's watcher."""
+    global _made
     with _making:
         if _made is None or _made.ended:
             _made = _Watcher()
         return _made
+
+
+def _begin_anew() -> None:
+    """A child of a fork has a watcher of its own: the parent's thread, and whoever held its locks, are not there."""
+    global _made, _making
+    if _made is not None:
+        _made.abandon()
+    _made, _making = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_begin_anew)

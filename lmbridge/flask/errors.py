@@ -82,6 +82,8 @@ def error_response(error: LMBridgeError) -> Response:
 
 def _of_bridge(error: LMBridgeError) -> HttpError:
     _, status, kind, code = next(row for row in _TABLE if isinstance(error, row[0]))
+    if status == 500 and error.retryable:  # a fault that has passed: whoever sends it again may have an answer
+        status = 503
     param = error.param if isinstance(error, InvalidRequestError) else None
     return HttpError(status, str(error), kind, code, param, _headers(error, status))
 

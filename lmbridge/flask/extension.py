@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 from flask import Flask, Request, Response
 
-from lmbridge.errors import LMBridgeError
-from lmbridge.flask.caller import Reader, RequestBridge, finish_callers, request_bridge
+from lmbridge import Client, LMBridgeError
+from lmbridge.flask.caller import end_with_requests, request_bridge
 from lmbridge.flask.config import Settings
 from lmbridge.flask.errors import error_response
 from lmbridge.flask.models import EXTENSION, Models, current_models
-from lmbridge.flask.sse import event_stream, first_pieces, plain_payloads
+from lmbridge.flask.sse import Reader, event_stream, first_pieces, plain_payloads
 
 
 class LMBridge:
@@ -46,10 +46,10 @@ class LMBridge:
         if EXTENSION in app.extensions:
             raise RuntimeError(f"The Flask app {app.name!r} has an lmbridge already; initialise it once.")
         app.extensions[EXTENSION] = Models(Settings.of(app.config), self._account)
-        app.teardown_appcontext(finish_callers)
+        end_with_requests(app)
         app.register_error_handler(LMBridgeError, error_response)
 
-    def bridge(self, name: str | None = None) -> RequestBridge:
+    def bridge(self, name: str | None = None) -> Client:
         """The model of that name, or the default one, as the current HTTP request sees it.
 
         Raises:

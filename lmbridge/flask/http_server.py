@@ -7,6 +7,7 @@ model, lets an app answer while it ends, and shows its sockets.
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import os
 import socket
@@ -33,6 +34,7 @@ BACKLOG = 1024  # connections that may wait to be accepted
 IDLE_CONNECTIONS = 1000  # kept open for their next request
 SOCKET_TIMEOUT = 30  # seconds in which a client must read or send something; it then counts as gone
 HEADER_LIMIT = 64 * 1024  # bytes
+LOOK = 1.0  # seconds between two looks at a thread that others wait for
 STOP_GRACE = 2  # seconds for threads to come home at the end
 
 
@@ -71,8 +73,11 @@ class HttpServer(wsgi.Server):
         bound: Future[None] = Future()
         # All its threads are children of this one and daemons like it: a client that reads slowly must not hold the
         # process at its end.
-        threading.Thread(target=self._run, args=(bound,), name="lmbridge http", daemon=True).start()
-        bound.result()
+        thread = threading.Thread(target=self._run, args=(bound,), name="lmbridge http", daemon=True)
+        thread.start()
+        while not bound.done() and thread.is_alive():
+            concurrent.futures.wait([bound], LOOK)
+        bound.result(0)
 
     def close(self) -> None:
         """Take no more connections, and give running responses a moment."""
@@ -145,6 +150,28 @@ class _Gateway(wsgi.Gateway_10):
     def __init__(self, req: HTTPRequest) -> None:
         super().__init__(req)
         self.env["lmbridge.socket"] = req.conn.socket  # ``disconnect`` watches it
+
+    def respond(self) -> None:
+        """Run the app, and send what it answers.
+
+        cheroot's own sends the head of a response that has failed already, so that what should be a 500 is an empty
+        200; it does not close a response when that fails; and it ends the server where an app calls ``sys.exit``.
+        """
+        try:
+            response = self.req.server.wsgi_app(self.env, self.start_response)
+            try:
+                for part in response:
+                    if not isinstance(part, bytes):
+                        raise TypeError(f"The parts of a response must be bytes, not {type(part).__name__}.")
+                    if part:
+                        self.write(part)
+            finally:
+                if hasattr(response, "close"):
+                    response.close()
+        except Exception:
+            raise
+        except BaseException as error:
+            raise RuntimeError(f"The app raised {error!r}, which ends this response only.") from error
 
     def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Callable[..., Any]:
         # cheroot reads on what the app left of a body, all of it into memory; and of one in chunks it reads nothing,

@@ -1,7 +1,6 @@
 """Server-sent events: an answer that streams, as an HTTP response.
 
-Rule: the response owns what it reads from. When it is closed, at its end or because its client has gone, the reader is
-closed too, which stops the engine.
+Rule: the response owns what it reads from: the reader is closed with it. What else ends then is ``scope``'s business.
 """
 
 from __future__ import annotations
@@ -13,11 +12,9 @@ from typing import Any
 
 from flask import Response
 
-from lmbridge.caller.stream_group import StreamGroup
-from lmbridge.errors import LMBridgeError
-from lmbridge.flask.caller import Reader, RequestBridge, take_callers
-from lmbridge.messages import Delta, Usage
+from lmbridge import Delta, LMBridgeError, RequestAbortedError, Stream, StreamGroup, Usage
 
+Reader = Stream | StreamGroup
 Piece = tuple[int, Delta]
 """Which answer, and what it has new."""
 
@@ -58,36 +55,14 @@ def event_stream(reader: Reader, payloads: Iterator[str | None]) -> Response:
         reader: closed with the response.
         payloads: the events' data; they are asked for while the response is sent, without a request context.
     """
-    frames = _Frames(reader, payloads, take_callers())
-    response = Response(frames, mimetype="text/event-stream", headers=_HEADERS)
-    response.call_on_close(frames.end)
-    return response
+    return Response(_frames(reader, payloads), mimetype="text/event-stream", headers=_HEADERS)
 
 
-class _Frames:
-    """The bytes of the events, and what ends with them: the reader, and the callers, which the view has left to it."""
-
-    def __init__(self, reader: Reader, payloads: Iterator[str | None], callers: list[RequestBridge]) -> None:
-        self._reader = reader
-        self._payloads = payloads
-        self._callers = callers
-        self._sent = False
-
-    def __iter__(self) -> Iterator[bytes]:
+def _frames(reader: Reader, payloads: Iterator[str | None]) -> Iterator[bytes]:
+    with reader:
         yield _OPEN
-        for payload in self._payloads:
+        for payload in payloads:
             yield _PING if payload is None else b"data: " + payload.encode() + b"\n\n"
-        self._sent = True
-        self.end()  # servers have been seen not to close a response whose connection broke at its end
-
-    def end(self) -> None:
-        """All was sent, or the server could not go on writing. The first call counts."""
-        callers, self._callers = self._callers, []
-        for caller in callers:
-            if not self._sent:
-                caller.lost()
-            caller.finish()
-        self._reader.close()
 
 
 def plain_payloads(reader: Reader, first: list[Piece | None], heartbeat: float) -> Iterator[str | None]:
@@ -105,6 +80,8 @@ def plain_payloads(reader: Reader, first: list[Piece | None], heartbeat: float) 
             index, delta = piece
             for event in _events(delta):
                 yield json.dumps({"index": index, **event} if many else event)
+        if isinstance(reader, Stream) and reader.response.finish_reason == "abort":
+            yield json.dumps(_error(RequestAbortedError("The stream was closed before its answer was complete.")))
     except LMBridgeError as error:
         yield json.dumps(_error(error))
 

@@ -17,12 +17,12 @@ from typing import Any
 from werkzeug.exceptions import Conflict
 
 from lmbridge.bridge import Bridge
-from lmbridge.errors import InvalidRequestError, UnknownEngineError
+from lmbridge.errors import EngineError, InvalidRequestError, UnknownEngineError
 from lmbridge.flask.errors import http_error
 
 NEWS = 0.5  # seconds between two lines while it goes on
 
-_busy: set[Bridge] = set()  # being exchanged now; guarded by the lock
+_busy: set[Bridge] = set()  # being exchanged now; added under the lock, discarded in one atomic step
 _lock = threading.Lock()
 
 
@@ -91,7 +91,11 @@ def exchange(bridge: Bridge, order: Order) -> Iterator[str]:
         _busy.add(bridge)
     began = time.monotonic()
     swap: Future[None] = Future()
-    threading.Thread(target=_swap, args=(bridge, order, swap), name="lmbridge swap", daemon=True).start()
+    try:
+        threading.Thread(target=_swap, args=(bridge, order, swap), name="lmbridge swap", daemon=True).start()
+    except BaseException:
+        _busy.discard(bridge)
+        raise
     error = _wait(swap)
     if error is not None:
         raise error
@@ -99,19 +103,26 @@ def exchange(bridge: Bridge, order: Order) -> Iterator[str]:
 
 
 def _swap(bridge: Bridge, order: Order, swap: Future[None]) -> None:
-    error: BaseException | None = None
+    error: BaseException | None = EngineError("The exchange was interrupted; the server's log says how.")
+    try:
+        error = _try_to_swap(bridge, order)
+    finally:
+        _busy.discard(bridge)
+        if error is None:
+            swap.set_result(None)
+        else:
+            swap.set_exception(error)
+
+
+def _try_to_swap(bridge: Bridge, order: Order) -> BaseException | None:
+    """The error it ended with."""
     try:
         bridge.swap(order.to, order.engine, overlap=order.overlap, timeout=order.timeout, **order.options)
     except UnknownEngineError as unknown:
-        error = InvalidRequestError(str(unknown), "engine")
+        return InvalidRequestError(str(unknown), "engine")
     except BaseException as cause:
-        error = cause
-    with _lock:
-        _busy.discard(bridge)
-    if error is None:
-        swap.set_result(None)
-    else:
-        swap.set_exception(error)
+        return cause
+    return None
 
 
 def _wait(swap: Future[None]) -> BaseException | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -19,6 +20,35 @@ from flask import Flask
 from werkzeug.serving import make_server
 
 Serve = Callable[[Flask], AbstractContextManager[str]]
+
+
+class Ends(logging.Handler):
+    """Counts the requests to bridges that have had the server's last word, of which the log tells."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self._count = 0
+        self._changed = threading.Condition()
+        logger = logging.getLogger("lmbridge")
+        logger.addHandler(self)
+        logger.setLevel(logging.DEBUG)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.funcName == "log_end":
+            with self._changed:
+                self._count += 1
+                self._changed.notify_all()
+
+    def wait_for(self, count: int) -> bool:
+        """Whether so many have ended, within a minute."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._count >= count, 60)
+
+    def close(self) -> None:
+        logger = logging.getLogger("lmbridge")
+        logger.removeHandler(self)
+        logger.setLevel(logging.NOTSET)
+        super().close()
 
 
 @contextmanager

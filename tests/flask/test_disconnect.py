@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import signal
 import socket
 import threading
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from flask import Flask, Response, request
 
-from lmbridge.flask import LMBridge, current_bridge, disconnected
+from lmbridge.flask import LMBridge, current_bridge, disconnect, disconnected
+from lmbridge.flask.disconnect import watch
 from lmbridge.flask.models import models_of
 from lmbridge.flask.testing import scripted_engine
 from tests.flask.conftest import Serve, on_gunicorn, on_waitress
@@ -68,8 +73,8 @@ def test_a_silent_model_is_stopped(serve: Serve, path: str) -> None:
         engine.wait_for(lambda engine: engine.active == 0)
         assert told.wait(10)
         assert models_of(app).disconnects == 1
-        while not models_of(app).bridge().metrics.cancels["disconnect"]:  # bounded by the test's own timeout
-            threading.Event().wait(0.001)
+        models_of(app).bridge().stats()  # asked of the loop, which has had its final word before it answers
+        assert models_of(app).bridge().metrics.cancels["disconnect"] == 1
         assert len(engine.aborted) == 1
 
 
@@ -114,18 +119,20 @@ def test_a_connection_that_is_used_again_is_watched_again() -> None:
 
 
 GUNICORN = """
-    import json, threading, time
+    import threading
     from flask import Flask, Response, request
     from lmbridge import Bridge
-    from lmbridge.flask import LMBridge, current_bridge
+    from lmbridge.flask import LMBridge, current_bridge, disconnected
     from lmbridge.testing import ScriptedEngine
 
-    def engine():
-        return ScriptedEngine(manual=True)
-
+    engine, gone = ScriptedEngine(manual=True), threading.Semaphore(0)
     app = Flask(__name__)
     app.config.update(LMBRIDGE_MODEL=Bridge(engine), LMBRIDGE_HEARTBEAT=3600.0)
     lm = LMBridge(app)
+
+    @disconnected.connect
+    def on_gone(sender, model):
+        gone.release()
 
     @app.post("/ask")
     def ask():
@@ -135,9 +142,24 @@ GUNICORN = """
     def tell():
         return lm.stream_response(current_bridge.stream(request.get_data(as_text=True)))
 
-    @app.get("/running")
-    def running():
-        return {"running": lm.models.bridge().health().running, "disconnects": lm.models.disconnects}
+    @app.post("/plain")
+    def plain():
+        return Response(delta.text for delta in current_bridge.stream(request.get_data(as_text=True)))
+
+    @app.post("/step")
+    def step():
+        engine.step()
+        return "stepped"
+
+    @app.get("/active/<int:count>")
+    def active(count):
+        engine.wait_for(lambda engine: engine.active == count)
+        return "so it is"
+
+    @app.get("/gone")
+    def wait_for_one_to_go():
+        assert gone.acquire(timeout=20)
+        return "one has gone"
 """
 
 
@@ -147,23 +169,31 @@ def gunicorn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
-def running(url: str) -> dict[str, int]:
-    with urllib.request.urlopen(f"{url}/running", timeout=20) as answer:
-        found: dict[str, int] = json.loads(answer.read())
-        return found
+def call(url: str, data: bytes | None = None) -> bytes:
+    with urllib.request.urlopen(url, data, timeout=20) as answer:
+        body: bytes = answer.read()
+        return body
 
 
-@pytest.mark.parametrize("path", ["/ask", "/tell"])
+@pytest.mark.parametrize("path", ["/ask", "/tell", "/plain"])
 def test_on_gunicorn(gunicorn: str, path: str) -> None:
     """The worker that serves has the bridge, and notices a lost client while the model is silent."""
-    before = running(gunicorn)["disconnects"]
     connection = open_request(gunicorn, path, "wait for me")
-    while running(gunicorn)["running"] != 1:  # bounded by the test's own timeout
-        pass
+    call(f"{gunicorn}/active/1")
     connection.close()
-    while running(gunicorn)["running"] != 0:
-        pass
-    assert running(gunicorn)["disconnects"] == before + 1
+    call(f"{gunicorn}/gone")
+    call(f"{gunicorn}/active/0")
+
+
+def test_a_plain_stream_on_gunicorn(gunicorn: str) -> None:
+    """What Flask streams by itself arrives whole, and leaves nothing running."""
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(call, f"{gunicorn}/plain", b"one two")
+        call(f"{gunicorn}/active/1")
+        call(f"{gunicorn}/step", b"")
+        call(f"{gunicorn}/step", b"")
+        assert answer.result(20) == b"one two"
+    call(f"{gunicorn}/active/0")
 
 
 def test_silence_is_filled_with_heartbeats() -> None:
@@ -179,3 +209,153 @@ def test_silence_is_filled_with_heartbeats() -> None:
         assert b'{"text": "a' in rest
         assert b'"finish_reason": "stop"' in rest
         answer.close()
+
+
+# --- the thread that watches ---
+
+
+class Connection:
+    """One end of a connection, as a server's environ has it, and whoever is to be told."""
+
+    def __init__(self) -> None:
+        self.client, self.socket = socket.socketpair()
+        self.environ = {"lmbridge.socket": self.socket}
+        self.told = threading.Event()
+
+    def on_gone(self) -> None:
+        self.told.set()
+
+    def fail(self) -> None:
+        self.on_gone()
+        raise SystemExit("as told")
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.client.close()
+        self.socket.close()
+
+
+def watcher() -> threading.Thread:
+    (found,) = [thread for thread in threading.enumerate() if thread.name == "lmbridge disconnects"]
+    return found
+
+
+def test_a_connection_may_be_watched_twice() -> None:
+    """Threads of a request have a watch of their own; a second one must not end the first, nor its end the other."""
+    with Connection() as first, Connection() as second, Connection() as third:
+        watch(first.environ, first.on_gone)
+        watch(first.environ, second.on_gone)
+        watch(first.environ, third.on_gone)()
+        first.client.close()
+        assert first.told.wait(10)
+        assert second.told.wait(10)
+        assert not third.told.is_set()
+
+
+def test_a_connection_that_is_closed_already() -> None:
+    """A server may be faster than a thread that asks late; there is nothing to watch, and nothing to fail for."""
+    gone = Connection()
+    with gone:
+        pass
+    watch(gone.environ, gone.on_gone)()
+
+
+def test_a_listener_that_exits() -> None:
+    """``sys.exit`` in somebody's signal handler must not end the watch over everybody else."""
+    with Connection() as first, Connection() as second:
+        watch(first.environ, first.fail)
+        watch(second.environ, second.on_gone)
+        before = watcher()
+        first.client.close()
+        assert first.told.wait(10)
+        second.client.close()
+        assert second.told.wait(10)
+        assert watcher() is before
+
+
+def test_a_listener_that_takes_long() -> None:
+    """An alert that is sent over a slow network must not keep others' engines busy meanwhile."""
+
+    class Slow(Connection):
+        def on_gone(self) -> None:
+            super().on_gone()
+            second.told.wait(20)
+
+    with Slow() as first, Connection() as second:
+        watch(first.environ, first.on_gone)
+        watch(second.environ, second.on_gone)
+        first.client.close()
+        assert first.told.wait(10)
+        second.client.close()
+        assert second.told.wait(10)
+
+
+def test_a_server_that_cannot_say() -> None:
+    """Waitress is asked; an error of its own ends one request, and not the watch over the others."""
+
+    def is_gone() -> bool:
+        raise SystemExit("as told")
+
+    with Connection() as first, Connection() as second:
+        watch({"waitress.client_disconnected": is_gone}, first.on_gone)
+        watch(second.environ, second.on_gone)
+        assert first.told.wait(10)
+        second.client.close()
+        assert second.told.wait(10)
+
+
+def strike(thread: threading.Thread) -> None:
+    """Throw SystemExit into a thread, as debuggers and supervisors of tasks do."""
+    assert thread.ident is not None
+    assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)) == 1
+
+
+def test_a_watcher_that_is_interrupted(caplog: pytest.LogCaptureFixture) -> None:
+    """An exception thrown into the thread costs a line in the log, and no connection its watch."""
+    with Connection() as first:
+        watch(first.environ, first.on_gone)
+        strike(watcher())
+        first.client.close()
+        assert first.told.wait(10)
+    assert "it goes on" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_watcher_that_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes next starts another thread, which finds what was watched before."""
+
+    def fail(*args: object) -> None:
+        raise SystemExit("as told")
+
+    with Connection() as first, Connection() as second:
+        watch(first.environ, first.on_gone)
+        with monkeypatch.context() as patch:
+            patch.setattr(disconnect.logger, "exception", fail)
+            dying = watcher()
+            strike(dying)
+            dying.join(10)
+            assert not dying.is_alive()
+        watch(second.environ, second.on_gone)
+        for connection in (first, second):
+            connection.client.close()
+            assert connection.told.wait(10)
+
+
+def test_a_child_of_a_fork() -> None:
+    """Whoever held the watcher's locks does not exist in the child, where requests must not wait for it."""
+    with Connection() as first, Connection() as second:
+        end = watch(first.environ, first.on_gone)
+        with disconnect._watcher()._lock, disconnect._making:
+            child = os.fork()
+        if child == 0:
+            signal.alarm(10)
+            end()
+            watch(second.environ, second.on_gone)
+            second.socket.shutdown(socket.SHUT_RDWR)
+            os._exit(0 if second.told.wait(5) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert not second.told.is_set()
+        first.client.shutdown(socket.SHUT_RDWR)
+        assert first.told.wait(10)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from flask import Flask, Response, request
 
-from lmbridge import Bridge, InvalidRequestError, ModelNotFoundError
+from lmbridge import Bridge, EngineError, InvalidRequestError, ModelNotFoundError, Stream
 from lmbridge.flask import LMBridge, answered, current_bridge, failed
 from lmbridge.flask.config import KEYS
 from lmbridge.flask.models import models_of
@@ -34,6 +34,12 @@ def create_app(**config: Any) -> Flask:
     @app.post("/tell")
     def tell() -> Response:
         return lm.stream_response(current_bridge.stream(request.get_json()["prompt"]))
+
+    @app.post("/begin")
+    def begin() -> Response:
+        """Sends something as soon as the model has been asked."""
+        stream = current_bridge.stream(request.get_json()["prompt"])
+        return Response(itertools.chain(["begun: "], (delta.text for delta in stream)))
 
     @app.post("/tell/many")
     def tell_many() -> Response:
@@ -198,28 +204,36 @@ def test_errors_have_their_status_in_plain_views(config: dict[str, Any], cue: An
         answer = asked.result(10)
     assert answer.status_code == status
     assert answer.get_json()["type"].endswith("Error")
+    assert ("Retry-After" in answer.headers) == (status == 503)
     assert (answer.headers.get("x-should-retry") == "false") == (status == 504)
+
+
+def test_a_fault_that_passes_is_503(app: Flask) -> None:
+    """A request that the engine lost may be sent again, and the status has clients do so."""
+    error = EngineError("The engine has forgotten the request.")
+    error.retryable = True
+    with scripted_engine(app) as engine:
+        engine.refuse("x", error)
+        answer = app.test_client().post("/ask", json={"prompt": "x"})
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
 
 
 def test_bad_input_and_a_full_queue_have_theirs() -> None:
     """400 for the caller's mistake; 429 with Retry-After when there is no room."""
     app = create_app(LMBRIDGE_MAX_PENDING=1, LMBRIDGE_MAX_PENDING_PER_CLIENT=1)
-    ask = app.test_client().post
-    with scripted_engine(app, manual=True, max_batch_size=1) as engine, ThreadPoolExecutor(2) as pool:
-        assert ask("/ask", json={"prompt": ""}).status_code == 400
-        running = pool.submit(app.test_client().post, "/ask", json={"prompt": "a"})
+    post = app.test_client().post
+    with scripted_engine(app, manual=True, max_batch_size=1) as engine:
+        assert post("/ask", json={"prompt": ""}).status_code == 400
+        running = post("/begin", json={"prompt": "a"})
         engine.wait_for(lambda engine: engine.active == 1)
-        waiting = pool.submit(app.test_client().post, "/ask", json={"prompt": "b"})
-        bridge = models_of(app).bridge()
-        while bridge.health().waiting != 1:
-            threading.Event().wait(0.001)
-        full = ask("/ask", json={"prompt": "c"})
+        waiting = post("/begin", json={"prompt": "b"})
+        full = post("/ask", json={"prompt": "c"})
         assert full.status_code == 429
         assert int(full.headers["Retry-After"]) >= 1
         engine.step()
         engine.wait_for(lambda engine: len(engine.started) == 2)
         engine.step()
-        assert [answer.result(10).status_code for answer in (running, waiting)] == [200, 200]
+        assert (running.text, waiting.text) == ("begun: a", "begun: b")
 
 
 def test_a_stream_that_fails_early_has_a_status(app: Flask) -> None:
@@ -237,6 +251,32 @@ def test_a_stream_that_fails_early_has_a_status(app: Flask) -> None:
             assert [late.status_code, events(late)[-1]["type"]] == [200, "EngineError"]
 
 
+def test_a_stream_that_somebody_closes_says_so(app: Flask) -> None:
+    """An app may close a stream while it is sent; events that merely end would look like a whole answer."""
+    streams: list[Stream] = []
+
+    @app.get("/held")
+    def held() -> Response:
+        streams.append(current_bridge.stream("one two three"))
+        return lm.stream_response(streams[0])
+
+    with scripted_engine(app, manual=True) as engine, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(lambda: events(app.test_client().get("/held")))
+        engine.wait_for(lambda engine: engine.active == 1)
+        engine.step()
+        streams[0].close()
+        assert answer.result(10)[-1]["type"] == "RequestAbortedError"
+
+
+def test_a_stream_of_another_bridge(app: Flask) -> None:
+    """What a view reads from a bridge of its own making ends with the response too."""
+    with Bridge(ScriptedEngine(manual=True)) as bridge, app.test_request_context():
+        stream = bridge.stream("one two")
+        with lm.stream_response(stream) as response:
+            assert next(response.iter_encoded()) == b": open\n\n"
+        assert stream.response.finish_reason == "abort"
+
+
 def test_accounts_share_the_queue_fairly() -> None:
     """One tenant's crowd of requests must not make another's single one wait for all of them."""
     app = Flask("tenants")
@@ -244,8 +284,9 @@ def test_accounts_share_the_queue_fairly() -> None:
     fair = LMBridge(app, account=lambda request: request.headers["X-Tenant"])
 
     @app.post("/ask")
-    def ask() -> str:
-        return fair.bridge().infer(request.get_data(as_text=True)).text
+    def ask() -> Response:
+        stream = fair.bridge().stream(request.get_data(as_text=True))
+        return Response(itertools.chain(["asked"], (delta.text for delta in stream)))
 
     def post(tenant: str, text: str) -> Any:
         return app.test_client().post("/ask", data=text, headers={"X-Tenant": tenant})
@@ -256,18 +297,14 @@ def test_accounts_share_the_queue_fairly() -> None:
         order.append(prompt_text(request.prompt))
         return ["done"]
 
-    with scripted_engine(app, manual=True, max_batch_size=1, script=script) as engine, ThreadPoolExecutor(12) as pool:
-        bridge = models_of(app).bridge()
-        answers = [pool.submit(post, "crowd", f"crowd {n}") for n in range(8)]
-        while bridge.health().waiting != 7:
-            threading.Event().wait(0.001)
-        answers.append(pool.submit(post, "single", "single"))
-        while bridge.health().waiting != 8:
-            threading.Event().wait(0.001)
+    with scripted_engine(app, manual=True, max_batch_size=1, script=script) as engine:
+        answers = [post("crowd", f"crowd {n}") for n in range(8)]
+        engine.wait_for(lambda engine: engine.active == 1)
+        answers.append(post("single", "single"))
         for done in range(9):
             engine.wait_for(lambda engine, done=done: len(engine.started) > done)  # type: ignore[misc]
             engine.step()
-        assert all(answer.result(10).status_code == 200 for answer in answers)
+        assert [answer.text for answer in answers] == ["askeddone"] * 9
     assert order.index("single") <= 2
 
 

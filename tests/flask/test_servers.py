@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import urllib.request
 from collections.abc import Iterator
@@ -16,9 +17,11 @@ from openai import OpenAI
 from lmbridge import Bridge
 from lmbridge.flask import LMBridge
 from lmbridge.flask.openai import blueprint
-from tests.flask.conftest import on_cheroot, on_gunicorn, on_waitress, on_werkzeug
+from tests.flask.conftest import Ends, on_cheroot, on_gunicorn, on_waitress, on_werkzeug
 
 CAPITALS = {"France": "Paris", "Japan": "Tokyo", "Peru": "Lima", "Kenya": "Nairobi"}
+SERVERS = {"werkzeug": on_werkzeug, "waitress": on_waitress, "cheroot": on_cheroot}
+PATIENCE = 60.0  # seconds after which a test is taken to hang
 GUNICORN = """
     from flask import Flask
     from lmbridge.flask import LMBridge
@@ -29,9 +32,13 @@ GUNICORN = """
     lm = LMBridge(app)
     app.register_blueprint(blueprint)
 
-    @app.get("/running")
-    def running():
-        return {"running": lm.models.bridge().health().running}
+    from tests.flask.conftest import Ends
+
+    ends = Ends()
+
+    @app.get("/ended/<int:count>")
+    def ended(count):
+        return {"ended": ends.wait_for(count), "running": lm.models.bridge().health().running}
 """
 
 
@@ -53,17 +60,22 @@ def serving(name: str, bridge: Bridge, folder: Path) -> Iterator[str]:
     lm = LMBridge(app)
     app.register_blueprint(blueprint)
 
-    @app.get("/running")
-    def running() -> dict[str, int]:
-        return {"running": lm.models.bridge().health().running}
+    ends = Ends()
 
-    with {"werkzeug": on_werkzeug, "waitress": on_waitress, "cheroot": on_cheroot}[name](app) as url:
+    @app.get("/ended/<int:count>")
+    def ended(count: int) -> dict[str, int]:
+        return {"ended": ends.wait_for(count), "running": lm.models.bridge().health().running}
+
+    with contextlib.closing(ends), SERVERS[name](app) as url:
         yield url
 
 
-def running(url: str) -> int:
-    with urllib.request.urlopen(f"{url}/running", timeout=20) as answer:
-        return int(json.loads(answer.read())["running"])
+def running(url: str, ended: int) -> int:
+    """How many requests run once ``ended`` have ended."""
+    with urllib.request.urlopen(f"{url}/ended/{ended}", timeout=PATIENCE) as answer:
+        found = json.loads(answer.read())
+        assert found["ended"]
+        return int(found["running"])
 
 
 @pytest.mark.parametrize("name", ["werkzeug", "gunicorn", "waitress", "cheroot"])
@@ -97,5 +109,4 @@ def test_openai_client(name: str, bridge: Bridge, tmp_path: Path) -> None:
             extra_body={"ignore_eos": True},
         ) as chunks:
             next(iter(chunks))
-        while running(url):  # bounded by the test's own timeout
-            pass
+        assert running(url, 2 * len(CAPITALS) + 1) == 0

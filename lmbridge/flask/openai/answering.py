@@ -1,6 +1,6 @@
 """A checked call made into its answer: asks the bridge, and says what comes in OpenAI's words.
 
-Rule: works with any bridge's verbs, on the thread of the HTTP request. What fails here is one of the bridge's errors.
+Rule: works with any client's verbs, on the thread of the HTTP request. What fails here is one of the bridge's errors.
 """
 
 from __future__ import annotations
@@ -9,16 +9,12 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lmbridge.caller.stream_group import StreamGroup
-from lmbridge.caller.verbs import CallOptions, Verbs
-from lmbridge.errors import InvalidRequestError, LMBridgeError, RequestAbortedError
-from lmbridge.flask.caller import Reader
+from lmbridge import Client, InvalidRequestError, LMBridgeError, RequestAbortedError, Response, StreamGroup
 from lmbridge.flask.openai.errors import error_payload
 from lmbridge.flask.openai.reading import Call
 from lmbridge.flask.openai.sampling import in_clients_words
 from lmbridge.flask.openai.writing import DONE, Writer, total_usage
-from lmbridge.flask.sse import Piece, first_pieces, pieces
-from lmbridge.messages import Response
+from lmbridge.flask.sse import Piece, Reader, first_pieces, pieces
 
 
 class Answering:
@@ -30,11 +26,11 @@ class Answering:
         timeout: seconds, or None.
     """
 
-    def __init__(self, call: Call, bridge: Verbs, writer: Writer, request_id: str, timeout: float | None) -> None:
+    def __init__(self, call: Call, bridge: Client, writer: Writer, request_id: str, timeout: float | None) -> None:
         self._call = call
         self._bridge = bridge
         self._writer = writer
-        self._options: CallOptions = {"raw": call.raw, "timeout": timeout, "request_id": request_id}
+        self._options: dict[str, Any] = {"raw": call.raw, "timeout": timeout, "request_id": request_id}
 
     def whole(self) -> dict[str, Any]:
         """Wait for all answers.

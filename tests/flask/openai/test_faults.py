@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import requests
 from openai.types.chat import ChatCompletionMessageParam
 
-from lmbridge import EngineDeadError, Request
+from lmbridge import EngineDeadError, EngineError, Request
 from lmbridge.testing import ScriptedEngine
 from tests.flask.openai.conftest import PATIENCE, Served
 
@@ -121,16 +122,42 @@ class Simple(ScriptedEngine):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_engines_that_know_little(served: Serve, stream: bool) -> None:
+def test_a_fault_that_passes_is_503(served: Serve, stream: bool) -> None:
+    """A request that the engine lost is sent again by the official client, and answered."""
+    error = EngineError("The engine has forgotten the request.")
+    error.retryable = True
+    frail = served()
+    frail.engine.refuse("x", error)
+    post = requests.post(f"{frail.url}/chat/completions", json=body("x", stream=stream), timeout=PATIENCE)
+    assert (post.status_code, post.headers["Retry-After"]) == (503, "5")
+
+
+@pytest.fixture
+def asked() -> Iterator[threading.Event]:
+    """Set when a body was read, and held against what the engine can do: the next step is to ask the bridge."""
+    event, logger = threading.Event(), logging.getLogger("lmbridge.flask.openai.routes")
+
+    def note(record: logging.LogRecord) -> bool:
+        event.set()
+        return True
+
+    logger.addFilter(note)
+    logger.setLevel(logging.INFO)
+    yield event
+    logger.removeFilter(note)
+    logger.setLevel(logging.NOTSET)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_engines_that_know_little(served: Serve, asked: threading.Event, stream: bool) -> None:
     """Nobody is refused for a default: while the engine loads, the client is to come again, and then it is served."""
     gate = threading.Event()
-    plain = served(Simple(start_gate=gate))
+    plain = served(Simple(start_gate=gate), log_prompts=True)
     with plain.client() as client, ThreadPoolExecutor(1) as pool:
         create: Any = client.chat.completions.create
         fields = body("x", stream=stream)
         first = pool.submit(requests.post, f"{plain.url}/chat/completions", json=fields, timeout=PATIENCE)
-        while not plain.bridge.requests():
-            assert not first.done()
+        assert asked.wait(PATIENCE)
         gate.set()
         early = first.result(PATIENCE)
         assert early.status_code == 503 or "being loaded" in early.text

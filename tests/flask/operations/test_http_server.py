@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import http.client
 import socket
+import struct
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -124,6 +126,61 @@ def test_a_client_that_leaves_ends_the_response() -> None:
         with socket.create_connection(address) as client:
             client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
             assert client.recv(12) == b"HTTP/1.1 200"
+        assert closed.wait(PATIENCE)
+
+
+def broken(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    """Fails in the manner that its path names, as does its body; answers "/"."""
+    if environ["PATH_INFO"] == "/":
+        return hello(environ, start_response)
+    start_response("200 OK", [])
+    return fail(environ["PATH_INFO"])
+
+
+def fail(manner: str) -> Iterator[Any]:
+    if manner == "/exits":
+        sys.exit("as told")
+    if manner == "/no-bytes":
+        yield "text"
+    raise ValueError("as told")
+
+
+@pytest.mark.parametrize("manner", ["raises", "exits", "no-bytes"])
+def test_a_response_that_fails_at_once(manner: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It is a 500 rather than an empty 200, is logged, and ends neither the server nor one of its threads."""
+    with serving(broken, threads=1) as (_, address):
+        for _ in range(3):
+            with connect(address) as client:
+                client.request("GET", f"/{manner}")
+                assert client.getresponse().status == 500
+        with connect(address) as client:
+            client.request("GET", "/")
+            assert client.getresponse().read() == b"hello"
+    assert "as told" in caplog.text or "must be bytes" in caplog.text
+
+
+def test_a_response_is_closed_whatever_happens() -> None:
+    """One that had nothing to say, and whose client has gone, is closed like any other, or it would keep its place."""
+    closed = threading.Event()
+    gone = threading.Event()
+
+    class Nothing:
+        def __iter__(self) -> Iterator[bytes]:
+            assert gone.wait(PATIENCE)
+            return iter(())
+
+        def close(self) -> None:
+            closed.set()
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        start_response("200 OK", [("X-Long", "x" * 100)])
+        return Nothing()
+
+    with serving(app) as (_, address):
+        with socket.create_connection(address) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset when it closes
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        gone.set()
         assert closed.wait(PATIENCE)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,10 +14,11 @@ from hypothesis import HealthCheck, given, settings, strategies
 from prometheus_client.parser import text_string_to_metric_families
 from werkzeug.test import TestResponse
 
-from lmbridge import Bridge
+from lmbridge import Bridge, EngineStartError
 from lmbridge.engines import ENGINES
 from lmbridge.flask import LMBridge, operations
 from lmbridge.flask.models import models_of
+from lmbridge.flask.swap import Order, exchange
 from lmbridge.testing import ScriptedEngine
 
 PATIENCE = 30.0
@@ -68,12 +68,6 @@ def told(answer: TestResponse) -> dict[str, Any]:
     return found
 
 
-def wait_until(app: Flask, state: str) -> None:
-    end = time.monotonic() + PATIENCE
-    while bridge_of(app).state != state:
-        assert time.monotonic() < end
-
-
 # --- probes ---
 
 
@@ -83,7 +77,8 @@ def test_health_is_about_what_a_restart_would_mend(app: Flask) -> None:
     assert client.get("/health").status_code == 200
     broken = build(LMBRIDGE_MODELS={"first": {"model": "broken", "engine": "named"}})
     broken.test_client().get("/ready")
-    wait_until(broken, "failed")
+    with pytest.raises(EngineStartError):
+        bridge_of(broken).start(PATIENCE)
     answer = broken.test_client().get("/health")
     assert answer.status_code == 503
     assert "no such weights" in told(answer)["faults"]["first"]
@@ -96,14 +91,13 @@ def test_health_when_the_server_thread_is_stuck(app: Flask, monkeypatch: pytest.
     with Bridge(engine, stall_timeout=None) as bridge:
         models_of(app).replace("first", bridge)
         engine.block(release)
-        monkeypatch.setattr(operations, "LOOP_PATIENCE", 0.6)
-        client, end = app.test_client(), time.monotonic() + PATIENCE
-        while (answer := client.get("/health")).status_code == 200:
-            assert time.monotonic() < end
-        release.set()
+        client = app.test_client()
+        assert client.get("/health").status_code == 200
+        monkeypatch.setattr(operations, "LOOP_PATIENCE", 0.0)
+        answer = client.get("/health")
+        assert (answer.status_code, told(answer)["models"]["first"]["state"]) == (503, "ready")
         assert "stuck" in told(answer)["faults"]["first"]
-        while client.get("/health").status_code != 200:
-            assert time.monotonic() < end
+        release.set()
 
 
 def test_ready_loads_and_tells(app: Flask) -> None:
@@ -115,7 +109,7 @@ def test_ready_loads_and_tells(app: Flask) -> None:
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
     assert told(answer)["models"] == {"first": {"state": "starting", "reason": "", "engine": "one"}}
     gate.set()
-    wait_until(app, "ready")
+    bridge_of(app).start(PATIENCE)
     assert told(client.get("/ready")) == {
         "ready": True, "draining": False, "models": {"first": {"state": "ready", "reason": "", "engine": "scripted"}},
     }  # fmt: skip
@@ -131,7 +125,7 @@ def test_ready_waits_for_every_model() -> None:
     app = build(LMBRIDGE_MODELS=sources)
     client = app.test_client()
     client.get("/ready")
-    wait_until(app, "ready")
+    bridge_of(app).start(PATIENCE)
     assert client.get("/ready").status_code == 503
     gate.set()
     bridge_of(app, "second").start(PATIENCE)
@@ -259,9 +253,25 @@ def test_a_swap_goes_on_without_its_client(app: Flask) -> None:
     next(answer.iter_encoded())
     answer.close()
     gate.set()
-    end = time.monotonic() + PATIENCE
-    while bridge.infer("who?").text != "two":
-        assert time.monotonic() < end
+    for thread in threading.enumerate():
+        if thread.name == "lmbridge swap":
+            thread.join(PATIENCE)
+    assert bridge.infer("who?").text == "two"
+
+
+def test_a_swap_that_cannot_begin(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine out of threads fails one order, and not every later one with "is being exchanged already"."""
+
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    bridge, order = bridge_of(app), Order("first", "two", "named")
+    bridge.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="thread"):
+            exchange(bridge, order)
+    assert json.loads(list(exchange(bridge, order))[-1])["outcome"] == "done"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
+from flask import Flask
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -13,6 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from lmbridge import Bridge, EngineError, Request
 from lmbridge.flask import tracing
+from lmbridge.flask.reporting import Reporter
 from lmbridge.testing import ScriptedEngine
 
 Scripted = Callable[..., tuple[Bridge, ScriptedEngine]]
@@ -29,22 +31,27 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
     provider.shutdown()
 
 
+@pytest.fixture
+def reporter() -> Reporter:
+    """What the clients of HTTP requests are observed by."""
+    return Reporter(Flask("traced"), "demo")
+
+
 def only(exporter: InMemorySpanExporter) -> ReadableSpan:
     (span,) = [span for span in exporter.get_finished_spans() if span.name == tracing.SPAN]
     return span
 
 
-def test_an_answer(spans: InMemorySpanExporter, scripted: Scripted) -> None:
+def test_an_answer(spans: InMemorySpanExporter, scripted: Scripted, reporter: Reporter) -> None:
     """The span is a child of the HTTP request's, names model, tokens and finish reason, and says when what happened."""
     bridge, _ = scripted()
     http = trace.get_tracer("test").start_span("POST /ask")
-    with trace.use_span(http, end_on_exit=True):
-        opened = tracing.begin("demo", "chat")
-    with opened:
-        stream = bridge.stream("one two three")
-    for _ in stream:
-        pass
-    opened.end(stream.response)
+    with bridge.client(observer=reporter) as client:
+        with trace.use_span(http, end_on_exit=True):
+            stream = client.stream("one two three")
+            assert trace.get_current_span() is http
+        for _ in stream:
+            pass
     span = only(spans)
     assert span.parent == http.get_span_context()
     assert dict(span.attributes or {}) == {
@@ -63,7 +70,9 @@ def test_an_answer(spans: InMemorySpanExporter, scripted: Scripted) -> None:
     assert span.start_time <= taken.timestamp <= first.timestamp <= span.end_time
 
 
-def test_what_the_engine_traces_hangs_below(spans: InMemorySpanExporter, scripted: Scripted) -> None:
+def test_what_the_engine_traces_hangs_below(
+    spans: InMemorySpanExporter, scripted: Scripted, reporter: Reporter
+) -> None:
     """A span that the engine opens for a request is a child of that request's own."""
 
     def script(request: Request) -> list[str]:
@@ -71,39 +80,45 @@ def test_what_the_engine_traces_hangs_below(spans: InMemorySpanExporter, scripte
         return ["answer"]
 
     bridge, _ = scripted(ScriptedEngine(script))
-    opened = tracing.begin("demo")
-    with opened:
-        answer = bridge.infer("go")
-    opened.end(answer)
+    with bridge.client(observer=reporter) as client:
+        client.infer("go", raw=True)
     inner = next(span for span in spans.get_finished_spans() if span.name == "prefill")
     assert inner.parent == only(spans).get_span_context()
+    assert (only(spans).attributes or {})["gen_ai.operation.name"] == "text_completion"
 
 
-def test_an_error(spans: InMemorySpanExporter, scripted: Scripted) -> None:
+def test_every_prompt_of_a_list(spans: InMemorySpanExporter, scripted: Scripted, reporter: Reporter) -> None:
+    """A list's prompts are generations of their own, each with its tokens and its time."""
+    bridge, _ = scripted()
+    with bridge.client(observer=reporter) as client:
+        answers = client.infer(["one", "two three"])
+    found = {(span.attributes or {})["gen_ai.response.id"] for span in spans.get_finished_spans()}
+    assert found == {answer.request_id for answer in answers}
+
+
+def test_an_error(spans: InMemorySpanExporter, scripted: Scripted, reporter: Reporter) -> None:
     """A request that fails gives an error span with the error's class, and without what was sent."""
     bridge, engine = scripted()
     engine.fail("a secret", EngineError("as told"))
-    opened = tracing.begin("demo")
-    with pytest.raises(EngineError), opened:
-        bridge.infer("a secret")
-    opened.end()  # whoever ends it once more changes nothing
+    with bridge.client(observer=reporter) as client, pytest.raises(EngineError):
+        client.infer("a secret")
     span = only(spans)
     assert span.status.status_code is trace.StatusCode.ERROR
     assert (span.attributes or {})["error.type"] == "EngineError"
     assert "a secret" not in span.to_json()
 
 
-def test_a_reader_that_left(spans: InMemorySpanExporter) -> None:
+def test_a_reader_that_left(spans: InMemorySpanExporter, scripted: Scripted, reporter: Reporter) -> None:
     """An answer whose reader left ends its span too."""
-    tracing.begin("demo").end()
+    bridge, _ = scripted(ScriptedEngine(manual=True))
+    with bridge.client(observer=reporter) as client, client.stream("one two"):
+        pass
     assert (only(spans).attributes or {})["gen_ai.response.finish_reasons"] == ("abort",)
 
 
-def test_without_the_package(monkeypatch: pytest.MonkeyPatch, scripted: Scripted) -> None:
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch, scripted: Scripted, reporter: Reporter) -> None:
     """Where opentelemetry is not installed, requests go on as ever."""
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     bridge, _ = scripted()
-    with tracing.begin("demo") as opened:
-        answer = bridge.infer("one two")
-    opened.end(answer)
-    assert answer.text == "one two"
+    with bridge.client(observer=reporter) as client:
+        assert client.infer("one two").text == "one two"
