@@ -28,7 +28,7 @@ class Call:
 
     __slots__ = (
         "request", "channel", "owner", "streaming", "admitted", "ended", "outcomes", "deltas", "signalled", "read",
-        "began", "first_token", "tokens", "heard", "_limit", "_lots", "__weakref__",
+        "began", "first_token", "tokens", "heard", "limit", "_lots", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, request: Request, channel: Channel[Call], owner: Owner, streaming: bool = False) -> None:
@@ -47,7 +47,7 @@ class Call:
         self.first_token: float | None = None
         self.tokens = 0
         self.heard = 0  # the engine's progress when it last said something of this call
-        self._limit = MERGED  # how many deltas may wait before some are merged
+        self.limit = MERGED  # how many deltas may wait before some are merged
 
     def settle(self, outcome: Outcome) -> bool:
         """Try to be the one outcome; False when another was first. Any thread, any moment, no lock.
@@ -63,14 +63,8 @@ class Call:
 
     # --- the loop end ---
 
-    def add(self, delta: Delta) -> None:
-        """Keep what the engine said for the reader. Server thread only."""
-        self.deltas.append(delta)
-        if len(self.deltas) >= self._limit:
-            self._merge()
-
-    def _merge(self) -> None:
-        """Make one of the last deltas, while the reader may take the others."""
+    def merge(self) -> None:
+        """Make one of the last deltas, while the reader may take the others. Server thread only."""
         last: list[Delta] = []
         try:
             while len(last) < MERGED:
@@ -80,7 +74,7 @@ class Call:
                 return
         last.reverse()
         self.deltas.append(join_deltas(last))
-        self._limit = len(self.deltas) + MERGED - 1
+        self.limit = len(self.deltas) + MERGED - 1
 
     def finish(self, reason: FinishReason, usage: Usage | None = None) -> Response:
         """The outcome of a call that ends now without an error; tokens are counted where the engine does not."""

@@ -114,7 +114,7 @@ class Gate:
         """Take a call that ends out of the line, and off its place; a second time does nothing. Any thread."""
         with self._lock:
             wake = self._step_out(call)
-            self._leave(call)
+        self.leave(call)
         if wake is not None:
             wake()
 
@@ -122,9 +122,19 @@ class Gate:
 
     def leave(self, call: Call) -> None:
         """Give the place back; a second time does nothing. Any thread."""
-        if call in self._inside:
-            with self._lock:
-                self._leave(call)
+        if call not in self._inside:
+            return
+        with self._lock:
+            client = call.request.client
+            self._inside.pop(call, None)
+            of_client = self._of_client.get(client)
+            if of_client is not None:
+                of_client.pop(call, None)
+                if not of_client and len(self._of_client) > IDLE_CLIENTS:
+                    del self._of_client[client]
+            if self._lines:
+                self._line_up(client)
+                self._hand_over()
 
     def close(self, error: Callable[[], LMBridgeError]) -> list[Call]:
         """Refuse everybody with what ``error`` makes, and return the calls in the book; who waits here is woken."""
@@ -159,18 +169,6 @@ class Gate:
     def _has_own_room(self, client: str) -> bool:
         of_client = self._of_client.get(client)
         return of_client is None or len(of_client) < self._max_per_client
-
-    def _leave(self, call: Call) -> None:
-        client = call.request.client
-        self._inside.pop(call, None)
-        of_client = self._of_client.get(client)
-        if of_client is not None:
-            of_client.pop(call, None)
-            if not of_client and len(self._of_client) > IDLE_CLIENTS:
-                del self._of_client[client]
-        if self._lines:
-            self._line_up(client)
-            self._hand_over()
 
     def _line_up(self, client: str) -> None:
         """Let a client that waits and has room of its own take turns."""

@@ -29,6 +29,7 @@ class Calls:
 
     Attributes:
         living: by request id; others may copy it to look.
+        turns: of those that wait.
         place: of the engine that gets what comes now; None while there is none.
     """
 
@@ -42,15 +43,10 @@ class Calls:
         self._loop = loop
         self._metrics = metrics
         self._running: dict[Call, Place] = {}  # the living that were begun; the others wait for their turn
-        self._turns = Turns()
+        self.turns = Turns()
         self._refusal: LMBridgeError | None = None  # what everybody gets while there is no engine and will be none
         self._pump_due = False
         self._quiet: asyncio.Event | None = None  # there while somebody waits for the last call's end
-
-    @property
-    def waiting(self) -> bool:
-        """Whether any waits for its turn."""
-        return bool(self._turns.lanes)
 
     # --- a call's life ---
 
@@ -61,7 +57,7 @@ class Calls:
         if self.left_behind:  # this thread was slow rather than stuck
             self._handle.submit(call)
         elif call.outcomes:  # its caller has given up meanwhile
-            self._final_word(call)
+            self._say(call, call.outcomes[0])
         elif call.request.id in self.living:
             self._say(call, twice_error(call.request.id))
         elif self._refusal is not None:
@@ -69,16 +65,16 @@ class Calls:
         else:
             self.living[call.request.id] = call
             place = self.place
-            if place is not None and not self._turns.lanes and place.room > len(self._sent):
+            if place is not None and not self.turns.lanes and place.room > len(self._sent):
                 self._begin(call, place)
             else:
-                self._turns.push(call)
+                self.turns.push(call)
 
     def pump(self) -> None:
         """Begin waiting calls while the engine has room."""
         self._pump_due = False
-        while self._turns.lanes and (place := self.place) is not None and place.room > 0 and not self.left_behind:
-            self._begin(self._turns.pop(), place)
+        while self.turns.lanes and (place := self.place) is not None and place.room > 0 and not self.left_behind:
+            self._begin(self.turns.pop(), place)
 
     def _begin(self, call: Call, place: Place) -> None:
         self._gate.leave(call)
@@ -105,7 +101,7 @@ class Calls:
         del self._running[call]
         place.leave(call)
         call.began = None
-        self._turns.push(call)
+        self.turns.push(call)
 
     def _on_delta(self, place: Place, call: Call, delta: Delta) -> None:
         """The sink of one call at one engine."""
@@ -117,7 +113,9 @@ class Calls:
             call.first_token = time.monotonic()
         call.tokens += tokens
         if not call.outcomes:
-            call.add(delta)
+            call.deltas.append(delta)
+            if len(call.deltas) >= call.limit:
+                call.merge()
         if delta.error is not None:
             self._finish(call, delta.error)
         elif delta.finish_reason is not None:
@@ -131,7 +129,7 @@ class Calls:
             return
         call.channel.signal(call)  # whoever settled it may not be its reader
         if self.living.get(call.request.id) is not call:  # it was never sent
-            self._final_word(call)
+            self._say(call, call.outcomes[0])
             return
         place = self._running.get(call)
         if place is None:
@@ -156,33 +154,31 @@ class Calls:
         del self.living[call.request.id]
         place = self._running.pop(call, None)
         if place is None:
-            self._turns.remove(call)
+            self.turns.remove(call)
         else:
             place.leave(call)
         self._say(call, outcome)
-        if self._turns.lanes and not self._pump_due:  # after the engine's step, whose ended calls are replaced together
+        if self.turns.lanes and not self._pump_due:  # after the engine's step, whose ended calls are replaced together
             self._pump_due = True
             self._loop.call_soon(self.pump)
 
     def _say(self, call: Call, outcome: Outcome) -> None:
+        """The final word on a call: it is struck out of the book, counted, and its reader told."""
         if isinstance(outcome, LMBridgeError):
             outcome.request_id = call.request.id
         call.settle(outcome)
-        self._final_word(call)
-        call.channel.signal(call)
-
-    def _final_word(self, call: Call) -> None:
-        """Strike a settled call out of the book, and count it."""
         call.ended = True
         if call.began is None:
             self._gate.forget(call)
-        if call in self._gate.calls:
-            del self._gate.calls[call]
+        book = self._gate.calls
+        if call in book:
+            del book[call]
             self._metrics.ended(call.outcomes[0])
             if logger.isEnabledFor(logging.DEBUG):
                 log_end(call)
-        if self._quiet is not None and not self._gate.calls:
-            self._quiet.set()
+            if self._quiet is not None and not book:
+                self._quiet.set()
+        call.channel.signal(call)
 
     # --- all calls at once ---
 
@@ -229,7 +225,7 @@ class Calls:
         """End every call and refuse the next, with ``cause`` chained. The loop need not run any more."""
         self.living.clear()
         for call in self._handle.close(cause):
-            self._final_word(call)
+            self._say(call, call.outcomes[0])
 
     def take_over(self, stuck: Calls, loss: BaseException) -> None:
         """Go on where a thread that is stuck was left behind: what it had begun is lost, what waits waits here."""
@@ -238,5 +234,5 @@ class Calls:
                 self.arrive(call)
             else:
                 call.settle(lost_error(loss))
-                self._final_word(call)
+                self._say(call, call.outcomes[0])
                 call.channel.nudge(call)

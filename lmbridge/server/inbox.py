@@ -32,7 +32,7 @@ class Inbox:
             aborted = handle.aborted.popleft()
             self.collect(aborted.channel)  # its caller may have been interrupted between put and ring
             calls.abort(aborted)
-        if calls.waiting:
+        if calls.turns.lanes:
             calls.pump()
         handle.wakes.start()
 
