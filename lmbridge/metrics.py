@@ -49,7 +49,7 @@ class Metrics:
     Once every request has ended, ``started`` is the sum of ``outcomes``.
 
     Attributes:
-        started: requests that asked for a place in the queue.
+        started: requests that were made: all that asked for a place in the queue.
         outcomes: ended requests by how they ended: a finish_reason, or the name of the error's class.
         prompt_tokens, completion_tokens: of answered requests.
         queued: how long answered requests waited until the engine took them.

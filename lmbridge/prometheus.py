@@ -50,6 +50,7 @@ class BridgeCollector:
         """The metrics as they are now."""
         metrics, health = self._bridge.metrics, self._bridge.health()
         yield self._counter("requests", "Ended requests by outcome.", metrics.outcomes, "outcome")
+        yield self._counter("requests_started", "Requests that were made.", {"": metrics.started})
         yield self._counter("cancels", "Requests that were cancelled, by cause.", metrics.cancels, "cause")
         yield self._counter("prompt_tokens", "Tokens of answered prompts.", {"": metrics.prompt_tokens})
         yield self._counter("completion_tokens", "Generated tokens of answers.", {"": metrics.completion_tokens})

@@ -56,6 +56,8 @@ class StreamGroup:
             self._sender.send()
         except BaseException:
             self._leave()
+            for call in list(self._sender.open):
+                account.report(call)
             raise
 
     @property

@@ -78,6 +78,7 @@ def test_prometheus() -> None:
         bridge.infer(["one two", "three four five"])
         samples = scrape(bridge, {"model": "scripted"})
         assert samples["lmbridge_requests_total model=scripted outcome=stop"] == 2
+        assert samples["lmbridge_requests_started_total model=scripted"] == 2
         assert samples["lmbridge_completion_tokens_total model=scripted"] == 5
         assert samples["lmbridge_request_seconds_count model=scripted"] == 2
         assert samples["lmbridge_request_seconds_bucket le=+Inf model=scripted"] == 2

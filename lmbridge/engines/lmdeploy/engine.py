@@ -108,7 +108,8 @@ class LMDeployEngine(Engine):
         if max_batch_size is not None:
             self.max_batch_size = max_batch_size  # LMDeploy's own number of places once it is loaded
         self._thread = EngineThread("lmbridge lmdeploy")
-        weakref.finalize(self, self._thread.close)  # an engine whose loop got stuck is never closed
+        # An engine whose loop got stuck is never closed. Not at exit, where the bridge closes it and needs the thread.
+        weakref.finalize(self, self._thread.close).atexit = False
         self._started = False
         self._core: Any = None  # LMDeploy's AsyncEngine
         self._loaded: Any = None  # the same; worker thread only

@@ -101,7 +101,8 @@ class TransformersEngine(Engine):
         )
         self.max_batch_size = max_batch_size
         self._thread = EngineThread("lmbridge transformers")
-        weakref.finalize(self, self._thread.close)  # an engine whose loop got stuck is never closed
+        # An engine whose loop got stuck is never closed. Not at exit, where the bridge closes it and needs the thread.
+        weakref.finalize(self, self._thread.close).atexit = False
         self._start: Start | None = None
         self._core: Core | None = None
         self._requests: dict[str, Running] = {}  # by key
