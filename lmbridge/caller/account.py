@@ -6,6 +6,7 @@ Rule: any thread but the server's.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from lmbridge.caller.access import Access
 from lmbridge.caller.observer import Observer
@@ -71,10 +72,10 @@ class Account:
         call = Call(request, channel, self, streaming)
         if self.observer is not None:
             self._observed[call] = None
-            try:
-                self.observer.begun(request)
-            except Exception:
-                logger.exception("The observer of client %s failed.", self.name)
+            self._tell(self.observer.begun, request)
+            if self.closed is not None:  # close() may have looked before this one was there
+                call.settle(fresh(self.closed))
+                self.report(call)
         return call
 
     def report(self, call: Call) -> None:
@@ -85,10 +86,7 @@ class Account:
             del self._observed[call]
         except KeyError:  # another was faster
             return
-        try:
-            self.observer.ended(call.request, call.result())
-        except Exception:
-            logger.exception("The observer of client %s failed.", self.name)
+        self._tell(self.observer.ended, call.request, call.result())
 
     def close(self, error: LMBridgeError | None = None) -> None:
         """End every call that was made in this account's name, wherever it is, and refuse the next."""
@@ -99,9 +97,16 @@ class Account:
         handle = self.access.handle
         if handle.forked:
             return
-        handle.abort_where(lambda call: call.owner is self, self.closed)
+        if self.observer is None or self._observed:  # an observed account knows whether it has any
+            handle.abort_where(lambda call: call.owner is self, self.closed)
         for call in list(self._observed):
             call.settle(fresh(self.closed))
             self.report(call)
         while self._own:
             handle.channels.give_back(self._own.pop())
+
+    def _tell(self, hears: Callable[..., None], *told: object) -> None:
+        try:
+            hears(*told)
+        except Exception:
+            logger.exception("The observer of client %s failed.", self.name)

@@ -1,7 +1,6 @@
 """What becomes of each request to a bridge, told: a span to OpenTelemetry, and a signal to whoever listens.
 
-Rule: run by whichever thread learns of a request's begin or end; nothing is known of HTTP. What a listener raises is
-logged by the client, and goes no further.
+Rule: run by whichever thread learns of a request's begin or end; nothing is known of HTTP.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from flask import Flask
 
 from lmbridge import Observer, Request, RequestAbortedError, Response
 from lmbridge.flask import tracing
-from lmbridge.flask.signals import answered, failed
+from lmbridge.flask.signals import answered, failed, tell
 
 
 class Reporter(Observer):
@@ -35,6 +34,6 @@ class Reporter(Observer):
             outcome = RequestAbortedError("The future was cancelled.")
         tracing.end(request, outcome)
         if isinstance(outcome, Response):
-            answered.send(self._app, model=self._model, response=outcome)
+            tell(answered, self._app, model=self._model, response=outcome)
         else:
-            failed.send(self._app, model=self._model, error=outcome)
+            tell(failed, self._app, model=self._model, error=outcome)

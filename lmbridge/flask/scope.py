@@ -8,7 +8,6 @@ whoever still reads that is told why.
 from __future__ import annotations
 
 import errno
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,9 +19,7 @@ from lmbridge.errors import fresh
 from lmbridge.flask.disconnect import watch
 from lmbridge.flask.models import Models
 from lmbridge.flask.reporting import Reporter
-from lmbridge.flask.signals import disconnected
-
-logger = logging.getLogger(__name__)
+from lmbridge.flask.signals import disconnected, tell
 
 _OVER = (
     "The HTTP request has ended, and what it had left running was aborted. Read an answer to its end in the view, or "
@@ -81,27 +78,24 @@ class RequestScope:
     def finish(self) -> None:
         """All was sent, or there is nobody to send it: abort what still runs. The first end counts."""
         self._unwatch()
-        self._close(RequestAbortedError(_OVER))
+        self._close(RequestAbortedError(_OVER))  # where the client was lost, once more, for what was begun meanwhile
+        self._clients.clear()
 
     def lost(self) -> None:
         """The HTTP client has gone: abort everything, and tell. The first end counts."""
         models = self._close(DisconnectedError(_GONE))
         if models:
             self._models.count_disconnect()
-        try:
-            for model in models:
-                disconnected.send(self._app, model=model)
-        except BaseException:  # a listener's own; this may be the thread that serves, with more to do
-            logger.exception("What listens to lost clients has failed.")
+        for model in models:
+            tell(disconnected, self._app, model=model)
 
     def _close(self, error: LMBridgeError) -> list[str]:
         """End the clients, and return their models; none at any but the first end."""
         with self._lock:
             models = list(self._clients) if self._end is None else []
             self._end = self._end or error
-        for model, client in list(self._clients.items()):  # whoever is interrupted here leaves them to the next
+        for client in list(self._clients.values()):
             client.close(fresh(self._end))
-            self._clients.pop(model, None)
         return models
 
 
@@ -142,6 +136,7 @@ class _Body:
             if hasattr(self._body, "close"):
                 self._body.close()
         finally:
+            self._body, self._parts = (), iter(())  # a generator in it must end here, in the context it has pushed here
             self._end()
 
     def _end(self) -> None:

@@ -344,6 +344,20 @@ def test_signals_tell_of_answers_and_failures(app: Flask) -> None:
     assert told == [(app.name, "demo", "one"), (app.name, "demo", "two"), (app.name, "demo", "EngineError")]
 
 
+@pytest.mark.parametrize("error", [ValueError("as told"), SystemExit("as told")])
+def test_a_listener_that_fails(app: Flask, caplog: pytest.LogCaptureFixture, error: BaseException) -> None:
+    """A fault in somebody's accounting costs no visitor an answer, and the log has it."""
+
+    def on_answer(sender: Flask, model: str, response: Any) -> None:
+        raise error
+
+    with scripted_engine(app), answered.connected_to(on_answer, app):
+        for route in ("/ask", "/tell"):
+            answer = app.test_client().post(route, json={"prompt": "one"})
+            assert (answer.status_code, "one" in answer.text) == (200, True)
+    assert caplog.text.count("as told") >= 2
+
+
 def test_outside_of_requests(app: Flask) -> None:
     """A shell or a command of the app's own has the same bridge."""
     with scripted_engine(app), app.app_context():

@@ -6,10 +6,12 @@ import contextlib
 import contextvars
 import http.client
 import itertools
+import random
 import socket
 import threading
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,9 +23,11 @@ from flask import Flask, Response, current_app, request, stream_with_context
 from flask.signals import request_finished
 from werkzeug.wsgi import FileWrapper
 
+import lmbridge
 from lmbridge import Delta, DisconnectedError, LMBridgeError, RequestAbortedError
-from lmbridge.flask import LMBridge, answered, current_bridge, disconnected, failed
+from lmbridge.flask import LMBridge, answered, current_bridge, disconnected, failed, scope
 from lmbridge.flask.models import models_of
+from lmbridge.flask.reporting import Reporter
 from lmbridge.flask.testing import scripted_engine
 from tests.flask.conftest import Serve, on_cheroot, on_waitress, on_werkzeug
 
@@ -289,6 +293,39 @@ def test_a_stream_that_fails_at_once_is_a_500(app: Flask) -> None:
             get(f"{url}/generator_expression")
         caught.value.close()
     assert caught.value.code == 500
+
+
+def test_a_crowd_that_leaves_when_it_likes(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever clients leave, whatever was begun in their names ends, and is told of once."""
+    begun: deque[str] = deque()  # each append is one atomic step
+    ended: deque[str] = deque()
+
+    class Counting(Reporter):
+        def begun(self, request: lmbridge.Request) -> None:
+            begun.append(request.id)
+            super().begun(request)
+
+        def ended(self, request: lmbridge.Request, outcome: lmbridge.Response | BaseException) -> None:
+            ended.append(request.id)
+            super().ended(request, outcome)
+
+    def visit(url: str, seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(12):
+            path = f"/{rng.choice([*NAMES, 'slow'])}?words=one+two"
+            with open_request(url, path) as connection, contextlib.suppress(OSError):
+                connection.settimeout(rng.choice([PATIENCE, 0.02 * rng.random()]))
+                for _ in range(rng.choice([1, 100])):
+                    connection.recv(64)
+
+    monkeypatch.setattr(scope, "Reporter", Counting)
+    with scripted_engine(app, step_time=0.001) as engine, on_werkzeug(app) as url, ThreadPoolExecutor(12) as pool:
+        for done in [pool.submit(visit, url, seed) for seed in range(12)]:
+            done.result(PATIENCE)
+        engine.wait_for(lambda engine: engine.active == 0)
+    assert len(begun) >= 100
+    assert sorted(begun) == sorted(ended)
+    assert models_of(app).bridge().requests() == []
 
 
 # --- where nothing streams ---
