@@ -11,7 +11,7 @@ from typing import Any
 
 from lmbridge.caller.account import Account
 from lmbridge.caller.other_loop import OtherLoop
-from lmbridge.caller.streams import Reading
+from lmbridge.caller.streams import Reading, drop
 from lmbridge.errors import LMBridgeError
 from lmbridge.messages import Delta, Request, Response
 
@@ -117,4 +117,4 @@ class _AsyncIteration:
         return await self._stream.__anext__()
 
     def __del__(self) -> None:
-        self._stream._leave()
+        drop(self._stream._leave)

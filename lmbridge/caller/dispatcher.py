@@ -88,13 +88,20 @@ class Dispatcher:
 
     def _run(self) -> None:
         try:
-            while self._next():
+            while self._goes_on():
                 pass
             self.callbacks.close()
-        finally:  # something was thrown into this thread: another goes on
+        finally:  # something was thrown into this thread, twice: another goes on
             if self._server.ended is None:
                 self._thread = None
                 self.look_after()
+
+    def _goes_on(self) -> bool:
+        try:
+            return self._next()
+        except BaseException:
+            logger.exception("The thread that resolves futures was struck; it goes on.")
+            return True
 
     def _next(self) -> bool:
         """Resolve what has ended; False when nothing can come any more."""

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 from lmbridge.caller.account import Account
 from lmbridge.caller.sender import Sender
+from lmbridge.caller.streams import drop
 from lmbridge.crossing.call import Call
 from lmbridge.crossing.channel import Closed, Empty
 from lmbridge.errors import LMBridgeError
@@ -139,7 +140,7 @@ class StreamGroup:
 
     def __del__(self) -> None:
         if hasattr(self, "_turn"):
-            self._leave()
+            drop(self._leave)
 
     # --- reading ---
 

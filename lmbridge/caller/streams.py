@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from lmbridge.caller.account import Account
 from lmbridge.caller.answer import send
@@ -17,6 +17,15 @@ from lmbridge.crossing.channel import SLICE, Closed, Empty
 from lmbridge.crossing.handle import ServerHandle
 from lmbridge.errors import LMBridgeError
 from lmbridge.messages import Delta, Request, Response
+
+
+def drop(leave: Callable[[], object]) -> None:
+    """Leave in a finalizer, where Python swallows what is thrown in: the abort must not go with it."""
+    try:
+        leave()
+    except BaseException:
+        leave()
+        raise
 
 
 class Reading:
@@ -54,7 +63,7 @@ class Reading:
     def __del__(self) -> None:
         # A finalizer may run in the middle of anything, with any lock held: it may only append to a deque and ring.
         if hasattr(self, "_turn"):
-            self._leave()
+            drop(self._leave)
 
     def _leave(self, error: LMBridgeError | None = None) -> bool:
         """Abort unless the call has an outcome; takes no lock."""

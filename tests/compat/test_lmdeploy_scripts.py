@@ -9,7 +9,9 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pytest
 from lmbridge import UnsupportedOptionError
 from lmbridge.compat import lmdeploy as ours
 from lmbridge.compat.lmdeploy import install
+from lmbridge.compat.lmdeploy.standin import chosen
 from tests.engines.conftest import save_model
 
 ROOT = Path(__file__).parents[2]
@@ -246,6 +249,42 @@ def test_lmdeploy_and_the_engine_keep_the_real_one() -> None:
             assert found.__module__ == "lmdeploy.messages"
         assert importlib.import_module("lmdeploy").__name__ == "lmdeploy"
         assert imported("from lmdeploy.utils import get_logger")["get_logger"].__module__.startswith("lmdeploy")
+
+
+def test_threads_that_install_at_once() -> None:
+    """One's hook could stay below another's for good, or take it away, so that ``lmdeploy`` is whose nobody knows."""
+    before, interval, together = builtins.__import__, sys.getswitchinterval(), threading.Barrier(4)
+
+    def come_and_go(number: int) -> None:
+        together.wait()
+        for _ in range(20_000):
+            with install(model=f"model {number}"):
+                pass
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(come_and_go, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+        left, builtins.__import__ = builtins.__import__, before
+    assert left is before
+    assert chosen("org/a-model", None) == ("org/a-model", None)
+
+
+def test_an_installation_that_goes_while_a_pipeline_is_built() -> None:
+    """The pipeline gets what was installed when it was asked for, rather than an AttributeError from inside."""
+
+    class Leaving:
+        """A path; whoever sees that it is one has the installation gone by then."""
+
+        @property
+        def __fspath__(self) -> Any:
+            installation.uninstall()
+            return lambda: "org/a-model"
+
+    installation = install(model="demo", backend="transformers")
+    assert chosen(Leaving(), None) == ("demo", "transformers")
 
 
 def test_install_chooses_model_and_engine() -> None:

@@ -6,6 +6,8 @@ has it, so that a list keeps its other answers; what ends the caller's wait for 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from lmbridge import messages
 from lmbridge.compat.lmdeploy.messages import Response
 from lmbridge.errors import (
@@ -42,6 +44,15 @@ def whole(response: messages.Response, index: int = 0) -> Response:
     )
 
 
+def answer(result: messages.Response | BaseException, index: int = 0) -> Response:
+    """What became of a request; raises as ``failed`` does."""
+    if isinstance(result, messages.Response):
+        return whole(result, index)
+    if isinstance(result, LMBridgeError):
+        return failed(result, index)
+    raise result
+
+
 def failed(error: LMBridgeError, index: int = 0) -> Response:
     """What a request's own failure looks like, with the text there was; raises ``error`` when it is not its own."""
     if isinstance(error, RequestAbortedError):
@@ -61,12 +72,20 @@ class Parts:
         self._index = index
         self._tokens = 0
 
-    def part(self, delta: messages.Delta) -> Response:
-        self._tokens += len(delta.token_ids)
-        return Response(delta.text, self._tokens, 0, None, delta.token_ids, delta.logprobs, index=self._index)
+    def of(self, delta: messages.Delta) -> Iterator[Response]:
+        """What a delta adds, if anything; and with the answer's last one its end.
 
-    def end(self, response: messages.Response) -> Response:
-        return Response("", self._tokens, response.usage.prompt_tokens, response.finish_reason, index=self._index)
+        Raises:
+            LMBridgeError: it ended for a reason that is not the request's own.
+        """
+        if delta.text or delta.token_ids:
+            self._tokens += len(delta.token_ids)
+            yield Response(delta.text, self._tokens, 0, None, delta.token_ids, delta.logprobs, index=self._index)
+        if delta.error is not None:
+            yield self.error(delta.error)
+        elif delta.finish_reason is not None:
+            usage = delta.usage or messages.Usage()
+            yield Response("", self._tokens, usage.prompt_tokens, delta.finish_reason, index=self._index)
 
     def error(self, error: LMBridgeError) -> Response:
         """As ``failed``; its text was handed out already."""

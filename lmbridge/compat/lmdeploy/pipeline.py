@@ -6,28 +6,23 @@ the meaning of a call without it alone.
 
 from __future__ import annotations
 
-import asyncio
 import atexit
-import dataclasses
 import itertools
-import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lmbridge.bridge import Bridge
-from lmbridge.caller.futures import ResponseFuture
 from lmbridge.compat.lmdeploy import answers
 from lmbridge.compat.lmdeploy.convert import generation_config
 from lmbridge.compat.lmdeploy.engines import choose_engine
 from lmbridge.compat.lmdeploy.messages import Response
 from lmbridge.compat.lmdeploy.prompts import each_prompt, is_single
-from lmbridge.compat.lmdeploy.sessions import Session
+from lmbridge.compat.lmdeploy.sessions import ChatTurn, Session, Turn
 from lmbridge.compat.lmdeploy.standin import chosen
-from lmbridge.compat.lmdeploy.streaming import Ask, ManyAnswers, OneAnswer, ResponseStream, Source, WholeAnswers
+from lmbridge.compat.lmdeploy.streaming import Asked, ResponseStream
 from lmbridge.engines.base import Engine
 from lmbridge.errors import InvalidRequestError, LMBridgeError, UnsupportedOptionError
 
@@ -93,10 +88,10 @@ class Pipeline:
         self.bridge = Bridge(model_path, engine, stall_timeout=stall_timeout, **options, **engine_options)
         try:
             self.bridge.start()
+            _open[weakref.ref(self, _open.pop)] = None
         except BaseException:
             self.bridge.close()
             raise
-        _open.add(self)
 
     # --- whole answers ---
 
@@ -128,10 +123,13 @@ class Pipeline:
             RequestTimeoutError: the time is up; the engine has stopped.
             BridgeClosedError, ForkedError: the pipeline was closed, or belongs to the parent process.
         """
-        asks = self._asks(prompts, gen_config, do_preprocess, adapter_name, timeout, kwargs)
+        asked = self._asked(prompts, gen_config, do_preprocess, adapter_name, timeout, kwargs)
         if is_single(prompts) and not use_tqdm:
-            return self._infer_one(asks[0])
-        responses = self._infer_all(asks, use_tqdm)
+            return self._infer_one(asked)
+        results = self.bridge.infer(
+            asked.prompts, asked.configs, return_exceptions=True, progress=use_tqdm, **asked.options
+        )
+        responses = [answers.answer(result, index) for index, result in enumerate(results)]
         return responses[0] if is_single(prompts) else responses
 
     def __call__(self, prompts: Any, gen_config: Any = None, **kwargs: Any) -> Any:
@@ -154,62 +152,24 @@ class Pipeline:
         **kwargs: Any,
     ) -> Any:
         """``infer`` for a task on any event loop, the engine's own included; cancelling the task stops the engine."""
-        asks = self._asks(prompts, gen_config, do_preprocess, adapter_name, timeout, kwargs)
-        tasks = [asyncio.ensure_future(self._ainfer_one(ask)) for ask in asks]
-        try:
-            responses = await asyncio.gather(*tasks)
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            raise
-        return responses[0] if is_single(prompts) else list(responses)
+        asked = self._asked(prompts, gen_config, do_preprocess, adapter_name, timeout, kwargs)
+        results = await self.bridge.ainfer(asked.prompts, asked.configs, return_exceptions=True, **asked.options)
+        responses = [answers.answer(result, index) for index, result in enumerate(results)]
+        return responses[0] if is_single(prompts) else responses
 
-    def _infer_one(self, ask: Ask) -> Response:
+    def _infer_one(self, asked: Asked) -> Response:
+        """A single prompt, without what a list costs."""
         try:
-            return answers.whole(self.bridge.infer(ask.prompt, ask.config, **ask.options), ask.index)
+            return answers.whole(self.bridge.infer(asked.prompts[0], asked.configs[0], **asked.options))
         except LMBridgeError as error:
-            return answers.failed(error, ask.index)
-
-    async def _ainfer_one(self, ask: Ask) -> Response:
-        try:
-            return answers.whole(await self.bridge.ainfer(ask.prompt, ask.config, **ask.options), ask.index)
-        except LMBridgeError as error:
-            return answers.failed(error, ask.index)
-
-    def _infer_all(self, asks: list[Ask], use_tqdm: bool) -> list[Response]:
-        """Submit as there is room, then wait for all; what raises cancels the rest."""
-        end = None if not asks or asks[0].options["timeout"] is None else time.monotonic() + asks[0].options["timeout"]
-        futures: list[ResponseFuture | LMBridgeError] = []
-        with _bar(len(asks), use_tqdm) as advance:
-            try:
-                for ask in asks:
-                    if end is not None:
-                        ask.options["timeout"] = max(0.0, end - time.monotonic())
-                    futures.append(self._submit(ask, advance))
-                return [_answer(ask.index, future) for ask, future in zip(asks, futures, strict=True)]
-            except BaseException:
-                for future in futures:
-                    if isinstance(future, ResponseFuture):
-                        future.cancel()
-                raise
-
-    def _submit(self, ask: Ask, advance: Callable[..., Any]) -> ResponseFuture | LMBridgeError:
-        try:
-            future = self.bridge.submit(ask.prompt, ask.config, **ask.options)
-        except LMBridgeError as error:
-            answers.failed(error, ask.index)  # raises what ends the whole list
-            advance()
-            return error
-        future.add_done_callback(lambda done: advance())
-        return future
+            return answers.failed(error)
 
     # --- answers that grow ---
 
     def stream_infer(
         self,
         prompts: Any,
-        sessions: Session | Sequence[Session] | None = None,
+        sessions: Session | Sequence[Session | None] | None = None,
         gen_config: Any = None,
         do_preprocess: bool = True,
         adapter_name: str | None = None,
@@ -221,22 +181,18 @@ class Pipeline:
         """Send the prompts and return the parts of their answers as they come; ``index`` says whose a part is.
 
         Args:
-            sessions: one for each prompt, to ``abort()`` it by.
+            sessions: one for each prompt, to ``abort()`` it by; each is taken until its answer was read or left.
             stream_response: False gives each answer as one whole, when it is complete.
             prompts, gen_config, do_preprocess, timeout: as for ``infer``.
 
         Raises:
-            InvalidRequestError: prompts, sessions or configs are wrong; nothing was sent.
+            InvalidRequestError: prompts, sessions or configs are wrong, or a session is taken; nothing was sent.
             LMBridgeError: what reading on may raise; see ``infer``.
         """
-        asks = self._asks(prompts, gen_config, do_preprocess, adapter_name, timeout, kwargs)
-        owners = _per_prompt(sessions, len(asks), "sessions")
-        source: Source = OneAnswer(self.bridge, asks[0]) if len(asks) == 1 else ManyAnswers(self.bridge, asks)
-        stream = ResponseStream(source if stream_response else WholeAnswers(source))
-        for ask, session in zip(asks, owners, strict=True):
-            if session is not None:
-                session.begin(stream, ask.index)
-        return stream
+        asked = self._asked(prompts, gen_config, do_preprocess, adapter_name, timeout, kwargs)
+        owners = _per_prompt(sessions, len(asked.prompts), "sessions")
+        turns = [None if session is None else Turn(session, index) for index, session in enumerate(owners)]
+        return self._stream(turns, lambda: asked, not stream_response)
 
     def chat(
         self,
@@ -258,22 +214,43 @@ class Pipeline:
             gen_config, timeout: as for ``infer``.
 
         Returns:
-            The session, with the answer as ``response``; or an iterator of the answer's parts.
+            The session, with the answer as ``response``; or a ResponseStream, whose last part completes the turn.
 
         Raises:
             InvalidRequestError: the session has a turn running; and what ``infer`` raises.
         """
         session = self.session() if session is None else session
-        session.check_idle()
-        messages = session.messages(prompt)
-        stream = self.stream_infer(messages, session, gen_config, adapter_name=adapter_name, timeout=timeout, **kwargs)
-        session.update(prompt=prompt, response=None)
-        turn = _turn(session, stream)
+
+        preprocess = kwargs.pop("do_preprocess", True)
+
+        def ask() -> Asked:
+            asked = self._asked(session.messages(prompt), gen_config, preprocess, adapter_name, timeout, kwargs)
+            session.update(prompt=prompt, response=None)
+            return asked
+
+        turns = [ChatTurn(session, prompt)]
         if stream_response:
-            return turn
-        for _ in turn:
-            pass
-        return session
+            return self._stream(turns, ask)
+        stream = self._stream(turns, ask, whole=True)
+        try:
+            for _ in stream:
+                pass
+            return session
+        finally:
+            stream.close()
+
+    def _stream(self, turns: Sequence[Turn | None], ask: Callable[[], Asked], whole: bool = False) -> ResponseStream:
+        """Claim the sessions, only then ask, and send; whatever raises leaves nothing claimed and nothing running."""
+        stream = ResponseStream(turns, whole)
+        try:
+            for turn in turns:
+                if turn is not None:
+                    turn.claim(stream.stop)
+            stream.send(self.bridge, ask())
+            return stream
+        except BaseException:
+            stream.close()
+            raise
 
     def session(self) -> Session:
         """A new conversation."""
@@ -306,7 +283,7 @@ class Pipeline:
 
     # --- from LMDeploy's arguments to the Bridge's ---
 
-    def _asks(
+    def _asked(
         self,
         prompts: Any,
         gen_config: Any,
@@ -314,17 +291,16 @@ class Pipeline:
         adapter_name: str | None,
         timeout: float | None,
         others: dict[str, Any],
-    ) -> list[Ask]:
+    ) -> Asked:
         others = {"adapter_name": adapter_name, **others}
         unknown = [name for name, value in others.items() if value is not None and _NEUTRAL.get(name) != value]
         if unknown:
             raise UnsupportedOptionError(f"{', '.join(unknown)}: not supported here; leave it out.", unknown[0])
         plain = each_prompt(prompts)
         configs = [generation_config(config) for config in _per_prompt(gen_config, len(plain), "gen_config")]
-        options = {"raw": not do_preprocess, "timeout": self._timeout if timeout is None else timeout}
-        return [
-            Ask(i, prompt, config, dict(options)) for i, (prompt, config) in enumerate(zip(plain, configs, strict=True))
-        ]
+        return Asked(
+            plain, configs, {"raw": not do_preprocess, "timeout": self._timeout if timeout is None else timeout}
+        )
 
 
 def _per_prompt(given: Any, count: int, name: str) -> list[Any]:
@@ -337,46 +313,13 @@ def _per_prompt(given: Any, count: int, name: str) -> list[Any]:
     return list(given)
 
 
-def _answer(index: int, future: ResponseFuture | LMBridgeError) -> Response:
-    try:
-        if isinstance(future, LMBridgeError):
-            return answers.failed(future, index)
-        return answers.whole(future.result(), index)
-    except LMBridgeError as error:
-        return answers.failed(error, index)
-
-
-def _turn(session: Session, stream: ResponseStream) -> Iterator[Response]:
-    """The parts of one turn; the session learns of it when it is complete."""
-    whole: Response | None = None
-    try:
-        for part in stream:
-            whole = dataclasses.replace(part) if whole is None else whole.extend(part)
-            yield part
-    finally:
-        session.end()
-    session.response = whole
-    if whole is not None and whole.finish_reason != "error":
-        session.history.append((session.prompt, whole.text))
-
-
-@contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Callable[..., Any]]:
-    """A progress bar's ``update``, or something that does nothing."""
-    if not shown:
-        yield lambda: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total) as bar:
-        yield bar.update
-
-
-_open: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+# Not a WeakSet, which breaks when one thread looks while another adds. Any thread, each step atomic.
+_open: dict[weakref.ref[Pipeline], Any] = {}
 
 
 @atexit.register
 def _close_all() -> None:
     """End the pipelines nobody closed: with LMDeploy one need not. Runs before the Bridge's own, which would warn."""
-    for pipe in list(_open):
-        pipe.close()
+    for found in list(_open):
+        if (pipe := found()) is not None:
+            pipe.close()

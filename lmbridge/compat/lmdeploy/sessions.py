@@ -1,18 +1,33 @@
-"""A conversation as LMDeploy keeps it: pairs of what was said and what was answered.
+"""A conversation as LMDeploy keeps it: pairs of what was said and what was answered; one turn at a time.
 
-Rule: plain state of the caller's, one turn at a time; the pipeline does the asking.
+Rule: plain state of the callers', any thread; the pipeline does the asking.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from lmbridge.compat.lmdeploy.messages import Response
 from lmbridge.compat.lmdeploy.prompts import as_messages
-from lmbridge.compat.lmdeploy.streaming import ResponseStream
 from lmbridge.errors import InvalidRequestError
 from lmbridge.messages import Message
+
+# Whose turn it is, and what a turn that ends writes into its session. Held for moments, never while anything waits;
+# re-entrant, because the garbage collector may end a stream, and its turns, in the middle of anything.
+_lock = threading.RLock()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()  # the old one may have been held by a thread that does not exist here
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class Session:
@@ -28,9 +43,7 @@ class Session:
 
     def __init__(self, session_id: int) -> None:
         self.session_id = session_id
-        self.gen_config: Any = None
-        # What is being read in its name, and where in it; weak, so that a stream that is dropped ends.
-        self._running: tuple[weakref.ref[ResponseStream], int] | None = None
+        self._turn: Turn | None = None  # who has the session; written under _lock, read by any thread
         self.reset()
 
     def update(self, **fields: Any) -> None:
@@ -39,18 +52,20 @@ class Session:
             setattr(self, name, fields.get(name, getattr(self, name)))
 
     def reset(self) -> None:
-        """Forget everything but the number."""
-        self.prompt: Any = None
-        self.response: Response | None = None
-        self.history: list[tuple[Any, str]] = []
-        self.gen_config = None
+        """Forget everything but the number; a turn that runs will not be remembered."""
+        with _lock:
+            if self._turn is not None:
+                self._turn.forgotten = True
+            self.prompt: Any = None
+            self.response: Response | None = None
+            self.history: list[tuple[Any, str]] = []
+            self.gen_config: Any = None
 
     def abort(self) -> None:
-        """Stop the answer that is being generated, if one is; any thread."""
-        running = self._running
-        stream = running[0]() if running is not None else None
-        if running is not None and stream is not None:
-            stream.stop(running[1])
+        """Stop the answer that is being generated, or about to be, if one is; any thread."""
+        turn = self._turn
+        if turn is not None:
+            turn.abort()
 
     def close(self) -> None:
         """Stop the answer that is being generated and forget everything."""
@@ -72,21 +87,6 @@ class Session:
             messages += [*as_messages(asked), {"role": "assistant", "content": answered}]
         return messages + as_messages(prompt)
 
-    def check_idle(self) -> None:
-        """Raise InvalidRequestError while a turn runs: two at once would each miss the other in the history."""
-        if self._running is not None and self._running[0]() is not None:
-            raise InvalidRequestError(
-                f"Session {self.session_id} has a request running; wait for it, or abort() it.", "session"
-            )
-
-    def begin(self, stream: ResponseStream, index: int = 0) -> None:
-        """Remember what is being read in this session's name."""
-        self._running = (weakref.ref(stream), index)
-
-    def end(self) -> None:
-        """Nothing is being read any more."""
-        self._running = None
-
     def __repr__(self) -> str:
         return (
             f"Session(session_id={self.session_id}, history_len={len(self.history)}, "
@@ -96,3 +96,88 @@ class Session:
     def __str__(self) -> str:
         turns = "".join(f"\nUSER: \n{asked}\nASSISTANT: \n{answered}" for asked, answered in self.history)
         return f"Session(id={self.session_id}){turns and f'{chr(10)}History:{turns}{chr(10)}'}"
+
+
+class Turn:
+    """One request in a session's name, from before it is sent until its answer was read to its end or left.
+
+    Raises:
+        InvalidRequestError: that is no session.
+    """
+
+    def __init__(self, session: Session, index: int = 0) -> None:
+        if not isinstance(session, Session):
+            raise InvalidRequestError(
+                f"A session is what pipe.session() gives, not {type(session).__name__}; nothing was sent.", "sessions"
+            )
+        self._session = session
+        self._index = index  # of its prompt in the list that is sent
+        # Ends its answer. Weak, so that a stream that is dropped ends, and gives the session back.
+        self._stop: weakref.WeakMethod[Callable[[int], None]] | None = None  # set once, under _lock
+        self.forgotten = False  # the session was reset meanwhile; guarded by _lock
+
+    @property
+    def alive(self) -> bool:
+        return self._stop is not None and self._stop() is not None
+
+    def claim(self, stop: Callable[[int], None]) -> None:
+        """Take the session, before anything of it is looked at or sent; ``stop`` is a stream's method.
+
+        Raises:
+            InvalidRequestError: another turn has it. Two at once would each miss the other in the history.
+        """
+        with _lock:
+            other = self._session._turn
+            if other is not None and other.alive:
+                raise InvalidRequestError(
+                    f"Session {self._session.session_id} has a request running; this one was not sent. Read the other "
+                    "to its end (session.abort() ends it early) or close its stream, and ask again.",
+                    "session",
+                )
+            self._stop = weakref.WeakMethod(stop)
+            self._session._turn = self
+
+    def abort(self) -> None:
+        """Stop the answer; its last part says ``abort``. Any thread, also before it is sent."""
+        stop = self._stop() if self._stop is not None else None
+        if stop is not None:
+            stop(self._index)
+
+    def hear(self, part: Response) -> None:
+        """The reader has the answer's next part; the last one ends the turn."""
+        if part.finish_reason is None:
+            return
+        with _lock:
+            if self._session._turn is self:
+                self.remember()
+                self._session._turn = None
+
+    def remember(self) -> None:
+        """The answer was read to its end. Under _lock, while the session is this turn's."""
+
+    def end(self) -> None:
+        """The answer is left, or was never asked for. Any thread, any time."""
+        with _lock:
+            if self._session._turn is self:
+                self._session._turn = None
+
+
+class ChatTurn(Turn):
+    """A turn of a conversation, which is remembered when its answer is complete."""
+
+    def __init__(self, session: Session, prompt: Any) -> None:
+        super().__init__(session)
+        self._prompt = prompt
+        self._whole: Response | None = None  # reader only
+
+    def hear(self, part: Response) -> None:
+        self._whole = dataclasses.replace(part) if self._whole is None else self._whole.extend(part)
+        super().hear(part)
+
+    def remember(self) -> None:
+        session, whole = self._session, self._whole
+        if whole is None or self.forgotten:
+            return
+        session.response = whole
+        if whole.finish_reason != "error":
+            session.history.append((self._prompt, whole.text))

@@ -1,14 +1,15 @@
 """``install``: code that imports ``lmdeploy`` gets the drop-in, without an edit.
 
-Rule: who asks decides. LMDeploy's own modules and ours get LMDeploy, everybody else the drop-in; so the engine works on
-with the real package, and what a script gets does not depend on what is installed. No module is replaced: a finder of
-modules does not know who asks, and LMDeploy goes on importing its own modules by their names while it runs.
+Rule: any thread, and who asks decides. LMDeploy's own modules and ours get LMDeploy, everybody else the drop-in; so the
+engine works on with the real package, and what a script gets does not depend on what is installed. No module is
+replaced: a finder of modules does not know who asks, and LMDeploy goes on importing its own modules by their names.
 """
 
 from __future__ import annotations
 
 import builtins
 import importlib
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,7 +19,8 @@ _MODULES = frozenset({_NAME, *(f"{_NAME}.{name}" for name in ("api", "messages",
 """LMDeploy's modules that have a counterpart here; its others are its own for everybody."""
 _EXEMPT = frozenset({_NAME, "lmbridge"})
 
-_current: Installation | None = None  # replaced as a whole; any thread may read it
+_lock = threading.RLock()  # held while an installation comes or goes
+_current: Installation | None = None  # written under _lock, as a whole; any thread may read it
 
 
 class Installation(AbstractContextManager["Installation"]):
@@ -32,19 +34,29 @@ class Installation(AbstractContextManager["Installation"]):
     def __init__(self, backend: str | None, model: str | None) -> None:
         self.backend = backend
         self.model = model
-        self._active = True
-        self._next = builtins.__import__
+        self._active = False  # written under _lock, read by any thread; the hook may stay below somebody else's
+        self._next = builtins.__import__  # what was there before; written under _lock
         self._hook = self._import  # one object, to be recognised by
-        builtins.__import__ = self._hook
 
     def uninstall(self) -> None:
-        """Let ``lmdeploy`` be LMDeploy again; names that were imported meanwhile stay what they are."""
+        """Let ``lmdeploy`` be LMDeploy again; names that were imported meanwhile stay what they are. Any thread."""
         global _current
-        self._active = False  # the hook may stay below somebody else's
-        if builtins.__import__ is self._hook:
-            builtins.__import__ = self._next
-        if _current is self:
-            _current = None
+        with _lock:
+            self._active = False
+            if builtins.__import__ is self._hook:
+                builtins.__import__ = self._next
+            if _current is self:
+                _current = None
+
+    def _install(self) -> None:
+        """Take the place of the one before. Under _lock."""
+        global _current
+        if _current is not None:
+            _current.uninstall()
+        self._next = builtins.__import__
+        self._active = True
+        _current = self
+        builtins.__import__ = self._hook
 
     def __exit__(self, *exc_info: object) -> None:
         self.uninstall()
@@ -81,18 +93,22 @@ def install(*, backend: str | None = None, model: str | None = None) -> Installa
     Returns:
         What undoes it, by ``uninstall()`` or as a context manager.
     """
-    global _current
-    if _current is not None:
-        _current.uninstall()
-    _current = Installation(backend, model)
-    return _current
+    installation = Installation(backend, model)
+    try:
+        with _lock:
+            installation._install()
+        return installation
+    except BaseException:  # Ctrl-C: nobody will have it to undo it with
+        installation.uninstall()
+        raise
 
 
 def chosen(model: Any, backend: str | None) -> tuple[Any, str | None]:
     """The model and the backend of a pipeline, where ``install`` has said more than its caller."""
-    if _current is None or not (isinstance(model, str) or hasattr(model, "__fspath__")):
+    current = _current  # one read: another thread may uninstall it
+    if current is None or not (isinstance(model, str) or hasattr(model, "__fspath__")):
         return model, backend
-    return _current.model or model, backend or _current.backend
+    return current.model or model, backend or current.backend
 
 
 def _importer(globals: Mapping[str, object] | None) -> str:
