@@ -24,7 +24,8 @@ class OtherLoop:
         self._loop = loop
         self.readers: dict[Call, list[News]] = {}
         self._look: asyncio.TimerHandle | None = None  # there while somebody waits
-        self.channel: Channel[Call] = Channel(Doorbell(self._answer, loop))
+        self._bell = Doorbell(self._answer, loop)
+        self.channel: Channel[Call] = Channel(self._bell)
         server.channels.register(self.channel)
 
     # --- sending ---
@@ -98,7 +99,7 @@ class OtherLoop:
     def _look_again(self) -> None:
         """Look by itself once a second, so that a wake-up that is lost costs no more."""
         self._look = None
-        self._answer()
+        self._bell.answer()  # which lowers its flag too: a ringer may have been struck after raising it
         for call in list(self.readers):
             if call.outcomes or call.deltas or not self._server.gate.stays(call):
                 self.tell(call)

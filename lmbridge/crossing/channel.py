@@ -98,11 +98,13 @@ class _Condition(_thread.RLock):  # type: ignore[misc]  # final in typeshed only
             self.release()
             notified = waiter.acquire(True, SLICE if timeout is None else timeout)
         finally:
-            if self._wakes is not None:
-                self._wakes.pass_on()
-            self.acquire()
-            if not notified and waiter in self._waiters:
-                self._waiters.remove(waiter)
+            try:
+                if self._wakes is not None:
+                    self._wakes.pass_on()
+            finally:
+                self.acquire()
+                if not notified and waiter in self._waiters:
+                    self._waiters.remove(waiter)
         if notified:  # otherwise somebody may have released it meanwhile
             self._spare = waiter
         elif timeout is None:
