@@ -48,6 +48,7 @@ class Dispatcher:
         self._open: dict[Call, Pending] = {}  # set by any thread, popped by any; both atomic
         self._lock = threading.Lock()  # held while a thread is started
         self._thread: threading.Thread | None = None
+        self._since: float | None = None  # when a future was begun to be resolved; read by anyone
         self._next_look = 0.0  # dispatcher thread only
         key = id(self)
         _dispatchers[key] = weakref.ref(self, functools.partial(_dispatchers.pop, key))
@@ -65,12 +66,14 @@ class Dispatcher:
         self._open.pop(call, None)
 
     def look_after(self) -> None:
-        """See that there is a thread to resolve what is open."""
-        thread = self._thread
-        if thread is not None and thread.is_alive():
+        """See that there is a thread to resolve what is open, also when somebody holds the lock of a future."""
+        thread, since = self._thread, self._since
+        held_up = since is not None and time.monotonic() - since > PATIENCE
+        if thread is not None and thread.is_alive() and not held_up:
             return
         with self._lock:
             if self._thread is thread:
+                self._since = None
                 self._thread = threading.Thread(target=self._run, name="lmbridge futures", daemon=True)
                 self._thread.start()
 
@@ -88,11 +91,12 @@ class Dispatcher:
 
     def _run(self) -> None:
         try:
-            while self._goes_on():
-                pass
-            self.callbacks.close()
+            while self._thread is threading.current_thread():  # another takes over from one that is held up
+                if not self._goes_on():
+                    self.callbacks.close()
+                    return
         finally:  # something was thrown into this thread, twice: another goes on
-            if self._server.ended is None:
+            if self._server.ended is None and self._thread is threading.current_thread():
                 self._thread = None
                 self.look_after()
 
@@ -139,11 +143,14 @@ class Dispatcher:
         future = self._open.pop(call, None)
         if future is None:
             return
+        self._since = time.monotonic()
         try:
             future.conclude()
         except BaseException:  # an exception was thrown in half way: again, at the next look
             self._open[call] = future
             raise
+        finally:
+            self._since = None
 
 
 class Callbacks:

@@ -21,7 +21,11 @@ from lmbridge.messages import Request, Response
 
 
 class ResponseFuture(concurrent.futures.Future[Response]):
-    """The future of one answer. ``cancel`` works until it is done: it aborts the generation."""
+    """The future of one answer. ``cancel`` works until it is done: it aborts the generation.
+
+    The lock of the Future, which an exception thrown into a thread could leave held, is taken for the standard
+    library's ``wait`` and ``as_completed`` only; what is asked here looks at the call.
+    """
 
     def __init__(self, account: Account, request: Request, owner: object) -> None:
         """Send the request; raises what is wrong with it."""
@@ -33,7 +37,8 @@ class ResponseFuture(concurrent.futures.Future[Response]):
         self._dispatcher = account.access.dispatcher()
         self._call = account.call(request, self._dispatcher.channel)
         self._concluding = threading.RLock()
-        self._concluded = False  # guarded by _concluding; read by anyone
+        self._told = False  # guarded by _concluding: the Future itself knows its end
+        self._ended: Response | BaseException | None = None  # how it has ended; each who writes it writes the same
         self._sleepers: list[threading.Lock] = []  # of threads that wait in result(); appended by them
         self._dispatcher.expect(self._call, self)
         waiting = account.lease(server)
@@ -66,21 +71,34 @@ class ResponseFuture(concurrent.futures.Future[Response]):
         self.conclude()
         return True
 
+    def cancelled(self) -> bool:
+        return isinstance(self._ended, concurrent.futures.CancelledError)
+
     def running(self) -> bool:
-        return not self.done() and self._call.began is not None
+        return self._ended is None and self._call.began is not None
+
+    def done(self) -> bool:
+        return self._ended is not None
 
     def result(self, timeout: float | None = None) -> Response:
         """The answer; raises what ``infer`` would have raised, or TimeoutError after ``timeout`` seconds."""
-        self._wait(timeout)
-        return super().result(0)
+        ended = self._wait(timeout)
+        if isinstance(ended, Response):
+            return ended
+        try:
+            raise ended
+        finally:
+            del ended, self  # or the error would hold the frame that holds it
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        self._wait(timeout)
-        return super().exception(0)
+        ended = self._wait(timeout)
+        if isinstance(ended, concurrent.futures.CancelledError):
+            raise ended
+        return None if isinstance(ended, Response) else ended
 
     def add_done_callback(self, fn: Callable[[concurrent.futures.Future[Response]], object]) -> None:
         """Call ``fn`` with this future once it is done: at once if it is, else on a thread for callbacks."""
-        if self.done():
+        if self._told:
             super().add_done_callback(fn)
         else:
             job = functools.partial(fn, self)
@@ -93,21 +111,15 @@ class ResponseFuture(concurrent.futures.Future[Response]):
 
         What strikes the thread half way leaves a state from which the next one goes on.
         """
-        with self._concluding:
-            if self._concluded:
-                return
-            if isinstance(self._call.outcome, concurrent.futures.CancelledError):
-                self._conclude_cancelled()
-            elif not self.done():
-                result = self._call.result()
-                if isinstance(result, Response):
-                    self.set_result(result)
-                else:
-                    self.set_exception(result)
-            self._concluded = True
+        ended = self._ended = self._ended or self._call.result()
         for sleeper in list(self._sleepers):
             with contextlib.suppress(RuntimeError):  # it is awake
                 sleeper.release()
+        with self._concluding:
+            if self._told:
+                return
+            self._tell(ended)
+            self._told = True
         if self._account.observer is not None:
             self._dispatcher.callbacks.run_soon(functools.partial(self._account.report, self._call))
 
@@ -117,37 +129,48 @@ class ResponseFuture(concurrent.futures.Future[Response]):
         try:
             self._server.check_process()
         except ForkedError as error:
+            self._ended, self._told = error, True
             self.set_exception(error)
 
-    def _conclude_cancelled(self) -> None:
-        if not self.cancelled():
-            super().cancel()
-        with contextlib.suppress(RuntimeError):  # whoever was struck half way has done it
-            self.set_running_or_notify_cancel()  # or wait() and as_completed() would go on waiting
+    def _tell(self, ended: Response | BaseException) -> None:
+        """Have the Future itself know, for those who wait by the standard library's means."""
+        with contextlib.suppress(concurrent.futures.InvalidStateError, RuntimeError):  # one who was struck had told it
+            if isinstance(ended, concurrent.futures.CancelledError):
+                super().cancel()
+                self.set_running_or_notify_cancel()  # or wait() and as_completed() would go on waiting
+            elif isinstance(ended, Response):
+                self.set_result(ended)
+            else:
+                self.set_exception(ended)
 
-    def _wait(self, timeout: float | None) -> None:
-        """Wait until the future is done or ``timeout`` seconds have passed; looks by itself once a second.
+    def _wait(self, timeout: float | None) -> Response | BaseException:
+        """Wait until the call has ended; looks by itself once a second.
 
-        Not on the lock of the Future, which an exception thrown into this thread could leave held.
+        Raises:
+            TimeoutError: ``timeout`` seconds have passed first.
         """
-        self._server.check_process()
+        if self._ended is None:
+            self._server.check_process()
         end = None if timeout is None else time.monotonic() + timeout
-        while not self.done():
+        while self._ended is None:
             remaining = self._server.remaining(self._call)
             if self._call.outcomes:
                 self.conclude()
-                return
+                break
             left = SLICE if end is None else end - time.monotonic()
             if left <= 0:
-                return
+                raise concurrent.futures.TimeoutError
             self._sleep(left if remaining is None else min(left, remaining))
+            self._dispatcher.look_after()
+        assert self._ended is not None
+        return self._ended
 
     def _sleep(self, seconds: float) -> None:
         sleeper = threading.Lock()
         sleeper.acquire()
         self._sleepers.append(sleeper)
         try:
-            if not self._concluded:
+            if self._ended is None:
                 sleeper.acquire(True, min(seconds, SLICE))
         finally:
             self._sleepers.remove(sleeper)
