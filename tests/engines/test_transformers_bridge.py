@@ -128,7 +128,7 @@ def test_models_may_be_loaded_at_the_same_time() -> None:
             bridge.close(drain=False)
 
 
-@pytest.mark.parametrize("extreme", [{"repetition_penalty": 1e39}, {"temperature": 10**400}, {"temperature": 1e-300}])
+@pytest.mark.parametrize("extreme", [{"repetition_penalty": 1e39}, {"temperature": 1e308}, {"temperature": 1e-300}])
 def test_no_setting_costs_others_their_engine(rebuilt: Rebuilt, extreme: dict[str, Any]) -> None:
     """One caller's odd settings would kill the engine for everybody, for good after three times."""
     neighbour = rebuilt.bridge.submit([5, 6], max_new_tokens=200, ignore_eos=True)
