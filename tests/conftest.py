@@ -1,8 +1,9 @@
-"""What every test gets: a check that it left no thread behind, and bridges that end with it."""
+"""What every test gets: a check that it left no thread behind, bridges that end with it, and ways to wait."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,3 +37,21 @@ def scripted() -> Iterator[Callable[..., tuple[Bridge, ScriptedEngine]]]:
     yield build
     for bridge in bridges:
         bridge.close()
+
+
+def until(condition: Callable[[], object], timeout: float = 30.0) -> None:
+    """Return once ``condition()`` holds; for what nobody announces, so that there is nothing else to wait for.
+
+    Raises:
+        TimeoutError: it did not hold within ``timeout`` seconds.
+    """
+    tick, end = threading.Event(), time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{condition!r} has not come true within {timeout:g} s")
+        tick.wait(0.002)
+
+
+def until_living(bridge: Bridge, count: int) -> None:
+    """Return once so many requests live."""
+    until(lambda: len(bridge.requests()) == count)

@@ -7,6 +7,11 @@ The stations of a prompt, in the order it meets them:
 3. ``turns``: who is next.
 4. ``place``: the engine's place, what it works on and whether it moves.
 
-And whose lives these are: ``loop`` is the loop end of one server thread, ``thread`` starts and ends such threads,
-``watchdog`` looks at them from outside, ``supervisor`` keeps an engine there. ``environment``: where none can be.
+And whose lives these are:
+
+- The thread: ``thread`` is what callers ask of it; ``keeper`` starts, replaces and ends it, and ``at_exit`` what nobody
+  ended; ``environment``: where there can be none. ``run`` is one from start to end, on its ``loop``; ``watchdog`` looks
+  at it from outside, and ``health`` tells how it is.
+- The engine: ``supervisor`` keeps one there, by the orders in ``swaps``; ``places`` loads and closes them, each behind
+  the ``border``; ``losses`` says how one was lost, ``clock`` for how long one was silent.
 """

@@ -7,11 +7,13 @@ is said exactly once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
 
 from lmbridge.crossing.call import Call
+from lmbridge.crossing.channel import SLICE
 from lmbridge.crossing.endings import log_end, lost_error, twice_error
 from lmbridge.crossing.handle import ServerHandle
 from lmbridge.engines.base import engine_error
@@ -22,6 +24,8 @@ from lmbridge.server.place import Place
 from lmbridge.server.turns import Turns
 
 logger = logging.getLogger("lmbridge")
+
+LEFT = TimeoutError("the server thread was stuck and has been replaced")
 
 
 class Calls:
@@ -69,6 +73,8 @@ class Calls:
                 self._begin(call, place)
             else:
                 self.turns.push(call)
+                if self.left_behind:  # only now, and whoever took over may not have seen it
+                    self._handle.submit(call)
 
     def pump(self) -> None:
         """Begin waiting calls while the engine has room."""
@@ -93,6 +99,8 @@ class Calls:
             self._fail(call, error)
         except BaseException as cause:  # SystemExit too: no engine may take the loop with it
             self._fail(call, engine_error(f"{engine.name} could not begin the request: {cause!r}.", cause))
+        if self.left_behind and call.settle(lost_error(LEFT)):  # whoever took over may not have seen that it began
+            self._handle.abort(call)
 
     def _unbegin(self, call: Call, place: Place) -> None:
         """The engine knew that it was dead before it told: the call waits for the next one."""
@@ -171,8 +179,7 @@ class Calls:
         if call.began is None:
             self._gate.forget(call)
         book = self._gate.calls
-        if call in book:
-            del book[call]
+        if book.pop(call, self) is None:  # in one step: a thread that was stuck may wake up
             self._metrics.ended(call.outcomes[0])
             if logger.isEnabledFor(logging.DEBUG):
                 log_end(call)
@@ -217,13 +224,15 @@ class Calls:
         """Return when every call that was made has ended."""
         while self._gate.calls:
             self._quiet = asyncio.Event()
-            await self._quiet.wait()
+            with contextlib.suppress(TimeoutError):  # the gate strikes those out that it refuses, without a word
+                await asyncio.wait_for(self._quiet.wait(), SLICE)
 
     # --- when the thread ends or is replaced ---
 
     def close(self, cause: BaseException) -> None:
         """End every call and refuse the next, with ``cause`` chained. The loop need not run any more."""
         self.living.clear()
+        self._running.clear()
         for call in self._handle.close(cause):
             self._say(call, call.outcomes[0])
 

@@ -1,6 +1,7 @@
 """Refuses processes in which the server thread could not be one.
 
-Rule: looks at the process, and imports nothing that is not there already.
+Rule: looks at the process, and imports nothing when it is asked: an exception thrown into an import would leave its
+lock held.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def check_environment() -> None:
             "threading is patched by gevent or eventlet, so the server thread would be a greenlet and block every "
             "other one. Use real threads: gunicorn -k gthread, for example."
         )
-    if _in_subinterpreter():
+    if IN_SUBINTERPRETER:
         raise UnsupportedEnvironmentError(
             "This is a subinterpreter; torch and other native libraries serve the main one. Build the Bridge there."
         )
@@ -35,3 +36,6 @@ def _in_subinterpreter() -> bool:
             continue
         return bool(interpreters.get_current() != interpreters.get_main())
     return False
+
+
+IN_SUBINTERPRETER = _in_subinterpreter()  # each imports this module for itself

@@ -24,17 +24,18 @@ class Inbox:
         if calls.left_behind:
             return
         handle.wakes.held = True  # what is said meanwhile wakes its readers together
-        while handle.sent:  # one entry for each call sent
+        while handle.sent and not calls.left_behind:  # one entry for each call sent
             call = handle.sent.popleft().take()
             if call is not None:
                 calls.arrive(call)
-        while handle.aborted:
+        while handle.aborted and not calls.left_behind:
             aborted = handle.aborted.popleft()
             self.collect(aborted.channel)  # its caller may have been interrupted between put and ring
             calls.abort(aborted)
         if calls.turns.lanes:
             calls.pump()
-        handle.wakes.start()
+        if not calls.left_behind:  # else another thread owns the chain
+            handle.wakes.start()
 
     def collect(self, channel: Channel[Call]) -> None:
         """Take in what was sent by this channel without a word."""

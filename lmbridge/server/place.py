@@ -1,12 +1,14 @@
 """One engine's place at the server: what it works on, whether it moves, and whether it has died.
 
-Rule: server thread only, but for what ``standstill`` and the watchdog read.
+Rule: server thread only, but for what others may read or call: ``standstill``, ``where``, and ``report_death``.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import threading
 from dataclasses import dataclass
 
 from lmbridge.crossing.call import Call
@@ -23,7 +25,7 @@ class _Sight:
     """What the looks at one call have shown."""
 
     heard: int  # Call.heard at the last look
-    since: float  # monotonic time at which it was last seen to advance, or to be aborted
+    since: float  # when it was last seen to advance, or to be aborted
     shown: int | None = None  # Engine.progress at the last look, where the call was silent then
     passed: int = 0  # at how many looks since then the engine had gone on without it
     aborted: bool = False
@@ -31,20 +33,31 @@ class _Sight:
 
 
 class Place:
-    """An engine and the calls it has begun."""
+    """An engine and the calls it has begun.
+
+    Times in here are those of the clock of whoever looks, which stands still while nobody can.
+
+    Attributes:
+        starting, closing: the tasks in which the supervisor has the engine start and close.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.calls: dict[Call, None] = {}  # begun and not ended
+        self.starting: asyncio.Task[None] | None = None
+        self.closing: asyncio.Task[None] | None = None
         self.progress = 0  # rises with everything the engine says or shows
-        self.dead: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._thread_id = threading.get_ident()
+        self.dead: asyncio.Future[BaseException] = self._loop.create_future()
         self._quiet: asyncio.Event | None = None  # there while somebody waits for it
         self._seen = -1  # progress at the last look
         self._moves = False  # whether it had risen then
-        self._moved: float | None = None  # monotonic time at which progress was last seen, or none was due
+        self._moved = 0.0  # when progress was last seen, or none was due
+        self._still = 0.0  # seconds from then to the last look
         self._sights: dict[Call, _Sight] = {}
         self._tells = True  # Engine.progress may be asked; it has not failed so far
-        engine.on_death = self.die
+        engine.on_death = self.report_death
 
     @property
     def room(self) -> int:
@@ -68,15 +81,28 @@ class Place:
         if not self.dead.done():
             self.dead.set_result(cause)
 
+    def report_death(self, cause: BaseException) -> None:
+        """What the engine calls when it cannot go on: more than once, after its end and from any thread as well."""
+        if not isinstance(cause, BaseException):
+            cause = RuntimeError(f"{cause!r}")
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and everybody was told
+            if threading.get_ident() == self._thread_id:
+                self.die(cause)
+            else:
+                self._loop.call_soon_threadsafe(self.die, cause)
+
     # --- whether it moves ---
 
-    def standstill(self, now: float) -> float:
-        """For how many seconds the engine has made no progress with what it has; 0 without work. Any thread."""
-        moved = self._moved
-        return 0.0 if moved is None or not self.calls else max(0.0, now - moved)
+    @property
+    def standstill(self) -> float:
+        """For how many seconds, as of the last look, the engine has made no progress with what it has; 0 without work.
+
+        Any thread.
+        """
+        return self._still if self.calls else 0.0
 
     def stall(self, seconds: float) -> TimeoutError:
-        """The cause of death of an engine that has stood still. Any thread."""
+        """The cause of death of an engine that has stood still for so long."""
         where = self.where()
         return TimeoutError(f"no progress for {seconds:g} s (stall_timeout)" + (f"; {where}" if where else ""))
 
@@ -92,8 +118,9 @@ class Place:
         """See whether the engine moves, and with which of its calls; comes with every sweep."""
         self._moves = self.progress != self._seen
         self._seen = self.progress
-        if self._moves or not self.calls:
+        if self._moves or not self.calls or not self._sights:  # calls that were not seen before may have just begun
             self._moved = now
+        self._still = now - self._moved
         self._sights = {call: self._look_at(call, now) for call in list(self.calls)}
 
     def forgotten(self, patience: float, now: float) -> list[Call]:

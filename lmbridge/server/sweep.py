@@ -13,6 +13,7 @@ from lmbridge.crossing.call import Call
 from lmbridge.crossing.endings import forgotten_error, interrupted_error
 from lmbridge.crossing.handle import ServerHandle
 from lmbridge.server.calls import Calls
+from lmbridge.server.clock import LookClock
 from lmbridge.server.inbox import Inbox
 from lmbridge.server.place import Place
 
@@ -28,7 +29,7 @@ class Sweep:
 
     Attributes:
         heartbeat: monotonic time of the last look; read by anyone.
-        places: whose engine is looked at: the serving one and those that finish what they have.
+        places: of every engine there is, from the moment it was built to its end: whoever retires is looked after too.
     """
 
     def __init__(self, handle: ServerHandle, calls: Calls, inbox: Inbox, stall_timeout: float | None) -> None:
@@ -38,21 +39,23 @@ class Sweep:
         self._calls = calls
         self._inbox = inbox
         self._stall_timeout = stall_timeout
+        self._clock = LookClock()
         self._missing: dict[Call, int] = {}  # at how many looks in a row a call was in the book and nowhere else
 
     async def run(self) -> None:
-        """Look for ever."""
-        while True:
-            await asyncio.sleep(INTERVAL)
+        """Look until the thread ends or is left behind."""
+        while not self._calls.left_behind:
+            now = self._clock.look(INTERVAL)
             self.heartbeat = time.monotonic()
             try:
-                self._inbox.answer()
+                self._handle.bell.answer()  # which lowers its flag too: a ringer may have been struck after raising it
                 self._find_lost()
-                self._expire(time.monotonic())
-                self._look_at_engines(time.monotonic())
+                self._expire(self.heartbeat)
+                self._look_at_engines(now)
                 self._handle.channels.trim()
             except Exception:  # the backstop itself must not end
                 logger.exception("The server's sweep failed; it goes on.")
+            await asyncio.sleep(INTERVAL)
 
     def _find_lost(self) -> None:
         """Take in what was sent and not announced, and end what never came: its caller was killed on the way."""
@@ -80,15 +83,15 @@ class Sweep:
                 self._handle.expire(call)
 
     def _look_at_engines(self, now: float) -> None:
-        """See which of its calls each engine has forgotten, and whether one that was swapped out still moves.
+        """See which engine has died by standing still, and which of its calls each has forgotten.
 
-        The engine that serves is the watchdog's to judge, which notices a stall also when it blocks the loop.
+        One that blocks the loop, and this look with it, is the watchdog's to find.
         """
         for place in list(self.places):
             place.look(now)
             if self._stall_timeout is None:
                 continue
-            if place is not self._calls.place and place.standstill(now) > self._stall_timeout:
+            if place.standstill > self._stall_timeout:
                 place.die(place.stall(self._stall_timeout))
             else:
                 self._end_forgotten(place, self._stall_timeout, now)

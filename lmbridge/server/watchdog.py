@@ -1,61 +1,68 @@
-"""Notices an engine that makes no progress at all, even when it blocks the loop.
+"""Notices a server thread that is stuck, and one that has ended without a word.
 
-Rule: a thread of its own, which only reads the server's counters and, when they stand still, says so: to the loop while
-that still answers, else to the server thread's keeper, which leaves the stuck thread behind.
+Rule: a thread of its own, which only reads and, when it finds something, tells the server thread's keeper. An engine
+that stands still without blocking the loop is the sweep's to find.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
-import time
-import weakref
 from collections.abc import Callable
 
-from lmbridge.server.loop import ServerLoop
-from lmbridge.server.place import Place
+from lmbridge.server.clock import LookClock
+from lmbridge.server.run import Run
+
+logger = logging.getLogger("lmbridge")
 
 LOOP_GRACE = 5.0  # seconds more for the loop itself: on a crowded machine it may be slow, and is not stuck then
+LONGEST_PAUSE = 5.0  # seconds between two looks
 
 
 class Watchdog:
-    """Watches one server. Ends with it, or once it has been replaced."""
+    """Watches one run of the server; ends with it, or once it was told to be stuck.
+
+    Args:
+        thread: the one that runs it.
+        stall_timeout: seconds without a sign of life, besides some grace, after which it is stuck; None: never.
+        on_stuck: told when it is.
+        on_end: told when the thread is not there any more.
+    """
 
     def __init__(
         self,
-        server: ServerLoop,
+        run: Run,
         thread: threading.Thread,
-        stall_timeout: float,
-        replace: Callable[[ServerLoop, threading.Thread], None],
+        stall_timeout: float | None,
+        on_stuck: Callable[[Run], None],
+        on_end: Callable[[Run, BaseException], None],
     ) -> None:
-        self._server = server
-        self._watched = thread
+        self._run = run
+        self._thread = thread
         self._stall_timeout = stall_timeout
-        self._replace = weakref.WeakMethod(replace)
-        self._place: Place | None = None
-        self._progress = -1
-        self._since = time.monotonic()  # when progress was last seen, or none was due
+        self._on_stuck = on_stuck
+        self._on_end = on_end
+        self._pause = LONGEST_PAUSE if stall_timeout is None else min(stall_timeout / 4, LONGEST_PAUSE)
+        self._clock = LookClock()  # the watchdog's thread only, as are the next two
+        self._heartbeat = 0.0  # the last one seen
+        self._since = 0.0  # when that was, by the clock
 
     def start(self) -> None:
         threading.Thread(target=self._watch, name="lmbridge watchdog", daemon=True).start()
 
     def _watch(self) -> None:
-        while self._watched.is_alive():
-            self._watched.join(min(self._stall_timeout / 4, 5.0))
-            now = time.monotonic()
-            if now - self._server.sweep.heartbeat > self._stall_timeout + LOOP_GRACE:
-                replace = self._replace()
-                if replace is not None:
-                    replace(self._server, self._watched)
-                return
-            self._look_at_engine(now)
+        while self._thread.is_alive():
+            self._thread.join(self._pause)
+            try:
+                if self._stuck():
+                    self._on_stuck(self._run)
+                    return
+            except BaseException:  # without it nobody would look any more
+                logger.exception("The watchdog failed; it goes on.")
+        self._on_end(self._run, RuntimeError("nobody knows why"))
 
-    def _look_at_engine(self, now: float) -> None:
-        place = self._server.calls.place
-        if place is None or not place.calls or (place, place.progress) != (self._place, self._progress):
-            self._since = now
-            if place is not None:
-                self._place, self._progress = place, place.progress
-        elif now - self._since > self._stall_timeout:
-            self._since = now
-            cause = place.stall(self._stall_timeout)
-            self._server.handle.run_soon(lambda: place.die(cause))
+    def _stuck(self) -> bool:
+        now, heartbeat = self._clock.look(self._pause), self._run.loop.sweep.heartbeat
+        if heartbeat != self._heartbeat:
+            self._heartbeat, self._since = heartbeat, now
+        return self._stall_timeout is not None and now - self._since > self._stall_timeout + LOOP_GRACE

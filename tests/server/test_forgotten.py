@@ -68,9 +68,9 @@ def busy(bridge: Bridge) -> Iterator[None]:
 
 
 def place_of(bridge: Bridge) -> Place:
-    loop = bridge._server_thread._loop
-    assert loop is not None
-    place = loop.calls.place
+    run = bridge._server_thread.keeper.run
+    assert run is not None
+    place = run.loop.calls.place
     assert place is not None
     return place
 

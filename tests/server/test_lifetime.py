@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import os
 import pickle
@@ -33,14 +34,10 @@ from lmbridge import (
     UnsupportedEnvironmentError,
 )
 from lmbridge.testing import ScriptedEngine
+from tests.conftest import until
+from tests.server.workshop import run_script
 
 Scripted = Callable[..., tuple[Bridge, ScriptedEngine]]
-
-
-def run_script(source: str) -> subprocess.CompletedProcess[str]:
-    """A Python program of its own; a hang in it fails the test that runs it."""
-    program = "from lmbridge import *\nfrom lmbridge.testing import ScriptedEngine\n" + textwrap.dedent(source)
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_nothing_loads_before_the_first_call(scripted: Scripted) -> None:
@@ -65,26 +62,6 @@ def test_repr_shows_what_is_going_on(scripted: Scripted) -> None:
     assert "clients=2 in_flight=2" in repr(bridge)
     for future in futures:
         future.cancel()
-
-
-def test_health_tells_the_truth(scripted: Scripted) -> None:
-    """health() says what a load balancer must know, in every state, with the reason where it is not ready."""
-    gate = threading.Event()
-    bridge, engine = scripted(ScriptedEngine(manual=True, max_batch_size=1, start_gate=gate))
-    assert bridge.health().state == "new"
-    futures = [bridge.submit("one"), bridge.submit("two")]
-    assert bridge.health().state == "starting"
-    gate.set()
-    engine.wait_for(lambda e: e.active == 1)
-    health = bridge.health()
-    assert (health.state, health.waiting, health.running, health.restarts) == ("ready", 1, 1, 0)
-    engine.crash(ValueError("device lost"))
-    assert futures[1].exception(10) is not None
-    health = bridge.health()
-    assert health.state == "failed"
-    assert "device lost" in health.reason
-    bridge.close()
-    assert bridge.health().state == "closed"
 
 
 def test_one_log_line_a_request(scripted: Scripted, caplog: pytest.LogCaptureFixture) -> None:
@@ -140,6 +117,7 @@ def test_close_while_loading(scripted: Scripted) -> None:
     """close() does not wait for a model that is still loading, and ends who waits for it."""
     bridge, engine = scripted(ScriptedEngine(start_gate=threading.Event()))
     future = bridge.submit("hello")
+    engine.wait_for(lambda e: bool(e.threads))
     bridge.close()
     assert isinstance(future.exception(10), BridgeClosedError)
     assert engine.closed
@@ -258,11 +236,13 @@ def test_an_engine_that_keeps_dying_stays_down(scripted: Scripted) -> None:
         engines.append(ScriptedEngine(manual=True))
         return engines[-1]
 
+    def built(count: int) -> bool:
+        return len(engines) == count
+
     with Bridge(factory) as bridge:
         for number in range(3):
             future = bridge.submit("hello")
-            while len(engines) <= number:
-                bridge.stats()
+            until(functools.partial(built, number + 1))
             engines[number].wait_for(lambda e: e.active == 1)
             engines[number].crash(ValueError("device lost"))
             assert isinstance(future.exception(10), EngineDeadError)
@@ -276,8 +256,7 @@ def test_a_dead_instance_is_not_rebuilt(scripted: Scripted) -> None:
     bridge, engine = scripted()
     bridge.start()
     engine.crash(ValueError("device lost"))
-    while bridge.state == "ready":
-        bridge.stats()
+    until(lambda: bridge.state == "failed")
     with pytest.raises(EngineDeadError, match="factory"):
         bridge.infer("hello", timeout=10)
 
@@ -534,7 +513,8 @@ def test_errors_pickle() -> None:
             error.partial, error.request_id, error.index = "half", "req-1", 3
             for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
                 assert type(twin) is cls
-                assert (str(twin), twin.partial, twin.request_id, twin.index) == ("what happened", "half", "req-1", 3)
+                assert (twin.args, twin.partial, twin.request_id, twin.index) == (error.args, "half", "req-1", 3)
+                assert str(twin) == str(error)
 
 
 def test_public_names() -> None:

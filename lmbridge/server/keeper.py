@@ -1,0 +1,257 @@
+"""Keeps one server thread: starts it when it is first needed, replaces it when it is stuck, ends it once.
+
+Rule: any thread. Whatever strikes whoever starts or ends it here, there is one server thread or none.
+"""
+
+from __future__ import annotations
+
+import _thread
+import functools
+import logging
+import os
+import threading
+
+from lmbridge.crossing.channel import SLICE
+from lmbridge.crossing.handle import ServerHandle
+from lmbridge.crossing.status import Verdict
+from lmbridge.errors import BridgeClosedError, EngineStartError
+from lmbridge.metrics import Metrics
+from lmbridge.server import at_exit, places
+from lmbridge.server.clock import LookClock
+from lmbridge.server.environment import check_environment
+from lmbridge.server.loop import ServerLoop
+from lmbridge.server.losses import died
+from lmbridge.server.run import Run
+from lmbridge.server.supervisor import Supervisor
+from lmbridge.server.swaps import Recipe, Swaps
+from lmbridge.server.watchdog import Watchdog
+
+logger = logging.getLogger("lmbridge")
+
+MARGIN = 2.0  # seconds for the thread itself to end, when its engines have
+STRUCK = "something was thrown into it at its end"
+
+
+class Keeper:
+    """The life of one bridge's server thread.
+
+    Attributes:
+        run: the present one; None before the first.
+        closed: nothing is started any more.
+    """
+
+    def __init__(self, recipe: Recipe, handle: ServerHandle, metrics: Metrics, stall_timeout: float | None) -> None:
+        self.swaps = Swaps()
+        self.run: Run | None = None  # guarded by _lock when written, as are the next two
+        self.closed = False
+        self._recipe = recipe
+        self._handle = handle
+        self._status = handle.status
+        self._metrics = metrics
+        self._stall_timeout = stall_timeout
+        self._pid = os.getpid()
+        self._lock = threading.RLock()  # a signal handler may close while it starts
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the engine that serves, or is to."""
+        return self._recipe if self.run is None else self.run.supervisor.recipe
+
+    @property
+    def started(self) -> bool:
+        """Whether there has been a server thread in this process."""
+        return self.run is not None and not self._handle.forked
+
+    # --- from start to end ---
+
+    def check_process(self) -> None:
+        """Raise ForkedError in a child of the process that started the server. Comes before every lock."""
+        if self.run is not None:
+            self._handle.check_process()
+        elif self._pid != os.getpid():  # nothing had started: this process may begin anew, with a lock nobody holds
+            self._pid = os.getpid()
+            self._lock = threading.RLock()
+            self._handle.belong_here()
+
+    def ensure(self) -> None:
+        """See that there is a server thread.
+
+        Raises:
+            LMBridgeError: there is none and will be none: closed, ended, or in the wrong process or environment.
+        """
+        self.check_process()
+        with self._lock:
+            if self.closed and self.run is not None and self._status.state == "failed":
+                raise self._handle.closed_error()
+            if self.closed:
+                raise BridgeClosedError("The bridge is closed; build a new one.")
+            if self.run is None:
+                check_environment()
+                self.run = self._new_run(self._recipe)
+            if not self.run.taken:  # also where an exception struck the thread that was starting it
+                self._launch(self.run)
+
+    def begin_with(self, recipe: Recipe) -> bool:
+        """Take another recipe for the first engine; False when it is too late for that.
+
+        Raises:
+            ForkedError: this is a child of the process that started the server.
+        """
+        self.check_process()
+        with self._lock:
+            if self.run is not None or self.closed:
+                return False
+            self._recipe = recipe
+            return True
+
+    def close(self, drain: bool, timeout: float) -> None:
+        """End the server and wait for its thread, at most ``timeout`` seconds and some grace. Idempotent."""
+        if self.run is not None and self._handle.forked:  # nothing of it runs here
+            return
+        self.check_process()
+        with self._lock:
+            self.closed = True
+            run = self.run
+            if run is None:
+                self._status.state = "closed"
+                return
+            if run.take(None):
+                self._end(run, BridgeClosedError("The bridge was closed before its server thread ran."))
+                run.discard()
+                return
+        run.call_soon(functools.partial(run.supervisor.stop, drain, timeout))
+        thread = run.thread
+        if thread is not None and thread is not threading.current_thread():
+            self._wait_for_end(run, thread, timeout + places.CLOSE_GRACE + MARGIN)
+
+    def drop(self) -> bool:
+        """Have the server end at once; for finalizers: takes no lock and waits for nobody. False: nothing ran."""
+        run = self.run
+        if run is None or self._handle.forked or self.closed:
+            return False
+        self.closed = True
+        if run.take(None):
+            run.discard()
+            return False
+        run.call_soon(functools.partial(run.supervisor.stop, False, 0.0))
+        return True
+
+    def _wait_for_end(self, run: Run, thread: threading.Thread, seconds: float) -> None:
+        """Wait for the thread, and leave it behind when it takes longer."""
+        clock, passed = LookClock(), 0.0
+        while thread.is_alive() and not run.left_behind and passed < seconds:
+            thread.join(min(SLICE, seconds - passed))
+            passed = clock.look(SLICE)
+        with self._lock:
+            if thread.is_alive():
+                self._abandon(run)
+            elif self._handle.ended is None:
+                self._on_end(run, RuntimeError(STRUCK))
+
+    # --- the thread ---
+
+    def _new_run(self, recipe: Recipe, stuck: Run | None = None) -> Run:
+        """With _lock held."""
+        loop = ServerLoop(self._handle, self._metrics, self._stall_timeout)
+        run = Run(loop, Supervisor(loop, recipe, self.swaps), stuck)
+        if stuck is None:
+            self._status.loading()
+        else:
+            self._status.lost(died(stuck.loop.loss))
+        self._handle.loop = loop.loop
+        return run
+
+    def _launch(self, run: Run) -> None:
+        """Start threads until one has arrived; one that comes too late does nothing. With _lock held.
+
+        ``Thread.start`` waits without a limit for the new thread's first words, and what is thrown into whoever calls
+        it may strike the new thread before these (CPython gives both one id for a moment). So another calls it.
+        """
+        while not run.taken:
+            arrived = Verdict()
+            _thread.start_new_thread(self._start_thread, (run, arrived))
+            arrived.wait(SLICE)
+            if arrived.error is not None:
+                raise arrived.error
+
+    def _start_thread(self, run: Run, arrived: Verdict) -> None:
+        try:
+            threading.Thread(target=self._serve, args=(run, arrived), name="lmbridge server", daemon=True).start()
+        except BaseException as error:  # the process may have no more of them
+            arrived.tell(error)
+
+    def _serve(self, run: Run, arrived: Verdict) -> None:
+        """The server thread, from its first to its last moment."""
+        thread = threading.current_thread()
+        taken = run.take(thread)
+        arrived.tell()
+        if not taken:
+            return
+        at_exit.remember(self)
+        cause: BaseException = RuntimeError(STRUCK)
+        try:
+            Watchdog(run, thread, self._stall_timeout, self._on_stuck, self._on_end).start()
+            cause = run.serve()
+        except BaseException as error:  # no other thread could be started
+            cause = error
+        finally:
+            try:
+                self._on_end(run, cause)
+            finally:
+                run.clear()
+
+    # --- the end; called by whoever comes first ---
+
+    def _on_end(self, run: Run, cause: BaseException) -> None:
+        """The thread has ended: see that everybody is told, unless others have gone on without it."""
+        with self._lock:
+            if not run.left_behind:
+                self._end(run, cause)
+
+    def _on_stuck(self, run: Run) -> None:
+        """Leave a stuck thread behind, and go on with a new one unless the bridge was closed."""
+        with self._lock:
+            if run is not self.run or run.left_behind or self._handle.ended is not None:
+                return
+            if self.closed:
+                self._abandon(run)
+                return
+            logger.error("%s; it is left behind, and the engine is rebuilt on a new thread.", run.describe_stuck())
+            run.leave_behind()
+            self.swaps.fail_begun(EngineStartError("The server thread was stuck; ask for the swap again."))
+            try:
+                self.run = self._new_run(run.supervisor.recipe, run)
+                self._launch(self.run)
+            except BaseException as error:
+                self._end(self.run, error)
+
+    def _abandon(self, run: Run) -> None:
+        """End everything without a thread that would not end. With _lock held."""
+        stuck = f"{run.describe_stuck()} and was left behind"
+        if not run.left_behind:
+            logger.warning("%s.", stuck)
+        if self._handle.ended is not None and not run.left_behind:  # it only takes its time to close the engine
+            return
+        run.leave_behind()
+        self._end(run, BridgeClosedError(f"The bridge was closed; its requests were aborted. {stuck}."))
+        self._status.reason = stuck
+
+    def _end(self, run: Run, cause: BaseException) -> None:
+        """End every call and every swap, now and from now on. With _lock held; a second time does nothing new."""
+        if self._handle.ended is not None:
+            cause = self._handle.ended
+        elif not isinstance(cause, BridgeClosedError):
+            logger.error("The server thread ended unexpectedly: %r", cause)
+        self.closed = True
+        self._note_end(cause)
+        self.swaps.fail_all(BridgeClosedError("The server thread ended before the new model was ready."))
+        run.loop.calls.close(cause)
+        if not self._status.ready.told:
+            self._status.ready.tell(self._handle.closed_error())
+        at_exit.forget(self)
+
+    def _note_end(self, cause: BaseException) -> None:
+        if isinstance(cause, BridgeClosedError):
+            self._status.state, self._status.reason = "closed", ""
+        else:
+            self._status.state, self._status.reason = "failed", f"the server thread ended: {cause!r}"

@@ -1,0 +1,69 @@
+"""How an engine can be lost, in words, and whether there is hope.
+
+Rule: pure functions. Whoever reads this may sit at a command line, behind HTTP or in a program, so the advice fits all.
+"""
+
+from __future__ import annotations
+
+from lmbridge.errors import EngineStartError, LMBridgeError
+from lmbridge.server.place import Place
+
+MAX_CAUSES = 10  # of a chain that are looked at; an exception may be its own cause
+
+
+def died(cause: BaseException) -> str:
+    return f"the engine died: {cause!r}"
+
+
+def not_again(cause: BaseException) -> str:
+    return f"the engine could not be loaded again: {cause!r}"
+
+
+def start_error(cause: BaseException) -> EngineStartError:
+    """What everybody gets while an engine that could not be loaded is not replaced."""
+    return _error(f"The engine could not be loaded: {_text(cause)}. Fix that, then start anew.", cause)
+
+
+def swap_error(cause: BaseException, place: Place | None) -> LMBridgeError:
+    """What whoever asked for a swap gets when the new model cannot be loaded.
+
+    Args:
+        place: what has the engine's place now.
+    """
+    if isinstance(cause, LMBridgeError):
+        return cause
+    return _error(f"The new model could not be loaded: {_text(cause)}. {_goes_on(place)}", cause)
+
+
+def is_sticky(cause: BaseException) -> bool:
+    """Whether the cause is a device error after which every later call to the device fails too.
+
+    A guess by name: torch's AcceleratorError, and messages of older versions. Lack of memory is not sticky.
+    """
+    link: BaseException | None = cause
+    for _ in range(MAX_CAUSES):
+        if link is None:
+            break
+        text = str(link)
+        if type(link).__name__ == "AcceleratorError" or "CUDA error" in text or "device-side assert" in text:
+            return True
+        link = link.__cause__
+    return False
+
+
+def _text(cause: BaseException) -> str:
+    return str(cause).rstrip(".") or repr(cause)
+
+
+def _goes_on(place: Place | None) -> str:
+    if place is None:
+        return "Nothing serves now: fix that, then swap again."
+    if place.dead.done():
+        return "The old one has died meanwhile, and is loaded again."
+    return "The old one serves on."
+
+
+def _error(message: str, cause: BaseException) -> EngineStartError:
+    error = EngineStartError(message)
+    error.__cause__ = cause
+    return error

@@ -1,0 +1,97 @@
+"""The engines of one server thread: each is built, started and closed here, and looked after in between.
+
+Rule: server thread only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from lmbridge.engines import EngineFactory
+from lmbridge.server.border import build_engine, close_engine, failure, start_engine
+from lmbridge.server.place import Place
+
+CLOSE_GRACE = 10.0  # seconds an engine may take to close before it is left behind
+
+
+class Places:
+    """Loads engines and closes them.
+
+    Args:
+        watched: what the sweep looks at: every engine from the moment it was built until it is closed.
+
+    Attributes:
+        stop: set once it is time to end. Nothing is waited for then but the engines' ends, by ``close_all``.
+    """
+
+    def __init__(self, watched: list[Place]) -> None:
+        self.stop = asyncio.Event()
+        self._watched = watched
+        self._closing: set[asyncio.Task[None]] = set()
+        self._retiring: set[asyncio.Task[None]] = set()
+
+    async def load(self, factory: EngineFactory) -> Place | None:
+        """A loaded engine; None when it is time to stop.
+
+        Raises:
+            Exception: it could not be loaded, and has been closed.
+        """
+        if self.stop.is_set():
+            return None
+        place = Place(build_engine(factory))
+        self._watched.append(place)
+        place.starting = start_engine(place.engine)
+        await self.unless_stopped(place.starting)
+        if self.stop.is_set():
+            return None
+        error = failure(place.starting)
+        if error is None:
+            return place
+        await self.close(place)
+        raise error
+
+    def retire(self, place: Place) -> None:
+        """Let an engine that gets nothing more finish what it has begun, and close it then."""
+        task = asyncio.ensure_future(self._see_off(place))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    async def close(self, place: Place) -> None:
+        """Close an engine; when it is time to stop, that goes on without whoever waits."""
+        await self.unless_stopped(self._put_away(place))
+
+    async def close_all(self) -> None:
+        """Close the engines that are left, all at once."""
+        for place in self._watched:
+            self._put_away(place)
+        if self._closing:
+            await asyncio.wait(self._closing, timeout=CLOSE_GRACE)
+
+    async def unless_stopped(self, *futures: asyncio.Future[Any], timeout: float | None = None) -> None:
+        """Wait for any of ``futures`` or for ``timeout`` seconds; a call to stop ends the wait too."""
+        stopped: asyncio.Future[Any] = asyncio.ensure_future(self.stop.wait())
+        await asyncio.wait([*futures, stopped], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+
+    async def _see_off(self, place: Place) -> None:
+        quiet: asyncio.Future[Any] = asyncio.ensure_future(place.quiet())
+        await asyncio.wait([quiet, place.dead], return_when=asyncio.FIRST_COMPLETED)
+        quiet.cancel()
+        self._put_away(place)
+
+    def _put_away(self, place: Place) -> asyncio.Task[None]:
+        """The one task that closes the engine."""
+        if place.closing is None:
+            place.closing = asyncio.ensure_future(self._end(place))
+            self._closing.add(place.closing)
+            place.closing.add_done_callback(self._closing.discard)
+        return place.closing
+
+    async def _end(self, place: Place) -> None:
+        starting = place.starting
+        if starting is not None and not starting.done():
+            starting.cancel()
+            await asyncio.wait([starting], timeout=CLOSE_GRACE / 2)
+        await close_engine(place.engine, CLOSE_GRACE)
+        self._watched.remove(place)

@@ -1,0 +1,117 @@
+"""One run of the server: a loop, its supervisor, and the thread that took it.
+
+Rule: made by whoever starts the server, taken by one thread, which alone runs it; the rest is said where it stands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+
+from lmbridge.engines.standing import where_is
+from lmbridge.errors import BridgeClosedError
+from lmbridge.server.loop import ServerLoop
+from lmbridge.server.supervisor import Supervisor
+
+logger = logging.getLogger("lmbridge")
+
+LEFTOVERS = 1.0  # seconds for what an engine left on the loop to end
+
+
+class Run:
+    """One server thread at work, from its first moment to its last.
+
+    Args:
+        stuck: the run before this one, which was left behind.
+    """
+
+    def __init__(self, loop: ServerLoop, supervisor: Supervisor, stuck: Run | None = None) -> None:
+        self.loop = loop
+        self.supervisor = supervisor
+        self._stuck = stuck
+        self._takers: list[threading.Thread | None] = []  # any thread appends; the first one counts
+        self._life: asyncio.Task[None] | None = None  # its thread only; None once it came to its own end
+
+    # --- any thread ---
+
+    def take(self, taker: threading.Thread | None) -> bool:
+        """Be the one that runs this, or with None see that nobody does; False when another was first. Takes no lock.
+
+        So a thread may be started for it as often as need be: the first to arrive is the server.
+        """
+        self._takers.append(taker)
+        return self._takers[0] is taker
+
+    @property
+    def taken(self) -> bool:
+        """Whether it needs no other thread."""
+        return bool(self._takers)
+
+    @property
+    def thread(self) -> threading.Thread | None:
+        """The thread that took it."""
+        return self._takers[0] if self._takers else None
+
+    @property
+    def left_behind(self) -> bool:
+        """Whether it was stuck, and others went on without it."""
+        return self.loop.calls.left_behind
+
+    def leave_behind(self) -> None:
+        """Have the stuck thread end without a word, should it ever wake up."""
+        self.loop.loss = TimeoutError(f"the engine blocked the server thread, which was stuck in {self._where()}")
+        self.loop.calls.left_behind = True
+        self.call_soon(self.loop.loop.stop)
+
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Run ``function`` on the loop; not at all once that is closed. Takes no lock."""
+        try:
+            self.loop.loop.call_soon_threadsafe(function)
+        except RuntimeError:
+            return
+
+    def describe_stuck(self) -> str:
+        """Names the thread and the place where it is stuck."""
+        name = "" if self.thread is None else f" {self.thread.name!r}"
+        return f"The thread{name} is stuck in {self._where()}"
+
+    def _where(self) -> str:
+        return where_is(None if self.thread is None else self.thread.ident) or "unknown code"
+
+    # --- the thread that took it ---
+
+    def serve(self) -> BaseException:
+        """Run to the end; why that came."""
+        stuck, self._stuck = self._stuck, None
+        try:
+            self.loop.open(None if stuck is None else stuck.loop)
+            self._life = self.loop.loop.create_task(self.supervisor.run(None if stuck is None else stuck.loop.loss))
+            self.loop.loop.run_until_complete(self._life)
+            self._life = None
+        except BaseException as error:  # the loop was stopped from outside, or something was thrown in
+            return error
+        return BridgeClosedError("The bridge was closed; its requests were aborted.")
+
+    def clear(self) -> None:
+        """Close the engines that are left, cancel what they left on the loop, and close it. Every call has ended."""
+        loop = self.loop.loop
+        try:
+            if self._life is not None:
+                self._life.cancel()
+                loop.run_until_complete(self.supervisor.close_engines())
+            tasks = asyncio.all_tasks(loop)
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                loop.run_until_complete(asyncio.wait(tasks, timeout=LEFTOVERS))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+        except BaseException:
+            logger.debug("Leftovers on the loop would not end.", exc_info=True)
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Close the loop of a run that does not run."""
+        self.loop.loop.close()
