@@ -38,6 +38,7 @@ class Sender:
         self.left: tuple[LMBridgeError | None] | None = None  # set once by any thread: all end, with that error
         self._stopped: set[int] = set()  # positions that were stopped; any thread adds
         self._deadline: float | None = None
+        self._begun = False  # something was sent, or tried to
         self._standing: Call | None = None  # in line at the gate; is in ``open`` too
 
     def add(self, index: int, request: Request) -> None:
@@ -60,7 +61,7 @@ class Sender:
             return
         while self._waiting:
             index, request = self._waiting[0]
-            first = not self.open
+            first, self._begun = not self._begun, True
             call = self._account.call(request, self._channel, self._streaming)
             self.open[call] = index  # first, so that it will be aborted whatever happens next
             self._waiting.popleft()

@@ -9,9 +9,11 @@ The stations of a prompt, in the order it meets them:
 
 And whose lives these are:
 
-- The thread: ``thread`` is what callers ask of it; ``keeper`` starts, replaces and ends it, and ``at_exit`` what nobody
-  ended; ``environment``: where there can be none. ``run`` is one from start to end, on its ``loop``; ``watchdog`` looks
-  at it from outside, and ``health`` tells how it is.
-- The engine: ``supervisor`` keeps one there, by the orders in ``swaps``; ``places`` loads and closes them, each behind
-  the ``border``; ``losses`` says how one was lost, ``clock`` for how long one was silent.
+- The thread's: ``thread`` is what callers ask of it, ``keeper`` starts, replaces and ends it, ``run`` is one thread at
+  work with its ``loop``, ``watchdog`` looks at it from outside, ``at_exit`` ends what nobody closed.
+- The engine's: ``supervisor`` keeps one, ``swaps`` are the orders for another, ``places`` loads, retires and closes
+  them, ``border`` guards every step into an engine's code, ``losses`` says in words how one was lost.
+
+``health`` is what is true of all this now, ``clock`` counts only the time in which we ran ourselves, ``environment``
+refuses processes where none of it could be.
 """

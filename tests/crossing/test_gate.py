@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lmbridge import Bridge, LMBridgeError, QueueFullError, RequestTimeoutError
+from lmbridge import Bridge, BridgeClosedError, LMBridgeError, QueueFullError, RequestTimeoutError
 from lmbridge.crossing.channel import Channel
 from lmbridge.crossing.wake_chain import WakeChain
 from lmbridge.testing import ScriptedEngine
@@ -147,6 +147,18 @@ def test_a_list_flows_through_a_bridge_that_rejects(scripted: Scripted) -> None:
             pass
         assert [getattr(end, "text", end) for end in group.responses] == prompts
     assert bridge.metrics.outcomes["QueueFullError"] == 0
+
+
+def test_prompts_that_were_not_sent_end_with_the_bridge(scripted: Scripted) -> None:
+    """Each answer of a group ends with a delta of its own when the bridge is closed, those still to be sent too."""
+    bridge, engine = scripted(ScriptedEngine(manual=True, max_batch_size=1), max_pending=1)
+    group = bridge.stream_many([f"number-{number}" for number in range(6)])
+    engine.wait_for(lambda e: e.active == 1)
+    bridge.close()
+    ends = {index: delta.error for index, delta in group}
+    assert sorted(ends) == list(range(6))
+    assert all(isinstance(error, BridgeClosedError) for error in ends.values())
+    assert all(isinstance(end, BridgeClosedError) for end in group.responses)
 
 
 def test_what_strikes_a_caller_at_the_full_gate_strikes_nobody_else(scripted: Scripted) -> None:
