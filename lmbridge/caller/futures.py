@@ -16,7 +16,8 @@ from collections.abc import Callable
 from lmbridge.caller.account import Account
 from lmbridge.caller.answer import send
 from lmbridge.crossing.channel import SLICE
-from lmbridge.errors import ForkedError
+from lmbridge.crossing.endings import interrupted_error
+from lmbridge.errors import ForkedError, LMBridgeError
 from lmbridge.messages import Request, Response
 
 
@@ -40,11 +41,12 @@ class ResponseFuture(concurrent.futures.Future[Response]):
         self._told = False  # guarded by _concluding: the Future itself knows its end
         self._ended: Response | BaseException | None = None  # how it has ended; each who writes it writes the same
         self._sleepers: list[threading.Lock] = []  # of threads that wait in result(); appended by them
-        self._dispatcher.expect(self._call, self)
-        waiting = account.lease(server)
         try:
+            self._dispatcher.expect(self._call, self)
+            waiting = account.lease(server)
             sent = send(server, self._call, waiting)
-        except BaseException:
+        except BaseException as error:
+            self._call.settle(error if isinstance(error, LMBridgeError) else interrupted_error())
             self._dispatcher.forget(self._call)
             account.report(self._call)
             raise
