@@ -147,4 +147,7 @@ class Sender:
 
     def _submit(self, call: Call) -> None:
         self._server.check_owner(call)
-        self._server.submit(call)
+        if call.outcomes:  # it was left meanwhile
+            self._channel.nudge(call)
+        else:
+            self._server.submit(call)

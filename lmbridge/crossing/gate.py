@@ -64,7 +64,7 @@ class Gate:
     # --- the caller's end ---
 
     def enter(self, call: Call, patient: bool = False) -> bool:
-        """Enter a new call in the book, and give it a place if there is one.
+        """Enter a new call in the book, and give it a place if there is one; False: it has to stand in line.
 
         Args:
             patient: the caller has answers to wait for and will stand in line, also where the bridge rejects.
@@ -76,6 +76,8 @@ class Gate:
         with self._lock:
             if self._closed is not None:
                 raise self._closed()
+            if call.outcomes:  # it was left before it was sent, and the final word on it may have been said
+                return True
             self.calls[call] = None  # with no call between this and the count, no exception comes between them either
             self._metrics.started += 1
             if self._try_enter(call):

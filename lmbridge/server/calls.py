@@ -133,7 +133,7 @@ class Calls:
 
     def abort(self, call: Call) -> None:
         """Stop a settled call: at once where it only waits, through the engine where it runs."""
-        if call.ended:
+        if call.ended and call not in self._gate.calls:
             return
         call.channel.signal(call)  # whoever settled it may not be its reader
         if self.living.get(call.request.id) is not call:  # it was never sent
@@ -231,6 +231,7 @@ class Calls:
 
     def close(self, cause: BaseException) -> None:
         """End every call and refuse the next, with ``cause`` chained. The loop need not run any more."""
+        self.place = None
         self.living.clear()
         self._running.clear()
         for call in self._handle.close(cause):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -116,3 +117,24 @@ def until_living(bridge: Bridge, count: int) -> None:
             return
         tick.wait(0.01)
     raise TimeoutError(f"{bridge.requests()}")
+
+
+def test_what_is_left_before_it_is_sent_is_never_sent(scripted: Scripted) -> None:
+    """A stream or group that is closed while its prompts still wait to be sent leaves nothing on the server's books."""
+    bridge, engine = scripted()
+
+    async def close_first() -> None:
+        stream = bridge.astream("left before it was sent")
+        await stream.aclose()
+        bridge.stats()  # the server has seen to it
+        with pytest.raises(StopAsyncIteration):
+            await stream.__anext__()
+
+    asyncio.run(close_first())
+    group = bridge.stream_many(["one", "two"])
+    group.close()
+    bridge.stats()
+    list(group)
+    until_living(bridge, 0)
+    assert len(engine.started) <= 2
+    assert bridge.metrics.started == sum(bridge.metrics.outcomes.values())
