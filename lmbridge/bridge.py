@@ -55,8 +55,9 @@ class Health:
     Attributes:
         state: as ``Bridge.state``; requests are served while it is ``ready``, and kept while it is ``starting`` or
             ``restarting``.
-        reason: why it is ``restarting`` or ``failed``, or since when a ``ready`` engine has made no progress and where
-            it stands; else "".
+        reason: why it is ``restarting``, ``failed`` or ``starting`` again; what holds a ``ready`` bridge's calls up (a
+            swap, or an engine that has made no progress, and where it stands); where the thread of a ``closed`` bridge
+            is stuck; else "".
         waiting: requests that wait for the engine.
         running: requests in the engine.
         restarts: how often a dead engine has been followed by a new one.
@@ -125,13 +126,14 @@ class Bridge(Verbs):
         return self
 
     def close(self, *, drain: bool = False, timeout: float = 10.0) -> None:
-        """End the bridge: refuse new calls, then finish (``drain``) or abort what runs, and free the model.
+        """End the bridge: refuse new calls, then finish (``drain``) or abort what was asked, and free the model.
 
-        Safe from any thread and more than once. Every waiting call ends with an answer or BridgeClosedError.
+        Safe from any thread and more than once; a second call may cut a drain short. Every call that was made ends with
+        an answer or BridgeClosedError, whatever the engine does: a server thread that is stuck is left behind.
 
         Args:
-            drain: let running and waiting requests finish.
-            timeout: seconds for that; what is left then is aborted.
+            drain: let every request that was made finish, also while the model loads, is restarted or exchanged.
+            timeout: seconds for that; what is left then is aborted. Closing the engine may take 10 more.
         """
         self._server_thread.close(drain, timeout)
 
@@ -144,7 +146,7 @@ class Bridge(Verbs):
         timeout: float | None = None,
         **engine_options: Any,
     ) -> None:
-        """Exchange the model; blocks until the new one serves, and no request fails.
+        """Exchange the model; blocks until the new one serves, and no request fails. Ctrl-C takes back one not begun.
 
         Args:
             model, engine, engine_options: as for the Bridge itself.
@@ -154,7 +156,10 @@ class Bridge(Verbs):
 
         Raises:
             EngineStartError: the new model could not be loaded; the old one goes on (or is brought back).
-            RequestTimeoutError: what runs did not finish in time; the old one goes on.
+            RequestTimeoutError: what runs did not finish in time, or the server thread is stuck and did not begin; the
+                old one goes on.
+            InvalidRequestError: ``overlap=False``, and the old model was given as an instance: there is no way back.
+            BridgeClosedError: the bridge was closed meanwhile.
         """
         self._server_thread.swap(_recipe(model, engine, engine_options), overlap, timeout)
 

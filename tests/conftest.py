@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ def no_thread_left() -> Iterator[None]:
     """Bridges that are closed leave no thread of their own behind; looked at when a module is through."""
     before = set(threading.enumerate())
     yield
-    left = [t for t in threading.enumerate() if t not in before and t.name.startswith("lmbridge")]
+    left = [t for t in threading.enumerate() if t not in before and t.name.startswith("lmbridge") and t.is_alive()]
     for thread in left:
         thread.join(10)
     assert not [thread for thread in left if thread.is_alive()]
@@ -29,7 +30,7 @@ def scripted() -> Iterator[Callable[..., tuple[Bridge, ScriptedEngine]]]:
     """Builds a bridge over a scripted engine; keyword arguments go to whichever takes them."""
     bridges: list[Bridge] = []
 
-    def build(engine: ScriptedEngine | None = None, **options: Any) -> tuple[Bridge, ScriptedEngine]:
+    def build(engine: Any = None, **options: Any) -> tuple[Bridge, Any]:
         engine = engine or ScriptedEngine()
         bridges.append(Bridge(engine, **options))
         return bridges[-1], engine
@@ -50,6 +51,13 @@ def until(condition: Callable[[], object], timeout: float = 30.0) -> None:
         if time.monotonic() > end:
             raise TimeoutError(f"{condition!r} has not come true within {timeout:g} s")
         tick.wait(0.002)
+
+
+async def until_then(condition: Callable[[], object]) -> None:
+    """``until`` for a task, whose loop goes on meanwhile."""
+    async with asyncio.timeout(30.0):
+        while not condition():
+            await asyncio.sleep(0.002)
 
 
 def until_living(bridge: Bridge, count: int) -> None:

@@ -53,6 +53,7 @@ class Dispatcher:
         key = id(self)
         _dispatchers[key] = weakref.ref(self, functools.partial(_dispatchers.pop, key))
         server.channels.register(self.channel)
+        server.helpers.append(weakref.WeakMethod(self.look_after))
 
     def expect(self, call: Call, future: Pending) -> None:
         """Resolve ``future`` when ``call`` ends. Called before the call is sent."""
@@ -140,17 +141,15 @@ class Dispatcher:
     def _resolve(self, call: Call) -> None:
         if not call.outcomes:  # a nudge
             return
-        future = self._open.pop(call, None)
+        future = self._open.get(call)
         if future is None:
             return
         self._since = time.monotonic()
         try:
             future.conclude()
-        except BaseException:  # an exception was thrown in half way: again, at the next look
-            self._open[call] = future
-            raise
         finally:
             self._since = None
+        self._open.pop(call, None)  # only now: what strikes this thread before leaves it to the next look
 
 
 class Callbacks:

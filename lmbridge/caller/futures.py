@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -20,12 +21,14 @@ from lmbridge.crossing.endings import interrupted_error
 from lmbridge.errors import ForkedError, LMBridgeError
 from lmbridge.messages import Request, Response
 
+logger = logging.getLogger("lmbridge")
+
 
 class ResponseFuture(concurrent.futures.Future[Response]):
     """The future of one answer. ``cancel`` works until it is done: it aborts the generation.
 
-    The lock of the Future, which an exception thrown into a thread could leave held, is taken for the standard
-    library's ``wait`` and ``as_completed`` only; what is asked here looks at the call.
+    The lock of the Future, which an exception thrown into a thread could leave held, is taken by the dispatcher, for
+    those who use the standard library's ``wait`` and ``as_completed``. All else here looks at the call.
     """
 
     def __init__(self, account: Account, request: Request, owner: object) -> None:
@@ -37,9 +40,10 @@ class ResponseFuture(concurrent.futures.Future[Response]):
         self._server = server
         self._dispatcher = account.access.dispatcher()
         self._call = account.call(request, self._dispatcher.channel)
-        self._concluding = threading.RLock()
-        self._told = False  # guarded by _concluding: the Future itself knows its end
         self._ended: Response | BaseException | None = None  # how it has ended; each who writes it writes the same
+        self._told = False  # the Future itself knows its end, and callbacks were called; written by the dispatcher
+        self._teller: int | None = None  # the id of the thread that tells it; written by the dispatcher
+        self._callbacks: list[_Callback] = []  # appended by any thread
         self._sleepers: list[threading.Lock] = []  # of threads that wait in result(); appended by them
         try:
             self._dispatcher.expect(self._call, self)
@@ -70,7 +74,8 @@ class ResponseFuture(concurrent.futures.Future[Response]):
         if not self._call.settle(concurrent.futures.CancelledError()):
             return self.cancelled()
         self._server.abort(self._call)
-        self.conclude()
+        self._end()
+        self._dispatcher.channel.nudge(self._call)
         return True
 
     def cancelled(self) -> bool:
@@ -100,39 +105,37 @@ class ResponseFuture(concurrent.futures.Future[Response]):
 
     def add_done_callback(self, fn: Callable[[concurrent.futures.Future[Response]], object]) -> None:
         """Call ``fn`` with this future once it is done: at once if it is, else on a thread for callbacks."""
+        callback = _Callback(fn, self)
         if self._told:
-            super().add_done_callback(fn)
-        else:
-            job = functools.partial(fn, self)
-            super().add_done_callback(lambda _: self._dispatcher.callbacks.run_soon(job))
+            callback()
+            return
+        self._callbacks.append(callback)
+        if self._told:  # only now: the dispatcher may not have seen it
+            self._dispatcher.callbacks.run_soon(callback)
 
     # --- its end ---
 
     def conclude(self) -> None:
-        """Take over the outcome of the call, which has one. Any thread, more than once.
+        """Take over the outcome of the call, which has one, and tell everybody. By the dispatcher, more than once.
 
         What strikes the thread half way leaves a state from which the next one goes on.
         """
-        ended = self._ended = self._ended or self._call.result()
-        for sleeper in list(self._sleepers):
-            with contextlib.suppress(RuntimeError):  # it is awake
-                sleeper.release()
-        with self._concluding:
-            if self._told:
-                return
+        ended = self._end()
+        if self._told:
+            return
+        self._call_back()
+        here = threading.get_ident()
+        if self._teller in (None, here):  # or another was struck in there, and may have left the lock held
+            self._teller = here
             self._tell(ended)
-            self._told = True
+        self._told = True
+        self._call_back()  # those that came meanwhile, too
         if self._account.observer is not None:
             self._dispatcher.callbacks.run_soon(functools.partial(self._account.report, self._call))
 
-    def inherit(self) -> None:
-        """End in a forked child, where the call has no end."""
-        super().__init__()  # its lock may be held by a thread that does not exist here
-        try:
-            self._server.check_process()
-        except ForkedError as error:
-            self._ended, self._told = error, True
-            self.set_exception(error)
+    def _call_back(self) -> None:
+        for callback in list(self._callbacks):
+            self._dispatcher.callbacks.run_soon(callback)
 
     def _tell(self, ended: Response | BaseException) -> None:
         """Have the Future itself know, for those who wait by the standard library's means."""
@@ -144,6 +147,23 @@ class ResponseFuture(concurrent.futures.Future[Response]):
                 self.set_result(ended)
             else:
                 self.set_exception(ended)
+
+    def _end(self) -> Response | BaseException:
+        """Take over the outcome of the call, and wake those who wait in ``result``. Any thread, takes no lock."""
+        ended = self._ended = self._ended or self._call.result()
+        for sleeper in list(self._sleepers):
+            with contextlib.suppress(RuntimeError):  # it is awake
+                sleeper.release()
+        return ended
+
+    def inherit(self) -> None:
+        """End in a forked child, where the call has no end."""
+        super().__init__()  # its lock may be held by a thread that does not exist here
+        try:
+            self._server.check_process()
+        except ForkedError as error:
+            self._ended, self._told = error, True
+            self.set_exception(error)
 
     def _wait(self, timeout: float | None) -> Response | BaseException:
         """Wait until the call has ended; looks by itself once a second.
@@ -157,14 +177,12 @@ class ResponseFuture(concurrent.futures.Future[Response]):
         while self._ended is None:
             remaining = self._server.remaining(self._call)
             if self._call.outcomes:
-                self.conclude()
-                break
+                return self._end()
             left = SLICE if end is None else end - time.monotonic()
             if left <= 0:
                 raise concurrent.futures.TimeoutError
             self._sleep(left if remaining is None else min(left, remaining))
             self._dispatcher.look_after()
-        assert self._ended is not None
         return self._ended
 
     def _sleep(self, seconds: float) -> None:
@@ -176,3 +194,21 @@ class ResponseFuture(concurrent.futures.Future[Response]):
                 sleeper.acquire(True, min(seconds, SLICE))
         finally:
             self._sleepers.remove(sleeper)
+
+
+class _Callback:
+    """What a user hangs on a future; called once, however often it is told to be."""
+
+    def __init__(self, fn: Callable[[concurrent.futures.Future[Response]], object], future: ResponseFuture) -> None:
+        self._left = [fn]
+        self._future = future
+
+    def __call__(self) -> None:
+        try:
+            fn = self._left.pop()
+        except IndexError:
+            return
+        try:
+            fn(self._future)
+        except Exception:
+            logger.exception("A callback of the future of request %s failed.", self._future.request_id)

@@ -10,7 +10,9 @@ import ast
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -130,19 +132,40 @@ def loaded(arguments: argparse.Namespace, *, quiet: bool = False) -> Iterator[Br
 
 def _load(bridge: Bridge, model: str, quiet: bool) -> None:
     began = time.monotonic()
-    try:
+    with _leaving_by_ctrl_c():
         if sys.stderr.isatty():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would overwrite the spinner
             with spinner(f"Loading the model {model}"):
                 bridge.start()
         else:
             bridge.start()
-    except KeyboardInterrupt:
-        # The engine's thread may be inside torch's import or reading weights. Nothing can end it there, and
-        # the interpreter's own end would wait for it, or crash under it.
-        os._exit(130)
     if not quiet:
         print(f"The model {model} is loaded ({time.monotonic() - began:.1f} s).", flush=True)
+
+
+@contextlib.contextmanager
+def _leaving_by_ctrl_c() -> Iterator[None]:
+    """Have Ctrl-C end the process at once, by a handler that raises nothing.
+
+    The engine's thread may be inside torch's import or reading weights. Nothing can end it there, and the interpreter's
+    own end would wait for it, or crash under it. And a KeyboardInterrupt that strikes in a finalizer or in a weak
+    reference's callback is printed and lost: the command would go on to its end, and report success.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _leave(signal_number: int, frame: object) -> None:
+    if sys.stderr.isatty():
+        os.write(sys.stderr.fileno(), b"\r\x1b[2K\x1b[?25h")  # the spinner's line away, and the cursor back
+    os._exit(130)
 
 
 @contextlib.contextmanager

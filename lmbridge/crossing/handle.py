@@ -12,6 +12,7 @@ import contextlib
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
@@ -50,6 +51,7 @@ class ServerHandle:
         status: the engine's life as the server thread writes it.
         sent: channels with a call in them, one entry for each; any thread appends, the server thread takes.
         aborted: settled calls to be stopped; likewise.
+        helpers: see to callers' own threads, now and then.
     """
 
     def __init__(self, gate: Gate, status: Status) -> None:
@@ -59,6 +61,7 @@ class ServerHandle:
         self.channels = Channels(self.wakes)
         self.sent: deque[Channel[Call]] = deque()
         self.aborted: deque[Call] = deque()
+        self.helpers: list[weakref.WeakMethod[Callable[[], None]]] = []  # called at every sweep; appended by anyone
         self.bell = Doorbell()  # of the present loop; replaced by the server thread only, as are the next three
         self.loop: asyncio.AbstractEventLoop | None = None
         self.thread_id: int | None = None

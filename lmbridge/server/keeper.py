@@ -29,6 +29,7 @@ from lmbridge.server.watchdog import Watchdog
 logger = logging.getLogger("lmbridge")
 
 MARGIN = 2.0  # seconds for the thread itself to end, when its engines have
+ARRIVAL = 0.2  # seconds for a thread that somebody else may have started to arrive
 STRUCK = "something was thrown into it at its end"
 
 
@@ -167,8 +168,10 @@ class Keeper:
         ``Thread.start`` waits without a limit for the new thread's first words, and what is thrown into whoever calls
         it may strike the new thread before these (CPython gives both one id for a moment). So another calls it.
         """
+        if run.arrived is not None:  # whoever started a thread was struck while he waited for it
+            run.arrived.wait(ARRIVAL)
         while not run.taken:
-            arrived = Verdict()
+            run.arrived = arrived = Verdict()
             _thread.start_new_thread(self._start_thread, (run, arrived))
             arrived.wait(SLICE)
             if arrived.error is not None:

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable
 
+from lmbridge.crossing.status import Verdict
 from lmbridge.engines.standing import where_is
 from lmbridge.errors import BridgeClosedError
 from lmbridge.server.loop import ServerLoop
@@ -25,11 +26,15 @@ class Run:
 
     Args:
         stuck: the run before this one, which was left behind.
+
+    Attributes:
+        arrived: told by the last thread that was started for it; its keeper's only.
     """
 
     def __init__(self, loop: ServerLoop, supervisor: Supervisor, stuck: Run | None = None) -> None:
         self.loop = loop
         self.supervisor = supervisor
+        self.arrived: Verdict | None = None
         self._stuck = stuck
         self._takers: list[threading.Thread | None] = []  # any thread appends; the first one counts
         self._life: asyncio.Task[None] | None = None  # its thread only; None once it came to its own end

@@ -24,6 +24,10 @@ SLOW_LOOKS = 2  # after how many looks a call that is nowhere gives its place at
 LOST_LOOKS = 20  # and after how many its caller is taken to have been killed rather than slow
 
 
+def _nobody() -> None:
+    """A helper that has gone."""
+
+
 class Sweep:
     """The server's backstop.
 
@@ -53,6 +57,8 @@ class Sweep:
                 self._expire(self.heartbeat)
                 self._look_at_engines(now)
                 self._handle.channels.trim()
+                for helper in self._handle.helpers:
+                    (helper() or _nobody)()
             except Exception:  # the backstop itself must not end
                 logger.exception("The server's sweep failed; it goes on.")
             await asyncio.sleep(INTERVAL)

@@ -1,20 +1,23 @@
 """What every engine must do, as tests of a Bridge over it.
 
-Rule: asks nothing of an engine that a caller of the Bridge would not.
+Rule: asks nothing of an engine that a caller of the Bridge, or the server, would not; uses what is public alone.
 """
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, cast
 
 from lmbridge.bridge import Bridge
 from lmbridge.engines.base import Engine, Sink
 from lmbridge.errors import BridgeClosedError, EngineDeadError, EngineError, LMBridgeError, RequestTimeoutError
-from lmbridge.messages import GenerationConfig, Overrides, Prompt, Request
+from lmbridge.messages import Delta, GenerationConfig, Overrides, Prompt, Request, Usage
+from lmbridge.testing.witness import WitnessedEngines, has_ended
 
 
 class EngineContract:
@@ -31,6 +34,7 @@ class EngineContract:
         prompts: prompts whose answers differ from each other.
         long_prompt: a prompt whose answer takes at least ten steps.
         poison: a prompt that the engine refuses, if there is one.
+        workers: beginnings of the names of the engine's own threads whose end is the engine's, where it has such.
         patience: seconds after which a test is taken to hang.
         stall_timeout: seconds that none of the engine's steps takes, not even the first.
     """
@@ -38,6 +42,7 @@ class EngineContract:
     prompts: Sequence[str] = ()
     long_prompt = ""
     poison: Any = None
+    workers: Sequence[str] = ()
     patience = 60.0
     stall_timeout = 5.0
 
@@ -49,11 +54,10 @@ class EngineContract:
         """Each prompt's answer, asked one after another."""
         return [bridge.infer(prompt, timeout=self.patience).text for prompt in self.prompts]
 
-    def idle(self, bridge: Bridge) -> None:
-        """Return when the engine works on nothing."""
-        end = time.monotonic() + self.patience
-        while bridge.requests() or bridge.stats()["in_flight"]:
-            assert time.monotonic() < end, f"the engine still works: {bridge.stats()}"
+    def idle(self, bridge: Bridge, engines: WitnessedEngines) -> None:
+        """Return when the engine works on nothing; it must have said the last word on all that it took."""
+        assert engines.latest.in_flight(self.patience) == 0, f"the engine still works: {bridge.stats()}"
+        assert not bridge.requests()
 
     def _wrong_requests(self) -> Iterator[tuple[Any, GenerationConfig]]:
         if self.poison is not None:
@@ -69,32 +73,71 @@ class EngineContract:
                 stream = bridge.stream(prompt, timeout=self.patience)
                 assert "".join(delta.text for delta in stream) == answer == stream.response.text
                 assert stream.response.finish_reason in ("stop", "length")
-                assert stream.response.usage.completion_tokens >= len(stream.response.token_ids)
                 assert stream.response.timings.first_token is not None
 
+    def test_max_new_tokens_is_kept(self) -> None:
+        """An engine that claims ``max_new_tokens`` stops there and says so; the shorter answer begins the longer."""
+        if "max_new_tokens" not in self.engine().supports:  # it is refused: see test_an_error_ends_one_request
+            return
+        with Bridge(self.engine) as bridge:
+            shorter = bridge.infer(self.long_prompt, max_new_tokens=3, timeout=self.patience)
+            longer = bridge.infer(self.long_prompt, max_new_tokens=8, timeout=self.patience)
+        assert shorter.finish_reason == longer.finish_reason == "length"
+        assert len(shorter.token_ids) <= 3
+        assert len(shorter.text) < len(longer.text)
+        assert longer.token_ids[: len(shorter.token_ids)] == shorter.token_ids
+
+    def test_usage_counts_what_was_said(self) -> None:
+        """An engine that counts tokens counts the prompt's, and those it said; the ending one may come on top."""
+        with Bridge(engines := WitnessedEngines(self.engine)) as bridge:
+            self.alone(bridge)
+            if "max_new_tokens" in bridge.supports():
+                bridge.infer(self.long_prompt, max_new_tokens=3, timeout=self.patience)
+            for prompt in (self.prompts[0], f"{self.prompts[0]} {self.prompts[0]}"):
+                bridge.infer(prompt, timeout=self.patience)
+        prompts = [_checked_usage(deltas).prompt_tokens for deltas in engines.latest.said.values() if _usage(deltas)]
+        if prompts:
+            first, *_, again, twice = prompts
+            assert 0 < first == again < twice, f"prompt_tokens: {first}, asked again {again}, twice as long {twice}"
+
     def test_answers_do_not_mix(self) -> None:
-        """Asked all at once by many threads, each prompt gets the answer it gets alone."""
-        with Bridge(self.engine) as bridge, ThreadPoolExecutor(16) as pool:
+        """Asked all at once by many threads, each prompt gets the answer it gets alone, and none is forgotten."""
+        with Bridge(engines := WitnessedEngines(self.engine)) as bridge, ThreadPoolExecutor(16) as pool:
             answers = dict(zip(self.prompts, self.alone(bridge), strict=True))
             asked = list(self.prompts) * 8
             texts = pool.map(lambda prompt: bridge.infer(prompt, timeout=self.patience).text, asked)
             assert [answers[prompt] for prompt in asked] == list(texts)
-            self.idle(bridge)
+            self.idle(bridge, engines)
 
     def test_abort_while_queued_working_and_finished(self) -> None:
         """An abort ends a request wherever it is, frees its place and harms nobody; a late one does nothing."""
-        with Bridge(self.engine) as bridge:
+        with Bridge(engines := WitnessedEngines(self.engine)) as bridge:
             room = self.engine().max_batch_size
             streams = [bridge.stream(self.long_prompt) for _ in range(room + 2)]
             next(streams[0])
             for stream in reversed(streams):  # the queued ones first
                 stream.close()
                 assert stream.response.finish_reason == "abort"
-            self.idle(bridge)
+            self.idle(bridge, engines)
             finished = bridge.submit(self.prompts[0])
             assert finished.result(self.patience).text
             assert not finished.cancel()
             assert all(self.alone(bridge))
+
+    def test_nothing_is_said_after_the_end(self) -> None:
+        """A request hears its last delta once, and none after it, however it ends."""
+        with Bridge(engines := WitnessedEngines(self.engine)) as bridge:
+            streams = [bridge.stream(self.long_prompt) for _ in range(2)]
+            next(streams[0])
+            streams[0].close()
+            bridge.abort(streams[1].request_id)
+            if self.poison is not None:
+                bridge.submit(self.poison).exception(self.patience)
+            self.alone(bridge)
+        for request_id, deltas in engines.latest.said.items():  # the engine is closed by now
+            heard = [(delta.text, delta.finish_reason, delta.error) for delta in deltas]
+            assert has_ended(deltas[-1:]), f"{request_id} heard more after its end: {heard[-3:]}"
+            assert not has_ended(deltas[:-1]), f"{request_id} ended twice: {heard[-3:]}"
 
     def test_an_error_ends_one_request(self) -> None:
         """A request that cannot be honoured fails by itself, while another one runs on."""
@@ -107,7 +150,7 @@ class EngineContract:
 
     def test_a_deadline_stops_the_engine(self) -> None:
         """A call whose time is up raises, and the engine does not go on with it."""
-        with Bridge(self.engine) as bridge:
+        with Bridge(engines := WitnessedEngines(self.engine)) as bridge:
             stream = bridge.stream(self.long_prompt, timeout=self.patience)
             next(stream)
             stream.close()
@@ -117,20 +160,15 @@ class EngineContract:
                 assert error.retryable
             else:
                 raise AssertionError("an answer in a millisecond is no long answer; give another long_prompt")
-            self.idle(bridge)
+            self.idle(bridge, engines)
 
     def test_death_ends_what_runs_and_a_new_engine_follows(self) -> None:
         """When the engine says that it is dead, its requests end as retryable, and the next request is answered."""
-        engines: list[Engine] = []
-
-        def build() -> Engine:
-            engines.append(self.engine())
-            return engines[-1]
-
-        with Bridge(build) as bridge:
+        with Bridge(engines := WitnessedEngines(self.engine)) as bridge:
             stream = bridge.stream(self.long_prompt)
             next(stream)
-            bridge._server_thread.server(True).run_soon(lambda: engines[0].on_death(RuntimeError("dead by contract")))
+            engine = engines.latest.engine
+            engines.latest.on_loop(lambda: engine.on_death(RuntimeError("dead by contract")))
             try:
                 for _ in stream:
                     pass
@@ -139,17 +177,30 @@ class EngineContract:
             else:
                 raise AssertionError("the answer was complete before the engine died; give a longer long_prompt")
             assert bridge.infer(self.prompts[0], timeout=self.patience).text
-            assert len(engines) == 2
+            assert len(engines.witnesses) == 2
+
+    def test_the_end_of_its_own_thread_is_told(self) -> None:
+        """An engine whose own thread ends, by whatever exception, tells it at once, and a new engine follows."""
+        if not self.workers:
+            return
+        before = set(threading.enumerate())
+        with _exits_unreported(), Bridge(self.engine, stall_timeout=None) as bridge:
+            stream = bridge.stream(self.long_prompt, timeout=self.patience)
+            next(stream)
+            _end_threads([thread for thread in threading.enumerate() if thread not in before], self.workers)
+            try:
+                for _ in stream:
+                    pass
+            except EngineError as error:
+                assert error.retryable
+            else:
+                raise AssertionError("the answer was complete before the thread ended; give a longer long_prompt")
+            assert bridge.infer(self.prompts[0], timeout=self.patience).text
 
     def test_a_forgotten_request_ends_alone(self) -> None:
         """A request of which the engine says no more ends as retryable and gives its place back, while others go on."""
-        engines: list[Engine] = []
-
-        def build() -> Engine:
-            engines.append(_unheard(self.engine(), self.long_prompt))
-            return engines[-1]
-
-        with Bridge(build, stall_timeout=self.stall_timeout) as bridge:
+        engines = WitnessedEngines(self.engine)
+        with Bridge(lambda: _unheard(engines(), self.long_prompt), stall_timeout=self.stall_timeout) as bridge:
             forgotten = bridge.submit(self.long_prompt)
             end = time.monotonic() + self.patience
             while not forgotten.done() or bridge.requests():  # the others keep the engine busy
@@ -159,8 +210,8 @@ class EngineContract:
             assert isinstance(error, EngineError), repr(error)
             assert error.retryable
             assert "went on with others" in str(error)
-            assert len(engines) == 1
-            self.idle(bridge)
+            assert len(engines.witnesses) == 1
+            self.idle(bridge, engines)
 
     def test_where_it_stands_is_told_to_anybody(self) -> None:
         """The message of a stall is written by another thread: where() answers it at any time of the engine's life."""
@@ -199,8 +250,49 @@ def _unheard(engine: Engine, prompt: Prompt) -> Engine:
     return engine
 
 
+def _usage(deltas: list[Delta]) -> Usage | None:
+    return next((delta.usage for delta in deltas if delta.usage is not None), None)
+
+
+def _checked_usage(deltas: list[Delta]) -> Usage:
+    """Usage counts what the deltas carried, and the ending token, which they leave out."""
+    said, usage = sum(len(delta.token_ids) for delta in deltas), _usage(deltas)
+    assert usage is not None
+    counted = usage.completion_tokens
+    if said:  # the engine tells its token ids
+        most = said if any(delta.finish_reason == "length" for delta in deltas) else said + 1
+        assert said <= counted <= most, f"completion_tokens is {counted} for {said} tokens"
+    else:
+        assert counted > 0 or not any(delta.text for delta in deltas), "completion_tokens is 0 for a text"
+    return usage
+
+
+def _end_threads(threads: Sequence[threading.Thread], names: Sequence[str]) -> None:
+    """End these threads as ``sys.exit()`` in them would."""
+    own = [thread for thread in threads if thread.name.startswith(tuple(names))]
+    assert own, f"no thread named {names}; there are {[thread.name for thread in threads]}"
+    for thread in own:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+
+
+@contextmanager
+def _exits_unreported() -> Iterator[None]:
+    """Python says nothing of a thread that exits; pytest does, unless it is kept from hearing of it."""
+    before = threading.excepthook
+
+    def hook(args: Any) -> None:
+        if args.exc_type is not SystemExit:
+            before(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
 _GIVEN: dict[str, object] = {
     "do_sample": True, "temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "repetition_penalty": 1.1,
     "random_seed": 1, "stop_words": ["x"], "stop_token_ids": [1], "ignore_eos": True, "skip_special_tokens": False,
-    "logprobs": 1,
+    "logprobs": 1, "max_new_tokens": 2,
 }  # fmt: skip

@@ -10,11 +10,14 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 
-from lmbridge.engines.base import Engine, Sink
+from lmbridge.engines.base import Engine, EngineThread, Sink
 from lmbridge.errors import EngineError
 from lmbridge.messages import Delta, FinishReason, GenerationConfig, Prompt, Request, Usage
 
 Script = Callable[[Request], Sequence[str]]
+
+SLICE = 0.5  # seconds between two looks of a start that waits at its gate; an engine that was closed waits no longer
+STEP_PATIENCE = 10.0  # seconds within which a loop that is not blocked makes the steps it is told to
 
 
 def echo(request: Request) -> list[str]:
@@ -44,6 +47,7 @@ class ScriptedEngine(Engine):
         step_time: seconds between steps otherwise.
         start_error: raised by ``start``.
         start_gate: ``start`` waits until this event is set, without blocking the loop.
+        load_time: seconds that ``start`` takes besides.
         max_batch_size: requests at once.
     """
 
@@ -58,10 +62,13 @@ class ScriptedEngine(Engine):
         step_time: float = 0.0,
         start_error: BaseException | None = None,
         start_gate: threading.Event | None = None,
+        load_time: float = 0.0,
         max_batch_size: int = 64,
     ) -> None:
         self.max_batch_size = max_batch_size
-        self.steps = 0  # written on the server thread, read by anyone, as are the next five
+        self.steps = (
+            0  # written on the server thread, read by anyone, as are the next five; `wait_for` sees each change
+        )
         self.tokens = 0
         self.started: list[str] = []
         self.aborted: list[str] = []
@@ -72,18 +79,25 @@ class ScriptedEngine(Engine):
         self._step_time = step_time
         self._start_error = start_error
         self._start_gate = start_gate
-        self._active: dict[str, _Work] = {}  # server thread only, as are the next four
-        self._failing: dict[str, BaseException] = {}
+        self._load_time = load_time
+        self._failing: dict[str, BaseException] = {}  # by prompt; cues of any thread, each one atomic step; as the next
         self._refusing: dict[str, BaseException] = {}
         self._forgetting: set[str] = set()
+        self._active: dict[str, _Work] = {}  # server thread only, as are the next three
         self._stepping = False
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stalled = False
+        self._doorman = EngineThread("scripted start")
+        self._loop: asyncio.AbstractEventLoop | None = None  # set once, by the server thread, under _changed
         self._changed = threading.Condition()
 
     # --- cues, from any thread ---
 
     def step(self, count: int = 1) -> None:
-        """Make ``count`` steps; returns when they are made."""
+        """Make ``count`` steps; returns when they are made.
+
+        Raises:
+            TimeoutError: the loop did not make them within ``STEP_PATIENCE`` seconds.
+        """
         done = threading.Event()
 
         def steps() -> None:
@@ -92,7 +106,8 @@ class ScriptedEngine(Engine):
             done.set()
 
         self._on_loop(steps)
-        done.wait(10)
+        if not done.wait(STEP_PATIENCE):
+            raise TimeoutError(f"the loop made no steps for {STEP_PATIENCE:g} s: it is blocked, or has ended")
 
     def crash(self, cause: BaseException) -> None:
         """Die: tell the server that this engine cannot go on."""
@@ -110,8 +125,12 @@ class ScriptedEngine(Engine):
         """Lose the request with this prompt at its next step: it gets no piece any more, nor a word on its abort."""
         self._forgetting.add(text)
 
+    def stall(self) -> None:
+        """Go silent for good: no step follows and no abort is answered, as if a kernel never returned."""
+        self._on_loop(lambda: setattr(self, "_stalled", True))
+
     def block(self, until: threading.Event) -> None:
-        """Block the loop itself, as an engine stuck in native code does, until the event is set."""
+        """Block the loop itself, as an engine stuck in native code does, until the event is set; 30 s at most."""
         self._on_loop(functools.partial(_wait_here, until))
 
     def wait_for(self, condition: Callable[[ScriptedEngine], bool], timeout: float = 10.0) -> None:
@@ -132,10 +151,12 @@ class ScriptedEngine(Engine):
     # --- the engine contract ---
 
     async def start(self) -> None:
-        self._loop = asyncio.get_running_loop()
         self.threads.add(threading.get_ident())
-        while self._start_gate is not None and not self._start_gate.is_set():
-            await asyncio.sleep(0.001)
+        loop = asyncio.get_running_loop()
+        self._tell(lambda: setattr(self, "_loop", loop))
+        if self._start_gate is not None and not self._start_gate.is_set():
+            await self._doorman.run(self._wait_at_gate, self._start_gate)
+        await asyncio.sleep(self._load_time)
         if self._start_error is not None:
             raise self._start_error
 
@@ -150,6 +171,8 @@ class ScriptedEngine(Engine):
 
     def abort_request(self, request_id: str) -> None:
         self.threads.add(threading.get_ident())
+        if self._stalled:
+            return
         work = self._active.pop(request_id, None)
         if work is not None:
             self._tell(lambda: self.aborted.append(request_id))
@@ -165,12 +188,15 @@ class ScriptedEngine(Engine):
 
     async def close(self) -> None:
         self._active.clear()
+        self._doorman.close()
         self._tell(lambda: setattr(self, "closed", True))
 
     # --- stepping, on the server thread ---
 
     def _step(self) -> None:
         self._stepping = False
+        if self._stalled:
+            return
         self._tell(lambda: setattr(self, "steps", self.steps + 1))
         self.tokens += len(self._active)
         for request_id, work in list(self._active.items()):
@@ -193,6 +219,11 @@ class ScriptedEngine(Engine):
                 self._loop.call_later(self._step_time, self._step)
             else:
                 self._loop.call_soon(self._step)
+
+    def _wait_at_gate(self, gate: threading.Event) -> None:
+        while not self.closed:
+            if gate.wait(SLICE):
+                return
 
     def _on_loop(self, function: Callable[[], None]) -> None:
         self.wait_for(lambda engine: engine._loop is not None)

@@ -20,6 +20,7 @@ from lmbridge import (
 )
 from lmbridge.prometheus import BridgeCollector
 from lmbridge.testing import ScriptedEngine
+from tests.conftest import until
 
 
 def scrape(bridge: Bridge, labels: dict[str, str] | None = None) -> dict[str, float]:
@@ -45,8 +46,7 @@ def test_every_request_is_counted_once() -> None:
         waiting = pool.submit(bridge.infer, "too late", timeout=0.05)
         with pytest.raises(RequestTimeoutError):
             waiting.result(30)
-        while bridge.health().waiting:
-            pass
+        until(lambda: not bridge.health().waiting)
         future = bridge.submit("cancelled")
         with pytest.raises(QueueFullError):
             bridge.infer("no room")
@@ -54,8 +54,7 @@ def test_every_request_is_counted_once() -> None:
         engine.step(3)
         assert good.result(30).text == "one two three"
         assert isinstance(bad.exception(30), EngineError)
-        while bridge.requests():
-            pass
+        until(lambda: not bridge.requests())
         assert bridge.metrics.outcomes == {
             "stop": 1, "EngineError": 1, "RequestTimeoutError": 1, "QueueFullError": 1, "CancelledError": 1,
         }  # fmt: skip

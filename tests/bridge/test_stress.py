@@ -20,6 +20,7 @@ import lmbridge.server.supervisor
 from lmbridge import Bridge, EngineDeadError, EngineError, Request, RequestTimeoutError
 from lmbridge.engines.base import Sink
 from lmbridge.testing import ScriptedEngine, prompt_text
+from tests.conftest import until
 
 SEEDS = [int(seed) for seed in os.environ.get("STRESS_SEEDS", "1").split(",")]
 REQUESTS = int(os.environ.get("STRESS_REQUESTS", "20000"))
@@ -123,8 +124,7 @@ def test_storm(storm: None, seed: int) -> None:
             caller.join(240)
         hung = sum(caller.is_alive() for caller in callers)
         ends = sum((caller.ends for caller in callers), Counter[str]())
-        while bridge.requests() or bridge._server_thread.handle.gate.pending:
-            bridge.stats()
+        until(lambda: not bridge.requests() and bridge._server_thread.handle.gate.pending == 0)
         print(f"seed {seed}: {REQUESTS} requests, faults {dict(ChaosEngine.faults)}, ends {dict(ends)}, hung {hung}")
         assert hung == 0
         assert ends["mixed"] == 0

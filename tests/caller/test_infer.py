@@ -22,6 +22,7 @@ from lmbridge import (
 )
 from lmbridge.messages import Request
 from lmbridge.testing import ScriptedEngine
+from tests.conftest import until
 
 Scripted = Callable[..., tuple[Bridge, ScriptedEngine]]
 
@@ -204,6 +205,64 @@ def test_deadline_holds_while_the_loop_is_blocked(scripted: Scripted) -> None:
     with pytest.raises(RequestTimeoutError):
         bridge.infer("hello", timeout=0.2)
     release.set()
+
+
+def _while_loading(scripted: Scripted) -> Bridge:
+    bridge, _ = scripted(ScriptedEngine(start_gate=threading.Event()))
+    return bridge
+
+
+def _while_restarting(scripted: Scripted) -> Bridge:
+    engines = [ScriptedEngine(), ScriptedEngine(start_gate=threading.Event())]
+    built = iter(engines)
+    bridge, _ = scripted(lambda: next(built))
+    bridge.start()
+    engines[0].crash(ValueError("lost power"))
+    until(lambda: bridge.state == "restarting")
+    return bridge
+
+
+def _at_the_gate(scripted: Scripted) -> Bridge:
+    bridge = _behind_another(scripted)
+    bridge.submit("queued")
+    return bridge
+
+
+def _behind_another(scripted: Scripted) -> Bridge:
+    bridge, engine = scripted(ScriptedEngine(manual=True, max_batch_size=1), max_pending=1)
+    bridge.submit("running")
+    engine.wait_for(lambda e: e.active == 1)
+    return bridge
+
+
+def _in_a_silent_engine(scripted: Scripted) -> Bridge:
+    bridge, _ = scripted(ScriptedEngine(manual=True))
+    return bridge.start()
+
+
+def _in_a_slow_engine(scripted: Scripted) -> Bridge:
+    bridge, _ = scripted(ScriptedEngine(lambda request: ["word"] * 10_000, step_time=0.001))
+    return bridge.start()
+
+
+@pytest.mark.parametrize(
+    ("situation", "where", "advice"),
+    [
+        (_while_loading, "while the model was loading", r"bridge.start\(\)"),
+        (_while_restarting, r"while the engine was restarting .*'lost power'.*", "when health.. says that it is ready"),
+        (_at_the_gate, "waiting for a place in the queue, which 1 requests fill", "send fewer requests at once"),
+        (_behind_another, "in the queue", "longer timeout; health.. says what holds the queue up"),
+        (_in_a_silent_engine, "in the engine", "No token had come"),
+        (_in_a_slow_engine, "in the engine", "longer timeout, or fewer max_new_tokens"),
+    ],
+)
+def test_a_timeout_says_what_held_the_call(
+    scripted: Scripted, situation: Callable[[Scripted], Bridge], where: str, advice: str
+) -> None:
+    """Who waited behind a dead or loading engine would be told to ask for fewer tokens, and look in the wrong place."""
+    bridge = situation(scripted)
+    with pytest.raises(RequestTimeoutError, match=rf"deadline after [\d.]+ s {where}; .*{advice}"):
+        bridge.infer("late", timeout=0.3, max_new_tokens=10_000)
 
 
 def test_bridge_default_timeout_applies(scripted: Scripted) -> None:

@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from lmbridge import Bridge, BridgeClosedError, EngineError, RequestTimeoutError, Stream
+from lmbridge import Bridge, BridgeClosedError, Delta, EngineError, RequestTimeoutError, Stream
 from lmbridge.testing import ScriptedEngine
+from tests.conftest import until
 
 Scripted = Callable[..., tuple[Bridge, ScriptedEngine]]
 
@@ -101,6 +102,52 @@ def test_a_dropped_stream_stops_the_engine(scripted: Scripted) -> None:
     assert len(engine.aborted) == 1
 
 
+TOKENS = 20_000
+ASK: dict[str, Callable[[Bridge], object]] = {
+    "stream": lambda bridge: bridge.stream("long", max_new_tokens=TOKENS),
+    "stream_many": lambda bridge: bridge.stream_many(["long"], max_new_tokens=TOKENS),
+    "submit": lambda bridge: bridge.submit("long", max_new_tokens=TOKENS),
+    "infer": lambda bridge: bridge.infer("long", max_new_tokens=TOKENS),
+}
+
+
+@pytest.mark.parametrize("way", ASK)
+def test_memory_goes_with_the_text_and_not_with_the_steps(scripted: Scripted, way: str) -> None:
+    """A reader who never comes would keep an object of 176 bytes for each token."""
+    gc.collect()
+    before = living_deltas()
+    bridge, engine = scripted(ScriptedEngine(lambda request: ["word "] * TOKENS, manual=True))
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ASK[way], bridge)
+        engine.wait_for(lambda e: e.active == 1)
+        engine.step(TOKENS - 1)
+        unfinished = living_deltas() - before
+        engine.step()
+        held = asked.result(60)
+    assert unfinished < TOKENS / 40
+    assert living_deltas() - before < TOKENS / 40
+    del held
+
+
+def test_memory_of_an_answer_that_is_read_token_by_token(scripted: Scripted) -> None:
+    """Whoever prints a long answer as it grows would keep an object for each token, for as long as he holds it."""
+    gc.collect()
+    before = living_deltas()
+    bridge, engine = scripted(ScriptedEngine(lambda request: ["word "] * 4000, manual=True))
+    stream = bridge.stream("long", max_new_tokens=4000)
+    engine.wait_for(lambda e: e.active == 1)
+    for _ in range(4000):
+        engine.step()
+        assert next(stream).text == "word "
+    assert living_deltas() - before < 4000 / 20
+    assert next(stream, None) is None
+    assert stream.response.text == "word " * 4000
+
+
+def living_deltas() -> int:
+    return sum(type(something) is Delta for something in gc.get_objects())
+
+
 def test_closing_from_another_thread_ends_the_reader(scripted: Scripted) -> None:
     """A reader that waits for the next delta sees the end when somebody else closes its stream."""
     bridge, engine = scripted(ScriptedEngine(manual=True))
@@ -135,11 +182,7 @@ def test_two_readers_of_one_stream_are_refused(scripted: Scripted) -> None:
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(read)
         entered.wait(10)
-        refused = False
-        while not refused and not reading.done():
-            refused = not stream._turn.acquire(blocking=False)
-            if not refused:
-                stream._turn.release()
+        until(stream._turn.locked)
         with pytest.raises(RuntimeError, match="Another thread"):
             next(stream)
         engine.step(2)

@@ -68,9 +68,9 @@ class Terminal:
 
     def exit_status(self) -> int:
         """Read to the end of the command and return its status."""
-        deadline = time.monotonic() + PATIENCE
-        while self._receive(deadline - time.monotonic()):
-            pass
+        deadline, going_on = time.monotonic() + PATIENCE, True
+        while going_on:
+            going_on = self._receive(deadline - time.monotonic())
         return self.process.wait(timeout=max(1.0, deadline - time.monotonic()))
 
     @property

@@ -1,18 +1,18 @@
 """Run by tests in a process of its own: the command line with two engines that load nothing.
 
-``gated`` loads until the file named by its option ``gate`` exists; it answers "count 20" with twenty tokens, one every
-``step_time`` seconds. ``broken`` cannot be loaded.
+``gated`` loads until somebody has written to the pipe named by its option ``gate``; it answers "count 20" with twenty
+tokens, one every ``step_time`` seconds. ``broken`` cannot be loaded.
 """
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from pathlib import Path
 
 from lmbridge import Request
 from lmbridge.cli import main
 from lmbridge.engines import ENGINES
+from lmbridge.engines.base import EngineThread
 from lmbridge.testing import ScriptedEngine, prompt_text
 
 
@@ -31,8 +31,8 @@ class GatedEngine(ScriptedEngine):
         self._gate = gate
 
     async def start(self) -> None:
-        while self._gate and not Path(self._gate).exists():
-            await asyncio.sleep(0.01)
+        if self._gate:
+            await EngineThread("gate").run(Path(self._gate).read_bytes)
         await super().start()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,6 +79,33 @@ def test_ctrl_c_while_the_model_loads(terminal: Open) -> None:
         assert command.exit_status() == 130
         assert "Traceback" not in command.shown
         assert command.raw.rindex("\x1b[?25h") > command.raw.rindex("\x1b[?25l")
+
+
+def test_ctrl_c_that_strikes_a_finalizer() -> None:
+    """Python loses an exception that is raised there: the command would go on to its end, and report success."""
+    source = """
+        import os, signal
+        from lmbridge import Bridge
+        from lmbridge.cli import terminal
+        from lmbridge.testing import ScriptedEngine
+
+        class Struck:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGINT)
+                for _ in range(1000):
+                    pass
+
+        class Slow(Bridge):
+            def start(self, timeout=None):
+                Struck()
+                return super().start(timeout)
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        terminal._load(Slow(ScriptedEngine), "demo", quiet=True)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 def test_what_nobody_expected(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

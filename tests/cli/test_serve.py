@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.cli.conftest import ENVIRONMENT, LMBRIDGE, PATIENCE, ROOT
+from tests.conftest import until
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Run
@@ -57,10 +58,15 @@ class Served:
         return self.ask("POST", "/v1/chat/completions", {"messages": messages, "max_tokens": 10**6, **more}, key)
 
     def wait_until(self, path: str, status: int) -> Answer:
-        end = time.monotonic() + PATIENCE
-        while (answer := self.ask("GET", path)).status != status:
-            assert time.monotonic() < end, answer.text
-        return answer
+        """The answer to a GET once it has that status."""
+        answers: list[Answer] = []
+
+        def has_come() -> bool:
+            answers[:] = [self.ask("GET", path)]
+            return answers[0].status == status
+
+        until(has_come, PATIENCE)
+        return answers[0]
 
     def model(self) -> dict[str, Any]:
         """What /status says of the one model."""
@@ -134,11 +140,12 @@ def test_a_newcomer(run: Run) -> None:
 def test_it_tells_the_truth_while_it_loads(tmp_path: Path) -> None:
     """Alive but not ready while the model loads; a question asked meanwhile waits and is answered."""
     gate = tmp_path / "gate"
+    os.mkfifo(gate)
     with serving(*GATED, "--option", f"gate={gate}") as served:
         assert served.wait_until("/health", 200).json["models"]["a-model"]["state"] in ("new", "starting")
         assert served.ask("GET", "/ready").headers["retry-after"] == "1"
         assert 'lmbridge_ready{model="a-model"} 0.0' in served.ask("GET", "/metrics").text
-        gate.touch()
+        gate.write_bytes(b"")
         assert served.chat("one two").json["choices"][0]["message"]["content"] == "one two "
         served.wait_until("/ready", 200)
 
@@ -178,6 +185,7 @@ def test_a_second_signal_ends_at_once() -> None:
 
 def test_a_signal_while_it_loads(tmp_path: Path) -> None:
     """Nobody has to wait for a model that nobody wants any more."""
+    os.mkfifo(tmp_path / "never")
     with serving(*GATED, "--option", f"gate={tmp_path / 'never'}") as served:
         assert served.end() == 0
 
@@ -216,9 +224,7 @@ def test_a_client_that_leaves_frees_its_place() -> None:
             client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
             assert client.recv(100).startswith(b"HTTP/1.1 200")
             assert served.model()["running"] == 1
-        end = time.monotonic() + PATIENCE
-        while served.model()["running"]:
-            assert time.monotonic() < end
+        until(lambda: not served.model()["running"], PATIENCE)
         assert served.ask("GET", "/status").json["disconnects"] == 1
 
 

@@ -16,6 +16,7 @@ from lmbridge import Bridge, BridgeClosedError, LMBridgeError, QueueFullError, R
 from lmbridge.crossing.channel import Channel
 from lmbridge.crossing.wake_chain import WakeChain
 from lmbridge.testing import ScriptedEngine
+from tests.conftest import until_living
 
 Scripted = Callable[..., tuple[Bridge, ScriptedEngine]]
 
@@ -215,13 +216,3 @@ def test_counts_add_up_after_everything(scripted: Scripted) -> None:
     metrics = bridge.metrics
     assert metrics.started == sum(metrics.outcomes.values()) == 400
     assert metrics.outcomes["QueueFullError"] == made["QueueFullError"]
-
-
-def until_living(bridge: Bridge, count: int) -> None:
-    """Return once so many requests live."""
-    tick = threading.Event()
-    for _ in range(1000):
-        if len(bridge.requests()) == count:
-            return
-        tick.wait(0.01)
-    raise TimeoutError(f"{bridge.requests()}")

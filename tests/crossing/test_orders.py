@@ -13,6 +13,7 @@ from lmbridge import Bridge, BridgeClosedError, RequestAbortedError
 from lmbridge.crossing.call import Call
 from lmbridge.crossing.handle import ServerHandle
 from lmbridge.testing import ScriptedEngine
+from tests.conftest import until_living
 
 Scripted = Callable[..., tuple[Bridge, ScriptedEngine]]
 
@@ -107,16 +108,6 @@ def test_requests_shows_those_in_front_of_the_gate(scripted: Scripted) -> None:
         for future in [*futures, outside]:
             assert isinstance(future.exception(10), RequestAbortedError)
     assert bridge.requests() == []
-
-
-def until_living(bridge: Bridge, count: int) -> None:
-    """Return once so many requests live."""
-    tick = threading.Event()
-    for _ in range(1000):
-        if len(bridge.requests()) == count:
-            return
-        tick.wait(0.01)
-    raise TimeoutError(f"{bridge.requests()}")
 
 
 def test_what_is_left_before_it_is_sent_is_never_sent(scripted: Scripted) -> None:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from lmbridge import Bridge
 from lmbridge.crossing.wake_chain import WakeChain
 from lmbridge.testing import ScriptedEngine
+from tests.conftest import until_then
 
 CROWD = 48
 
@@ -55,10 +56,9 @@ def test_a_thread_that_does_not_pass_on_keeps_nobody_asleep() -> None:
         wakes.attach(asyncio.get_running_loop())
         for waiter in waiters:
             wakes.wake(waiter)
-        while any(waiter.locked() for waiter in waiters):
-            await asyncio.sleep(0)
+        await until_then(lambda: not any(waiter.locked() for waiter in waiters))
 
-    asyncio.run(asyncio.wait_for(all_woken(), 30))
+    asyncio.run(all_woken())
 
 
 def test_who_sends_while_others_wake_is_heard() -> None:

@@ -11,6 +11,7 @@ import pytest
 from examples.demo_model import world
 from examples.demo_model.world import Question
 from lmbridge import Bridge, GenerationConfig
+from tests.conftest import until
 
 THREADS = 64
 PROMPTS_EACH = 20
@@ -107,8 +108,7 @@ def test_leaving_a_story_saves_its_tokens(demo: Bridge) -> None:
     before = demo.stats()["tokens"]
     for _ in demo.stream(prompt):
         break
-    while demo.stats()["in_flight"]:
-        pass
+    until(lambda: not demo.stats()["in_flight"])
     assert demo.stats()["tokens"] - before < whole / 2
 
 

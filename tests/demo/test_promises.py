@@ -23,6 +23,7 @@ from lmbridge import (
     Stream,
 )
 from lmbridge.engines.transformers import TransformersEngine
+from tests.conftest import until
 
 STORY = "Tell me a long story about a fox."
 
@@ -95,8 +96,7 @@ def test_leaving_stops_within_two_steps(
     monkeypatch.setattr(engine, "abort_request", noted)
     stream = bridge.stream(STORY)
     leave(bridge, stream)
-    while bridge.stats()["in_flight"] or bridge.stats()["cache_free"] < 1.0:
-        pass
+    until(lambda: not bridge.stats()["in_flight"] and bridge.stats()["cache_free"] == 1.0)
     bridge.infer("What is 2 + 3?")  # whatever was still under way has been counted by the time this has ended
     spent = bridge.stats()["tokens"] - read_at[0] - bridge.infer("What is 2 + 3?").usage.completion_tokens
     assert spent <= 2
@@ -109,13 +109,11 @@ def test_dropping_and_cancelling_stop(bridge: Bridge) -> None:
     del stream
     gc.collect()
     future = bridge.submit(STORY)
-    while not future.running():
-        pass
+    until(future.running)
     assert future.cancel()
     with pytest.raises(CancelledError):
         future.result()
-    while bridge.stats()["in_flight"]:
-        pass
+    until(lambda: not bridge.stats()["in_flight"])
     assert bridge.infer("What is the capital of Peru?").text == "The capital of Peru is Lima."
 
 
@@ -216,8 +214,7 @@ def test_swap_under_load(bridge: Bridge, workshop: Workshop) -> None:
         swapped.set()
         assert all(call.result(60) for call in asking)
     assert len(workshop.engines) == 2
-    while workshop.engines[0]._core is not None:  # the old one is closed when its last request has ended
-        bridge.stats()
+    until(lambda: workshop.engines[0]._core is None)  # the old one is closed when its last request has ended
 
 
 def _wait(event: threading.Event) -> None:

@@ -15,6 +15,7 @@ from examples.demo_model import world
 from examples.demo_model.world import Question
 from lmbridge import Bridge, EngineDeadError
 from lmbridge.engines.transformers import TransformersEngine
+from tests.conftest import until
 
 THREADS = 32
 QUESTIONS_EACH = 20
@@ -97,8 +98,7 @@ def test_storm_on_the_bundled_model(monkeypatch: pytest.MonkeyPatch) -> None:
     with Bridge(lambda: FailingEngine("demo", max_batch_size=16), max_pending=64) as bridge:
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(work, range(THREADS)))
-        while bridge.requests():  # what was left or cancelled ends a moment later
-            bridge.stats()
+        until(lambda: not bridge.requests())  # what was left or cancelled ends a moment later
         assert bridge.stats()["in_flight"] == 0
         assert bridge.infer("What is 2 + 3?").text == "2 + 3 = 5."
         assert bridge.health().restarts == FailingEngine.faults == 3

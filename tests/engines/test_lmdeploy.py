@@ -23,6 +23,7 @@ from lmbridge.errors import (
     UnknownEngineError,
 )
 from lmbridge.messages import GenerationConfig, Prompt
+from tests.conftest import until_then
 from tests.engines.conftest import BYTES, EOS, byte_level_tokenizer, save_model
 from tests.engines.lmdeploy_scripted import Cues, Driver, driven, scripted_gpu
 
@@ -311,8 +312,7 @@ def test_never_more_inside_than_lmdeploy_has_places(llama: str) -> None:
 
 async def engine_idle(driver: Driver) -> None:
     """Until the tasks of requests that have told their last are gone too."""
-    while driver.engine.stats()["in_flight"]:
-        await asyncio.sleep(0)
+    await until_then(lambda: not driver.engine.stats()["in_flight"])
 
 
 def test_stats_are_lmdeploys_own(llama: str) -> None:

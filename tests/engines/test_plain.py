@@ -12,6 +12,7 @@ import pytest
 
 from lmbridge.engines.transformers import TransformersEngine
 from lmbridge.errors import EngineDeadError, EngineError
+from tests.conftest import until_then
 from tests.engines.conftest import Brake, Driver, driven, generate
 
 PROMPTS = [[5, 9, 200], [7] * 40, list(range(1, 130)), [250, 3], list(range(200, 20, -1)), [77]]
@@ -248,8 +249,7 @@ def test_who_leaves_the_line_takes_no_thread_along(llama: str) -> None:
             before = threading.active_count()
             for answer in [driver.add([number, 2], max_new_tokens=400) for number in range(20)]:
                 driver.abort(answer)
-            while threading.active_count() > before:  # bounded by the test's timeout
-                await asyncio.sleep(0)
+            await until_then(lambda: threading.active_count() <= before)
             driver.abort(first)
             brake.lift()
 

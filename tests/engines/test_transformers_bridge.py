@@ -12,6 +12,7 @@ from lmbridge import Bridge
 from lmbridge.engines.transformers import TransformersEngine
 from lmbridge.errors import EngineDeadError, EngineError, InvalidRequestError
 from lmbridge.messages import Response
+from tests.conftest import until
 
 PATIENCE = 60.0
 
@@ -69,8 +70,7 @@ def test_health_tells_of_a_thread_that_ends_while_nobody_asks(rebuilt: Rebuilt) 
         raise SystemExit("a library has called exit()")
 
     rebuilt.runner._manager.batch_processor.prepare_next_batch = leave
-    while rebuilt.bridge.health().restarts == 0:  # bounded by the test's timeout
-        threading.Event().wait(0.01)
+    until(lambda: rebuilt.bridge.health().restarts == 1)
     assert rebuilt.bridge.infer([3, 4], max_new_tokens=3).finish_reason == "length"
 
 
@@ -83,8 +83,7 @@ def test_a_request_that_transformers_forgets_fails_alone(llama: str) -> None:
         register = manager.register_result_handler
         manager.register_result_handler = lambda *args: None  # its outputs go where nobody looks
         lost = bridge.submit([1, 2], max_new_tokens=3)
-        while not bridge.requests() or bridge.requests()[0].state != "running":
-            threading.Event().wait(0.01)
+        until(lambda: [request.state for request in bridge.requests()] == ["running"])
         manager.register_result_handler = register
         answers: list[Response] = []
         while not lost.done():  # others keep the engine stepping

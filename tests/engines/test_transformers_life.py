@@ -30,6 +30,7 @@ from lmbridge.errors import (
     PromptTooLongError,
 )
 from lmbridge.messages import Delta, GenerationConfig
+from tests.conftest import until_then
 from tests.engines.conftest import Brake, Driver, driven, generate, save_model
 
 # -------------------------------------------------------------------------------------------------- before it starts
@@ -719,8 +720,7 @@ def test_an_abort_under_a_full_cache_leaves_the_others_served(llama: str, refere
     async def scenario() -> None:
         async with driven(llama, num_blocks=8, page_size=16) as driver:
             answers = [driver.add([number] * 30, max_new_tokens=90, ignore_eos=True) for number in (1, 2)]
-            while max(len(answer.deltas) for answer in answers) < 45:
-                await asyncio.sleep(0)
+            await until_then(lambda: max(len(answer.deltas) for answer in answers) >= 45)
             longer, other = sorted(answers, key=lambda answer: -len(answer.deltas))
             driver.abort(longer)
             assert (await driver.ask([3] * 5, max_new_tokens=3)).reason == "length"

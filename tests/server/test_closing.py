@@ -325,6 +325,7 @@ def test_a_killed_server_thread_holds_nobody(scripted: Scripted) -> None:
     with pytest.raises(BridgeClosedError, match="server thread"):
         bridge.infer("later")
     engine.wait_for(lambda e: e.closed)
+    assert bridge.supports() == frozenset()  # nothing holds it any more
     assert bridge.health().state == "failed"
 
 

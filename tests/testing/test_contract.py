@@ -1,41 +1,23 @@
-"""The engine contract on the scripted engine and on one in the form of an async iterator."""
+"""The engine contract: engines that keep it, and engines that break it in one way and are found by the right test."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
+import textwrap
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lmbridge import Bridge, Delta, Engine, EngineError, Request
-from lmbridge.testing import EngineContract, ScriptedEngine, prompt_text
+from lmbridge import Bridge, Engine, EngineError
+from lmbridge.testing import EngineContract, ScriptedEngine
+from tests.testing import engines
+from tests.testing.engines import IteratorEngine, ThreadEngine
 
 PROMPTS = [f"prompt number {number} of several" for number in range(6)]
 LONG = "word " * 300
-
-
-class IteratorEngine(Engine):
-    """An engine whose author wrote ``generate`` only; some prompts make it misbehave."""
-
-    name = "iterator"
-    max_batch_size = 4
-
-    async def start(self) -> None:
-        pass
-
-    async def generate(self, request: Request) -> AsyncIterator[Delta]:
-        text = prompt_text(request.prompt)
-        if text == "raise at once":
-            raise ValueError("at once")
-        for word in text.split(" "):
-            yield Delta(word + " ", [len(word)])
-            await asyncio.sleep(0.001)
-        if text == "raise later":
-            raise ValueError("later")
-        if text == "exit":
-            raise SystemExit(1)
-        if text != "end without a word":
-            yield Delta(finish_reason="stop")
+DOCS = Path(__file__).parents[2] / "docs" / "engines.rst"
 
 
 class TestScriptedEngine(EngineContract):
@@ -58,6 +40,101 @@ class TestIteratorEngine(EngineContract):
 
     def engine(self) -> Engine:
         return IteratorEngine()
+
+
+class TestThreadEngine(EngineContract):
+    """So does an engine that steps on a thread of its own."""
+
+    prompts = PROMPTS
+    long_prompt = LONG
+    workers = ("stepping",)
+    stall_timeout = 1.0
+
+    def engine(self) -> Engine:
+        return ThreadEngine()
+
+
+def example_of_docs(capsys: pytest.CaptureFixture[str]) -> type[Engine]:
+    """The engine of docs/engines.rst, whose example has run as it stands there."""
+    after = DOCS.read_text().split("leaving the iterator is the abort::", 1)[1]
+    lines = after.splitlines()
+    end = next(number for number, line in enumerate(lines) if line and not line.startswith(" "))
+    names: dict[str, Any] = {}
+    exec(textwrap.dedent("\n".join(lines[:end])), names)
+    assert capsys.readouterr().out.strip() == "HELLO WORLD"
+    shout: type[Engine] = names["Shout"]
+    return shout
+
+
+class TestShout(EngineContract):
+    """So does the engine that the documentation shows, which readers copy."""
+
+    prompts = PROMPTS
+    long_prompt = LONG
+    stall_timeout = 1.0
+
+    @pytest.fixture(autouse=True)
+    def _example(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.shout = example_of_docs(capsys)
+
+    def engine(self) -> Engine:
+        return self.shout()
+
+
+WRONG: list[tuple[type[Engine], str]] = [
+    (engines.IgnoresMaxNewTokens, "test_max_new_tokens_is_kept"),
+    (engines.CountsThePromptTwice, "test_usage_counts_what_was_said"),
+    (engines.CountsNoPrompt, "test_usage_counts_what_was_said"),
+    (engines.CountsTwoTokensTooMany, "test_usage_counts_what_was_said"),
+    (engines.CountsOneTokenTooFew, "test_usage_counts_what_was_said"),
+    (engines.ForgetsOneOfTwoThatEndTogether, "test_answers_do_not_mix"),
+    (engines.EndsItsThreadSilently, "test_the_end_of_its_own_thread_is_told"),
+    (engines.SaysMoreAfterTheEnd, "test_nothing_is_said_after_the_end"),
+    (engines.EndsTwiceWhenAborted, "test_nothing_is_said_after_the_end"),
+]
+
+
+ALONE = "test_close_with_work_in_flight"  # it looks at all of the process's threads
+
+
+def failures(kind: type[Engine], tests: Iterable[str]) -> dict[str, BaseException]:
+    """What an engine's author sees who runs the contract: the tests that fail, with their errors."""
+
+    class Contract(EngineContract):
+        prompts = PROMPTS
+        long_prompt = "word " * 100
+        workers = ("stepping",) if issubclass(kind, ThreadEngine) else ()
+        patience = 4.0
+        stall_timeout = 0.5
+
+        def engine(self) -> Engine:
+            return kind()
+
+    found: dict[str, BaseException] = {}
+    for name in tests:
+        try:
+            getattr(Contract(), name)()
+        except Exception as error:
+            found[name] = error
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[type[Engine], dict[str, BaseException]]:
+    """What the contract finds wrong with each engine; all are tried at once, for most of it is waiting."""
+    kinds, tests = [kind for kind, _ in WRONG], [name for name in vars(EngineContract) if name.startswith("test_")]
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        at_once = pool.map(lambda kind: failures(kind, [name for name in tests if name != ALONE]), kinds)
+        shared = dict(zip(kinds, at_once, strict=True))
+    return {kind: {**shared[kind], **failures(kind, [ALONE])} for kind in kinds}
+
+
+@pytest.mark.parametrize(("kind", "test"), WRONG, ids=[kind.__name__ for kind, _ in WRONG])
+def test_an_engine_that_breaks_the_contract_once(
+    kind: type[Engine], test: str, found: dict[type[Engine], dict[str, BaseException]]
+) -> None:
+    """An engine that is wrong in one way fails the one test that names it, so that its author knows where to look."""
+    assert set(found[kind]) == {test}, found[kind]
 
 
 @pytest.mark.parametrize(
