@@ -108,11 +108,9 @@ class Sender:
         return call.finish("abort") if error is None else fresh(error)
 
     def _is_over(self, call: Call, index: int) -> bool:
-        """Whether a call has ended before it was sent: it was left or stopped, or its deadline has passed."""
+        """Whether a call has ended before it was sent: it was left or stopped."""
         if self.left is not None or index in self._stopped:
             call.settle(self._end(call))
-        elif self._deadline is not None and time.monotonic() >= self._deadline:
-            self._server.expire(call)
         return bool(call.outcomes)
 
     def _enter(self, call: Call, first: bool) -> bool:

@@ -162,6 +162,16 @@ def test_prompts_that_were_not_sent_end_with_the_bridge(scripted: Scripted) -> N
     assert all(isinstance(end, BridgeClosedError) for end in group.responses)
 
 
+def test_a_list_past_its_deadline_is_counted_whole(scripted: Scripted) -> None:
+    """Each prompt of a list whose time is up before it could be sent is a request that started and timed out."""
+    bridge, _ = scripted(max_pending=2)
+    bridge.start()
+    answers = bridge.infer(["late"] * 20, timeout=0, return_exceptions=True)
+    assert {type(answer).__name__ for answer in answers} == {"RequestTimeoutError"}
+    until_living(bridge, 0)
+    assert bridge.metrics.started == bridge.metrics.outcomes["RequestTimeoutError"] == 20
+
+
 def test_what_strikes_a_caller_at_the_full_gate_strikes_nobody_else(scripted: Scripted) -> None:
     """An exception thrown into a caller who waits for room leaves the gate to the others, at once."""
     import ctypes
