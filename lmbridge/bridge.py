@@ -28,7 +28,7 @@ from lmbridge.engines.base import Engine
 from lmbridge.errors import InvalidRequestError, RequestAbortedError
 from lmbridge.messages import GenerationConfig
 from lmbridge.metrics import Metrics
-from lmbridge.server.supervisor import Recipe
+from lmbridge.server.swaps import Recipe
 from lmbridge.server.thread import ServerThread
 from lmbridge.values import as_int, as_number
 

@@ -7,7 +7,6 @@ handle serves a bridge for life, also when its server thread is replaced.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import os
 import threading
@@ -23,7 +22,7 @@ from lmbridge.crossing.channels import Channels
 from lmbridge.crossing.doorbell import Doorbell
 from lmbridge.crossing.endings import closed_error, timeout_error
 from lmbridge.crossing.gate import Gate
-from lmbridge.crossing.status import Status
+from lmbridge.crossing.status import Status, Verdict
 from lmbridge.crossing.wake_chain import WakeChain
 from lmbridge.errors import ForkedError, LMBridgeError, fresh
 
@@ -200,20 +199,22 @@ class ServerHandle:
         """What ``question`` finds on the server thread; None when there is none, or when the loop does not answer."""
         if threading.get_ident() == self.thread_id:
             return question()
-        answer: concurrent.futures.Future[T] = concurrent.futures.Future()
+        found: list[T] = []
+        answered = Verdict()
 
         def ask() -> None:
             try:
-                answer.set_result(question())
+                found.append(question())
             except BaseException as error:  # whatever an engine raises is the asker's
-                answer.set_exception(error)
+                answered.tell(error)
+            else:
+                answered.tell()
 
-        if not self.run_soon(ask):
+        if not self.run_soon(ask) or not answered.wait(ASK_PATIENCE):
             return None
-        try:
-            return answer.result(ASK_PATIENCE)
-        except concurrent.futures.TimeoutError:
-            return None
+        if answered.error is not None:
+            raise answered.error
+        return found[0]
 
     # --- the server thread only ---
 

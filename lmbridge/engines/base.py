@@ -48,7 +48,7 @@ class Engine(ABC):
         name: the engine's name in messages.
         supports: the GenerationConfig fields it honours; the others are refused by name.
         max_batch_size: how many requests it works on at once.
-        on_death: set by the server; call it with the cause, on the server thread, when the engine cannot go on. The
+        on_death: set by the server; call it with the cause, from any thread, when the engine cannot go on. The
             requests inside need no delta then.
     """
 

@@ -17,8 +17,7 @@ from lmbridge.server.loop import ServerLoop
 from lmbridge.server.losses import died, is_sticky, not_again, start_error, swap_error
 from lmbridge.server.place import Place
 from lmbridge.server.places import Places
-from lmbridge.server.swaps import Recipe as Recipe
-from lmbridge.server.swaps import Swap, Swaps
+from lmbridge.server.swaps import Recipe, Swap, Swaps
 
 logger = logging.getLogger("lmbridge")
 
