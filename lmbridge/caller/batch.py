@@ -54,7 +54,7 @@ class Batch:
             self._begin(requests, sender)
             while not sender.done:
                 sender.send()
-                self._record(sender, _named(channel, server, sender))
+                self._record(sender, sender.ended() or _named(channel, server, sender))
         except BaseException:
             self._leave(sender)
             raise
@@ -75,7 +75,7 @@ class Batch:
             self._begin(requests, sender)
             while not sender.done:
                 sender.send()
-                self._record(sender, await news.wait(sender.remaining()) or list(sender.open))
+                self._record(sender, sender.ended() or await news.wait(sender.remaining()) or list(sender.open))
         except BaseException:
             self._leave(sender)
             raise

@@ -133,8 +133,8 @@ class Dispatcher:
         self._next_look = now + LOOK
         for call in list(self._open):
             deadline = call.request.deadline
-            if deadline is not None and now > deadline:
-                self._server.expire(call)
+            if deadline is not None and now > deadline and call in self._server.gate.calls:
+                self._server.expire(call)  # before it is in the book, the thread that sends it looks
             self._resolve(call)
         self.callbacks.look_after()
 

@@ -43,6 +43,7 @@ class OtherLoop:
         call.channel = self.channel
         try:
             if not server.gate.enter(call):
+                server.check_owner(call)
                 while not server.gate.stand(call, lambda: call.channel.nudge(call)) and not call.outcomes:
                     await self.wait(call)
             server.check_owner(call)

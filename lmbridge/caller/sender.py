@@ -38,6 +38,7 @@ class Sender:
         self.left: tuple[LMBridgeError | None] | None = None  # set once by any thread: all end, with that error
         self._stopped: set[int] = set()  # positions that were stopped; any thread adds
         self._deadline: float | None = None
+        self._ended: list[Call] = []  # without having been sent; no token will name them
         self._begun = False  # something was sent, or tried to
         self._standing: Call | None = None  # in line at the gate; is in ``open`` too
 
@@ -52,7 +53,7 @@ class Sender:
         return not self.open and not self._waiting
 
     def send(self) -> None:
-        """Send what there is room for. What ends without being sent is in ``open`` with its outcome, and is named.
+        """Send what there is room for. What ends without being sent stays in ``open``; ``ended`` names it.
 
         Raises:
             LMBridgeError: nothing could be sent: there is no room and the bridge does not wait, or it is closed.
@@ -67,9 +68,14 @@ class Sender:
             self._waiting.popleft()
             self.opened(call)
             if self._is_over(call, index):
-                self._channel.nudge(call)
+                self._ended.append(call)
             elif not self._enter(call, first):
                 return
+
+    def ended(self) -> list[Call]:
+        """The calls that have ended without being sent, since this was asked last."""
+        ended, self._ended = self._ended, []
+        return ended
 
     def remaining(self) -> float:
         """Seconds to wait before looking at all of them again; settles them once their deadline has passed."""
@@ -117,6 +123,7 @@ class Sender:
         """Whether a call is through the gate, or has ended there; False when it stands in line."""
         try:
             if not self._server.gate.enter(call, patient=not first):
+                self._server.check_owner(call)
                 self._standing = call
                 return self._let_in(call)
             self._submit(call)
@@ -124,7 +131,7 @@ class Sender:
             give_up(self._server, call, error)
             if first or not isinstance(error, LMBridgeError):
                 raise
-            self._channel.nudge(call)
+            self._ended.append(call)
         return True
 
     def _let_in(self, call: Call) -> bool:
@@ -133,6 +140,7 @@ class Sender:
             return False
         self._standing = None
         if call.outcomes:
+            self._ended.append(call)
             return True
         try:
             self._submit(call)
@@ -140,12 +148,12 @@ class Sender:
             give_up(self._server, call, error)
             if not isinstance(error, LMBridgeError):
                 raise
-            self._channel.nudge(call)
+            self._ended.append(call)
         return True
 
     def _submit(self, call: Call) -> None:
         self._server.check_owner(call)
         if call.outcomes:  # it was left meanwhile
-            self._channel.nudge(call)
+            self._ended.append(call)
         else:
             self._server.submit(call)

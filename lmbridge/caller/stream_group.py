@@ -169,6 +169,11 @@ class StreamGroup:
     def _look(self, limit: float | None) -> None:
         """Wait for one token, and take what its call has."""
         self._sender.send()
+        ended = self._sender.ended()
+        for call in ended:
+            self._take(call)
+        if ended:
+            return
         remaining = self._sender.remaining()
         if limit is not None:
             remaining = min(remaining, max(0.0, limit - time.monotonic()))

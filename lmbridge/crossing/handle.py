@@ -103,6 +103,7 @@ class ServerHandle:
             LMBridgeError: the bridge or the client is closed.
         """
         if not self.gate.enter(call):
+            self.check_owner(call)
             self._wait_for_place(call, waiting or call.channel)
         if call.owner.closed is not None:
             self.check_owner(call)

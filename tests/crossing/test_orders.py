@@ -129,3 +129,17 @@ def test_what_is_left_before_it_is_sent_is_never_sent(scripted: Scripted) -> Non
     until_living(bridge, 0)
     assert len(engine.started) <= 2
     assert bridge.metrics.started == sum(bridge.metrics.outcomes.values())
+
+
+def test_a_closed_client_sends_nothing_more(scripted: Scripted) -> None:
+    """A list whose client is closed while it waits for room ends at once, whatever happens to the room."""
+    bridge, engine = scripted(ScriptedEngine(manual=True, max_batch_size=1), max_pending=1)
+    bridge.submit("running")
+    engine.wait_for(lambda e: e.active == 1)
+    bridge.submit("queued")
+    client = bridge.client()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.infer, ["a", "b", "c"], return_exceptions=True)
+        until_living(bridge, 3)
+        client.close()
+        assert [type(end) for end in waiting.result(10)] == [BridgeClosedError] * 3
