@@ -164,7 +164,7 @@ def test_prompts_that_were_not_sent_end_with_the_bridge(scripted: Scripted) -> N
 
 def test_a_list_past_its_deadline_is_counted_whole(scripted: Scripted) -> None:
     """Each prompt of a list whose time is up before it could be sent is a request that started and timed out."""
-    bridge, _ = scripted(max_pending=2)
+    bridge, _ = scripted(ScriptedEngine(manual=True), max_pending=2)
     bridge.start()
     answers = bridge.infer(["late"] * 20, timeout=0, return_exceptions=True)
     assert {type(answer).__name__ for answer in answers} == {"RequestTimeoutError"}
