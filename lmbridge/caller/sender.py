@@ -64,6 +64,7 @@ class Sender:
             index, request = self._waiting[0]
             first, self._begun = not self._begun, True
             call = self._account.call(request, self._channel, self._streaming)
+            call.kept = True  # whoever reads the others may take his time before he sends it
             self.open[call] = index  # first, so that it will be aborted whatever happens next
             self._waiting.popleft()
             self.opened(call)

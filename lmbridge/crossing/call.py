@@ -27,8 +27,8 @@ class Call:
     """One request on its way: what the caller's end and the loop end share."""
 
     __slots__ = (
-        "request", "channel", "owner", "streaming", "admitted", "ended", "outcomes", "deltas", "signalled", "read",
-        "began", "first_token", "tokens", "heard", "limit", "_lots", "__weakref__",
+        "request", "channel", "owner", "streaming", "kept", "admitted", "ended", "outcomes", "deltas", "signalled",
+        "read", "began", "first_token", "tokens", "heard", "limit", "_lots", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, request: Request, channel: Channel[Call], owner: Owner, streaming: bool = False) -> None:
@@ -36,6 +36,7 @@ class Call:
         self.channel = channel  # its tokens come back by this one; written by the reader only
         self.owner = owner
         self.streaming = streaming  # a token per engine step, not only at the end
+        self.kept = False  # somebody who may take his time holds it, and ends it if he goes; written before it is sent
         self.admitted = False  # it has been given a place at the gate; written under the gate's lock
         self.outcomes: list[Outcome] = []  # the ends that were proposed by any thread; the first one counts
         self.ended = False  # the final word has been said; written by the server thread, read by anyone

@@ -21,7 +21,7 @@ logger = logging.getLogger("lmbridge")
 
 INTERVAL = 0.5  # seconds between two looks
 SLOW_LOOKS = 2  # after how many looks a call that is nowhere gives its place at the gate to somebody else
-LOST_LOOKS = 20  # and after how many its caller is taken to have been killed rather than slow
+LOST_LOOKS = 120  # and after how many its caller is taken to have been killed rather than slow
 
 
 def _nobody() -> None:
@@ -72,7 +72,7 @@ class Sweep:
         for call, looks in self._missing.items():
             if looks >= SLOW_LOOKS:  # should its caller merely be slow, there is one more in the queue than allowed
                 gate.leave(call)
-            if looks >= LOST_LOOKS or (call.outcomes and looks >= SLOW_LOOKS):
+            if (looks >= LOST_LOOKS and not call.kept) or (call.outcomes and looks >= SLOW_LOOKS):
                 call.settle(interrupted_error())
                 self._calls.abort(call)
 

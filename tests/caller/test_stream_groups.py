@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
+import lmbridge.server.sweep
 from lmbridge import Bridge, BridgeClosedError, GenerationConfig, InvalidRequestError, RequestTimeoutError
 from lmbridge.testing import ScriptedEngine
+from tests.conftest import until
 
 
 def test_each_answer_arrives_under_its_own_index() -> None:
@@ -123,3 +128,27 @@ def test_each_may_have_a_config_and_a_name_of_its_own() -> None:
         assert group.request_ids == ["mine-0", "mine-1"]
         with pytest.raises(InvalidRequestError, match="1 configs for 2 prompts"):
             bridge.stream_many(["a", "b"], configs[:1])
+
+
+def works_on(number: int, engine: ScriptedEngine) -> bool:
+    """Whether the engine works on its ``number``-th request."""
+    return len(engine.started) >= number and engine.active == 1
+
+
+def test_a_reader_who_takes_his_time_loses_no_prompt(
+    scripted: Callable[..., tuple[Bridge, ScriptedEngine]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt that was given its place while nobody read is sent when the reader comes back, however late."""
+    monkeypatch.setattr(lmbridge.server.sweep, "INTERVAL", 0.001)
+    bridge, engine = scripted(ScriptedEngine(manual=True, max_batch_size=1), max_pending=1)
+    group = bridge.stream_many(["one", "two", "three"])
+    engine.wait_for(lambda e: e.active == 1)
+    engine.step(1)
+    sweep = bridge._server_thread.keeper.run.loop.sweep  # type: ignore[union-attr]
+    until(lambda: any(looks > lmbridge.server.sweep.LOST_LOOKS for looks in sweep._missing.values()))
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(list, group)
+        for number in (2, 3):
+            engine.wait_for(partial(works_on, number))
+            engine.step(1)
+        assert sorted(index for index, delta in reading.result(20) if delta.finish_reason == "stop") == [0, 1, 2]
