@@ -32,7 +32,10 @@ class Asked:
         door: it stands in front of the gate until this is set.
     """
 
-    def __init__(self, prompts: list[str], name: str, timeout: float | None, may: set[type[BaseException]]) -> None:
+    def __init__(
+        self, way: str, prompts: list[str], name: str, timeout: float | None, may: set[type[BaseException]]
+    ) -> None:
+        self.way = way
         self.prompts = prompts
         self.name = name
         self.asker: str | None = None  # the client it was made through, where that is not the bridge's own
@@ -51,6 +54,9 @@ class Asked:
         self.future: ResponseFuture | None = None  # written by the call's own thread, as are the next two
         self.stream: Stream | None = None
         self.called = 0  # how often the callback of its future ran
+
+    def __repr__(self) -> str:
+        return f"{self.name} ({self.way})"
 
     @property
     def held(self) -> bool:
@@ -82,7 +88,7 @@ class Asked:
         assert len(results) == len(self.prompts)
         for prompt, result in zip(self.prompts, results, strict=True):
             if isinstance(result, BaseException):
-                assert isinstance(result, tuple(self.may)), f"{self.name} ended with {result!r}"
+                assert isinstance(result, tuple(self.may)), f"{self!r} ended with {result!r}"
             elif self.left:
                 assert prompt.startswith(result)
             else:

@@ -6,8 +6,10 @@ looks for itself every so often it does so much more often here, so that nobody 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -71,6 +73,7 @@ class Machine(RuleBasedStateMachine):
         self.doors: dict[str, threading.Event] = {}  # by request id: its call enters the gate when this is set
         self.age = 0  # how many steps the bridge has lived
         self.other_loop = OtherLoop()
+        self.patch.setattr(logging.getLogger("lmbridge"), "disabled", True)
         for module in LOOKERS:
             self.patch.setattr(module, "SLICE", QUICK)
         self.patch.setattr(lmbridge.caller.dispatcher, "LOOK", QUICK)
@@ -119,7 +122,7 @@ class Machine(RuleBasedStateMachine):
         number = len(self.asked)
         first = " ".join([f"prompt-{number}", *["word"] * words])
         prompts = [first, f"{first} two", f"{first} and three"] if way in LISTS else [first]
-        asked = Asked(prompts, f"n{number}", timeout, set(may))
+        asked = Asked(way, prompts, f"n{number}", timeout, set(may))
         if timeout is not None:
             asked.may.add(RequestTimeoutError)
         self.asked.append(asked)
@@ -150,16 +153,29 @@ class Machine(RuleBasedStateMachine):
         if not hasattr(self, "bridge"):
             return
         self.age += 1
-        until(self._is_settled)
+        wrongs: list[str] = []
+
+        def is_right() -> bool:
+            wrongs[:] = self._wrongs()
+            return not wrongs
+
+        with suppress(TimeoutError):
+            until(is_right)
+        assert not wrongs, wrongs
         for asked in [asked for asked in self.open if asked.end.done()]:
             self.open.remove(asked)
             asked.check()
 
-    def _is_settled(self) -> bool:
+    def _wrongs(self) -> list[str]:
+        """What is not as it has to be; for a moment it may be so."""
         now = time.monotonic()
         waiting = [asked for asked in self.open if not asked.end.done() and not asked.held]
-        overdue = [asked for asked in waiting if asked.due or (asked.deadline is not None and now > asked.deadline)]
-        return not overdue and all(self.lives(asked) for asked in waiting) and self.balance() == 0
+        return [
+            *(f"{asked!r} waits, and does not live" for asked in waiting if not self.lives(asked)),
+            *(f"{asked!r} waits, and was stopped" for asked in waiting if asked.due),
+            *(f"{asked!r} waits, past its deadline" for asked in waiting if asked.deadline and now > asked.deadline),
+            *([f"{self.balance()} calls are not counted"] if self.balance() else []),
+        ]
 
     def balance(self) -> int:
         """How many calls were made that neither live nor are counted as ended."""

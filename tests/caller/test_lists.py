@@ -11,6 +11,7 @@ import pytest
 from lmbridge import Bridge, EngineError, InvalidRequestError, QueueFullError, RequestTimeoutError, Response
 from lmbridge.caller.prompts import is_batch
 from lmbridge.testing import ScriptedEngine
+from tests.conftest import until
 
 Scripted = Callable[..., tuple[Bridge, ScriptedEngine]]
 
@@ -54,7 +55,7 @@ def test_a_list_longer_than_the_limits_flows_through(scripted: Scripted, when_fu
     bridge, _ = scripted(ScriptedEngine(max_batch_size=2), max_pending=4, max_pending_per_client=3, when_full=when_full)
     prompts = [f"prompt {number}" for number in range(200)]
     assert [response.text for response in bridge.infer(prompts)] == prompts
-    assert bridge.requests() == []
+    until(lambda: bridge.requests() == [])
 
 
 def test_first_error_aborts_the_rest(scripted: Scripted) -> None:

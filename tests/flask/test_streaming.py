@@ -29,6 +29,7 @@ from lmbridge.flask import LMBridge, answered, current_bridge, disconnected, fai
 from lmbridge.flask.models import models_of
 from lmbridge.flask.reporting import Reporter
 from lmbridge.flask.testing import scripted_engine
+from tests.conftest import until
 from tests.flask.conftest import Serve, on_cheroot, on_waitress, on_werkzeug
 
 PATIENCE = 20.0  # seconds after which a test is taken to hang
@@ -325,7 +326,7 @@ def test_a_crowd_that_leaves_when_it_likes(app: Flask, monkeypatch: pytest.Monke
         engine.wait_for(lambda engine: engine.active == 0)
     assert len(begun) >= 100
     assert sorted(begun) == sorted(ended)
-    assert models_of(app).bridge().requests() == []
+    until(lambda: models_of(app).bridge().requests() == [])
 
 
 # --- where nothing streams ---
