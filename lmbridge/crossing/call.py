@@ -137,7 +137,5 @@ class Call:
 
     def result(self) -> Response | BaseException:
         """``response``, with an error given back rather than raised."""
-        try:
-            return self.response()
-        except BaseException as error:
-            return error
+        outcome = self.outcomes[0]
+        return self.response() if isinstance(outcome, Response) else self.error(outcome)

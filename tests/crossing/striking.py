@@ -37,6 +37,7 @@ def ctrl_c(after: int, function: Callable[[], object]) -> str | None:
     two bytecodes, but after a call, at the start of a function or at the end of a loop's turn.
     """
     strike, before = _Strike(after), sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 counts bytecodes only where somebody had asked before
     try:
         sys.settrace(strike.enter)
         function()
@@ -59,6 +60,7 @@ class _Strike:
         """A function is called."""
         if self.where is not None or "importlib" in frame.f_code.co_filename:  # struck there, Python's own lock is lost
             return None
+        frame.f_trace = self._step  # first: Python 3.13 asks for it
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         return self._step
 
