@@ -188,13 +188,10 @@ class Machine(RuleBasedStateMachine):
         for asked in self.open:
             asked.check()
         self.open.clear()
-        dispatcher = self.bridge._access._dispatcher
-        if dispatcher is not None:
-            dispatcher.join(PATIENCE)  # the callbacks of the last ones have run
+        until(lambda: self._own_threads() == [])  # the callbacks of the last ones have run then
         assert self.bridge.requests() == []
         gate = self.bridge._server_thread.handle.gate
         assert (gate.pending, gate.empty, self.balance()) == (0, True, 0)
-        until(lambda: self._own_threads() == [])
         assert [engine for engine in self.engines if engine.active or not engine.closed] == []
         assert [asked.name for asked in self.asked if asked.called != (asked.future is not None)] == []
 

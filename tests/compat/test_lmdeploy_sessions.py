@@ -144,7 +144,7 @@ def test_leaving_an_answer_gives_the_session_back(leave: str) -> None:
 
 
 def test_a_call_that_fails_gives_the_session_back() -> None:
-    """What is refused, or fails or runs out of time, must not end the conversation, also while its error is kept."""
+    """What is refused or fails must not end the conversation, also while its error is kept."""
     engine = ScriptedEngine()
     with pipeline(engine) as pipe:
         session = pipe.session()
@@ -153,7 +153,6 @@ def test_a_call_that_fails_gives_the_session_back() -> None:
             ("a", {"gen_config": 7}, ValueError),
             ("a", {"adapter_name": "x"}, ValueError),
             (7, {}, ValueError),
-            ("a", {"timeout": 0}, RequestTimeoutError),
         ):
             with pytest.raises(kind) as error:
                 pipe.chat(prompt, session, **more)
@@ -162,6 +161,21 @@ def test_a_call_that_fails_gives_the_session_back() -> None:
         engine.fail("poison", ValueError("it fell apart"))
         assert pipe.chat("poison", session).response.finish_reason == "error"
         assert pipe.chat("b", session).history == [("b", "b")]
+
+
+def test_a_turn_whose_time_is_up_gives_the_session_back() -> None:
+    """A question that took too long is no turn, and the next one starts at once, also while its error is kept."""
+    engine = ScriptedEngine(manual=True)
+    with pipeline(engine) as pipe, ThreadPoolExecutor(1) as pool:
+        session = pipe.session()
+        with pytest.raises(RequestTimeoutError) as error:
+            pipe.chat("a", session, timeout=0)
+        engine.wait_for(lambda e: e.active == 0)
+        turn = pool.submit(pipe.chat, "b", session)
+        engine.wait_for(lambda e: e.active == 1)
+        engine.step()
+        assert turn.result(PATIENCE).history == [("b", "b")]
+        assert error.value.retryable  # and is kept until here
 
 
 # ------------------------------------------------------------------------------------------------------------- abort()

@@ -53,10 +53,10 @@ WAYS: dict[str, Callable[[Bridge, str], list[str]]] = {
 
 
 def is_quiet(bridge: Bridge, engine: ScriptedEngine) -> bool:
-    """Whether nothing is left of any call, and each is counted."""
-    metrics, gate = bridge.metrics, bridge._server_thread.handle.gate
+    """Whether nothing is left of any call, each is counted, and the doorbell rings for the next."""
+    metrics, handle = bridge.metrics, bridge._server_thread.handle
     counted = metrics.started == sum(metrics.outcomes.values())
-    return counted and not bridge.requests() and gate.empty and gate.pending == 0 and engine.active == 0
+    return counted and not bridge.requests() and handle.gate.empty and engine.active == 0 and not handle.bell.rung
 
 
 @pytest.fixture
