@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,13 @@ def no_thread_left() -> Iterator[None]:
     for thread in left:
         thread.join(10)
     assert not [thread for thread in left if thread.is_alive()]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def modules_are_no_garbage() -> None:
+    """A full collection, of which each engine that closes makes one, looks at what tests make: not at all of torch."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

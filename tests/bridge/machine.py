@@ -40,7 +40,7 @@ LOOKERS = (
 
 
 def lengths(examples: int, steps: int) -> list[Any]:
-    """For ``parametrize``: so many examples in every run, always the same, and twenty times as many in long ones."""
+    """For ``parametrize``: so many examples in every run, always the same, and fifty times as many in long ones."""
     common: dict[str, Any] = {
         "deadline": None,
         "suppress_health_check": list(HealthCheck),
@@ -51,8 +51,8 @@ def lengths(examples: int, steps: int) -> list[Any]:
             settings(max_examples=examples, derandomize=True, phases=[Phase.generate], **common), id=f"{examples}"
         ),
         pytest.param(
-            settings(max_examples=20 * examples, database=None, **common),
-            id=f"{20 * examples}",
+            settings(max_examples=50 * examples, database=None, **common),
+            id=f"{50 * examples}",
             marks=[pytest.mark.long, pytest.mark.timeout(1800)],
         ),
     ]

@@ -47,12 +47,13 @@ def by_loop(bridge: Bridge, number: int) -> None:
 @pytest.mark.parametrize(
     ("come_and_go", "count"),
     [
-        (by_client, 10_000),
-        (by_client_that_is_dropped, 2000),
-        (by_name, 5000),
-        (by_future, 5000),
-        (by_thread, 2000),
-        (by_loop, 1000),
+        (by_client, 3000),
+        pytest.param(by_client, 10_000, marks=pytest.mark.long),
+        (by_client_that_is_dropped, 1000),
+        (by_name, 2000),
+        (by_future, 2000),
+        (by_thread, 1000),
+        (by_loop, 500),
     ],
 )
 def test_callers_that_are_gone_leave_nothing(come_and_go: Callable[[Bridge, int], None], count: int) -> None:

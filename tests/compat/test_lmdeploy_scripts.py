@@ -150,6 +150,7 @@ def test_a_script_that_is_not_there() -> None:
     assert done.stderr == "lmbridge: cannot read no-such-script.py: No such file or directory\n"
 
 
+@pytest.mark.long
 def test_processes_that_a_script_spawns_get_the_drop_in(tmp_path: Path) -> None:
     """One process a GPU is a common script; its processes import it anew and would find LMDeploy itself, or nothing."""
     script = tmp_path / "script.py"

@@ -45,6 +45,7 @@ def test_third_example() -> None:
         assert expected in out
 
 
+@pytest.mark.long
 def test_hub_example_differs_from_the_first_by_its_model_only() -> None:
     """The example with a real model compiles, and runs when the bundled model stands in for the hub's."""
     source = blocks()[1][1]

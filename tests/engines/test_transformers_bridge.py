@@ -142,7 +142,7 @@ def test_who_waits_for_others_is_not_forgotten(llama: str, options: dict[str, An
     """Callers behind others' long prompts, or a full cache, would be failed as forgotten though their turn comes."""
 
     def pause(*args: Any) -> None:
-        threading.Event().wait(0.02)
+        threading.Event().wait(0.01)
 
     class Slow(TransformersEngine):
         async def start(self) -> None:
@@ -151,9 +151,9 @@ def test_who_waits_for_others_is_not_forgotten(llama: str, options: dict[str, An
             model: Any = self._core.runner._model  # type: ignore[attr-defined]
             model.register_forward_pre_hook(pause)
 
-    bridge = Bridge(lambda: Slow(llama, device="cpu", max_context=512, **options), timeout=PATIENCE, stall_timeout=1.0)
+    bridge = Bridge(lambda: Slow(llama, device="cpu", max_context=512, **options), timeout=PATIENCE, stall_timeout=0.5)
     try:
-        futures = [bridge.submit([number] * 200, max_new_tokens=60, ignore_eos=True) for number in range(1, 5)]
-        assert [future.result().usage.completion_tokens for future in futures] == [60] * 4
+        futures = [bridge.submit([number] * 200, max_new_tokens=40, ignore_eos=True) for number in range(1, 5)]
+        assert [future.result().usage.completion_tokens for future in futures] == [40] * 4
     finally:
         bridge.close(drain=False)

@@ -30,6 +30,7 @@ QUESTIONS = {
 }
 
 
+@pytest.mark.long
 def test_threads(run_example: RunExample) -> None:
     """The two clients of the page that this library began with are both served."""
     lines = run_example("threads.py").splitlines()
@@ -38,6 +39,7 @@ def test_threads(run_example: RunExample) -> None:
     assert all(prompts.values())
 
 
+@pytest.mark.long
 def test_streaming(run_example: RunExample) -> None:
     """One story comes whole, with its counts; the other is left in the middle and says so."""
     story, counts, left, reason = run_example("streaming.py").splitlines()
@@ -49,6 +51,7 @@ def test_streaming(run_example: RunExample) -> None:
     assert reason.endswith(": abort")
 
 
+@pytest.mark.long
 def test_thread_pool(run_example: RunExample) -> None:
     """A pool's map gives the answers in order, and every future has its own question's answer."""
     lines = run_example("thread_pool.py").splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -82,7 +83,8 @@ def on_waitress(app: Flask) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{server.effective_port}"
     finally:
-        server.trigger.pull_trigger(end)  # on its loop
+        with contextlib.suppress(OSError):  # the loop was awake already, and has closed what would have woken it
+            server.trigger.pull_trigger(end)
         thread.join(10)
         server.task_dispatcher.shutdown()
 

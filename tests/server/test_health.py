@@ -153,10 +153,10 @@ def test_a_deadline_gives_advice_that_helps(scripted: Scripted) -> None:
     """A caller who got not one token would be told to ask for fewer of them."""
     bridge, engine = scripted(ScriptedEngine(manual=True, max_batch_size=1))
     bridge.start()
-    silent, waiting = bridge.submit("one two three", timeout=1.0), bridge.submit("queued", timeout=0.5)
+    silent, waiting = bridge.submit("one two three", timeout=0.4), bridge.submit("queued", timeout=0.2)
     assert "health() says what holds the queue up" in str(waiting.exception(10))
     assert "No token had come: see in health()" in str(silent.exception(10))
-    stream = bridge.stream("one two three", timeout=2.0)
+    stream = bridge.stream("one two three", timeout=1.0)
     engine.wait_for(lambda e: e.active == 1)
     engine.step()
     assert next(stream).text == "one"

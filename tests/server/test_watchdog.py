@@ -198,7 +198,7 @@ def test_a_process_that_was_stopped_goes_on(busy: str) -> None:
     with subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout
         assert process.stdout.readline() == "running\n"
-        for order, seconds in ((None, 1.0), (signal.SIGSTOP, 5.0), (signal.SIGCONT, 0.2)):
+        for order, seconds in ((None, 0.3), (signal.SIGSTOP, 3.5), (signal.SIGCONT, 0.2)):
             if order is not None:
                 process.send_signal(order)
             with pytest.raises(subprocess.TimeoutExpired):  # it is held and says nothing: there is only time to pass

@@ -25,7 +25,7 @@ class TestScriptedEngine(EngineContract):
 
     prompts = PROMPTS
     long_prompt = LONG
-    stall_timeout = 1.0
+    stall_timeout = 0.4
 
     def engine(self) -> Engine:
         return ScriptedEngine(step_time=0.001, max_batch_size=4)
@@ -36,7 +36,7 @@ class TestIteratorEngine(EngineContract):
 
     prompts = PROMPTS
     long_prompt = LONG
-    stall_timeout = 1.0
+    stall_timeout = 0.4
 
     def engine(self) -> Engine:
         return IteratorEngine()
@@ -48,7 +48,7 @@ class TestThreadEngine(EngineContract):
     prompts = PROMPTS
     long_prompt = LONG
     workers = ("stepping",)
-    stall_timeout = 1.0
+    stall_timeout = 0.4
 
     def engine(self) -> Engine:
         return ThreadEngine()
@@ -71,7 +71,7 @@ class TestShout(EngineContract):
 
     prompts = PROMPTS
     long_prompt = LONG
-    stall_timeout = 1.0
+    stall_timeout = 0.4
 
     @pytest.fixture(autouse=True)
     def _example(self, capsys: pytest.CaptureFixture[str]) -> None:
