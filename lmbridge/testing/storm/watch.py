@@ -6,12 +6,13 @@ Rule: a post is written by the one caller who stands there; the watch, a thread 
 from __future__ import annotations
 
 import asyncio
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+
+from lmbridge.engines.standing import frame_of
 
 GRACE = 30.0  # seconds beyond a deadline or a close after which a call hangs: the machine may be small and loaded
 PATIENCE = 60.0  # seconds after which a call without a deadline hangs: no fault of the storm lasts as long
@@ -139,7 +140,7 @@ class Watch:
 
 
 def _stack_of(thread_id: int | None) -> str:
-    frame = None if thread_id is None else sys._current_frames().get(thread_id)
+    frame = frame_of(thread_id)
     return "  (the thread has ended)\n" if frame is None else _lines(traceback.extract_stack(frame))
 
 
