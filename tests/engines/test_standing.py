@@ -28,7 +28,7 @@ def test_a_thread_that_waits() -> None:
 
 
 def test_looking_does_not_stop_the_process() -> None:
-    """A collection in the midst of the look, with something of a thread's own in it, would stop all threads for ever."""
+    """A collection in the midst of the look, with something of a thread's own in it, stopped all threads for ever."""
     source = """
         import gc, threading
         from lmbridge.engines.standing import where_is
