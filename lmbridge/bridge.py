@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import threading
 import time
 import warnings
@@ -18,6 +19,7 @@ from typing import Any, Literal
 from lmbridge.caller.access import Access
 from lmbridge.caller.account import Account
 from lmbridge.caller.observer import Observer
+from lmbridge.caller.requests import checked_seconds, checked_text
 from lmbridge.caller.verbs import Verbs
 from lmbridge.chat import Chat
 from lmbridge.client import Client
@@ -30,7 +32,7 @@ from lmbridge.messages import GenerationConfig
 from lmbridge.metrics import Metrics
 from lmbridge.server.swaps import Recipe
 from lmbridge.server.thread import ServerThread
-from lmbridge.values import as_int, as_number
+from lmbridge.values import as_int
 
 _numbers = itertools.count(1)  # for clients without a name
 
@@ -105,7 +107,8 @@ class Bridge(Verbs):
         stall_timeout: float | None = 300.0,
         **engine_options: Any,
     ) -> None:
-        _check_limits(max_pending, max_pending_per_client, when_full, timeout)
+        _check_limits(max_pending, max_pending_per_client, when_full)
+        _check_seconds(timeout=timeout, stall_timeout=stall_timeout)
         recipe = _recipe(model, engine, engine_options)
         metrics = Metrics()
         gate = Gate(max_pending, max_pending_per_client, when_full == "reject", metrics)
@@ -119,13 +122,14 @@ class Bridge(Verbs):
         """Load the model now and block until it is ready, at most ``timeout`` seconds.
 
         Raises:
-            EngineStartError: it could not be loaded.
+            EngineStartError: it could not be loaded, and is not loaded again: build a new Bridge, or ``swap``.
             RequestTimeoutError: it was not ready in time; loading goes on.
         """
+        _check_seconds(timeout=timeout)
         self._server_thread.start(timeout)
         return self
 
-    def close(self, *, drain: bool = False, timeout: float = 10.0) -> None:
+    def close(self, *, drain: bool = False, timeout: float | None = 10.0) -> None:
         """End the bridge: refuse new calls, then finish (``drain``) or abort what was asked, and free the model.
 
         Safe from any thread and more than once; a second call may cut a drain short. Every call that was made ends with
@@ -133,9 +137,11 @@ class Bridge(Verbs):
 
         Args:
             drain: let every request that was made finish, also while the model loads, is restarted or exchanged.
-            timeout: seconds for that; what is left then is aborted. Closing the engine may take 10 more.
+            timeout: seconds for that, None for as long as it takes; what is left then is aborted. Closing the engine
+                may take 10 more.
         """
-        self._server_thread.close(drain, timeout)
+        self._server_thread.close(drain, checked_seconds(math.inf if timeout is None else timeout))
+        self._access.close()
 
     def swap(
         self,
@@ -161,6 +167,7 @@ class Bridge(Verbs):
             InvalidRequestError: ``overlap=False``, and the old model was given as an instance: there is no way back.
             BridgeClosedError: the bridge was closed meanwhile.
         """
+        _check_seconds(timeout=timeout)
         self._server_thread.swap(_recipe(model, engine, engine_options), overlap, timeout)
 
     def __enter__(self) -> Bridge:
@@ -189,7 +196,10 @@ class Bridge(Verbs):
             name: whose turn its calls take; clients of one name take it together.
             observer: hears of its calls.
         """
-        return Client(self._access, name or f"client-{next(_numbers)}", self, observer)
+        named = f"client-{next(_numbers)}" if name is None else checked_text(name, "name")
+        if observer is not None and not (hasattr(observer, "begun") and hasattr(observer, "ended")):
+            raise InvalidRequestError(f"observer must be an Observer, not {type(observer).__name__}.", "observer")
+        return Client(self._access, named, self, observer)
 
     def chat(self, config: GenerationConfig | None = None, *, system: str | None = None) -> Chat:
         """A conversation that keeps its history; see ``lmbridge.chat.Chat``."""
@@ -286,13 +296,17 @@ def _recipe(model: Any, engine: str, options: dict[str, Any]) -> Recipe:
     )
 
 
-def _check_limits(max_pending: Any, per_client: Any, when_full: Any, timeout: Any) -> None:
+def _check_seconds(**times: Any) -> None:
+    """Each may be None as well."""
+    for name, value in times.items():
+        if value is not None:
+            checked_seconds(value, name)
+
+
+def _check_limits(max_pending: Any, per_client: Any, when_full: Any) -> None:
     for name, value in (("max_pending", max_pending), ("max_pending_per_client", per_client)):
         limit = as_int(value)
         if limit is None or limit < 1:
             raise InvalidRequestError(f"{name} must be an int >= 1, not {value!r}.", name)
     if when_full not in ("block", "reject"):
         raise InvalidRequestError(f"when_full must be 'block' or 'reject', not {when_full!r}.", "when_full")
-    seconds = as_number(timeout)
-    if timeout is not None and (seconds is None or not seconds >= 0):
-        raise InvalidRequestError(f"timeout must be seconds >= 0 or None, not {timeout!r}.", "timeout")

@@ -5,7 +5,7 @@ Rule: any thread but the server's.
 
 from __future__ import annotations
 
-import logging
+import functools
 from collections.abc import Callable
 
 from lmbridge.caller.access import Access
@@ -14,9 +14,8 @@ from lmbridge.crossing.call import Call
 from lmbridge.crossing.channel import Channel
 from lmbridge.crossing.handle import ServerHandle
 from lmbridge.errors import BridgeClosedError, LMBridgeError, fresh
+from lmbridge.log import logger
 from lmbridge.messages import Request
-
-logger = logging.getLogger("lmbridge")
 
 
 class Account:
@@ -72,6 +71,7 @@ class Account:
         call = Call(request, channel, self, streaming)
         if self.observer is not None:
             self._observed[call] = None
+            self.access.untold[self] = None
             self._tell(self.observer.begun, request)
             if self.closed is not None:  # close() may have looked before this one was there
                 call.settle(fresh(self.closed))
@@ -87,6 +87,20 @@ class Account:
         except KeyError:  # another was faster
             return
         self._tell(self.observer.ended, call.request, call.result())
+        if not self._observed:
+            self.access.untold.pop(self, None)
+            if self._observed:  # only now
+                self.access.untold[self] = None
+
+    def report_later(self, call: Call) -> None:
+        """``report`` on the thread for callbacks, for one that was left. Takes no lock: finalizers use it."""
+        if call in self._observed:
+            self.access.reports.append(functools.partial(self.report, call))
+
+    def report_all(self) -> None:
+        """Tell whoever observes of all that has ended."""
+        for call in list(self._observed):
+            self.report(call)
 
     def close(self, error: LMBridgeError | None = None) -> None:
         """End every call that was made in this account's name, wherever it is, and refuse the next."""
@@ -108,5 +122,5 @@ class Account:
     def _tell(self, hears: Callable[..., None], *told: object) -> None:
         try:
             hears(*told)
-        except Exception:
+        except (Exception, SystemExit):
             logger.exception("The observer of client %s failed.", self.name)

@@ -26,7 +26,13 @@ class AsyncStream(Reading):
     def __init__(self, account: Account, request: Request, owner: object, streaming: bool = True) -> None:
         server = account.server(False)
         self._sent = False
-        port = account.access.port(asyncio.get_running_loop())
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise RuntimeError(
+                "astream() serves a task: call it where an event loop runs, in a coroutine. Threads take stream()."
+            ) from None
+        port = account.access.port(loop)
         super().__init__(account, server, account.call(request, port.channel, streaming), owner)
 
     def __await__(self) -> Generator[Any, None, AsyncStream]:

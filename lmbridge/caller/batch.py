@@ -106,7 +106,9 @@ class Batch:
         self._advance()
 
     def _leave(self, sender: Sender) -> None:
-        for call in sender.abort():
+        left = list(sender.open)  # some may have ended already, and not been looked at
+        sender.abort()
+        for call in left:
             self._account.report(call)
 
 

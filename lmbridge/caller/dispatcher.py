@@ -6,9 +6,9 @@ by it; ``Callbacks`` runs nothing else.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import functools
-import logging
 import os
 import queue
 import threading
@@ -21,8 +21,7 @@ from typing import Protocol
 from lmbridge.crossing.call import Call
 from lmbridge.crossing.channel import Channel, Closed, Empty
 from lmbridge.crossing.handle import ServerHandle
-
-logger = logging.getLogger("lmbridge")
+from lmbridge.log import logger
 
 LOOK = 0.25  # seconds between two looks at deadlines, which nobody else may be waiting for
 PATIENCE = 1.0  # seconds after which somebody else takes over from a thread that is held up
@@ -46,8 +45,9 @@ class Dispatcher:
         self.callbacks = Callbacks()
         self._server = server
         self._open: dict[Call, Pending] = {}  # set by any thread, popped by any; both atomic
-        self._lock = threading.Lock()  # held while a thread is started
+        self._lock = threading.RLock()  # held while a thread is started; a signal handler may come in between
         self._thread: threading.Thread | None = None
+        self._launched = 0.0  # when it was started, which takes a moment; guarded by _lock when written
         self._since: float | None = None  # when a future was begun to be resolved; read by anyone
         self._next_look = 0.0  # dispatcher thread only
         key = id(self)
@@ -68,27 +68,21 @@ class Dispatcher:
 
     def look_after(self) -> None:
         """See that there is a thread to resolve what is open, also when somebody holds the lock of a future."""
-        thread, since = self._thread, self._since
-        held_up = since is not None and time.monotonic() - since > PATIENCE
-        if thread is not None and thread.is_alive() and not held_up:
+        thread, since, now = self._thread, self._since, time.monotonic()
+        held_up = since is not None and now - since > PATIENCE
+        if thread is not None and (thread.is_alive() or now - self._launched < PATIENCE) and not held_up:
             return
         with self._lock:
             if self._thread is thread:
-                self._since = None
+                self._since, self._launched = None, now
                 self._thread = threading.Thread(target=self._run, name="lmbridge futures", daemon=True)
-                self._thread.start()
+                _launch(self._thread)
 
     def inherited(self) -> list[Pending]:
         """The futures that a forked child has inherited, and that nobody will resolve there."""
         left = list(self._open.values())
         self._open.clear()
         return left
-
-    def join(self, timeout: float) -> None:
-        """Wait for the threads, which end with the server."""
-        if self._thread is not None:
-            self._thread.join(timeout)
-        self.callbacks.join(timeout)
 
     def _run(self) -> None:
         try:
@@ -158,8 +152,9 @@ class Callbacks:
     def __init__(self) -> None:
         self._waiting: deque[Callable[[], object]] = deque()  # any thread appends, the runner takes
         self._come: queue.SimpleQueue[None] = queue.SimpleQueue()  # says that something waits
-        self._lock = threading.Lock()  # held while a runner is started
-        self._runner: threading.Thread | None = None  # guarded by _lock when written
+        self._lock = threading.RLock()  # held while a runner is started; a signal handler may come in between
+        self._runner: threading.Thread | None = None  # guarded by _lock when written, as is the next
+        self._launched = 0.0  # when it was started, which takes a moment
         self._since: float | None = None  # when the present callback was begun; written by the runner, read by anyone
         self._closed = False
 
@@ -171,25 +166,21 @@ class Callbacks:
 
     def look_after(self) -> None:
         """See that there is a thread for what waits, also when a callback has ended or blocks the last one."""
-        runner, since = self._runner, self._since
-        held_up = since is not None and time.monotonic() - since > PATIENCE
-        if not self._waiting or (runner is not None and runner.is_alive() and not held_up):
+        runner, since, now = self._runner, self._since, time.monotonic()
+        held_up = since is not None and now - since > PATIENCE
+        lives = runner is not None and (runner.is_alive() or now - self._launched < PATIENCE)
+        if not self._waiting or (lives and not held_up):
             return
         with self._lock:
             if self._runner is runner:
-                self._since = None
+                self._since, self._launched = None, now
                 self._runner = threading.Thread(target=self._run, name="lmbridge callbacks", daemon=True)
-                self._runner.start()
+                _launch(self._runner)
 
     def close(self) -> None:
         """Let the thread end after what waits."""
         self._closed = True
         self._come.put(None)
-
-    def join(self, timeout: float) -> None:
-        """Wait for what waits, after ``close``."""
-        if self._runner is not None:
-            self._runner.join(timeout)
 
     def _run(self) -> None:
         while self._runner is threading.current_thread():  # another takes over from one that is held up
@@ -213,6 +204,11 @@ class Callbacks:
         finally:
             if self._since == since:  # nobody has taken over meanwhile
                 self._since = None
+
+
+def _launch(thread: threading.Thread) -> None:
+    """Have another start it: ``Thread.start`` waits, and Ctrl-C in that wait can come out as an error of its lock's."""
+    _thread.start_new_thread(thread.start, ())
 
 
 _dispatchers: dict[int, weakref.ref[Dispatcher]] = {}  # all there are, for a child of this process

@@ -9,7 +9,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -19,9 +18,8 @@ from lmbridge.caller.answer import send
 from lmbridge.crossing.channel import SLICE
 from lmbridge.crossing.endings import interrupted_error
 from lmbridge.errors import ForkedError, LMBridgeError
+from lmbridge.log import logger
 from lmbridge.messages import Request, Response
-
-logger = logging.getLogger("lmbridge")
 
 
 class ResponseFuture(concurrent.futures.Future[Response]):
@@ -178,6 +176,7 @@ class ResponseFuture(concurrent.futures.Future[Response]):
             remaining = self._server.remaining(self._call)
             if self._call.outcomes:
                 return self._end()
+            self._server.check_thread()
             left = SLICE if end is None else end - time.monotonic()
             if left <= 0:
                 raise concurrent.futures.TimeoutError

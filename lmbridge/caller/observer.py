@@ -20,6 +20,7 @@ class Observer:
     def ended(self, request: Request, outcome: Outcome) -> None:
         """Once for each request that was begun, when its end is known to whoever reads it.
 
-        Called by the thread that waits or reads, by the one that runs the callbacks of futures, or by ``Client.close``
-        for what nobody has read to its end. A Response holds the text that was generated.
+        Called by the thread that waits or reads; by the one that runs the callbacks of futures, for these and for
+        streams that were left; or by ``Client.close`` and ``Bridge.close`` for what nobody has read to its end. A
+        Response holds the text that was generated.
         """

@@ -57,6 +57,12 @@ class OtherLoop:
             server.abort(call)
             raise
 
+    def abandon(self) -> None:
+        """End the calls that somebody waited for here: the loop is closed. Any thread."""
+        for call in list(self.readers):
+            if call.settle(interrupted_error()):
+                self._server.abort(call)
+
     # --- waiting ---
 
     def listen(self) -> News:

@@ -21,6 +21,7 @@ from numbers import Number
 from typing import Any, Literal
 
 from lmbridge.errors import InvalidRequestError, LMBridgeError
+from lmbridge.log import shown
 from lmbridge.messages import Message, Prompt
 from lmbridge.values import as_int, as_list
 
@@ -51,14 +52,14 @@ def check_prompt(prompt: Any) -> Prompt:
     except LMBridgeError:
         raise
     except Exception as cause:  # of a mapping or an array that is code of somebody's own
-        raise _invalid(f"The prompt cannot be read: {cause!r}.") from cause
+        raise _invalid(f"The prompt cannot be read: {shown(cause)}.") from cause
 
 
 def _checked(prompt: Any) -> Prompt:
     if isinstance(prompt, str):
         if not prompt:
             raise _invalid("The prompt is empty; give it at least one character.")
-        return prompt
+        return str.__str__(prompt)  # of a subclass its text alone, without methods to run on the server thread
     items = as_list(prompt)
     kind = None if items is None else _kind(items)
     if items is None or kind == "batch":

@@ -17,12 +17,14 @@ from lmbridge.caller.account import Account
 from lmbridge.caller.options import CallOptions
 from lmbridge.caller.prompts import check_prompt
 from lmbridge.errors import InvalidRequestError, LMBridgeError
+from lmbridge.log import shown
 from lmbridge.messages import GenerationConfig, Request
 from lmbridge.values import as_flag, as_int, as_number
 
 _ids = itertools.count(1)
 _PREFIX = f"req-{secrets.token_hex(3)}"
 _LONGEST = threading.TIMEOUT_MAX / 2  # seconds; a lock waits no longer, not even for math.inf
+_MOST_URGENT = 1_000_000  # it is added to seconds that were waited, and both have to fit into a float
 _DEFAULT_CONFIG = GenerationConfig()  # never handed out: engines get it, and engines do not write
 
 
@@ -35,7 +37,7 @@ def make_request(account: Account, prompt: Any, config: GenerationConfig | None,
     timeout = options.pop("timeout", account.access.timeout)
     client, raw, priority, request_id = account.name, False, 0, None
     if options:
-        client = _checked_text(options.pop("client", client), "client")
+        client = checked_text(options.pop("client", client), "client")
         raw = _checked_flag(options.pop("raw", raw), "raw")
         priority = _checked_priority(options.pop("priority", priority))
         request_id = options.pop("request_id", None)
@@ -43,13 +45,13 @@ def make_request(account: Account, prompt: Any, config: GenerationConfig | None,
         config = _merge(config, options)
     now = time.monotonic()
     return Request(
-        f"{_PREFIX}-{next(_ids)}" if request_id is None else _checked_text(request_id, "request_id"),
+        f"{_PREFIX}-{next(_ids)}" if request_id is None else checked_text(request_id, "request_id"),
         prompt if type(prompt) is str and prompt else check_prompt(prompt),
         config or _DEFAULT_CONFIG,
         raw,
         client,
         priority,
-        None if timeout is None else now + _checked_timeout(timeout),
+        None if timeout is None else now + checked_seconds(timeout),
         now,
         contextvars.copy_context(),
     )
@@ -73,7 +75,7 @@ def make_list(
         raise InvalidRequestError(f"There are {len(configs)} configs for {len(prompts)} prompts.", "config")
     name = options.pop("request_id", None)
     if name is not None:
-        _checked_text(name, "request_id")
+        name = checked_text(name, "request_id")
     shared = make_request(account, "x", None, _copy(options))  # what is wrong with the options is wrong for all
     made: list[Request | LMBridgeError] = []
     for index, (prompt, one) in enumerate(zip(prompts, configs, strict=True)):
@@ -107,17 +109,34 @@ def _merge(config: GenerationConfig | None, overrides: Any) -> GenerationConfig:
     return config.merged(overrides)
 
 
-def _checked_timeout(timeout: Any) -> float:
-    seconds = as_number(timeout)
+def checked_seconds(value: Any, name: str = "timeout") -> float:
+    """A time to wait, at most as long as a lock can.
+
+    Raises:
+        InvalidRequestError: it is none; None, for which callers may take "for ever", is none either.
+    """
+    seconds = as_number(value)
     if seconds is None or not seconds >= 0:  # nan
-        raise InvalidRequestError(f"timeout must be seconds >= 0 or None, not {timeout!r}.", "timeout")
+        raise InvalidRequestError(f"{name} must be seconds >= 0 or None, not {shown(value)}.", name)
     return min(seconds, _LONGEST)
+
+
+def checked_text(value: Any, name: str) -> str:
+    """A plain string that is not empty; of a subclass its text alone, which may stand in any book.
+
+    Raises:
+        InvalidRequestError: it is none.
+    """
+    if isinstance(value, str) and value:
+        return str.__str__(value)
+    raise InvalidRequestError(f"{name} must be a string that is not empty, not {shown(value)}.", name)
 
 
 def _checked_priority(priority: Any) -> int:
     plain = as_int(priority)
-    if plain is None:
-        raise InvalidRequestError(f"priority must be an int, not {priority!r}.", "priority")
+    if plain is None or abs(plain) > _MOST_URGENT:
+        wanted = f"an int from -{_MOST_URGENT} to {_MOST_URGENT}"
+        raise InvalidRequestError(f"priority must be {wanted}, not {shown(priority)}.", "priority")
     return plain
 
 
@@ -126,9 +145,3 @@ def _checked_flag(value: Any, name: str) -> bool:
     if plain is None:
         raise InvalidRequestError(f"{name} must be True or False, not {value!r}.", name)
     return plain
-
-
-def _checked_text(value: Any, name: str) -> str:
-    if isinstance(value, str) and value:
-        return value
-    raise InvalidRequestError(f"{name} must be a string that is not empty, not {value!r}.", name)

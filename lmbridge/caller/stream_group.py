@@ -141,6 +141,8 @@ class StreamGroup:
     def __del__(self) -> None:
         if hasattr(self, "_turn"):
             drop(self._leave)
+            for call in list(self._sender.open):
+                self._account.report_later(call)
 
     # --- reading ---
 
@@ -177,6 +179,7 @@ class StreamGroup:
         remaining = self._sender.remaining()
         if limit is not None:
             remaining = min(remaining, max(0.0, limit - time.monotonic()))
+        self._server.check_thread()
         try:
             self._take(self._channel.wait(True, remaining))
             return
@@ -219,7 +222,10 @@ class StreamGroup:
 
     def _leave(self, error: LMBridgeError | None = None) -> list[Call]:
         """Abort the calls without an outcome, and return them; takes no lock."""
-        return [] if self._server.forked else self._sender.abort(error)
+        left = [] if self._server.forked else self._sender.abort(error)
+        for call in left:
+            self._account.report_later(call)
+        return left
 
     def _give_back(self) -> None:
         if (

@@ -15,7 +15,7 @@ from lmbridge.caller.answer import send
 from lmbridge.crossing.call import Call
 from lmbridge.crossing.channel import SLICE, Closed, Empty
 from lmbridge.crossing.handle import ServerHandle
-from lmbridge.errors import LMBridgeError
+from lmbridge.errors import LMBridgeError, fresh
 from lmbridge.messages import Delta, Request, Response
 
 
@@ -64,14 +64,16 @@ class Reading:
         # A finalizer may run in the middle of anything, with any lock held: it may only append to a deque and ring.
         if hasattr(self, "_turn"):
             drop(self._leave)
+            self._account.report_later(self._call)
 
     def _leave(self, error: LMBridgeError | None = None) -> bool:
         """Abort unless the call has an outcome; takes no lock."""
         if self._call.outcome is not None or self._server.forked:
             return False
-        if not self._call.settle(error or self._call.finish("abort")):
+        if not self._call.settle(self._call.finish("abort") if error is None else fresh(error)):
             return False
         self._server.abort(self._call)
+        self._account.report_later(self._call)
         return True
 
     def _begin(self) -> None:
@@ -209,6 +211,7 @@ class Stream(Reading):
         remaining = None if call.request.deadline is None else self._server.remaining(call)
         if call.outcomes:
             return
+        self._server.check_thread()
         if limit is not None:
             left = max(0.0, limit - time.monotonic())
             remaining = min(left, SLICE if remaining is None else remaining)

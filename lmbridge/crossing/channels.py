@@ -24,7 +24,7 @@ class Channels:
 
     def __init__(self, wakes: WakeChain) -> None:
         self._wakes = wakes
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may ask while its thread holds it
         # By id, weakly: a channel that its consumer has dropped disappears with the last call in it. Not a WeakSet,
         # which breaks when one thread looks while another drops. Added under _lock, as is the next.
         self._known: dict[int, weakref.ref[Channel[Call]]] = {}

@@ -32,7 +32,9 @@ class Doorbell:
         self.rung = True
         try:  # noqa: SIM105  contextlib.suppress costs as much as the rest of a ring
             self._loop.call_soon_threadsafe(self.answer)
-        except RuntimeError:  # the loop is closed: whatever ended it settles every call
+        except (
+            Exception
+        ):  # the loop is closed: whatever ended it settles every call; or it is somebody's own, and broken
             pass
 
     def answer(self) -> None:

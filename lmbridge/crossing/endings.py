@@ -5,7 +5,6 @@ Rule: pure functions; each error says what happened, what it means for the reque
 
 from __future__ import annotations
 
-import logging
 import time
 
 from lmbridge.crossing.call import Call
@@ -20,9 +19,8 @@ from lmbridge.errors import (
     RequestTimeoutError,
     fresh,
 )
+from lmbridge.log import logger, shown
 from lmbridge.messages import Response
-
-logger = logging.getLogger("lmbridge")
 
 
 def timeout_error(call: Call, status: Status, waiting: int) -> RequestTimeoutError:
@@ -66,14 +64,16 @@ def closed_error(cause: BaseException) -> LMBridgeError:
     """What a call ends with when the loop is gone: a waiter's own instance, with the cause chained."""
     if isinstance(cause, BridgeClosedError):
         return fresh(cause)
-    error = BridgeClosedError(f"The server thread has ended ({cause!r}); the request was lost. Build a new Bridge.")
+    error = BridgeClosedError(
+        f"The server thread has ended ({shown(cause)}); the request was lost. Build a new Bridge."
+    )
     error.__cause__ = cause
     return error
 
 
 def lost_error(cause: BaseException) -> EngineDeadError:
     """What a call ends with whose engine died under it."""
-    error = EngineDeadError(f"The engine died while it worked on this request: {cause!r}. Send it again.")
+    error = EngineDeadError(f"The engine died while it worked on this request: {shown(cause)}. Send it again.")
     error.retryable = True
     error.__cause__ = cause
     return error

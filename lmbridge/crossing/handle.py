@@ -24,7 +24,7 @@ from lmbridge.crossing.endings import closed_error, timeout_error
 from lmbridge.crossing.gate import Gate
 from lmbridge.crossing.status import Status, Verdict
 from lmbridge.crossing.wake_chain import WakeChain
-from lmbridge.errors import ForkedError, LMBridgeError, fresh
+from lmbridge.errors import ForkedError, LMBridgeError, WrongThreadError, fresh
 
 T = TypeVar("T")
 
@@ -81,6 +81,14 @@ class ServerHandle:
             raise ForkedError(
                 f"The bridge was started in process {self._pid}; its thread and model do not exist in this child. "
                 "Build the Bridge after the fork (under gunicorn: in the worker, or without --preload)."
+            )
+
+    def check_thread(self) -> None:
+        """Raise WrongThreadError on the server thread, which must not block."""
+        if threading.get_ident() == self.thread_id:
+            raise WrongThreadError(
+                "This blocking call was made on the server thread, which would wait for itself forever. "
+                "Use await bridge.ainfer(...), or call from another thread."
             )
 
     def belong_here(self) -> None:

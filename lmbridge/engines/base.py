@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import logging
 import queue
 import threading
 from abc import ABC, abstractmethod
@@ -20,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from lmbridge.errors import EngineError, LMBridgeError, UnsupportedOptionError
+from lmbridge.log import logger, shown
 from lmbridge.messages import Delta, Request
 
 CLEANUP_PATIENCE = 2.0
@@ -29,7 +29,6 @@ CLOSE_PATIENCE = 3.0
 LOOK_INTERVAL = 1.0
 """Seconds between two looks at whether an engine's thread still lives, while something is awaited from it."""
 
-logger = logging.getLogger("lmbridge")
 T = TypeVar("T")
 
 Sink = Callable[[Delta], None]
@@ -196,7 +195,7 @@ class _Pump:
         except LMBridgeError as error:
             self._decide(Delta(error=error))
         except BaseException as cause:  # SystemExit too, which would otherwise take the loop with it
-            self._decide(Delta(error=engine_error(f"{self._engine.name} failed: {cause!r}.", cause)))
+            self._decide(Delta(error=engine_error(f"{self._engine.name} failed: {shown(cause)}.", cause)))
         await self._clean_up(deltas)
         self._tell()
 
@@ -214,7 +213,7 @@ class _Pump:
             except GeneratorExit:
                 raise
             except BaseException as cause:  # the answer is none the worse for it
-                self._warn(f"failed to clean up: {cause!r}")
+                self._warn(f"failed to clean up: {shown(cause)}")
 
     def _lose_patience(self) -> None:
         self._warn(f"has not cleaned up within {CLEANUP_PATIENCE:g} s")
@@ -329,7 +328,7 @@ class _Job(Generic[T]):
         except Exception as raised:
             self.outcome = None, raised
         except BaseException as raised:  # some libraries call exit() when they cannot load
-            self.lose(f"{raised!r} on the engine's thread", raised)
+            self.lose(f"{shown(raised)} on the engine's thread", raised)
         with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile: nobody waits
             self._loop.call_soon_threadsafe(self._wake)
 

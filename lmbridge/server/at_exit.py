@@ -7,10 +7,9 @@ them.
 from __future__ import annotations
 
 import atexit
-import logging
 from typing import Protocol
 
-logger = logging.getLogger("lmbridge")
+from lmbridge.log import logger
 
 
 class Running(Protocol):
@@ -20,8 +19,11 @@ class Running(Protocol):
     def started(self) -> bool:
         """Whether it runs in this process."""
 
+    def drop(self) -> bool:
+        """Have it end, without waiting for that."""
+
     def close(self, drain: bool, timeout: float) -> None:
-        """End it."""
+        """End it, and wait for that."""
 
 
 _running: dict[int, Running] = {}  # by id; entered and removed by any thread, each in one atomic step
@@ -39,7 +41,9 @@ def forget(server: Running) -> None:
 
 @atexit.register
 def _close_all() -> None:
-    for server in list(_running.values()):
-        if server.started:
-            logger.warning("A Bridge was not closed; use `with Bridge(...)` or bridge.close().")
-            server.close(drain=False, timeout=0.0)
+    left = [server for server in list(_running.values()) if server.started]
+    for server in left:
+        logger.warning("A Bridge was not closed; use `with Bridge(...)` or bridge.close().")
+        server.drop()  # all of them, before the first is waited for
+    for server in left:
+        server.close(drain=False, timeout=0.0)

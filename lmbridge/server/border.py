@@ -1,4 +1,4 @@
-"""The border to an engine's life: it is built, started and closed here, whatever comes out of its code.
+"""The border to an engine: it is built, started and closed here, and what it says is looked at, whatever that is.
 
 Rule: server thread only. What an engine raises leaves here as an ordinary exception: a library that calls ``exit()``
 must not end the server thread, and a CancelledError of the engine's own must not pass for ours.
@@ -7,13 +7,15 @@ must not end the server thread, and a CancelledError of the engine's own must no
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 
+from lmbridge.crossing.call import Call
 from lmbridge.engines import EngineFactory
-from lmbridge.engines.base import Engine
-
-logger = logging.getLogger("lmbridge")
+from lmbridge.engines.base import Engine, engine_error
+from lmbridge.errors import LMBridgeError, fresh
+from lmbridge.log import logger, shown
+from lmbridge.messages import Delta, Usage
+from lmbridge.values import as_int
 
 
 def build_engine(factory: EngineFactory) -> Engine:
@@ -27,10 +29,59 @@ def build_engine(factory: EngineFactory) -> Engine:
     except Exception:
         raise
     except BaseException as cause:
-        raise RuntimeError(f"{cause!r} was raised while the engine was built") from cause
+        raise RuntimeError(f"{shown(cause)} was raised while the engine was built") from cause
     if not isinstance(engine, Engine):
-        raise TypeError(f"the factory built no Engine but {engine!r}")
+        raise TypeError(f"the factory built no Engine but {shown(engine)}")
     return engine
+
+
+def batch_size(engine: Engine) -> int:
+    """How many requests an engine that has started works on at once.
+
+    Raises:
+        Exception: it does not say so.
+    """
+    try:
+        said = engine.max_batch_size
+    except BaseException as cause:
+        raise RuntimeError(f"{shown(cause)} was raised by its max_batch_size") from cause
+    size = as_int(said)
+    if size is None or size < 1:
+        raise TypeError(f"max_batch_size of the engine {engine.name} must be an int >= 1, not {shown(said)}")
+    return size
+
+
+def flaw(delta: Delta) -> str | None:
+    """What is wrong with what an engine said; None when nothing is."""
+    if not isinstance(delta, Delta):
+        return f"{shown(delta)} where a Delta belongs"
+    if not isinstance(delta.text, str):
+        return f"the text {shown(delta.text)}, which is no string"
+    if not isinstance(delta.token_ids, list):
+        return f"the token_ids {shown(delta.token_ids)}, which are no list"
+    if delta.logprobs is not None and not isinstance(delta.logprobs, list):
+        return f"the logprobs {shown(delta.logprobs)}, which are no list"
+    if delta.error is not None and not isinstance(delta.error, BaseException):
+        return f"the error {shown(delta.error)}, which is no exception"
+    usage = delta.usage
+    if usage is not None and not (isinstance(usage, Usage) and _counts(usage.prompt_tokens, usage.completion_tokens)):
+        return f"the usage {shown(usage)}, which counts no tokens"
+    return None
+
+
+def _counts(*numbers: object) -> bool:
+    return all(as_int(number) is not None for number in numbers)
+
+
+def as_own(error: BaseException, call: Call) -> LMBridgeError:
+    """An engine's error as this call's: another instance where the engine has said the same one of another call."""
+    try:
+        assert isinstance(error, LMBridgeError)
+        own = error if error.request_id in (None, call.request.id) else fresh(error)
+        own.request_id, own.partial = call.request.id, ""
+        return own
+    except Exception:  # another kind of error, or one that takes no attributes
+        return engine_error(f"The engine failed this request: {shown(error)}.", error)
 
 
 def start_engine(engine: Engine) -> asyncio.Task[None]:
@@ -46,7 +97,7 @@ async def close_engine(engine: Engine, seconds: float) -> None:
         closing.cancel()
         logger.warning("The engine %s did not close within %.0f s; it is left behind.", engine.name, seconds)
     elif (error := failure(closing)) is not None:
-        logger.error("The engine %s failed while closing: %r", engine.name, error, exc_info=error)
+        logger.error("The engine %s failed while closing: %s", engine.name, shown(error), exc_info=error)
 
 
 def failure(task: asyncio.Task[None]) -> Exception | None:
@@ -54,7 +105,7 @@ def failure(task: asyncio.Task[None]) -> Exception | None:
     if task.cancelled():
         return RuntimeError("it was cancelled")
     error = task.exception()
-    return error if error is None or isinstance(error, Exception) else RuntimeError(f"{error!r} was raised")
+    return error if error is None or isinstance(error, Exception) else RuntimeError(f"{shown(error)} was raised")
 
 
 def _own_task(work: Callable[[], Awaitable[None]], moment: str) -> asyncio.Task[None]:
@@ -70,4 +121,4 @@ async def _tame(work: Callable[[], Awaitable[None]], moment: str) -> None:
     except (Exception, GeneratorExit):
         raise
     except BaseException as cause:
-        raise RuntimeError(f"{cause!r} was raised while {moment}") from cause
+        raise RuntimeError(f"{shown(cause)} was raised while {moment}") from cause

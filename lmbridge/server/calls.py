@@ -17,13 +17,13 @@ from lmbridge.crossing.channel import SLICE
 from lmbridge.crossing.endings import log_end, lost_error, twice_error
 from lmbridge.crossing.handle import ServerHandle
 from lmbridge.engines.base import engine_error
-from lmbridge.errors import EngineDeadError, LMBridgeError, fresh
+from lmbridge.errors import EngineDeadError, EngineError, LMBridgeError, fresh
+from lmbridge.log import logger, shown
 from lmbridge.messages import Delta, Outcome
 from lmbridge.metrics import Metrics
+from lmbridge.server.border import as_own, flaw
 from lmbridge.server.place import Place
 from lmbridge.server.turns import Turns
-
-logger = logging.getLogger("lmbridge")
 
 LEFT = TimeoutError("the server thread was stuck and has been replaced")
 
@@ -91,14 +91,15 @@ class Calls:
         request, engine = call.request, place.engine
         try:
             engine.check(request)
-            request.context.run(engine.add_request, request, functools.partial(self._on_delta, place, call))
+            # In a copy: an observer of the caller's may be at work in the context itself.
+            request.context.copy().run(engine.add_request, request, functools.partial(self._on_delta, place, call))
         except EngineDeadError as death:
             self._unbegin(call, place)
             place.die(death.__cause__ or death)
         except LMBridgeError as error:
-            self._fail(call, error)
+            self._fail(call, as_own(error, call))
         except BaseException as cause:  # SystemExit too: no engine may take the loop with it
-            self._fail(call, engine_error(f"{engine.name} could not begin the request: {cause!r}.", cause))
+            self._fail(call, engine_error(f"{engine.name} could not begin the request: {shown(cause)}.", cause))
         if self.left_behind and call.settle(lost_error(LEFT)):  # whoever took over may not have seen that it began
             self._handle.abort(call)
 
@@ -116,6 +117,9 @@ class Calls:
         if self._running.get(call) is not place or self.left_behind:  # it has ended
             return
         call.heard = place.progress = place.progress + 1
+        if (wrong := flaw(delta)) is not None:
+            self._disbelieve(place, call, wrong)
+            return
         tokens = len(delta.token_ids)
         if call.first_token is None and (tokens or delta.text):
             call.first_token = time.monotonic()
@@ -125,11 +129,17 @@ class Calls:
             if len(call.deltas) >= call.limit:
                 call.merge()
         if delta.error is not None:
-            self._finish(call, delta.error)
+            self._finish(call, as_own(delta.error, call))
         elif delta.finish_reason is not None:
             self._finish(call, call.finish(delta.finish_reason, delta.usage))
         elif call.streaming and not call.signalled:
             call.channel.signal(call)
+
+    def _disbelieve(self, place: Place, call: Call, wrong: str) -> None:
+        """End a call of which the engine says what no reader could take."""
+        call.settle(EngineError(f"The engine {place.engine.name} said {wrong}; mend the engine."))
+        self.abort(call)
+        self.let_go(call)
 
     def abort(self, call: Call) -> None:
         """Stop a settled call: at once where it only waits, through the engine where it runs."""
@@ -144,7 +154,7 @@ class Calls:
             self._finish(call, call.outcomes[0])
             return
         try:
-            call.request.context.run(place.engine.abort_request, call.request.id)
+            call.request.context.copy().run(place.engine.abort_request, call.request.id)
         except BaseException as cause:
             place.die(cause)  # an engine that cannot abort cannot be trusted with its batch
 
@@ -231,7 +241,7 @@ class Calls:
 
     def close(self, cause: BaseException) -> None:
         """End every call and refuse the next, with ``cause`` chained. The loop need not run any more."""
-        self.place = None
+        self.place = self._quiet = None  # this may be another thread than the loop's, which must not touch an Event
         self.living.clear()
         self._running.clear()
         for call in self._handle.close(cause):

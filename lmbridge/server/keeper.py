@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import _thread
 import functools
-import logging
 import os
 import threading
 
@@ -15,6 +14,7 @@ from lmbridge.crossing.channel import SLICE
 from lmbridge.crossing.handle import ServerHandle
 from lmbridge.crossing.status import Verdict
 from lmbridge.errors import BridgeClosedError, EngineStartError
+from lmbridge.log import logger, shown
 from lmbridge.metrics import Metrics
 from lmbridge.server import at_exit, places
 from lmbridge.server.clock import LookClock
@@ -25,8 +25,6 @@ from lmbridge.server.run import Run
 from lmbridge.server.supervisor import Supervisor
 from lmbridge.server.swaps import Recipe, Swaps
 from lmbridge.server.watchdog import Watchdog
-
-logger = logging.getLogger("lmbridge")
 
 MARGIN = 2.0  # seconds for the thread itself to end, when its engines have
 ARRIVAL = 0.2  # seconds for a thread that somebody else may have started to arrive
@@ -51,7 +49,8 @@ class Keeper:
         self._metrics = metrics
         self._stall_timeout = stall_timeout
         self._pid = os.getpid()
-        self._lock = threading.RLock()  # a signal handler may close while it starts
+        self._locks = {self._pid: threading.RLock()}  # by process; the present one's:
+        self._lock = self._locks[self._pid]  # a signal handler may close while it starts
 
     @property
     def recipe(self) -> Recipe:
@@ -70,8 +69,8 @@ class Keeper:
         if self.run is not None:
             self._handle.check_process()
         elif self._pid != os.getpid():  # nothing had started: this process may begin anew, with a lock nobody holds
+            self._lock = self._locks.setdefault(os.getpid(), threading.RLock())  # one for all who come here at once
             self._pid = os.getpid()
-            self._lock = threading.RLock()
             self._handle.belong_here()
 
     def ensure(self) -> None:
@@ -140,11 +139,15 @@ class Keeper:
     def _wait_for_end(self, run: Run, thread: threading.Thread, seconds: float) -> None:
         """Wait for the thread, and leave it behind when it takes longer."""
         clock, passed = LookClock(), 0.0
-        while thread.is_alive() and not run.left_behind and passed < seconds:
-            thread.join(min(SLICE, seconds - passed))
+        while not run.left_behind and passed < seconds:
+            if run.gone.wait(min(SLICE, seconds - passed)):
+                thread.join(SLICE)  # it is as good as dead
+                break
+            if not thread.is_alive():
+                break
             passed = clock.look(SLICE)
         with self._lock:
-            if thread.is_alive():
+            if thread.is_alive() and not run.gone.told:
                 self._abandon(run)
             elif self._handle.ended is None:
                 self._on_end(run, RuntimeError(STRUCK))
@@ -202,6 +205,7 @@ class Keeper:
                 self._on_end(run, cause)
             finally:
                 run.clear()
+                run.gone.tell()
 
     # --- the end; called by whoever comes first ---
 
@@ -219,7 +223,7 @@ class Keeper:
             if self.closed:
                 self._abandon(run)
                 return
-            logger.error("%s; it is left behind, and the engine is rebuilt on a new thread.", run.describe_stuck())
+            stuck = run.describe_stuck()
             run.leave_behind()
             self.swaps.fail_begun(EngineStartError("The server thread was stuck; ask for the swap again."))
             try:
@@ -227,24 +231,24 @@ class Keeper:
                 self._launch(self.run)
             except BaseException as error:
                 self._end(self.run, error)
+        # Only now, and with no lock: a handler may be held by one who waits for us.
+        logger.error("%s; it was left behind, and the engine is rebuilt on a new thread.", stuck)
 
     def _abandon(self, run: Run) -> None:
         """End everything without a thread that would not end. With _lock held."""
         stuck = f"{run.describe_stuck()} and was left behind"
-        if not run.left_behind:
+        first = not run.left_behind
+        if self._handle.ended is None or not first:  # else it only takes its time to close the engine
+            run.leave_behind()
+            self._end(run, BridgeClosedError(f"The bridge was closed; its requests were aborted. {stuck}."))
+            self._status.reason = stuck
+        if first:
             logger.warning("%s.", stuck)
-        if self._handle.ended is not None and not run.left_behind:  # it only takes its time to close the engine
-            return
-        run.leave_behind()
-        self._end(run, BridgeClosedError(f"The bridge was closed; its requests were aborted. {stuck}."))
-        self._status.reason = stuck
 
     def _end(self, run: Run, cause: BaseException) -> None:
         """End every call and every swap, now and from now on. With _lock held; a second time does nothing new."""
-        if self._handle.ended is not None:
-            cause = self._handle.ended
-        elif not isinstance(cause, BridgeClosedError):
-            logger.error("The server thread ended unexpectedly: %r", cause)
+        ended = self._handle.ended
+        cause = ended or cause
         self.closed = True
         self._note_end(cause)
         self.swaps.fail_all(BridgeClosedError("The server thread ended before the new model was ready."))
@@ -252,9 +256,11 @@ class Keeper:
         if not self._status.ready.told:
             self._status.ready.tell(self._handle.closed_error())
         at_exit.forget(self)
+        if not isinstance(cause, BridgeClosedError) and ended is None:
+            logger.error("The server thread ended unexpectedly: %s", shown(cause))
 
     def _note_end(self, cause: BaseException) -> None:
         if isinstance(cause, BridgeClosedError):
             self._status.state, self._status.reason = "closed", ""
         else:
-            self._status.state, self._status.reason = "failed", f"the server thread ended: {cause!r}"
+            self._status.state, self._status.reason = "failed", f"the server thread ended: {shown(cause)}"

@@ -6,22 +6,23 @@ Rule: pure functions. Whoever reads this may sit at a command line, behind HTTP 
 from __future__ import annotations
 
 from lmbridge.errors import EngineStartError, LMBridgeError
+from lmbridge.log import said, shown
 from lmbridge.server.place import Place
 
 MAX_CAUSES = 10  # of a chain that are looked at; an exception may be its own cause
 
 
 def died(cause: BaseException) -> str:
-    return f"the engine died: {cause!r}"
+    return f"the engine died: {shown(cause)}"
 
 
 def not_again(cause: BaseException) -> str:
-    return f"the engine could not be loaded again: {cause!r}"
+    return f"the engine could not be loaded again: {shown(cause)}"
 
 
 def start_error(cause: BaseException) -> EngineStartError:
     """What everybody gets while an engine that could not be loaded is not replaced."""
-    return _error(f"The engine could not be loaded: {_text(cause)}. Fix that, then start anew.", cause)
+    return _error(f"The engine could not be loaded: {said(cause)}. Fix that, then start anew.", cause)
 
 
 def swap_error(cause: BaseException, place: Place | None) -> LMBridgeError:
@@ -32,7 +33,7 @@ def swap_error(cause: BaseException, place: Place | None) -> LMBridgeError:
     """
     if isinstance(cause, LMBridgeError):
         return cause
-    return _error(f"The new model could not be loaded: {_text(cause)}. {_goes_on(place)}", cause)
+    return _error(f"The new model could not be loaded: {said(cause)}. {_goes_on(place)}", cause)
 
 
 def is_sticky(cause: BaseException) -> bool:
@@ -44,15 +45,11 @@ def is_sticky(cause: BaseException) -> bool:
     for _ in range(MAX_CAUSES):
         if link is None:
             break
-        text = str(link)
+        text = said(link)
         if type(link).__name__ == "AcceleratorError" or "CUDA error" in text or "device-side assert" in text:
             return True
         link = link.__cause__
     return False
-
-
-def _text(cause: BaseException) -> str:
-    return str(cause).rstrip(".") or repr(cause)
 
 
 def _goes_on(place: Place | None) -> str:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import threading
 from dataclasses import dataclass
 
 from lmbridge.crossing.call import Call
 from lmbridge.engines.base import Engine
-
-logger = logging.getLogger("lmbridge")
+from lmbridge.log import logger, shown
+from lmbridge.server.border import batch_size
 
 FAIR_LOOKS = 3  # at how many looks the engine must have gone on without a call before that says anything
 ABORT_GRACE = 10.0  # seconds an engine may take to answer an abort before the place is given to somebody else
@@ -50,6 +49,7 @@ class Place:
         self._loop = asyncio.get_running_loop()
         self._thread_id = threading.get_ident()
         self.dead: asyncio.Future[BaseException] = self._loop.create_future()
+        self._size = 0  # how many calls the engine takes at once
         self._quiet: asyncio.Event | None = None  # there while somebody waits for it
         self._seen = -1  # progress at the last look
         self._moves = False  # whether it had risen then
@@ -62,7 +62,15 @@ class Place:
     @property
     def room(self) -> int:
         """How many more calls the engine takes now."""
-        return 0 if self.dead.done() else self.engine.max_batch_size - len(self.calls)
+        return 0 if self.dead.done() else self._size - len(self.calls)
+
+    def measure(self) -> Exception | None:
+        """Take the size of an engine that has started; gives back what is wrong with it."""
+        try:
+            self._size = batch_size(self.engine)
+        except Exception as error:
+            return error
+        return None
 
     def leave(self, call: Call) -> None:
         """A call has ended."""
@@ -84,7 +92,7 @@ class Place:
     def report_death(self, cause: BaseException) -> None:
         """What the engine calls when it cannot go on: more than once, after its end and from any thread as well."""
         if not isinstance(cause, BaseException):
-            cause = RuntimeError(f"{cause!r}")
+            cause = RuntimeError(f"{shown(cause)}")
         with contextlib.suppress(RuntimeError):  # the loop has ended, and everybody was told
             if threading.get_ident() == self._thread_id:
                 self.die(cause)
@@ -166,7 +174,8 @@ class Place:
     def _told(self, call: Call) -> int | None:
         if self._tells:
             try:
-                return self.engine.progress(call.request.id)
+                shown = self.engine.progress(call.request.id)
+                return None if shown is None else int(shown)
             except BaseException:  # no engine may take the loop with it
                 self._tells = False
                 logger.exception("The engine %s failed to tell its progress; it is not asked again.", self.engine.name)

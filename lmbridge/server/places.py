@@ -39,13 +39,16 @@ class Places:
         """
         if self.stop.is_set():
             return None
-        place = Place(build_engine(factory))
+        engine = build_engine(factory)
+        if any(place.engine is engine for place in self._watched):
+            raise ValueError("this engine has not been closed yet, and could be started but once; build another")
+        place = Place(engine)
         self._watched.append(place)
         place.starting = start_engine(place.engine)
         await self.unless_stopped(place.starting)
         if self.stop.is_set():
             return None
-        error = failure(place.starting)
+        error = failure(place.starting) or place.measure()
         if error is None:
             return place
         await self.close(place)

@@ -6,17 +6,15 @@ Rule: made by whoever starts the server, taken by one thread, which alone runs i
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections.abc import Callable
 
 from lmbridge.crossing.status import Verdict
 from lmbridge.engines.standing import where_is
 from lmbridge.errors import BridgeClosedError
+from lmbridge.log import logger
 from lmbridge.server.loop import ServerLoop
 from lmbridge.server.supervisor import Supervisor
-
-logger = logging.getLogger("lmbridge")
 
 LEFTOVERS = 1.0  # seconds for what an engine left on the loop to end
 
@@ -29,12 +27,15 @@ class Run:
 
     Attributes:
         arrived: told by the last thread that was started for it; its keeper's only.
+        gone: told by its thread at the very end. ``Thread.join`` is no wait for that: CPython 3.11 takes a living
+            thread for dead once Ctrl-C has struck whoever joins it.
     """
 
     def __init__(self, loop: ServerLoop, supervisor: Supervisor, stuck: Run | None = None) -> None:
         self.loop = loop
         self.supervisor = supervisor
         self.arrived: Verdict | None = None
+        self.gone = Verdict()
         self._stuck = stuck
         self._takers: list[threading.Thread | None] = []  # any thread appends; the first one counts
         self._life: asyncio.Task[None] | None = None  # its thread only; None once it came to its own end
@@ -109,9 +110,8 @@ class Run:
             tasks = asyncio.all_tasks(loop)
             for task in tasks:
                 task.cancel()
-            if tasks:
-                loop.run_until_complete(asyncio.wait(tasks, timeout=LEFTOVERS))
-            loop.run_until_complete(loop.shutdown_asyncgens())
+            tasks.add(loop.create_task(loop.shutdown_asyncgens()))
+            loop.run_until_complete(asyncio.wait(tasks, timeout=LEFTOVERS))
         except BaseException:
             logger.debug("Leftovers on the loop would not end.", exc_info=True)
         finally:

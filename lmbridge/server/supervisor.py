@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 import time
 from typing import Any
 
 from lmbridge.errors import BridgeClosedError, EngineDeadError, LMBridgeError, RequestTimeoutError
+from lmbridge.log import logger, shown
 from lmbridge.server.loop import ServerLoop
 from lmbridge.server.losses import died, is_sticky, not_again, start_error, swap_error
 from lmbridge.server.place import Place
 from lmbridge.server.places import Places
 from lmbridge.server.swaps import Recipe, Swap, Swaps
-
-logger = logging.getLogger("lmbridge")
 
 MAX_FAILURES = 3  # losses within FAILURE_WINDOW seconds after which the engine stays down
 FAILURE_WINDOW = 300.0
@@ -114,8 +112,8 @@ class Supervisor:
         try:
             place = await self._load(self.recipe)
         except Exception as cause:
-            logger.error("The engine could not be loaded: %r", cause)
-            self._stay_down(start_error(cause))
+            self._stay_down(start_error(cause))  # before it is logged: a handler may be held by one who waits for us
+            logger.error("The engine could not be loaded: %s", shown(cause))
             return None
         return None if place is None else self._install(place)
 
@@ -172,7 +170,6 @@ class Supervisor:
 
     async def _may_come_back(self, cause: BaseException, what: str) -> bool:
         """Whether the engine may be loaded again after ``what`` happened; waits before it may."""
-        logger.error("%s%s.", what[0].upper(), what[1:])
         deaths, now = self._status.deaths, time.monotonic()
         deaths.append(now)
         while now - deaths[0] > FAILURE_WINDOW:
@@ -185,11 +182,13 @@ class Supervisor:
             why = f"It was lost {len(deaths)} times in {FAILURE_WINDOW:.0f} s and stays down. Start anew, or swap it."
         else:
             self._status.lost(what)
+            _log(what)
             await self._places.unless_stopped(timeout=_backoff(len(deaths)))
             return not self._stopped
         error = EngineDeadError(f"There is no engine any more: {what}. {why}")
         error.__cause__ = cause
         self._stay_down(error)
+        _log(what)
         return False
 
     def _stay_down(self, error: LMBridgeError) -> None:
@@ -271,6 +270,10 @@ class Supervisor:
         called.cancel()
 
 
+def _log(what: str) -> None:
+    logger.error("%s%s.", what[0].upper(), what[1:])
+
+
 def _backoff(deaths: int) -> float:
     """Seconds to wait after so many."""
     return min(FIRST_BACKOFF * 4.0 ** min(deaths - 1, 100), LAST_BACKOFF)
@@ -279,5 +282,5 @@ def _backoff(deaths: int) -> float:
 def _fail(swap: Swap, cause: Exception, place: Place | None) -> None:
     """Tell whoever asked that the new model could not be loaded, and what has the place now."""
     error = swap_error(cause, place)
-    logger.error("The swap failed: %s", error)
     swap.done.tell(error)
+    logger.error("The swap failed: %s", error)

@@ -6,22 +6,28 @@ Rule: server thread only.
 from __future__ import annotations
 
 import asyncio
-import logging
+import functools
 import time
+from collections.abc import Callable
 
 from lmbridge.crossing.call import Call
 from lmbridge.crossing.endings import forgotten_error, interrupted_error
+from lmbridge.crossing.gate import Gate
 from lmbridge.crossing.handle import ServerHandle
+from lmbridge.log import logger
 from lmbridge.server.calls import Calls
 from lmbridge.server.clock import LookClock
 from lmbridge.server.inbox import Inbox
 from lmbridge.server.place import Place
 
-logger = logging.getLogger("lmbridge")
-
 INTERVAL = 0.5  # seconds between two looks
 SLOW_LOOKS = 2  # after how many looks a call that is nowhere gives its place at the gate to somebody else
 LOST_LOOKS = 120  # and after how many its caller is taken to have been killed rather than slow
+
+
+def _is_astray(gate: Gate, call: Call) -> bool:
+    """Whether a call of which the server knows nothing is none that stands in line: its caller may be on the way."""
+    return call.admitted or bool(call.outcomes) or not gate.stays(call)
 
 
 def _nobody() -> None:
@@ -51,17 +57,22 @@ class Sweep:
         while not self._calls.left_behind:
             now = self._clock.look(INTERVAL)
             self.heartbeat = time.monotonic()
-            try:
-                self._handle.bell.answer()  # which lowers its flag too: a ringer may have been struck after raising it
-                self._find_lost()
-                self._expire(self.heartbeat)
-                self._look_at_engines(now)
-                self._handle.channels.trim()
-                for helper in self._handle.helpers:
-                    (helper() or _nobody)()
-            except Exception:  # the backstop itself must not end
-                logger.exception("The server's sweep failed; it goes on.")
+            for step in self._steps(now):
+                try:
+                    step()
+                except Exception:  # the backstop itself must not end, and no step goes for another's fault
+                    logger.exception("A step of the server's sweep failed; it goes on.")
             await asyncio.sleep(INTERVAL)
+
+    def _steps(self, now: float) -> list[Callable[[], object]]:
+        return [
+            self._handle.bell.answer,  # which lowers its flag too: a ringer may have been struck after raising it
+            self._find_lost,
+            functools.partial(self._expire, self.heartbeat),
+            functools.partial(self._look_at_engines, now),
+            self._handle.channels.trim,
+            *[helper() or _nobody for helper in self._handle.helpers],
+        ]
 
     def _find_lost(self) -> None:
         """Take in what was sent and not announced, and end what never came: its caller was killed on the way."""
@@ -79,7 +90,7 @@ class Sweep:
     def _nowhere(self) -> list[Call]:
         """The calls that are in the book, but neither with the server nor in line at the gate."""
         gate, living = self._handle.gate, self._calls.living
-        return [c for c in list(gate.calls) if living.get(c.request.id) is not c and (c.admitted or c.outcomes)]
+        return [c for c in list(gate.calls) if living.get(c.request.id) is not c and _is_astray(gate, c)]
 
     def _expire(self, now: float) -> None:
         """End calls whose deadline has passed while nobody waits on them to notice."""

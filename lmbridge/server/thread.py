@@ -5,7 +5,6 @@ Rule: any thread; what blocks refuses the server thread.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -16,7 +15,8 @@ from lmbridge.crossing.gate import Gate
 from lmbridge.crossing.handle import ServerHandle
 from lmbridge.crossing.status import Status
 from lmbridge.engines.base import Engine, engine_error
-from lmbridge.errors import InvalidRequestError, RequestTimeoutError, WrongThreadError, fresh
+from lmbridge.errors import InvalidRequestError, RequestTimeoutError, fresh
+from lmbridge.log import shown
 from lmbridge.metrics import Metrics
 from lmbridge.server import health, watchdog
 from lmbridge.server.keeper import Keeper
@@ -88,11 +88,8 @@ class ServerThread:
         handle = self.handle
         if handle.thread_id is None or self.keeper.closed or handle.forked:
             self.keeper.ensure()
-        if blocking and threading.get_ident() == handle.thread_id:
-            raise WrongThreadError(
-                "This blocking call was made on the server thread, which would wait for itself forever. "
-                "Use await bridge.ainfer(...), or call from another thread."
-            )
+        if blocking:
+            handle.check_thread()
         return handle
 
     def ask_engine(self, question: Callable[[Engine], T]) -> T | None:
@@ -193,4 +190,4 @@ def _ask(engine: Engine, question: Callable[[Engine], T]) -> T:
     except Exception:
         raise
     except BaseException as cause:  # an engine that exits must not end whoever asked
-        raise engine_error(f"{engine.name} could not answer: {cause!r}.", cause) from cause
+        raise engine_error(f"{engine.name} could not answer: {shown(cause)}.", cause) from cause

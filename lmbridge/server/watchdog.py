@@ -6,14 +6,12 @@ that stands still without blocking the loop is the sweep's to find.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 
+from lmbridge.log import logger
 from lmbridge.server.clock import LookClock
 from lmbridge.server.run import Run
-
-logger = logging.getLogger("lmbridge")
 
 LOOP_GRACE = 5.0  # seconds more for the loop itself: on a crowded machine it may be slow, and is not stuck then
 LONGEST_PAUSE = 5.0  # seconds between two looks
@@ -51,15 +49,14 @@ class Watchdog:
         threading.Thread(target=self._watch, name="lmbridge watchdog", daemon=True).start()
 
     def _watch(self) -> None:
-        while self._thread.is_alive():
-            self._thread.join(self._pause)
+        while self._thread.is_alive() and not self._run.gone.told:
             try:
-                if self._stuck():
+                if not self._run.gone.wait(self._pause) and self._stuck():
                     self._on_stuck(self._run)
                     return
             except BaseException:  # without it nobody would look any more
                 logger.exception("The watchdog failed; it goes on.")
-        self._on_end(self._run, RuntimeError("nobody knows why"))
+        self._on_end(self._run, RuntimeError("it was killed"))
 
     def _stuck(self) -> bool:
         now, heartbeat = self._clock.look(self._pause), self._run.loop.sweep.heartbeat

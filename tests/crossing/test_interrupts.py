@@ -160,7 +160,7 @@ class Caller(threading.Thread):
         self._bridge = bridge
         self._until = until
         self._random = random.Random(name)
-        self._name = name
+        self._number = name
 
     def stop(self) -> None:
         self._until = 0
@@ -177,7 +177,7 @@ class Caller(threading.Thread):
                 self.errors.append(error)
 
     def _ask(self) -> None:
-        prompt = f"caller {self._name} number {self._random.random()}"
+        prompt = f"caller {self._number} number {self._random.random()}"
         answers = WAYS[self._random.choice(list(WAYS))](self._bridge, prompt)
         if answers in ([prompt], [prompt, f"{prompt} two"]):
             self.right += 1

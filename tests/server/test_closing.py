@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -365,3 +367,41 @@ def test_an_exit_while_bridges_come_to_their_end() -> None:
 
 def until_no_server_thread() -> None:
     until(lambda: not [thread for thread in threading.enumerate() if thread.name == "lmbridge server"])
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_ctrl_c_while_close_waits(drain: bool) -> None:
+    """It must not cost those who are served their answers, nor leave an engine that no close() ever ends."""
+    release = threading.Event()
+
+    class Slow(ScriptedEngine):
+        async def close(self) -> None:
+            while not release.is_set():
+                await asyncio.sleep(0.01)
+            await super().close()
+
+    engine = Slow(manual=True)
+    bridge = Bridge(engine)
+    future = bridge.submit("one two")
+    engine.wait_for(lambda e: e.active == 1)
+
+    def interrupt() -> None:
+        until(lambda: bridge.state in ("draining", "closed") or future.done())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    with pytest.raises(KeyboardInterrupt):
+        bridge.close(drain=drain, timeout=60)
+    interrupter.join()
+    if drain:
+        assert bridge.state == "draining"
+        engine.step(2)
+        assert future.result(30).text == "one two"
+    else:
+        assert isinstance(future.exception(30), BridgeClosedError)
+    release.set()
+    bridge.close()
+    assert engine.closed
+    assert bridge.state == "closed"
+    assert [thread.name for thread in threading.enumerate() if thread.name == "lmbridge server"] == []
