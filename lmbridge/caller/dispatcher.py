@@ -70,7 +70,7 @@ class Dispatcher:
         """See that there is a thread to resolve what is open, also when somebody holds the lock of a future."""
         thread, since, now = self._thread, self._since, time.monotonic()
         held_up = since is not None and now - since > PATIENCE
-        if thread is not None and (thread.is_alive() or now - self._launched < PATIENCE) and not held_up:
+        if _lives(thread, now - self._launched) and not held_up:
             return
         with self._lock:
             if self._thread is thread:
@@ -168,8 +168,7 @@ class Callbacks:
         """See that there is a thread for what waits, also when a callback has ended or blocks the last one."""
         runner, since, now = self._runner, self._since, time.monotonic()
         held_up = since is not None and now - since > PATIENCE
-        lives = runner is not None and (runner.is_alive() or now - self._launched < PATIENCE)
-        if not self._waiting or (lives and not held_up):
+        if not self._waiting or (_lives(runner, now - self._launched) and not held_up):
             return
         with self._lock:
             if self._runner is runner:
@@ -209,6 +208,11 @@ class Callbacks:
 def _launch(thread: threading.Thread) -> None:
     """Have another start it: ``Thread.start`` waits, and Ctrl-C in that wait can come out as an error of its lock's."""
     _thread.start_new_thread(thread.start, ())
+
+
+def _lives(thread: threading.Thread | None, age: float) -> bool:
+    """Whether a thread runs, or was launched so few seconds ago that it is only about to."""
+    return thread is not None and (thread.is_alive() or (thread.ident is None and age < PATIENCE))
 
 
 _dispatchers: dict[int, weakref.ref[Dispatcher]] = {}  # all there are, for a child of this process
