@@ -7,6 +7,7 @@ must not end the server thread, and a CancelledError of the engine's own must no
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 
 from lmbridge.crossing.call import Call
@@ -53,6 +54,13 @@ def batch_size(engine: Engine) -> int:
 
 def flaw(delta: Delta) -> str | None:
     """What is wrong with what an engine said; None when nothing is."""
+    usual = type(delta) is Delta and type(delta.text) is str and type(delta.token_ids) is list
+    if usual and delta.logprobs is None and delta.usage is None and delta.error is None:  # as it is with nearly all
+        return None
+    return _flaw(delta)
+
+
+def _flaw(delta: Delta) -> str | None:
     if not isinstance(delta, Delta):
         return f"{shown(delta)} where a Delta belongs"
     if not isinstance(delta.text, str):
@@ -75,13 +83,12 @@ def _counts(*numbers: object) -> bool:
 
 def as_own(error: BaseException, call: Call) -> LMBridgeError:
     """An engine's error as this call's: another instance where the engine has said the same one of another call."""
-    try:
-        assert isinstance(error, LMBridgeError)
-        own = error if error.request_id in (None, call.request.id) else fresh(error)
-        own.request_id, own.partial = call.request.id, ""
-        return own
-    except Exception:  # another kind of error, or one that takes no attributes
-        return engine_error(f"The engine failed this request: {shown(error)}.", error)
+    if isinstance(error, LMBridgeError):
+        with contextlib.suppress(Exception):  # there may be one that takes no attributes
+            own = error if error.request_id in (None, call.request.id) else fresh(error)
+            own.request_id, own.partial = call.request.id, ""
+            return own
+    return engine_error(f"The engine failed this request: {shown(error)}.", error)
 
 
 def start_engine(engine: Engine) -> asyncio.Task[None]:

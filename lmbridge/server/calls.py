@@ -117,12 +117,9 @@ class Calls:
         if self._running.get(call) is not place or self.left_behind:  # it has ended
             return
         call.heard = place.progress = place.progress + 1
-        plain = type(delta) is Delta and type(delta.text) is str and type(delta.token_ids) is list  # as nearly all are
-        if not plain or delta.logprobs is not None or delta.usage is not None or delta.error is not None:
-            wrong = flaw(delta)
-            if wrong is not None:
-                self._disbelieve(place, call, wrong)
-                return
+        if (wrong := flaw(delta)) is not None:
+            self._disbelieve(place, call, wrong)
+            return
         tokens = len(delta.token_ids)
         if call.first_token is None and (tokens or delta.text):
             call.first_token = time.monotonic()
