@@ -21,6 +21,7 @@ from typing import Protocol
 from lmbridge.crossing.call import Call
 from lmbridge.crossing.channel import Channel, Closed, Empty
 from lmbridge.crossing.handle import ServerHandle
+from lmbridge.crossing.status import Verdict
 from lmbridge.log import logger
 
 LOOK = 0.25  # seconds between two looks at deadlines, which nobody else may be waiting for
@@ -70,7 +71,8 @@ class Dispatcher:
         """See that there is a thread to resolve what is open, also when somebody holds the lock of a future."""
         thread, since, now = self._thread, self._since, time.monotonic()
         held_up = since is not None and now - since > PATIENCE
-        if _lives(thread, now - self._launched) and not held_up:
+        over = self._server.ended is not None and not self._open
+        if over or (_lives(thread, now - self._launched) and not held_up):
             return
         with self._lock:
             if self._thread is thread:
@@ -206,8 +208,17 @@ class Callbacks:
 
 
 def _launch(thread: threading.Thread) -> None:
-    """Have another start it: ``Thread.start`` waits, and Ctrl-C in that wait can come out as an error of its lock's."""
-    _thread.start_new_thread(thread.start, ())
+    """Have another start it: what strikes a thread in ``Thread.start`` can come out as an error of a lock in there."""
+    started = Verdict()
+    _thread.start_new_thread(_start, (thread, started))
+    started.wait(PATIENCE)
+
+
+def _start(thread: threading.Thread, started: Verdict) -> None:
+    try:
+        thread.start()
+    finally:
+        started.tell()
 
 
 def _lives(thread: threading.Thread | None, age: float) -> bool:

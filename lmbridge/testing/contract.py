@@ -233,10 +233,10 @@ class EngineContract:
             next(stream)
             bridge.close()
             assert isinstance(future.exception(self.patience), BridgeClosedError)
-        for thread in set(threading.enumerate()) - before:
-            if thread.name.startswith("lmbridge"):
-                thread.join(self.patience)
-                assert not thread.is_alive()
+        end, tick = time.monotonic() + self.patience, threading.Event()
+        while left := [thread.name for thread in set(threading.enumerate()) - before if "lmbridge" in thread.name]:
+            assert time.monotonic() < end, f"threads that are left: {left}"
+            tick.wait(0.01)
 
 
 def _unheard(engine: Engine, prompt: Prompt) -> Engine:

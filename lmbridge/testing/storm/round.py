@@ -110,12 +110,9 @@ class Round:
             asked.look_at_callback()
 
     def _look_at_threads(self) -> None:
-        end = time.monotonic() + GRACE
-        for thread in threading.enumerate():
-            if thread.name.startswith("lmbridge"):
-                thread.join(max(0.0, end - time.monotonic()))
-                if thread.is_alive():
-                    self._leaked(f"the thread {thread.name!r}")
+        if not _soon(lambda: not _own_threads()):
+            for name in _own_threads():
+                self._leaked(f"the thread {name!r}")
 
     def _look_at_engines(self) -> None:
         for place, engine in enumerate(self._engines):
@@ -150,6 +147,10 @@ class Round:
 
 def _at_gate(bridge: Any) -> int:
     return int(bridge._server_thread.handle.gate.pending)
+
+
+def _own_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("lmbridge")]
 
 
 def _soon(condition: Callable[[], bool]) -> bool:
