@@ -51,6 +51,7 @@ def parsed(*words: str) -> argparse.Namespace:
 # --- a model ---
 
 
+@pytest.mark.long
 def test_the_bundled_model(run: Run, tmp_path: Path) -> None:
     """Every figure is printed, the JSON file agrees with itself, and the picture can be opened."""
     as_json, picture = tmp_path / "bench.json", tmp_path / "bench.png"

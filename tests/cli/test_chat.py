@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Scripted = Callable[..., tuple[Bridge, ScriptedEngine]]
 
 
+@pytest.mark.long
 def test_piped(run: Run) -> None:
     """Questions from a pipe get their answers, a line each, and nothing else is printed."""
     done = run("chat", stdin="What is 37 + 48?\n\nWhat is the capital of Peru?\n")

@@ -30,6 +30,7 @@ def right_answer(request: Request) -> list[str]:
     return [WORDS.get(prompt, "Hello"), *rest]
 
 
+@pytest.mark.long
 def test_plain(run: Run) -> None:
     """Where stdout is no terminal, the demo prints whole lines, says what it measured, and exits with 0."""
     done = run("demo")

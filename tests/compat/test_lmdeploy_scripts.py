@@ -44,7 +44,9 @@ def run(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedPr
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=cwd, env=ENVIRONMENT)
 
 
-@pytest.fixture(params=["transformers", pytest.param("lmdeploy", marks=needs_lmdeploy)])
+@pytest.fixture(
+    params=[pytest.param("transformers", marks=pytest.mark.long), pytest.param("lmdeploy", marks=needs_lmdeploy)]
+)
 def runner(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[list[str], list[str]]:
     """A command that runs a script, and what the answers to its two questions begin with."""
     if request.param == "transformers":

@@ -8,6 +8,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 from lmbridge.flask.config import KEYS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "http.rst").read_text()
@@ -20,6 +22,7 @@ def run(source: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_the_app_answers_and_its_test_passes() -> None:
     """The factory answers through the bundled model, and the page's own test of it passes."""
     asked = 'print(create_app().test_client().post("/ask", json={"prompt": "What is the capital of Kenya?"}).json)'

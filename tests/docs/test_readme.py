@@ -38,6 +38,7 @@ def test_first_example() -> None:
     assert all(f"{n} + {n} = {2 * n}." in out for n in range(8))
 
 
+@pytest.mark.long
 def test_third_example() -> None:
     """Lists, futures, clients, chats and asyncio work as the README shows."""
     out = run(blocks()[2][1])
@@ -53,6 +54,7 @@ def test_hub_example_differs_from_the_first_by_its_model_only() -> None:
     assert run(source.replace("Qwen/Qwen3-0.6B", "demo").replace("Why is the sky blue?", "What is 2 + 2?")).strip()
 
 
+@pytest.mark.long
 def test_flask_example() -> None:
     """The Flask views answer, the second in a stream."""
     ask = 'print(app.test_client().post("/ask", json={"prompt": "What is the capital of Kenya?"}).get_json())'

@@ -170,7 +170,7 @@ def refuse(keeper: object, run: object) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
-@pytest.mark.parametrize("busy", ["engine", "loop"])
+@pytest.mark.parametrize("busy", ["engine", pytest.param("loop", marks=pytest.mark.long)])
 def test_a_process_that_was_stopped_goes_on(busy: str) -> None:
     """After SIGSTOP, a debugger's breakpoint or a paused container a healthy engine would be killed for its silence."""
     source = f"""
