@@ -193,6 +193,8 @@ class EngineContract:
                     pass
             except EngineError as error:
                 assert error.retryable
+            except RequestTimeoutError:
+                raise AssertionError("its thread has ended, and on_death was not called") from None
             else:
                 raise AssertionError("the answer was complete before the thread ended; give a longer long_prompt")
             assert bridge.infer(self.prompts[0], timeout=self.patience).text

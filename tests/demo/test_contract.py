@@ -20,6 +20,7 @@ class TestTransformersEngine(EngineContract):
     long_prompt = "Tell me a long story about a fox."
     poison = (10**9,)
     stall_timeout = 1.0
+    workers = ("lmbridge generation",)
 
     def engine(self) -> Engine:
         return TransformersEngine("demo", max_batch_size=4)
