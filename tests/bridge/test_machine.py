@@ -198,7 +198,7 @@ class CallsMachine(Machine):
         return all(asked.end.done() for asked in self.open)
 
 
-@pytest.mark.parametrize("length", lengths(150, 40))
+@pytest.mark.parametrize("length", lengths(60, 40))
 def test_calls_in_any_order(length: settings) -> None:
     """Each call has one end, its own answer or the error of what was done to it, and nobody waits for nothing."""
     run_state_machine_as_test(CallsMachine, settings=length)

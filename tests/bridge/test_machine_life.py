@@ -203,7 +203,7 @@ class LifeMachine(Machine):
             assert self.bridge.infer("and on it goes", timeout=PATIENCE).text == "and on it goes"
 
 
-@pytest.mark.parametrize("length", lengths(60, 40))
+@pytest.mark.parametrize("length", lengths(25, 40))
 def test_a_life_in_any_order(length: settings) -> None:
     """Whatever happens to engines and whenever they are exchanged or closed, nobody waits for what cannot come."""
     run_state_machine_as_test(LifeMachine, settings=length)
