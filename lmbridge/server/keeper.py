@@ -23,7 +23,7 @@ from lmbridge.server.loop import ServerLoop
 from lmbridge.server.losses import died
 from lmbridge.server.run import Run
 from lmbridge.server.supervisor import Supervisor
-from lmbridge.server.swaps import Recipe, Swaps
+from lmbridge.server.swaps import STUCK, Recipe, Swaps
 from lmbridge.server.watchdog import Watchdog
 
 MARGIN = 2.0  # seconds for the thread itself to end, when its engines have
@@ -225,7 +225,7 @@ class Keeper:
                 return
             stuck = run.describe_stuck()
             run.leave_behind()
-            self.swaps.fail_begun(EngineStartError("The server thread was stuck; ask for the swap again."))
+            self.swaps.fail_begun(EngineStartError(STUCK))
             try:
                 self.run = self._new_run(run.supervisor.recipe, run)
                 self._launch(self.run)

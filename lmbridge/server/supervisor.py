@@ -11,13 +11,13 @@ import functools
 import time
 from typing import Any
 
-from lmbridge.errors import BridgeClosedError, EngineDeadError, LMBridgeError, RequestTimeoutError
+from lmbridge.errors import BridgeClosedError, EngineDeadError, EngineStartError, LMBridgeError, RequestTimeoutError
 from lmbridge.log import logger, shown
 from lmbridge.server.loop import ServerLoop
 from lmbridge.server.losses import died, is_sticky, not_again, start_error, swap_error
 from lmbridge.server.place import Place
 from lmbridge.server.places import Places
-from lmbridge.server.swaps import Recipe, Swap, Swaps
+from lmbridge.server.swaps import STUCK, Recipe, Swap, Swaps
 
 MAX_FAILURES = 3  # losses within FAILURE_WINDOW seconds after which the engine stays down
 FAILURE_WINDOW = 300.0
@@ -202,11 +202,15 @@ class Supervisor:
         swap = self._swaps.begin()
         if swap is None:
             return old
+        if self._calls.left_behind:  # only now: whoever left this thread behind did not see that the swap was begun
+            swap.done.tell(EngineStartError(STUCK))
+            self._swaps.end(swap)
+            return old
         if swap.overlap or old is None:
             place = await self._swap_beside(old, swap)
         else:
             place = await self._swap_in_place(old, swap)
-        self._swaps.end()
+        self._swaps.end(swap)
         return place
 
     async def _swap_beside(self, old: Place | None, swap: Swap) -> Place | None:

@@ -13,6 +13,8 @@ from lmbridge.crossing.status import Verdict
 from lmbridge.engines import EngineFactory
 from lmbridge.errors import LMBridgeError
 
+STUCK = "The server thread was stuck; ask for the swap again."
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -38,7 +40,9 @@ class Swaps:
 
     def __init__(self) -> None:
         self._waiting: deque[Swap] = deque()  # any thread; each step is atomic
-        self._begun: Swap | None = None  # written by the server thread
+        self._begun: deque[Swap] = (
+            deque()
+        )  # one, but for a thread that was left behind with its own; each step is atomic
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
@@ -59,8 +63,8 @@ class Swaps:
 
     def fail_begun(self, error: LMBridgeError) -> None:
         """Tell whoever waits for the swap that is under way that nothing will come of it."""
-        if self._begun is not None:
-            self._begun.done.tell(error)
+        for swap in list(self._begun):
+            swap.done.tell(error)
 
     def fail_all(self, error: LMBridgeError) -> None:
         """Tell the same to everybody."""
@@ -74,10 +78,11 @@ class Swaps:
     def begin(self) -> Swap | None:
         """The next swap, which is under way from now on; None when whoever asked does not wait any more."""
         with contextlib.suppress(IndexError):
-            self._begun = self._waiting.popleft()
-            return self._begun
+            swap = self._waiting.popleft()
+            self._begun.append(swap)
+            return swap
         return None
 
-    def end(self) -> None:
-        """The one that was under way is not any more."""
-        self._begun = None
+    def end(self, swap: Swap) -> None:
+        """It is not under way any more."""
+        self._begun.remove(swap)

@@ -6,8 +6,10 @@ import ctypes
 import gc
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -304,6 +306,27 @@ def test_a_swap_under_way_when_the_thread_gets_stuck(monkeypatch: pytest.MonkeyP
             bridge.swap(Native)
         assert bridge.infer("still the old one").text == "still the old one"
         release.set()
+
+
+def test_a_swap_begun_by_a_thread_that_was_just_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was slow rather than stuck, and nobody else knows of the swap: whoever asked would wait until the close."""
+    monkeypatch.setattr(lmbridge.server.watchdog, "LOOP_GRACE", 0.5)
+    bridge = Bridge(Workshop(manual=False), stall_timeout=0.3)
+
+    class Slow(deque[Any]):
+        def append(self, swap: Any) -> None:
+            if len(threads) == 1:
+                threads.append(threading.get_ident())
+                until(lambda: bridge._server_thread.handle.thread_id != threads[0])
+            super().append(swap)
+
+    with bridge:
+        threads = [bridge._server_thread.handle.thread_id]
+        bridge._server_thread.keeper.swaps._begun = Slow()
+        with pytest.raises(EngineStartError, match="ask for the swap again"):
+            in_thread(lambda: bridge.swap(ScriptedEngine)).result(30)
+        bridge.swap(ScriptedEngine)
+        assert bridge.infer("and on", timeout=30).text == "and on"
 
 
 def test_whoever_leaves_a_swap_takes_it_back() -> None:
