@@ -109,6 +109,8 @@ class Bridge(Verbs):
     ) -> None:
         _check_limits(max_pending, max_pending_per_client, when_full)
         _check_seconds(timeout=timeout, stall_timeout=stall_timeout)
+        if stall_timeout == 0:
+            raise InvalidRequestError("stall_timeout=0 lets no engine live; give seconds, or None.", "stall_timeout")
         recipe = _recipe(model, engine, engine_options)
         metrics = Metrics()
         gate = Gate(max_pending, max_pending_per_client, when_full == "reject", metrics)

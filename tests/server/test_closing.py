@@ -376,8 +376,7 @@ def test_ctrl_c_while_close_waits(drain: bool) -> None:
 
     class Slow(ScriptedEngine):
         async def close(self) -> None:
-            while not release.is_set():
-                await asyncio.sleep(0.01)
+            await asyncio.to_thread(release.wait, 60)
             await super().close()
 
     engine = Slow(manual=True)

@@ -270,8 +270,9 @@ def test_strings_of_a_kind_of_their_own(scripted: Scripted) -> None:
 @pytest.mark.parametrize("wrong", ["5", float("nan"), -1, [1]])
 def test_times_that_are_none(wrong: Any) -> None:
     """A wrong time must not get as far as a thread that serves everybody."""
-    with pytest.raises(InvalidRequestError, match="stall_timeout"):
-        Bridge(ScriptedEngine, stall_timeout=wrong)
+    for stall_timeout in (wrong, 0):
+        with pytest.raises(InvalidRequestError, match="stall_timeout"):
+            Bridge(ScriptedEngine, stall_timeout=stall_timeout)
     with Bridge(ScriptedEngine) as bridge:
         for call in (
             lambda: bridge.swap(ScriptedEngine, overlap=False, timeout=wrong),
