@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,7 @@ from lmbridge import (
 )
 from lmbridge.crossing.channel import Channel
 from lmbridge.testing import ScriptedEngine
+from tests.conftest import until, until_then
 
 Scripted = Callable[..., tuple[Bridge, ScriptedEngine]]
 
@@ -295,3 +297,22 @@ def test_a_token_that_is_lost_costs_no_task(scripted: Scripted, monkeypatch: pyt
         return [answer.text, *(each.text for each in answers)]
 
     assert asyncio.run(ask()) == ["one", "two", "three"]
+
+
+def test_a_loop_that_is_closed_with_calls_inside(scripted: Scripted) -> None:
+    """What was asked there would run on, and stay in the books, though nobody can ever read it."""
+    bridge, engine = scripted(ScriptedEngine(manual=True))
+    loop = asyncio.new_event_loop()
+    asked: list[Any] = []
+
+    async def ask() -> None:
+        asked.append(asyncio.ensure_future(bridge.ainfer("a b c")))
+        asked.append(asyncio.ensure_future(bridge.ainfer(["d e", "f g"])))
+        await until_then(lambda: engine.active == 3)
+
+    loop.run_until_complete(ask())
+    loop.close()
+    until(lambda: bridge.requests() == [] and engine.active == 0)
+    assert bridge.metrics.started == sum(bridge.metrics.outcomes.values()) == 3
+    for task in asked:
+        task._log_destroy_pending = False

@@ -8,7 +8,7 @@ import ctypes
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -404,3 +404,26 @@ def test_ctrl_c_while_close_waits(drain: bool) -> None:
     assert engine.closed
     assert bridge.state == "closed"
     assert [thread.name for thread in threading.enumerate() if thread.name == "lmbridge server"] == []
+
+
+def test_a_generator_that_an_engine_leaves_behind() -> None:
+    """One whose clean-up never ends would hold the server thread, and whoever closes, for good."""
+    left: list[AsyncIterator[int]] = []
+
+    async def endless() -> AsyncIterator[int]:
+        try:
+            while True:
+                yield 1
+        finally:
+            await asyncio.Event().wait()
+
+    class Untidy(ScriptedEngine):
+        async def start(self) -> None:
+            left.append(endless())
+            await anext(left[0])
+            await super().start()
+
+    bridge = Bridge(Untidy())
+    assert bridge.infer("x", timeout=30).text == "x"
+    bridge.close(timeout=1.0)
+    until(lambda: [thread.name for thread in threading.enumerate() if thread.name == "lmbridge server"] == [])
