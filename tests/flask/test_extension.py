@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -253,18 +254,19 @@ def test_a_stream_that_fails_early_has_a_status(app: Flask) -> None:
 
 def test_a_stream_that_somebody_closes_says_so(app: Flask) -> None:
     """An app may close a stream while it is sent; events that merely end would look like a whole answer."""
-    streams: list[Stream] = []
+    streams: Queue[Stream] = Queue()
 
     @app.get("/held")
     def held() -> Response:
-        streams.append(current_bridge.stream("one two three"))
-        return lm.stream_response(streams[0])
+        stream = current_bridge.stream("one two three")
+        streams.put(stream)
+        return lm.stream_response(stream)
 
     with scripted_engine(app, manual=True) as engine, ThreadPoolExecutor(1) as pool:
         answer = pool.submit(lambda: events(app.test_client().get("/held")))
         engine.wait_for(lambda engine: engine.active == 1)
         engine.step()
-        streams[0].close()
+        streams.get(timeout=10).close()
         assert answer.result(10)[-1]["type"] == "RequestAbortedError"
 
 
