@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,13 @@ import pytest
 
 from lmbridge import Bridge
 from lmbridge.testing import ScriptedEngine
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c_strikes() -> None:
+    """A shell starts what goes in the background with Ctrl-C ignored, and so would be all that the tests start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from _thread import get_ident
 from collections.abc import Callable, Iterator
 
 from lmbridge.caller.account import Account
@@ -211,7 +212,8 @@ class Stream(Reading):
         remaining = None if call.request.deadline is None else self._server.remaining(call)
         if call.outcomes:
             return
-        self._server.check_thread()
+        if get_ident() == self._server.thread_id:
+            self._server.check_thread()
         if limit is not None:
             left = max(0.0, limit - time.monotonic())
             remaining = min(left, SLICE if remaining is None else remaining)

@@ -54,13 +54,6 @@ def batch_size(engine: Engine) -> int:
 
 def flaw(delta: Delta) -> str | None:
     """What is wrong with what an engine said; None when nothing is."""
-    usual = type(delta) is Delta and type(delta.text) is str and type(delta.token_ids) is list
-    if usual and delta.logprobs is None and delta.usage is None and delta.error is None:  # as it is with nearly all
-        return None
-    return _flaw(delta)
-
-
-def _flaw(delta: Delta) -> str | None:
     if not isinstance(delta, Delta):
         return f"{shown(delta)} where a Delta belongs"
     if not isinstance(delta.text, str):
