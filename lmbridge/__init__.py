@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from lmbridge.bridge import Bridge, Health, RequestInfo
     from lmbridge.caller.async_streams import AsyncStream
     from lmbridge.caller.futures import ResponseFuture
+    from lmbridge.caller.gathered import Gathered
     from lmbridge.caller.observer import Observer
     from lmbridge.caller.stream_group import StreamGroup
     from lmbridge.caller.streams import Stream
     from lmbridge.chat import Chat
     from lmbridge.client import Client
     from lmbridge.engines.base import Engine
+    from lmbridge.engines.function import FunctionEngine, function_engine
     from lmbridge.errors import (
         BridgeClosedError,
         DisconnectedError,
@@ -36,9 +38,10 @@ if TYPE_CHECKING:
         UnknownEngineError,
         UnsupportedEnvironmentError,
         UnsupportedOptionError,
+        UnsupportedTaskError,
         WrongThreadError,
     )
-    from lmbridge.messages import Delta, GenerationConfig, Request, Response, Timings, Usage
+    from lmbridge.messages import Delta, GenerationConfig, Ranked, Request, Response, Timings, Usage
 
 __version__ = "0.1.0"
 
@@ -51,11 +54,13 @@ _HOMES = {
         "BridgeClosedError", "DisconnectedError", "EngineDeadError", "EngineError", "EngineStartError", "ForkedError",
         "InvalidRequestError", "LMBridgeError", "MissingDependencyError", "ModelNotFoundError", "PromptTooLongError",
         "QueueFullError", "RequestAbortedError", "RequestTimeoutError", "UnknownEngineError",
-        "UnsupportedEnvironmentError", "UnsupportedOptionError", "WrongThreadError",
+        "UnsupportedEnvironmentError", "UnsupportedOptionError", "UnsupportedTaskError", "WrongThreadError",
     ),
     "caller.futures": ("ResponseFuture",),
     "caller.stream_group": ("StreamGroup",),
-    "messages": ("Delta", "GenerationConfig", "Request", "Response", "Timings", "Usage"),
+    "caller.gathered": ("Gathered",),
+    "engines.function": ("FunctionEngine", "function_engine"),
+    "messages": ("Delta", "GenerationConfig", "Ranked", "Request", "Response", "Timings", "Usage"),
     "caller.async_streams": ("AsyncStream",),
     "caller.observer": ("Observer",),
     "caller.streams": ("Stream",),
@@ -64,11 +69,12 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AsyncStream", "Bridge", "BridgeClosedError", "Chat", "Client", "Delta", "DisconnectedError", "Engine",
-    "EngineDeadError", "EngineError", "EngineStartError", "ForkedError", "GenerationConfig", "Health",
-    "InvalidRequestError", "LMBridgeError", "MissingDependencyError", "ModelNotFoundError", "Observer",
-    "PromptTooLongError", "QueueFullError", "Request", "RequestAbortedError", "RequestInfo", "RequestTimeoutError",
-    "Response", "ResponseFuture", "Stream", "StreamGroup", "Timings", "UnknownEngineError",
-    "UnsupportedEnvironmentError", "UnsupportedOptionError", "Usage", "WrongThreadError",
+    "EngineDeadError", "EngineError", "EngineStartError", "ForkedError", "FunctionEngine", "Gathered",
+    "GenerationConfig", "Health", "InvalidRequestError", "LMBridgeError", "MissingDependencyError",
+    "ModelNotFoundError", "Observer", "PromptTooLongError", "QueueFullError", "Ranked", "Request",
+    "RequestAbortedError", "RequestInfo", "RequestTimeoutError", "Response", "ResponseFuture", "Stream", "StreamGroup",
+    "Timings", "UnknownEngineError", "UnsupportedEnvironmentError", "UnsupportedOptionError", "UnsupportedTaskError",
+    "Usage", "WrongThreadError", "function_engine",
 ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ what to do. Every class pickles, and ``fresh`` gives each waiter an instance of 
     LMBridgeError
     ├── InvalidRequestError (ValueError)      the request itself is wrong; it never reached the engine
     │   ├── UnsupportedOptionError            this engine cannot honour that GenerationConfig field
+    │   ├── UnsupportedTaskError              this engine does not do that: embed, rerank, generate, call
     │   └── PromptTooLongError                the prompt does not fit the model's context
     ├── ModelNotFoundError (LookupError)      no such model folder
     ├── UnknownEngineError (LookupError)      no engine is registered under that name
@@ -39,18 +40,20 @@ class LMBridgeError(Exception):
     Attributes:
         request_id: the request it ended, where there was one.
         index: position in the list given to ``infer``, where there was a list.
+        listed: what stands at that position.
         partial: the text generated before the error ("" when there was none).
         retryable: whether the same request may succeed when it is sent again.
     """
 
     request_id: str | None = None
     index: int | None = None
+    listed: str = "Prompt"
     partial: str = ""
     retryable: bool = False
 
     def __str__(self) -> str:
         text = super().__str__()
-        return text if self.index is None else f"Prompt {self.index} of the list: {text}"
+        return text if self.index is None else f"{self.listed} {self.index} of the list: {text}"
 
 
 class InvalidRequestError(LMBridgeError, ValueError):
@@ -63,6 +66,10 @@ class InvalidRequestError(LMBridgeError, ValueError):
 
 class UnsupportedOptionError(InvalidRequestError):
     """The engine in use cannot honour the GenerationConfig field named by ``param``."""
+
+
+class UnsupportedTaskError(InvalidRequestError):
+    """The engine in use does something else: it embeds rather than generates, say."""
 
 
 class PromptTooLongError(InvalidRequestError):

@@ -12,12 +12,15 @@ import sys
 from collections.abc import Callable, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict, Union
+from typing import Any, ClassVar, Literal, TypedDict, Union
 
 from lmbridge.errors import InvalidRequestError, LMBridgeError
 from lmbridge.values import as_flag, as_int, as_list, as_number
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+Task = Literal["generate", "embed", "rerank", "call"]
+"""What an engine may do with a request."""
 
 Message = dict[str, Any]
 """One turn of a conversation: ``{"role": "user", "content": "…"}``."""
@@ -208,13 +211,76 @@ _DEFAULTS: dict[str, object] = {}
 _DEFAULTS.update(GenerationConfig().__dict__)
 
 
+@dataclass(frozen=True, slots=True)
+class Embed:
+    """A text to make a vector of.
+
+    Attributes:
+        text: a string, or token ids.
+        normalize: give a vector of length 1.
+        dimensions: keep the first so many, for models that were trained for that; None keeps all.
+        prompt: put before the text: the name of one of the model's own prompts, or a text.
+        truncate: what to do with a text longer than the model reads: refuse it, or cut off its end.
+    """
+
+    task: ClassVar[Task] = "embed"
+    noun: ClassVar[str] = "Text"
+
+    text: str | list[int]
+    normalize: bool = True
+    dimensions: int | None = None
+    prompt: str | None = None
+    truncate: Literal["error", "end"] = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Rerank:
+    """A document whose relevance to a query is wanted; ``truncate`` cuts the document."""
+
+    task: ClassVar[Task] = "rerank"
+    noun: ClassVar[str] = "Document"
+
+    query: str
+    document: str
+    truncate: Literal["error", "end"] = "end"
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """An item for a function."""
+
+    task: ClassVar[Task] = "call"
+    noun: ClassVar[str] = "Item"
+
+    item: Any
+
+
+Job = Embed | Rerank | Apply
+"""What a request asks for that generates no text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A document in the order of its relevance.
+
+    Attributes:
+        index: its position in the list that was given.
+        score: from 0 to 1 for a model with one output, which is a probability then; else the model's own.
+        document: its text.
+    """
+
+    index: int
+    score: float
+    document: str
+
+
 @dataclass(slots=True)
 class Request:
-    """One prompt on its way to the engine.
+    """One prompt, or one job, on its way to the engine.
 
     Attributes:
         id: unique within the bridge.
-        prompt: see ``Prompt``; checked.
+        prompt: see ``Prompt``; checked. "" for a job.
         config: checked, and nobody else's.
         raw: give a text to the model as it is, without the chat template.
         client: the account whose turn it takes.
@@ -222,6 +288,7 @@ class Request:
         deadline: monotonic time at which it fails, or None.
         created: monotonic time of submission.
         context: the caller's context variables.
+        job: what is asked for instead of text.
     """
 
     id: str
@@ -233,6 +300,12 @@ class Request:
     deadline: float | None
     created: float
     context: Context
+    job: Job | None = None
+
+    @property
+    def task(self) -> Task:
+        """What the engine is asked to do."""
+        return "generate" if self.job is None else self.job.task
 
 
 @dataclass(slots=True)
@@ -267,6 +340,7 @@ class Delta:
         finish_reason: set on the last delta of a finished request.
         usage: set on the last delta where the engine counts tokens itself.
         error: set on the last delta of a failed request; a stream raises it.
+        value: set on the last delta of a job: a vector, a score, or what a function made of an item.
     """
 
     text: str = ""
@@ -275,6 +349,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: LMBridgeError | None = None
+    value: Any = None
 
 
 @dataclass(slots=True)
@@ -289,6 +364,7 @@ class Response:
         timings: seconds.
         logprobs: one entry per token id when asked for, else None.
         request_id: the request it answers.
+        value: what a job gave: a vector, a score, or what a function made of an item.
     """
 
     text: str
@@ -298,6 +374,7 @@ class Response:
     timings: Timings
     logprobs: list[Logprobs] | None = None
     request_id: str = ""
+    value: Any = None
 
 
 Outcome = Response | BaseException
@@ -317,4 +394,4 @@ def join_deltas(deltas: Sequence[Delta]) -> Delta:
             logprobs += delta.logprobs
     last = deltas[-1]
     text = "".join([delta.text for delta in deltas])
-    return Delta(text, token_ids, logprobs, last.finish_reason, last.usage, last.error)
+    return Delta(text, token_ids, logprobs, last.finish_reason, last.usage, last.error, last.value)

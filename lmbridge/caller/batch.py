@@ -29,12 +29,16 @@ class Batch:
     Args:
         keep: errors fill their slots; otherwise the first is raised, with its position as ``index``.
         advance: called for each slot that is filled.
+        noun: what a slot holds, for messages.
     """
 
-    def __init__(self, account: Account, keep: bool, advance: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self, account: Account, keep: bool, advance: Callable[[], object] = lambda: None, noun: str = "Prompt"
+    ) -> None:
         self._account = account
         self._keep = keep
         self._advance = advance
+        self._noun = noun
         self._results: dict[int, Result] = {}
         self._clean = True  # the server has said its final word on all that were closed
 
@@ -99,7 +103,7 @@ class Batch:
 
     def _fill(self, index: int, result: Result) -> None:
         if isinstance(result, LMBridgeError):
-            result.index = index
+            result.index, result.listed = index, self._noun
         if isinstance(result, BaseException) and not self._keep:
             raise result
         self._results[index] = result
@@ -125,12 +129,12 @@ def _named(channel: Channel[Call], server: ServerHandle, sender: Sender) -> Iter
 
 
 @contextmanager
-def progress_bar(total: int, shown: bool) -> Iterator[Callable[[], object]]:
+def progress_bar(total: int, shown: bool, unit: str = "prompt") -> Iterator[Callable[[], object]]:
     """What advances a progress bar of so many prompts, or does nothing."""
     if not shown:
         yield lambda: None
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, desc="prompts", unit="prompt") as bar:
+    with tqdm(total=total, desc=f"{unit}s", unit=unit) as bar:
         yield bar.update

@@ -45,7 +45,7 @@ def make_request(account: Account, prompt: Any, config: GenerationConfig | None,
         config = _merge(config, options)
     now = time.monotonic()
     return Request(
-        f"{_PREFIX}-{next(_ids)}" if request_id is None else checked_text(request_id, "request_id"),
+        new_id() if request_id is None else checked_text(request_id, "request_id"),
         prompt if type(prompt) is str and prompt else check_prompt(prompt),
         config or _DEFAULT_CONFIG,
         raw,
@@ -55,6 +55,11 @@ def make_request(account: Account, prompt: Any, config: GenerationConfig | None,
         now,
         contextvars.copy_context(),
     )
+
+
+def new_id() -> str:
+    """An id that no other request of this process has."""
+    return f"{_PREFIX}-{next(_ids)}"
 
 
 def make_list(

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from lmbridge.caller.account import Account
 from lmbridge.caller.answer import answer
 from lmbridge.caller.async_streams import AsyncStream
 from lmbridge.caller.batch import Batch, Result, progress_bar
 from lmbridge.caller.futures import ResponseFuture
+from lmbridge.caller.job_verbs import JobVerbs
 from lmbridge.caller.options import CallOptions
 from lmbridge.caller.prompts import is_batch
 from lmbridge.caller.requests import make_list, make_request
@@ -27,16 +27,8 @@ if TYPE_CHECKING:
 Prompts = list[str] | list[list[Message]] | list[list[int]]
 
 
-class Verbs:
+class Verbs(JobVerbs):
     """infer, stream, stream_many and submit for threads; ainfer and astream for other event loops."""
-
-    def _account(self) -> Account:
-        """In whose name a thread's call is made."""
-        raise NotImplementedError
-
-    def _task_account(self) -> Account:
-        """In whose name a task's call is made."""
-        return self._account()
 
     @overload
     def infer(

@@ -126,6 +126,7 @@ class Call:
         if deltas:
             whole = deltas[0] if len(deltas) == 1 else join_deltas(deltas)
             outcome.text, outcome.token_ids, outcome.logprobs = whole.text, whole.token_ids, whole.logprobs
+            outcome.value = whole.value
         return outcome
 
     def error(self, outcome: BaseException) -> BaseException:

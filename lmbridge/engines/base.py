@@ -16,11 +16,11 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 from lmbridge.errors import EngineError, LMBridgeError, UnsupportedOptionError
 from lmbridge.log import logger, shown
-from lmbridge.messages import Delta, Request
+from lmbridge.messages import Delta, Request, Task
 
 CLEANUP_PATIENCE = 2.0
 """Seconds that an iterator may take to clean up, after its last delta or an abort, before its sink hears the end."""
@@ -35,8 +35,28 @@ Sink = Callable[[Delta], None]
 """Takes one request's deltas, on the server thread; the last carries a finish_reason or an error."""
 
 
+class Party(Protocol):
+    """An engine's share of a device that several work on. Its own threads ask for turns, never the server's."""
+
+    def turn(self) -> contextlib.AbstractContextManager[object]:
+        """Blocks until it is this engine's turn; the turn lasts as long as the ``with``."""
+
+    def share(self) -> float | None:
+        """For how many seconds a turn should last now, at most; None while nobody else is at work on the device."""
+
+
+class _Alone:
+    """Nobody else works on the device."""
+
+    def turn(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+    def share(self) -> float | None:
+        return None
+
+
 class Engine(ABC):
-    """A language model that works on many requests at once.
+    """A model that works on many requests at once.
 
     An author overrides either ``generate`` (an async iterator; the base class runs it in a task and leaving it is the
     abort) or the pair ``add_request`` and ``abort_request`` where the library pushes results itself.
@@ -45,15 +65,19 @@ class Engine(ABC):
 
     Attributes:
         name: the engine's name in messages.
+        tasks: what it does: ``generate``, ``embed``, ``rerank``, ``call``. Others are refused by name.
         supports: the GenerationConfig fields it honours; the others are refused by name.
         max_batch_size: how many requests it works on at once.
+        party: set by the server before the start: the engine's turns on its device.
         on_death: set by the server; call it with the cause, from any thread, when the engine cannot go on. The
             requests inside need no delta then.
     """
 
     name: ClassVar[str] = "engine"
+    tasks: frozenset[Task] = frozenset({"generate"})
     supports: ClassVar[frozenset[str]] = frozenset({"max_new_tokens"})
     max_batch_size: int = 64
+    party: Party = _Alone()
 
     on_death: Callable[[BaseException], None] = staticmethod(lambda cause: None)
 
@@ -127,6 +151,14 @@ class Engine(ABC):
         Unlike the other methods it may be called by any thread, and it waits for nothing.
         """
         return ""
+
+    def estimate(self) -> int | None:
+        """Bytes of its device that the model will need, asked before ``start`` on a worker thread; None: not known."""
+        return None
+
+    def footprint(self) -> int | None:
+        """Bytes of its device that the model holds, asked after ``start``; None: not known."""
+        return None
 
     def stats(self) -> dict[str, float]:
         """Numbers of the engine itself: ``in_flight``, ``steps``, ``tokens`` and what else it counts."""

@@ -13,9 +13,9 @@ from collections.abc import Awaitable, Callable
 from lmbridge.crossing.call import Call
 from lmbridge.engines import EngineFactory
 from lmbridge.engines.base import Engine, engine_error
-from lmbridge.errors import LMBridgeError, fresh
+from lmbridge.errors import LMBridgeError, UnsupportedTaskError, fresh
 from lmbridge.log import logger, shown
-from lmbridge.messages import Delta, Usage
+from lmbridge.messages import Delta, Request, Task, Usage
 from lmbridge.values import as_int
 
 
@@ -50,6 +50,35 @@ def batch_size(engine: Engine) -> int:
     if size is None or size < 1:
         raise TypeError(f"max_batch_size of the engine {engine.name} must be an int >= 1, not {shown(said)}")
     return size
+
+
+_DOES: dict[Task, str] = {
+    "generate": "generate text (infer, stream)",
+    "embed": "embed",
+    "rerank": "rerank",
+    "call": "call a function (call, map)",
+}
+_WANTS: dict[Task, str] = {
+    "generate": "a bridge with a language model",
+    "embed": "a bridge with an embedding model: Bridge(model, engine='encoder')",
+    "rerank": "a bridge with a reranking model: Bridge(model, engine='encoder')",
+    "call": "Bridge(function_engine(your_function))",
+}
+
+
+def check_task(engine: Engine, request: Request) -> None:
+    """Refuse what the engine does not do at all.
+
+    Raises:
+        UnsupportedTaskError: it does something else.
+    """
+    task = request.task
+    if task in engine.tasks:
+        return
+    does = " and ".join(_DOES.get(name, name) for name in sorted(engine.tasks))
+    raise UnsupportedTaskError(
+        f"The engine {engine.name!r} cannot {_DOES[task]}; it can {does or 'do nothing'}. Use {_WANTS[task]}."
+    )
 
 
 def flaw(delta: Delta) -> str | None:

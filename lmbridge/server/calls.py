@@ -21,7 +21,7 @@ from lmbridge.errors import EngineDeadError, EngineError, LMBridgeError, fresh
 from lmbridge.log import logger, shown
 from lmbridge.messages import Delta, Outcome
 from lmbridge.metrics import Metrics
-from lmbridge.server.border import as_own, flaw
+from lmbridge.server.border import as_own, check_task, flaw
 from lmbridge.server.place import Place
 from lmbridge.server.turns import Turns
 
@@ -90,6 +90,7 @@ class Calls:
         call.began = time.monotonic()
         request, engine = call.request, place.engine
         try:
+            check_task(engine, request)
             engine.check(request)
             # In a copy: an observer of the caller's may be at work in the context itself.
             request.context.copy().run(engine.add_request, request, functools.partial(self._on_delta, place, call))

@@ -1,0 +1,203 @@
+"""Makes requests of texts, pairs and items: everything is checked before anything is sent.
+
+Rule: pure functions on the caller's thread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+from lmbridge.caller.account import Account
+from lmbridge.caller.options import CallOptions
+from lmbridge.caller.prompts import is_batch
+from lmbridge.caller.requests import make_request, new_id
+from lmbridge.errors import InvalidRequestError, LMBridgeError
+from lmbridge.log import shown
+from lmbridge.messages import Embed, Job, Request, Rerank
+from lmbridge.values import as_flag, as_int, as_list
+
+_OPTIONS = ("timeout", "client", "priority", "request_id")
+
+
+class JobOptions(TypedDict, total=False):
+    """The keyword arguments of embed, rerank, call and map, beside their own.
+
+    timeout: seconds for loading, queueing and the work together; None waits forever; default: the bridge's.
+    client: the account whose turn is taken, to group threads (default: this client, this thread or this task).
+    priority: higher goes first; waiting raises it.
+    request_id: an id of your own for ``bridge.abort`` and the logs; those of a list have ``-0``, ``-1`` … behind it.
+    """
+
+    timeout: float | None
+    client: str
+    priority: int
+    request_id: str
+
+
+class EmbedOptions(JobOptions, total=False):
+    """The keyword arguments of embed, beside those of every job.
+
+    normalize: give vectors of length 1, whose dot product is their cosine similarity (default: True).
+    dimensions: keep the first so many, for models that were trained for that; None keeps all.
+    prompt: put before each text: the name of one of the model's own prompts ("query", say), or a text.
+    truncate: ``"end"`` cuts off what is longer than the model reads, ``"error"`` (the default) refuses it.
+    """
+
+    normalize: bool
+    dimensions: int | None
+    prompt: str | None
+    truncate: Literal["error", "end"]
+
+
+class RerankOptions(JobOptions, total=False):
+    """The keyword arguments of rerank, beside those of every job.
+
+    truncate: ``"end"`` (the default) cuts off what is longer than the model reads, ``"error"`` refuses it.
+    """
+
+    truncate: Literal["error", "end"]
+
+
+def make_job(account: Account, job: Job, options: JobOptions) -> Request:
+    """The request for one job.
+
+    Raises:
+        InvalidRequestError: an option is wrong, and is named; nothing has been sent.
+    """
+    for name in options:
+        if name not in _OPTIONS:
+            raise InvalidRequestError(f"{job.task} has no option {name!r}.", name)
+    taken: CallOptions = {**options}  # type: ignore[typeddict-item]  # a part of them
+    request = make_request(account, "-", None, taken)
+    request.prompt, request.job = "", job
+    return request
+
+
+def make_jobs(
+    account: Account,
+    kind: type[Job],
+    things: Sequence[Any],
+    make: Callable[[Any], Job],
+    options: JobOptions,
+    keep: bool,
+) -> list[Request | LMBridgeError]:
+    """The requests for a list of jobs, which share one deadline.
+
+    Args:
+        make: the job for one of ``things``; raises InvalidRequestError for what is none.
+        keep: put the error of a wrong one into its slot instead of raising the first.
+
+    Raises:
+        InvalidRequestError: what they share is wrong, or one of them is, with its position as ``index``.
+    """
+    made: list[Request | LMBridgeError] = []
+    first: Request | None = None
+    for index, thing in enumerate(things):
+        try:
+            job = make(thing)
+        except LMBridgeError as error:
+            error.index, error.listed = index, kind.noun
+            if not keep:
+                raise
+            made.append(error)
+            continue
+        first = first or make_job(account, job, options)  # what is wrong with the options is wrong for all
+        own = f"{first.id}-{index}" if "request_id" in options else new_id()
+        made.append(dataclasses.replace(first, id=own, job=job))
+    return made
+
+
+def embed_maker(options: EmbedOptions) -> Callable[[Any], Embed]:
+    """What makes the job of each text, with the options that are embed's own, which are taken out and checked here.
+
+    Raises:
+        InvalidRequestError: an option is wrong.
+    """
+    normalize, dimensions = options.pop("normalize", True), options.pop("dimensions", None)
+    prompt = options.pop("prompt", None)
+    flag = as_flag(normalize)
+    if flag is None:
+        raise InvalidRequestError(f"normalize must be True or False, not {shown(normalize)}.", "normalize")
+    size = None if dimensions is None else as_int(dimensions)
+    if dimensions is not None and (size is None or size < 1):
+        raise InvalidRequestError(f"dimensions must be an int >= 1 or None, not {shown(dimensions)}.", "dimensions")
+    if prompt is not None and not isinstance(prompt, str):
+        raise InvalidRequestError(f"prompt must be a string or None, not {shown(prompt)}.", "prompt")
+    end = _checked_truncate(options.pop("truncate", "error"))
+    return lambda text: Embed(_checked_text(text), flag, size, prompt, end)
+
+
+def rerank_maker(query: Any, options: RerankOptions) -> Callable[[Any], Rerank]:
+    """What makes the job of each document of a query; raises as ``embed_maker`` does."""
+    if not isinstance(query, str):
+        raise InvalidRequestError(f"The query must be a string, not {shown(query)}.", "query")
+    plain, end = str.__str__(query), _checked_truncate(options.pop("truncate", "end"))
+    return lambda document: Rerank(plain, _checked_document(document), end)
+
+
+def is_list_of_texts(texts: object) -> bool:
+    """Whether ``texts`` holds texts rather than being one, which may also be given as token ids.
+
+    Raises:
+        InvalidRequestError: it is neither.
+    """
+    if isinstance(texts, str):
+        return False
+    items = as_list(texts)
+    if items is None:
+        raise InvalidRequestError(
+            f"A text is a string or a list of token ids; several are a list of those. Got {shown(texts)}.", "texts"
+        )
+    return is_batch(items)
+
+
+def checked_list(things: Any, name: str) -> Sequence[Any]:
+    """A list of things, whatever they are.
+
+    Raises:
+        InvalidRequestError: it is none; a string is none either.
+    """
+    items = as_list(things)
+    if items is None:
+        raise InvalidRequestError(f"{name} must be a list, not {shown(things)}.", name)
+    return items
+
+
+def checked_top(top_n: Any) -> int | None:
+    """How many of the best are wanted; None for all.
+
+    Raises:
+        InvalidRequestError: it is no number of documents.
+    """
+    top = None if top_n is None else as_int(top_n)
+    if top_n is not None and (top is None or top < 1):
+        raise InvalidRequestError(f"top_n must be an int >= 1 or None, not {shown(top_n)}.", "top_n")
+    return top
+
+
+def _checked_truncate(truncate: Any) -> Literal["error", "end"]:
+    if truncate == "error":
+        return "error"
+    if truncate == "end":
+        return "end"
+    raise InvalidRequestError(f"truncate must be 'error' or 'end', not {shown(truncate)}.", "truncate")
+
+
+def _checked_text(text: Any) -> str | list[int]:
+    if isinstance(text, str):
+        return str.__str__(text)
+    items = as_list(text)
+    tokens = None if items is None else [as_int(token) for token in items]
+    if not tokens or any(token is None or token < 0 for token in tokens):
+        raise InvalidRequestError(f"A text is a string, or a list of token ids >= 0; got {shown(text)}.", "texts")
+    return [token for token in tokens if token is not None]
+
+
+def _checked_document(document: Any) -> str:
+    if isinstance(document, Mapping) and isinstance(document.get("text"), str):
+        document = document["text"]
+    if not isinstance(document, str):
+        raise InvalidRequestError(f"A document is a string; got {shown(document)}.", "documents")
+    return str.__str__(document)

@@ -1,0 +1,192 @@
+"""Single items into batches: what waits when the model is free goes together, and a batch that fails is taken apart.
+
+Rule: server thread only; the batches themselves run wherever ``run`` has them run. Nothing polls and nothing idles:
+while a batch runs, the next one gathers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from lmbridge.engines.base import Sink, engine_error
+from lmbridge.errors import EngineError, LMBridgeError
+from lmbridge.log import shown
+from lmbridge.messages import Delta, Usage
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False, slots=True)
+class _Entry(Generic[T]):
+    """One request's item."""
+
+    key: str
+    item: T
+    size: int
+    usage: Usage | None
+    sink: Sink
+
+
+class Batcher(Generic[T]):
+    """Hands items to ``run`` in batches, in the order in which they came.
+
+    Args:
+        run: takes a list of items and returns one result for each, which may be an exception.
+        max_items: the most items in a batch.
+        max_size: the most that the sizes of a batch's items may add up to, tokens say; a larger item runs alone.
+        wait: seconds for which a batch that is not full waits for more.
+        cap: asked before each batch: a limit for now, below ``max_size``.
+
+    Attributes:
+        batches, items, size: how many were run so far, and what their sizes add up to.
+        max_size: halved when a batch does not fit into the memory.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[list[T]], Awaitable[Sequence[Any]]],
+        *,
+        max_items: int,
+        max_size: int | None = None,
+        wait: float = 0.0,
+        cap: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        self.batches = self.items = self.size = 0
+        self.max_size = max_size
+        self._run = run
+        self._max_items = max_items
+        self._wait = wait
+        self._cap = cap
+        self._waiting: OrderedDict[str, _Entry[T]] = OrderedDict()  # by the request's id, as is the next
+        self._running: dict[str, _Entry[T]] = {}
+        self._work: asyncio.Task[None] | None = None  # there while there is something to do
+        self._more = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._running)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._waiting or key in self._running
+
+    def add(self, key: str, item: T, sink: Sink, size: int = 1, usage: Usage | None = None) -> None:
+        """Have an item run with the next batch; ``sink`` hears what became of it.
+
+        Args:
+            size: what it counts against ``max_size``.
+            usage: said with its result.
+        """
+        self._waiting[key] = _Entry(key, item, size, usage, sink)
+        self._more.set()
+        if self._work is None:
+            self._work = asyncio.get_running_loop().create_task(self._serve(), name="lmbridge batches")
+
+    def discard(self, key: str) -> bool:
+        """Let go of an item, whose sink hears of an abort; False when there is none of that key.
+
+        One that runs already runs on, and what becomes of it concerns nobody.
+        """
+        entry = self._waiting.pop(key, None) or self._running.pop(key, None)
+        if entry is not None:
+            entry.sink(Delta(finish_reason="abort"))
+        return entry is not None
+
+    def close(self) -> None:
+        """Forget all items, and start no further batch."""
+        self._waiting.clear()
+        self._running.clear()
+        if self._work is not None:
+            self._work.cancel()
+
+    async def _serve(self) -> None:
+        try:
+            while self._waiting:
+                if self._wait:
+                    await self._gather()
+                batch = self._take()
+                self._running = {entry.key: entry for entry in batch}
+                await self._attempt(batch)
+        finally:
+            self._work = None
+
+    async def _gather(self) -> None:
+        """Wait for more while the batch is not full, for as long as was asked for."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._wait
+        while len(self._waiting) < self._max_items and (left := end - loop.time()) > 0:
+            self._more.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._more.wait(), left)
+
+    def _take(self) -> list[_Entry[T]]:
+        """The next batch; the first item always fits."""
+        limits = [limit for limit in (self.max_size, self._cap()) if limit is not None]
+        room = min(limits, default=None)
+        batch: list[_Entry[T]] = []
+        size = 0
+        while self._waiting and len(batch) < self._max_items:
+            entry = next(iter(self._waiting.values()))
+            size += entry.size
+            if batch and room is not None and size > room:
+                break
+            del self._waiting[entry.key]
+            batch.append(entry)
+        return batch
+
+    async def _attempt(self, batch: list[_Entry[T]]) -> None:
+        """Run a batch, or its halves where it fails, until only what fails by itself has failed."""
+        batch = [entry for entry in batch if entry.key in self._running]  # the others were aborted meanwhile
+        if not batch:
+            return
+        try:
+            results = await self._run([entry.item for entry in batch])
+        except LMBridgeError as error:
+            await self._take_apart(batch, error)
+        except Exception as cause:
+            if is_out_of_memory(cause):
+                self._shrink(batch)
+            await self._take_apart(batch, cause)
+        else:
+            self._count(batch)
+            if len(results) != len(batch):
+                wrong = EngineError(f"The function returned {len(results)} results for {len(batch)} items.")
+                results = [wrong] * len(batch)
+            for entry, result in zip(batch, results, strict=True):
+                self._tell(entry, result)
+
+    async def _take_apart(self, batch: list[_Entry[T]], cause: Exception) -> None:
+        if len(batch) == 1:
+            self._tell(batch[0], cause)
+            return
+        half = len(batch) // 2
+        await self._attempt(batch[:half])
+        await self._attempt(batch[half:])
+
+    def _shrink(self, batch: list[_Entry[T]]) -> None:
+        """Remember how much was too much."""
+        if len(batch) > 1:
+            self.max_size = max(1, sum(entry.size for entry in batch) // 2)
+
+    def _count(self, batch: list[_Entry[T]]) -> None:
+        self.batches += 1
+        self.items += len(batch)
+        self.size += sum(entry.size for entry in batch)
+
+    def _tell(self, entry: _Entry[T], result: Any) -> None:
+        if self._running.pop(entry.key, None) is not entry:  # it was aborted meanwhile
+            return
+        if isinstance(result, LMBridgeError):
+            entry.sink(Delta(error=result))
+        elif isinstance(result, BaseException):
+            entry.sink(Delta(error=engine_error(f"This item failed: {shown(result)}.", result)))
+        else:
+            entry.sink(Delta(finish_reason="stop", usage=entry.usage or Usage(), value=result))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device, or the process, had too little memory."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error)

@@ -1,0 +1,147 @@
+"""The function engine: any function from a list to a list serves single callers in batches.
+
+Rule: everything here runs on the server thread, except the function itself: a plain one runs on the engine's own
+thread, a coroutine function on the server's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import weakref
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, ClassVar
+
+from lmbridge.engines.base import Engine, EngineThread, Sink
+from lmbridge.engines.batching import Batcher
+from lmbridge.errors import InvalidRequestError
+from lmbridge.log import shown
+from lmbridge.messages import Apply, Request, Task
+from lmbridge.values import as_int, as_list, as_number
+
+Function = Callable[[list[Any]], Sequence[Any]] | Callable[[list[Any]], Awaitable[Sequence[Any]]]
+
+
+class FunctionEngine(Engine):
+    """Batches the items of ``bridge.call`` and ``bridge.map`` for a function.
+
+    A batch that raises is halved until only the items that raise by themselves have failed, so the function may see an
+    item more than once. It may also put an exception into an item's place in what it returns.
+
+    Args:
+        function: takes a list of at most ``max_batch_size`` items and returns a list of as many results.
+        max_batch_size: the most items in a batch.
+        batch_timeout: seconds for which a batch that is not full waits for more; 0 runs what is there.
+        name: what the engine is called in messages; default: the function's name.
+    """
+
+    name: ClassVar[str] = "function"
+    supports: ClassVar[frozenset[str]] = frozenset()
+    tasks: frozenset[Task] = frozenset({"call"})
+
+    def __init__(
+        self, function: Function, *, max_batch_size: int = 32, batch_timeout: float = 0.0, name: str | None = None
+    ) -> None:
+        if not callable(function):
+            raise InvalidRequestError(f"function_engine takes a function, not {shown(function)}.", "function")
+        self.max_batch_size = _checked_size(max_batch_size)
+        self._wait = _checked_wait(batch_timeout)
+        self._function = function
+        self._label = name or str(getattr(function, "__name__", type(function).__name__))
+        self._is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+            getattr(function, "__call__", None)  # noqa: B004  # of an object whose __call__ is one
+        )
+        self._thread = EngineThread(f"lmbridge {self._label}")
+        weakref.finalize(self, self._thread.close).atexit = False
+        self._batcher: Batcher[Any] | None = None
+
+    def describe(self) -> str:
+        return f"{self._label} (a function)"
+
+    async def start(self) -> None:
+        self._batcher = Batcher(self._run, max_items=self.max_batch_size, wait=self._wait)
+
+    def add_request(self, request: Request, sink: Sink) -> None:
+        assert self._batcher is not None
+        assert isinstance(request.job, Apply)
+        self._batcher.add(request.id, request.job.item, sink)
+
+    def abort_request(self, request_id: str) -> None:
+        if self._batcher is not None:
+            self._batcher.discard(request_id)
+
+    def progress(self, request_id: str) -> int | None:
+        batcher = self._batcher
+        return batcher.batches if batcher is not None and request_id in batcher else None
+
+    def stats(self) -> dict[str, float]:
+        """``in_flight``, ``batches`` and ``items`` so far, and ``max_batch_size``."""
+        batcher = self._batcher
+        return {
+            "in_flight": float(len(batcher) if batcher is not None else 0),
+            "batches": float(batcher.batches if batcher is not None else 0),
+            "items": float(batcher.items if batcher is not None else 0),
+            "max_batch_size": float(self.max_batch_size),
+        }
+
+    async def close(self) -> None:
+        if self._batcher is not None:
+            self._batcher.close()
+        self._thread.close()
+
+    async def _run(self, items: list[Any]) -> Sequence[Any]:
+        results = await (self._await(items) if self._is_async else self._thread.run(self._call, items))
+        listed = as_list(results)
+        if listed is None:
+            raise TypeError(f"it returned {shown(results)} where a list of results belongs")
+        return listed
+
+    def _call(self, items: list[Any]) -> Any:
+        """On the engine's thread."""
+        results = self._function(items)
+        if inspect.isawaitable(results):
+            raise TypeError("it returned an awaitable; make it `async def`, so that it runs on the loop")
+        return results
+
+    async def _await(self, items: list[Any]) -> Any:
+        try:
+            return await self._function(items)  # type: ignore[misc]
+        except asyncio.CancelledError as cause:
+            if _is_being_cancelled():
+                raise
+            raise RuntimeError("it was cancelled") from cause
+
+
+def function_engine(
+    function: Function, *, max_batch_size: int = 32, batch_timeout: float = 0.0, name: str | None = None
+) -> Callable[[], FunctionEngine]:
+    """What builds a function's engine, for ``Bridge(function_engine(process_batch))``; see ``FunctionEngine``.
+
+    Raises:
+        InvalidRequestError: something is wrong with what was given.
+    """
+
+    def build() -> FunctionEngine:
+        return FunctionEngine(function, max_batch_size=max_batch_size, batch_timeout=batch_timeout, name=name)
+
+    build.__name__ = build()._label  # which also checks what was given
+    return build
+
+
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _checked_size(value: Any) -> int:
+    size = as_int(value)
+    if size is None or size < 1:
+        raise InvalidRequestError(f"max_batch_size must be an int >= 1, not {shown(value)}.", "max_batch_size")
+    return size
+
+
+def _checked_wait(value: Any) -> float:
+    seconds = as_number(value)
+    if seconds is None or not 0 <= seconds < float("inf"):
+        raise InvalidRequestError(f"batch_timeout must be seconds >= 0, not {shown(value)}.", "batch_timeout")
+    return seconds
