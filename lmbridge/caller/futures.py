@@ -42,6 +42,7 @@ class ResponseFuture(concurrent.futures.Future[Response]):
         self._told = False  # the Future itself knows its end, and callbacks were called; written by the dispatcher
         self._teller: int | None = None  # the id of the thread that tells it; written by the dispatcher
         self._callbacks: list[_Callback] = []  # appended by any thread
+        self.heirs: list[Callable[[ForkedError], None]] = []  # told in a forked child that there is no end
         self._sleepers: list[threading.Lock] = []  # of threads that wait in result(); appended by them
         try:
             self._dispatcher.expect(self._call, self)
@@ -162,6 +163,8 @@ class ResponseFuture(concurrent.futures.Future[Response]):
         except ForkedError as error:
             self._ended, self._told = error, True
             self.set_exception(error)
+            for heir in self.heirs:
+                heir(error)
 
     def _wait(self, timeout: float | None) -> Response | BaseException:
         """Wait until the call has ended; looks by itself once a second.

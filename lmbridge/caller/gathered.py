@@ -1,7 +1,7 @@
 """The future of several jobs that belong together.
 
-Rule: the caller's end. Its parts are resolved as ``futures`` says; it only looks at them. Callbacks run where theirs
-do.
+Rule: the caller's end. Its parts are resolved as ``futures`` says, and its callbacks run where theirs do; it only looks
+at them.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ import concurrent.futures
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from lmbridge.caller.account import Account
 from lmbridge.caller.batch import Result
 from lmbridge.caller.futures import ResponseFuture
-from lmbridge.errors import LMBridgeError
+from lmbridge.errors import ForkedError, LMBridgeError
 from lmbridge.messages import Request, Response
 
 T = TypeVar("T")
+_Cancelled = concurrent.futures.CancelledError
 
 
 class Gathered(concurrent.futures.Future[T], Generic[T]):
-    """The future of a list of jobs. The first that fails ends all; ``cancel`` works until all are done.
+    """The future of one job or of a list of them. The first that fails ends all; ``cancel`` works until all are done.
 
-    Args:
-        shape: makes what is handed over of the results.
-        owner: kept alive for as long as the future is.
+    Attributes:
+        request_ids: the ids of its requests, in order.
     """
 
     def __init__(
@@ -36,85 +36,90 @@ class Gathered(concurrent.futures.Future[T], Generic[T]):
         shape: Callable[[Sequence[Result]], T],
         owner: object,
     ) -> None:
-        """Send the requests; raises what is wrong with them, and then none is left running."""
+        """Send the requests; raises what is wrong with them, and then none is left running.
+
+        Args:
+            shape: makes what is handed over of their answers.
+            owner: kept alive for as long as the future is.
+        """
         super().__init__()
+        self.request_ids = [request.id for request in requests if isinstance(request, Request)]
         self._shape = shape
-        self._parts: list[ResponseFuture] = []
-        self._left = [None] * len(requests)  # one is popped for each part that has ended, which is atomic
+        self._parts: list[ResponseFuture] = []  # emptied once how they ended is known
+        self._left = [None] * len(requests)  # one is popped for each that has ended, which is atomic
+        self._ended: tuple[T | None, BaseException | None] | None = None  # each who writes it writes the same
         try:
             for request in requests:
                 if isinstance(request, LMBridgeError):
                     raise request
                 self._parts.append(ResponseFuture(account, request, owner))
+            for part in list(self._parts):
+                part.heirs.append(self._inherit)
+                part.add_done_callback(self._on_end)
         except BaseException:
             self._cancel_parts()
             raise
-        for part in self._parts:
-            part.add_done_callback(self._on_end)
-        if not self._parts:
+        if not requests:
             self._conclude()
 
-    @property
-    def request_ids(self) -> list[str]:
-        """The ids of its requests, in order."""
-        return [part.request_id for part in self._parts]
-
     def cancel(self) -> bool:
-        """Abort what has not ended and release whoever waits; False when all was done already."""
+        """Abort what has not ended and release whoever waits; False when all was done already.
+
+        Raises:
+            ForkedError: this is a child of the process that the future belongs to.
+        """
         return self._cancel_parts() or self.cancelled()
 
     def cancelled(self) -> bool:
-        return self.done() and self._failure() is not None and isinstance(self._failure(), _Cancelled)
+        return self.done() and isinstance(self._end()[1], _Cancelled)
 
     def running(self) -> bool:
-        return not self.done() and any(part.running() or part.done() for part in self._parts)
+        return not self.done() and any(part.running() or part.done() for part in list(self._parts))
 
     def done(self) -> bool:
-        return all(part.done() for part in self._parts)
+        parts = list(self._parts)  # before the look at the end, which empties it
+        return self._ended is not None or all(part.done() for part in parts)
 
     def result(self, timeout: float | None = None) -> T:
         """What the verb would have returned; raises what it would have raised, or TimeoutError after ``timeout`` s."""
-        self._wait(timeout)
-        failure = self._failure()
-        if failure is None:
-            return self._shape([part.result(0) for part in self._parts])
+        value, error = self._wait(timeout)
         try:
-            raise failure
+            if error is not None:
+                raise error
+            return cast(T, value)
         finally:
-            del failure, self  # or the error would hold the frame that holds it
+            del error, self  # or the error would hold the frame that holds it
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        self._wait(timeout)
-        failure = self._failure()
-        if isinstance(failure, _Cancelled):
-            raise failure
-        return failure
+        error = self._wait(timeout)[1]
+        if isinstance(error, _Cancelled):
+            raise error
+        return error
 
     # --- its end ---
 
-    def _wait(self, timeout: float | None) -> None:
+    def _wait(self, timeout: float | None) -> tuple[T | None, BaseException | None]:
         end = None if timeout is None else time.monotonic() + timeout
-        for part in self._parts:
+        for part in list(self._parts):
             with contextlib.suppress(_Cancelled):
                 part.exception(None if end is None else max(0.0, end - time.monotonic()))
+        return self._end()
 
-    def _failure(self) -> BaseException | None:
-        """The error of the part that failed, rather than of those that were cancelled for it; all have ended."""
-        cancelled: BaseException | None = None
-        for index, part in enumerate(self._parts):
+    def _end(self) -> tuple[T | None, BaseException | None]:
+        """How all of them have ended, once they have. Any thread, takes no lock."""
+        parts = list(self._parts)
+        if self._ended is None:
+            error = _first_error(parts)
             try:
-                error = part.exception(0)
-            except _Cancelled as left:
-                cancelled = left
-                continue
-            if error is not None:
-                if isinstance(error, LMBridgeError) and len(self._parts) > 1:
-                    error.index = index
-                return error
-        return cancelled
+                ended = (self._shape([part.result(0) for part in parts]), None) if error is None else (None, error)
+            except Exception as cause:  # an engine gave something that has not the shape
+                ended = None, cause
+            self._ended = self._ended or ended
+            self._parts = []  # they hold this future
+        return self._ended
 
     def _on_end(self, part: concurrent.futures.Future[Response]) -> None:
-        """A part has ended; on a thread for callbacks, or on that of whoever gathers."""
+        """One has ended; on a thread for callbacks, or on that of whoever gathers."""
         if part.cancelled() or part.exception(0) is not None:
             self._cancel_parts()
         self._left.pop()
@@ -122,20 +127,40 @@ class Gathered(concurrent.futures.Future[T], Generic[T]):
             self._conclude()
 
     def _conclude(self) -> None:
-        """Have the Future itself know, for those who wait by the standard library's means."""
-        failure = self._failure()
+        """Have the Future itself know, for those who wait by the standard library's means, and call callbacks."""
+        value, error = self._end()
         with contextlib.suppress(concurrent.futures.InvalidStateError, RuntimeError):
-            if isinstance(failure, _Cancelled):
+            if isinstance(error, _Cancelled):
                 super().cancel()
                 self.set_running_or_notify_cancel()  # or wait() and as_completed() would go on waiting
-            elif failure is not None:
-                self.set_exception(failure)
+            elif error is not None:
+                self.set_exception(error)
             else:
-                self.set_result(self._shape([part.result(0) for part in self._parts]))
+                self.set_result(cast(T, value))
+
+    def _inherit(self, error: ForkedError) -> None:
+        """End in a forked child, where its parts have no end."""
+        if self._ended is None:
+            super().__init__()  # its lock may be held by a thread that does not exist here
+            self._ended = None, error
+            self.set_exception(error)
 
     def _cancel_parts(self) -> bool:
-        cancelled = [part.cancel() for part in self._parts if not part.done()]  # all, not only the first
+        cancelled = [part.cancel() for part in list(self._parts) if not part.done()]  # all, not only the first
         return any(cancelled)
 
 
-_Cancelled = concurrent.futures.CancelledError
+def _first_error(parts: Sequence[ResponseFuture]) -> BaseException | None:
+    """The error of the one that failed, rather than of those that were cancelled for it."""
+    left: BaseException | None = None
+    for index, part in enumerate(parts):
+        try:
+            error = part.exception(0)
+        except _Cancelled as cancelled:
+            left = cancelled
+            continue
+        if error is not None:
+            if isinstance(error, LMBridgeError) and len(parts) > 1:
+                error.index = index
+            return error
+    return left

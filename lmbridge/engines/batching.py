@@ -110,6 +110,7 @@ class Batcher(Generic[T]):
                 batch = self._take()
                 self._running = {entry.key: entry for entry in batch}
                 await self._attempt(batch)
+                await asyncio.sleep(0)  # the server fills the places that this has freed, before the next is taken
         finally:
             self._work = None
 
