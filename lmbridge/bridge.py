@@ -28,7 +28,7 @@ from lmbridge.crossing.status import State
 from lmbridge.engines import engine_factory
 from lmbridge.engines.base import Engine
 from lmbridge.errors import InvalidRequestError, RequestAbortedError
-from lmbridge.messages import GenerationConfig
+from lmbridge.messages import GenerationConfig, Task
 from lmbridge.metrics import Metrics
 from lmbridge.server.swaps import Recipe
 from lmbridge.server.thread import ServerThread
@@ -255,6 +255,11 @@ class Bridge(Verbs):
         """The GenerationConfig fields that the engine honours; empty while there is none. Never blocks."""
         engine = self._server_thread.engine
         return frozenset() if engine is None else engine.supports
+
+    def tasks(self) -> frozenset[Task]:
+        """What the engine does: ``generate``, ``embed``, ``rerank`` or ``call``; empty while there is none. Never blocks."""
+        engine = self._server_thread.engine
+        return frozenset() if engine is None else engine.tasks
 
     def describe(self) -> str:
         """The model, its engine and how it runs there; the model alone while there is no engine. Never blocks."""
