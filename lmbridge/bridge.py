@@ -257,7 +257,7 @@ class Bridge(Verbs):
         return frozenset() if engine is None else engine.supports
 
     def tasks(self) -> frozenset[Task]:
-        """What the engine does: ``generate``, ``embed``, ``rerank`` or ``call``; empty while there is none. Never blocks."""
+        """What the engine does (``generate``, ``embed``, …); empty while there is none. Never blocks."""
         engine = self._server_thread.engine
         return frozenset() if engine is None else engine.tasks
 

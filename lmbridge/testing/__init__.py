@@ -1,4 +1,4 @@
-"""For tests: ``ScriptedEngine`` does what it is told; ``EngineContract`` and ``JobContract`` say what others must do."""
+"""For tests: ``ScriptedEngine`` does what it is told; ``EngineContract``, ``JobContract`` say what others must do."""
 
 from lmbridge.testing.contract import EngineContract
 from lmbridge.testing.job_contract import JobContract
