@@ -49,7 +49,7 @@ class Caller:
             with self.post.waits(what, question.deadline):
                 return verb(question.prompt if prompt is None else prompt, **options)
         except BaseException as error:
-            self.failed(question, error, 1 if prompt is None else len(prompt))
+            self.failed(question, error, len(prompt) if isinstance(prompt, list) else 1)
             return None
 
 

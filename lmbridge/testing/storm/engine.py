@@ -11,9 +11,11 @@ from random import Random
 from typing import Any
 
 from lmbridge.engines.base import Sink
+from lmbridge.engines.batching import Batcher
 from lmbridge.errors import EngineError
-from lmbridge.messages import Delta, Request, Usage
+from lmbridge.messages import Delta, Request, Task, Usage
 from lmbridge.testing.scripted import ScriptedEngine, echo, prompt_text
+from lmbridge.testing.storm.jobs import done
 
 FLAWS: Mapping[str, float] = {
     "refuses": 0.006,
@@ -28,7 +30,9 @@ FLAWS: Mapping[str, float] = {
 
 
 class StormEngine(ScriptedEngine):
-    """Echoes like the scripted engine, and misbehaves by chance and on cue."""
+    """Echoes like the scripted engine, does jobs in batches, and misbehaves by chance and on cue."""
+
+    tasks: frozenset[Task] = frozenset({"generate", "embed", "call"})
 
     def __init__(
         self,
@@ -51,6 +55,13 @@ class StormEngine(ScriptedEngine):
         self._as_it_starts = as_it_starts
         self._close_error = close_error
 
+        self._poisoned: set[str] = set()  # ids of jobs that fail; server thread only, as is the next
+        self._batcher: Batcher[Request] = Batcher(self._work_off, max_items=self.max_batch_size)
+
+    @property
+    def active(self) -> int:
+        return super().active + len(self._batcher)
+
     async def start(self) -> None:
         self.began = True
         self._as_it_starts(self)
@@ -58,7 +69,9 @@ class StormEngine(ScriptedEngine):
 
     def add_request(self, request: Request, sink: Sink) -> None:
         flaw = self._flaw()
-        if flaw is None:
+        if request.job is not None:
+            self._add_job(request, sink, flaw)
+        elif flaw is None:
             super().add_request(request, sink)
         else:
             flaw(request, sink)
@@ -68,10 +81,15 @@ class StormEngine(ScriptedEngine):
     def abort_request(self, request_id: str) -> None:
         if self.dies_aborting:
             raise ValueError("no abort, by plan")
-        super().abort_request(request_id)
+        if self._stalled or not self._batcher.discard(request_id):
+            super().abort_request(request_id)
+
+    def progress(self, request_id: str) -> int | None:
+        return self._batcher.batches if request_id in self._batcher else super().progress(request_id)
 
     async def close(self) -> None:
         self.left, self.closes = self.active, self.closes + 1
+        self._batcher.close()
         await super().close()
         if self._close_error is not None:
             raise self._close_error
@@ -83,6 +101,23 @@ class StormEngine(ScriptedEngine):
                 return getattr(self, f"_{name}")  # type: ignore[no-any-return]
             roll -= share
         return None
+
+    # --- jobs ---
+
+    def _add_job(self, request: Request, sink: Sink, flaw: Callable[[Request, Sink], None] | None) -> None:
+        if flaw in (self._refuses, self._stumbles):
+            flaw(request, sink)
+        if flaw is not None:
+            self._poisoned.add(request.id)
+        self._batcher.add(request.id, request, sink)
+
+    async def _work_off(self, requests: list[Request]) -> list[Any]:
+        await asyncio.sleep(self._step_time)
+        if self._stalled:
+            await asyncio.get_running_loop().create_future()
+        if not self._poisoned.isdisjoint(request.id for request in requests):
+            raise ValueError("a poisoned job, by chance")
+        return [done(request.job) for request in requests if request.job is not None]
 
     # --- flaws ---
 

@@ -88,6 +88,12 @@ class Judge:
             self.fault("mixed", f"{question.text!r}: {wrong}")
         self._ended(response.finish_reason, (1, 1) if count else (0, 0))
 
+    def did(self, question: Question, right: bool, count: bool = True) -> None:
+        """A job has ended, with what is right for this question or with something else."""
+        if not right:
+            self.fault("mixed", f"{question.text!r}: another's result")
+        self._ended("done", (1, 1) if count else (0, 0))
+
     def failed(self, question: Question, error: BaseException, slots: int = 1, count: bool = True) -> None:
         """A call, or a list of ``slots`` of them, has ended with an error."""
         wrong, partial = _out_of_place(self.scene, question, error), getattr(error, "partial", "")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from lmbridge.testing.storm import asking, meddling, reading, submitting
+from lmbridge.testing.storm import asking, jobs, meddling, reading, submitting
 from lmbridge.testing.storm.caller import Caller
 
 WAYS: Mapping[Callable[[Caller], None], int] = {
@@ -15,6 +15,7 @@ WAYS: Mapping[Callable[[Caller], None], int] = {
     reading.stream: 12, reading.stream_and_infer: 2, reading.stream_and_leave: 6, reading.group: 4,
     submitting.submit: 8, submitting.submit_many: 2, submitting.submit_and_cancel: 4, submitting.submit_and_go: 2,
     meddling.own_client: 3, meddling.short_lived: 1, meddling.meddle: 4, meddling.look: 2,
+    **jobs.WAYS,
 }  # fmt: skip
 
 
