@@ -1,7 +1,10 @@
-"""For tests: ``ScriptedEngine`` does what it is told; ``EngineContract``, ``JobContract`` say what others must do."""
+"""For tests: ``ScriptedEngine`` and ``ScriptedEncoder`` do what they are told, and ``EngineContract`` says what every
+engine must do."""
 
 from lmbridge.testing.contract import EngineContract
-from lmbridge.testing.job_contract import JobContract
 from lmbridge.testing.scripted import Script, ScriptedEngine, echo, prompt_text
+from lmbridge.testing.scripted_encoder import ScriptedEncoder, score_of, vector_of
 
-__all__ = ["EngineContract", "JobContract", "Script", "ScriptedEngine", "echo", "prompt_text"]
+__all__ = [
+    "EngineContract", "Script", "ScriptedEncoder", "ScriptedEngine", "echo", "prompt_text", "score_of", "vector_of",
+]  # fmt: skip
