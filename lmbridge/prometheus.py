@@ -12,10 +12,17 @@ from lmbridge.bridge import Bridge
 from lmbridge.errors import MissingDependencyError
 from lmbridge.metrics import SECONDS, Histogram
 
-ENGINE_COUNTERS = {"steps": "Steps of the engine.", "tokens": "Tokens the engine has made, for whatever answers."}
+ENGINE_COUNTERS = {
+    "steps": "Steps of the engine.",
+    "tokens": "Tokens the engine has made, for whatever answers; read, for an encoder.",
+    "batches": "Batches of the engine.",
+    "items": "Texts or items in its batches.",
+}
 ENGINE_GAUGES = {
     "in_flight": "Requests inside the engine.",
     "max_batch_size": "Requests that fit into a step.",
+    "max_batch_tokens": "Tokens that fit into a batch, as of now.",
+    "padding_share": "The share of what was computed that stood for no token.",
     "cache_free": "The share of the cache that nobody holds.",
     "memory_bytes": "Memory of the device that the engine runs on: CUDA's, or the process's on a CPU.",
 }
@@ -73,7 +80,7 @@ class BridgeCollector:
                 yield self._gauge(f"engine_{name}", text, value)
         mean = mean_batch_size(stats)
         if mean is not None:
-            yield self._gauge("batch_size", "Tokens made in a step, the mean since the engine started.", mean)
+            yield self._gauge("batch_size", "Tokens of a step, or items of a batch; the mean since the start.", mean)
             if stats.get("max_batch_size"):
                 share = mean / stats["max_batch_size"]
                 yield self._gauge("batch_efficiency", "That mean as a share of max_batch_size.", share)
@@ -101,7 +108,9 @@ class BridgeCollector:
 
 
 def mean_batch_size(stats: Mapping[str, float]) -> float | None:
-    """Tokens made in a step, from what ``Bridge.stats`` says; None for an engine that does not count both."""
+    """Tokens made in a step, or items in a batch, from what ``Bridge.stats`` says; None where both are not counted."""
+    if stats.get("batches") and "items" in stats:
+        return stats["items"] / stats["batches"]
     if not stats.get("steps") or "tokens" not in stats:
         return None
     return stats["tokens"] / stats["steps"]

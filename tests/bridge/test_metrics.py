@@ -19,7 +19,7 @@ from lmbridge import (
     RequestTimeoutError,
 )
 from lmbridge.prometheus import BridgeCollector
-from lmbridge.testing import ScriptedEngine
+from lmbridge.testing import ScriptedEncoder, ScriptedEngine
 from tests.conftest import until
 
 
@@ -144,3 +144,13 @@ def test_without_prometheus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(MissingDependencyError, match="pip install prometheus-client"):
         BridgeCollector(Bridge("demo"))
+
+
+def test_an_encoders_batches_are_reported() -> None:
+    """How full its batches are and how many texts it does are what an embedding server is tuned by."""
+    with Bridge(ScriptedEncoder(max_batch_size=4)) as bridge:
+        bridge.embed(["a b", "c", "d e f"])
+        samples = scrape(bridge)
+    assert samples["lmbridge_engine_items_total"] == 3
+    assert samples["lmbridge_engine_tokens_total"] == 6
+    assert samples["lmbridge_batch_size"] == 3 / samples["lmbridge_engine_batches_total"]
