@@ -154,6 +154,8 @@ class TransformersEngine(Engine):
         try:
             with library.quiet():
                 core = self._core = await self._thread.run(start.build, attempt)
+                if not self._options.cuda_graphs:  # steps that are replayed from a graph call no hook
+                    core.runner.take_turns(self.party)
                 listener = Listener(self._on_tokens, self._on_failure, self._on_end)
                 await self._thread.run(core.runner.start, self._loop, listener)
                 if start.proof is None:
@@ -225,12 +227,12 @@ class TransformersEngine(Engine):
 
     def progress(self, request_id: str) -> int | None:
         """How many steps the request was part of, those of reading its prompt included; a clock while that is
-        tokenised, which nothing can look into.
+        tokenised, which nothing can look into, or while others have the device.
         """
         running = self._requests.get(self._keys.get(request_id, ""))
         if running is None:
             return None
-        if not running.prompt_tokens:
+        if not running.prompt_tokens or getattr(self.party, "waiting", False):
             return time.monotonic_ns()
         core = self._core
         return core.runner.steps if core is not None and core.runner.waits(running.key) else running.plan.steps

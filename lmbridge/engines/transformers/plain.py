@@ -133,7 +133,10 @@ class PlainRunner(Runner):
             with self._turns.taken(job):
                 use_threads(self._threads)
                 self._inside.job = job
-                self._generate(job)
+                try:
+                    self._generate(job)
+                finally:  # torch calls no hook for what is no Exception
+                    self._witness.end_turn()
             if not job.finished:
                 raise RuntimeError(f"generate ended by itself after {len(job.tokens)} of {job.budget} tokens")
         except _Cancelled:

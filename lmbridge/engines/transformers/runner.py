@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from lmbridge.engines.base import Party
 from lmbridge.engines.standing import where_is
 from lmbridge.engines.transformers.options import ModelOptions
 from lmbridge.engines.transformers.sampling import Plan
@@ -62,6 +63,11 @@ class Runner(ABC):
     room: int
     capacity: int
     page: int = 1
+    _witness: Witness
+
+    def take_turns(self, party: Party) -> None:
+        """Run the model only when it is the engine's turn on its device. Before the start."""
+        self._witness.party = party
 
     @abstractmethod
     def start(self, loop: asyncio.AbstractEventLoop, listener: Listener) -> None:
@@ -103,11 +109,19 @@ class Runner(ABC):
 class Witness:
     """Watches the model's runs by hooks that torch documents: how many there were, who is in one, how one failed.
 
+    Each run is a turn on the device; whoever waits for that is in the run already, so that nobody takes it for idle.
+
     Written by generation threads, read by anyone; each attribute is set in one step.
+
+    Attributes:
+        party: whose turns they are; None where nobody else works on the device.
     """
 
     def __init__(self, model: Any) -> None:
         self.steps = 0
+        self.party: Party | None = None
+        self._turn: contextlib.AbstractContextManager[object] | None = None  # generation threads only, one at a time
+        self._device = model.device
         self.error: BaseException | None = None  # what the last run that failed has raised
         self._inside: tuple[int, float] | None = None  # the thread that is in a run, and since when
         self._hooks = (
@@ -119,6 +133,7 @@ class Witness:
         """Take the hooks off the model."""
         for hook in self._hooks:
             hook.remove()
+        self.end_turn()  # of a run that hangs, whose last hook will not be called
         self.error = None
 
     @property
@@ -134,11 +149,28 @@ class Witness:
         thread, since = inside
         return f"step {self.steps} began {time.monotonic() - since:.1f} s ago and stands in {where_is(thread)}"
 
+    def end_turn(self) -> None:
+        """The run is over, or what it had raised has passed torch's hooks by. A second time does nothing."""
+        turn, self._turn = self._turn, None
+        if turn is not None:
+            turn.__exit__(None, None, None)
+
     def _enter(self, model: Any, inputs: Any) -> None:
         self.steps += 1
         self._inside = threading.get_ident(), time.monotonic()
+        party = self.party
+        if party is not None:
+            self._turn = turn = party.turn()
+            turn.__enter__()
 
     def _leave(self, model: Any, inputs: Any, output: Any) -> None:
+        if self._turn is not None:
+            try:
+                # A GPU computes on after the call has returned, which is of interest to the others only.
+                if self._device.type == "cuda" and getattr(self.party, "contended", True):
+                    torch.cuda.current_stream(self._device).synchronize()
+            finally:
+                self.end_turn()
         self._inside = None
         raised = sys.exc_info()[1]  # torch calls the hook while it handles what the run raised
         if raised is not None:
