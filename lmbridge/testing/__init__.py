@@ -1,10 +1,13 @@
-"""For tests: ``ScriptedEngine`` and ``ScriptedEncoder`` do what they are told, and ``EngineContract`` says what every
-engine must do."""
+"""For tests: ``ScriptedEngine`` and ``ScriptedEncoder`` do what they are told; ``EngineContract`` and ``JobContract``
+say what every engine must do.
+"""
 
 from lmbridge.testing.contract import EngineContract
+from lmbridge.testing.job_contract import JobContract
 from lmbridge.testing.scripted import Script, ScriptedEngine, echo, prompt_text
 from lmbridge.testing.scripted_encoder import ScriptedEncoder, score_of, vector_of
 
 __all__ = [
-    "EngineContract", "Script", "ScriptedEncoder", "ScriptedEngine", "echo", "prompt_text", "score_of", "vector_of",
+    "EngineContract", "JobContract", "Script", "ScriptedEncoder", "ScriptedEngine", "echo", "prompt_text", "score_of",
+    "vector_of",
 ]  # fmt: skip

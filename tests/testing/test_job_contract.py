@@ -9,7 +9,7 @@ import pytest
 from lmbridge import Engine, FunctionEngine, Request
 from lmbridge.engines.base import Sink
 from lmbridge.messages import Delta
-from lmbridge.testing import JobContract
+from lmbridge.testing import JobContract, ScriptedEncoder
 
 ITEMS = ["one", "two", "three", "four", "five"]
 
@@ -82,3 +82,20 @@ def test_an_engine_that_breaks_it_is_found(kind: type[FunctionEngine], test: str
 
     with pytest.raises(Exception, match=r"."):
         getattr(Contract(), test)()
+
+
+class TestScriptedEmbedder(JobContract):
+    """The scripted encoder keeps it."""
+
+    task = "embed"
+    items = ITEMS
+
+    def engine(self) -> Engine:
+        return ScriptedEncoder(max_batch_size=3)
+
+
+class TestScriptedReranker(TestScriptedEmbedder):
+    """So does it as a reranker."""
+
+    task = "rerank"
+    items = ("what", "what is", "what is asked", "what is asked for", "none of it")
