@@ -95,17 +95,32 @@ class AsyncCaller:
                 await self._failed(question, answer, count=False)
                 self._judge.made(0, 1)  # it may have ended before there was room to send it
 
+    async def job(self) -> None:
+        """One item or a list of them, for no text."""
+        questions = [Question(self._chance) for _ in range(self._chance.randint(1, 5))]
+        questions[0].request_id = questions[0].limit = None
+        bridge, texts, options = self._scene.bridge, [one.text for one in questions], questions[0].options()
+        coroutine = bridge.amap(texts, **options) if len(texts) > 1 else bridge.acall(texts[0], **options)
+        found = await self._await("a job on a loop", questions[0], coroutine, len(texts))
+        values = found if len(texts) > 1 else [found]
+        for question, value in zip(questions, values if found is not None else (), strict=False):
+            self._judge.did(question, value == ("done", question.text))
+
     async def cancel(self) -> None:
         """Ask in a task that is cancelled at some moment, perhaps before it has begun."""
         question = Question(self._chance)
         question.left = True
         options = question.options()
         task = asyncio.ensure_future(self._scene.bridge.ainfer(question.prompt, **options))
-        if self._chance.random() < 0.5:
-            await asyncio.sleep(self._chance.choice((0.0, 0.001, 0.01)))
-        task.cancel()
-        with self._post.waits("a cancelled task", time.monotonic()):
-            await asyncio.wait([task])
+        try:
+            if self._chance.random() < 0.5:
+                await asyncio.sleep(self._chance.choice((0.0, 0.001, 0.01)))
+            task.cancel()
+            with self._post.waits("a cancelled task", time.monotonic()):
+                await asyncio.wait([task])
+        except asyncio.CancelledError:  # the loop ends, and with it whoever would have counted it
+            self._judge.made(0, 1)
+            raise
         if task.cancelled():
             self._judge.made(0, 1)
         elif task.exception() is not None:
@@ -163,6 +178,6 @@ class AsyncCaller:
 
 
 _WAYS: dict[Callable[[AsyncCaller], Coroutine[Any, Any, None]], int] = {
-    AsyncCaller.infer: 8, AsyncCaller.infer_list: 1, AsyncCaller.cancel: 2, AsyncCaller.stream: 4,
-    AsyncCaller.read_twice: 1,
+    AsyncCaller.infer: 8, AsyncCaller.infer_list: 1, AsyncCaller.job: 2, AsyncCaller.cancel: 2,
+    AsyncCaller.stream: 4, AsyncCaller.read_twice: 1,
 }  # fmt: skip
