@@ -25,7 +25,7 @@ from lmbridge.chat import Chat
 from lmbridge.client import Client
 from lmbridge.crossing.gate import Gate
 from lmbridge.crossing.status import State
-from lmbridge.engines import engine_factory
+from lmbridge.engines import engine_around, engine_factory
 from lmbridge.engines.base import Engine
 from lmbridge.errors import InvalidRequestError, RequestAbortedError
 from lmbridge.messages import GenerationConfig, Task
@@ -290,6 +290,8 @@ class Bridge(Verbs):
 def _recipe(model: Any, engine: str, options: dict[str, Any]) -> Recipe:
     if isinstance(model, (str, Path)):
         return Recipe(engine_factory(engine, str(model), options), str(model), rebuildable=True)
+    if (around := engine_around(model, options)) is not None:
+        return Recipe(lambda: around, around.describe(), rebuildable=False)
     if options:
         raise InvalidRequestError(
             f"Options such as {next(iter(options))!r} go with a model given by name; give them to the engine itself."

@@ -17,10 +17,13 @@ from lmbridge.errors import InvalidRequestError, UnknownEngineError
 EngineFactory = Callable[[], Engine]
 
 ENGINES = {
+    "encoder": ("lmbridge.engines.encoder", "EncoderEngine"),
     "lmdeploy": ("lmbridge.engines.lmdeploy", "LMDeployEngine"),
     "transformers": ("lmbridge.engines.transformers", "TransformersEngine"),
 }
 """Engine name to (module, class)."""
+_OBJECTS = {"sentence_transformers.SentenceTransformer", "sentence_transformers.CrossEncoder"}
+"""Package and class of the objects that the encoder engine takes for a model."""
 
 
 def engine_class(name: str) -> type[Engine]:
@@ -45,12 +48,29 @@ def engine_factory(name: str, model: str, options: dict[str, Any]) -> EngineFact
         ModelNotFoundError: the model is a folder that does not exist.
     """
     cls: Callable[..., Engine] = engine_class(name)
+    factory = functools.partial(cls, model, **_known(cls, name, options))
+    factory()  # an engine's __init__ checks values and loads nothing, so this finds mistakes early
+    return factory
+
+
+def engine_around(model: object, options: dict[str, Any]) -> Engine | None:
+    """The engine for a model that another library has loaded, if there is one for such objects; else None.
+
+    Raises:
+        InvalidRequestError: an option is wrong.
+    """
+    names = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(model).__mro__}
+    if names.isdisjoint(_OBJECTS):
+        return None
+    cls: Callable[..., Engine] = engine_class("encoder")
+    return cls(model, **_known(cls, "encoder", options))
+
+
+def _known(cls: Callable[..., Engine], name: str, options: dict[str, Any]) -> dict[str, Any]:
     known = [parameter for parameter in inspect.signature(cls).parameters if parameter != "model"]
     for option in options:
         if option not in known:
             raise InvalidRequestError(
                 f"The engine {name!r} has no option {option!r}; its options are {', '.join(known)}.", param=option
             )
-    factory = functools.partial(cls, model, **options)
-    factory()  # an engine's __init__ checks values and loads nothing, so this finds mistakes early
-    return factory
+    return options

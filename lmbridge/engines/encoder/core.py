@@ -1,0 +1,88 @@
+"""A model in its layout, and what a request needs of them.
+
+Rule: torch on the engine's worker thread; what is said to be quick may be asked on the server thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy
+import torch
+
+from lmbridge.engines.encoder.encoding import Item
+from lmbridge.engines.encoder.layouts import Layout
+from lmbridge.engines.encoder.vectors import finished, scores
+from lmbridge.errors import EngineError, InvalidRequestError
+from lmbridge.messages import Embed, Rerank, Task
+
+
+class Encoder(Protocol):
+    """Makes items of jobs."""
+
+    room: int
+
+    def at_once(self, job: Embed | Rerank) -> Item | None:
+        """The item, where that is quick."""
+
+    def encode(self, job: Embed | Rerank) -> Item:
+        """The item."""
+
+
+@dataclass(frozen=True)
+class Core:
+    """What has been loaded.
+
+    Attributes:
+        module: what holds the weights.
+        dimensions: of a vector; 0 for a model that makes scores.
+        pooling: in words; "" for a model that makes scores.
+    """
+
+    module: Any
+    task: Task
+    encoder: Encoder
+    layout: Layout
+    dimensions: int
+    pooling: str
+    device: str
+    dtype: str
+
+    def describe(self) -> str:
+        """What it does, and how. Quick."""
+        length = f"{self.encoder.room} tokens" if self.encoder.room else ""
+        said = (self.task, self.layout.name, self.pooling, length, self.device, self.dtype)
+        return ", ".join(part for part in said if part)
+
+    def check(self, job: Embed | Rerank) -> None:
+        """Refuse what the model cannot give. Quick."""
+        if isinstance(job, Embed) and job.dimensions is not None and job.dimensions > self.dimensions:
+            raise InvalidRequestError(
+                f"dimensions is {job.dimensions}, but the model's vectors have {self.dimensions}.", "dimensions"
+            )
+
+    def run(self, items: Sequence[Item]) -> list[Any]:
+        """A vector or a score for each item, or an error in its place. Worker thread."""
+        with torch.inference_mode():
+            outputs = self.layout.run(items).float().cpu()
+        found = outputs.numpy() if self.task == "embed" else scores(outputs)
+        jobs = [item.job for item in items]
+        wishes = [(job.dimensions, job.normalize) for job in jobs if isinstance(job, Embed)]
+        values: list[Any] = finished(found, wishes) if self.task == "embed" else found.tolist()
+        if not numpy.isfinite(found).all():
+            values = [value if numpy.isfinite(value).all() else _no_number() for value in values]
+        return values
+
+    def footprint(self) -> int:
+        """Bytes of the weights. Quick."""
+        tensors = {id(tensor): tensor for tensor in (*self.module.parameters(), *self.module.buffers())}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _no_number() -> EngineError:
+    return EngineError(
+        "What the model says of this text is not a number (NaN). In half precision it may overflow; load the model "
+        "with dtype='float32'."
+    )

@@ -1,0 +1,345 @@
+"""The encoder engine: texts from many callers in batches through one embedding or reranking model.
+
+Rule: everything here runs on the server thread, except where a docstring says otherwise. torch and transformers are
+imported when the engine starts and no earlier.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from lmbridge.engines.base import Engine, EngineThread, Sink, engine_error
+from lmbridge.engines.batching import Batcher, is_out_of_memory
+from lmbridge.engines.encoder.given import task_of_object
+from lmbridge.engines.encoder.options import EncoderOptions
+from lmbridge.engines.encoder.pace import Pace
+from lmbridge.engines.encoder.sizes import weight_bytes
+from lmbridge.engines.models import announce, find_model
+from lmbridge.engines.standing import where_is
+from lmbridge.engines.transformers.options import ModelOptions
+from lmbridge.errors import EngineDeadError, LMBridgeError
+from lmbridge.messages import Delta, Embed, Request, Rerank, Task, Usage
+
+if TYPE_CHECKING:
+    from lmbridge.engines.encoder.core import Core
+    from lmbridge.engines.encoder.encoding import Item
+
+T = TypeVar("T")
+
+MAX_CAUSES = 10  # of a chain that are looked at
+
+
+class EncoderEngine(Engine):
+    """A Hugging Face model that makes vectors of texts, or scores of pairs of texts, for many callers in batches.
+
+    A vector is float32 of shape (dimensions,). A score is from 0 to 1: of a model with one label its sigmoid, of one
+    with several the softmax of the last, which by convention is that of relevance.
+
+    Args:
+        model: a folder, a hub id, or a SentenceTransformer or CrossEncoder object of sentence-transformers. What
+            sentence-transformers keeps beside a model (pooling, prompts, lengths) is read, with or without it.
+        task: ``"embed"``, ``"rerank"``, or ``"auto"``: as the model's config.json says, at the start.
+        pooling: how the vectors of a text's tokens become one: ``"mean"``, ``"cls"``, ``"max"``, ``"lasttoken"``,
+            ``"weightedmean"`` or ``"mean_sqrt_len_tokens"``; by default as the model's files say, else the mean.
+        max_length: the most tokens of a text, special ones included; by default as the model's files say.
+        device: ``"cuda"`` where there is one, else ``"cpu"``.
+        dtype: ``"auto"`` (as stored), ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"`` or a torch dtype;
+            by default float32 on a CPU and as stored elsewhere.
+        max_batch_size: the most texts in a batch.
+        max_batch_tokens: the most tokens in a batch; a longer text runs alone.
+        batch_timeout: seconds for which a batch that is not full waits for more; 0 runs what is there.
+        threads: how many threads torch uses on a CPU, for this engine only; by default one for a model of fewer than
+            4 million parameters, else torch's own choice.
+        layout: ``"packed"``, all texts of a batch in one row without padding; ``"grouped"``, texts of similar length
+            padded; ``"single"``, one by one; ``"auto"``, the first of these that passes the self-check.
+        self_check: end loading with texts whose results are compared with those of each text alone.
+        trust_remote_code: run code that comes with the model.
+        revision: branch, tag or commit on the hub.
+    """
+
+    name: ClassVar[str] = "encoder"
+    supports: ClassVar[frozenset[str]] = frozenset()
+    tasks: frozenset[Task] = frozenset({"embed", "rerank"})
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        task: str = "auto",
+        pooling: str | None = None,
+        max_length: int | None = None,
+        device: str | None = None,
+        dtype: Any = None,
+        max_batch_size: int = 64,
+        max_batch_tokens: int = 8192,
+        batch_timeout: float = 0.0,
+        threads: int | None = None,
+        layout: str = "auto",
+        self_check: bool = True,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+    ) -> None:
+        self._object_task = task_of_object(model)
+        self._given = model if self._object_task else None
+        self._label = os.fspath(model) if self._given is None else f"a {type(model).__name__}"
+        self._options = EncoderOptions(
+            ModelOptions(
+                model=find_model(model) if self._given is None else "",
+                device=None if device is None else str(device),
+                dtype=dtype,
+                max_batch_size=max_batch_size,
+                threads=threads,
+                self_check=self_check,
+                trust_remote_code=trust_remote_code,
+                revision=revision,
+            ),
+            task=task,
+            pooling=pooling,
+            max_length=max_length,
+            max_batch_tokens=max_batch_tokens,
+            batch_timeout=batch_timeout,
+            layout=layout,
+        )
+        self.max_batch_size = max_batch_size
+        if self._object_task or task != "auto":
+            self.tasks = frozenset({self._object_task or task})  # type: ignore[arg-type]  # it is one of them
+        self._thread = EngineThread("lmbridge encoder")
+        # An engine whose loop got stuck is never closed. Not at exit, where the bridge closes it and needs the thread.
+        weakref.finalize(self, self._thread.close).atexit = False
+        self._core: Core | None = None
+        self._batcher: Batcher[Item] | None = None
+        self._encoding: dict[str, asyncio.Task[None]] = {}  # long texts on the worker thread, by the request's id
+        self._pace = Pace()
+        self._steps = 0  # how often the worker thread has begun or ended something
+        self._at_work: int | None = None  # the thread that is in the model
+        self._dead: BaseException | None = None
+
+    def describe(self) -> str:
+        core = self._core
+        return f"{self._label} on encoder" + (f" ({core.describe()})" if core is not None else "")
+
+    # --------------------------------------------------------------------------------------------------- start and end
+
+    async def start(self) -> None:
+        """Load the model on the worker thread, and find the fastest layout that is right.
+
+        Raises:
+            MissingDependencyError: a package is missing or too old.
+            EngineStartError: the model is none that this engine can run, or does not do so in the layout asked for.
+            Exception: what transformers raises when it cannot load the model, or when there is too little memory.
+        """
+        core = await self._thread.run(self._load)
+        self.tasks = frozenset({core.task})
+        self._batcher = Batcher(
+            self._run,
+            max_items=self.max_batch_size,
+            max_size=self._options.max_batch_tokens,
+            wait=self._options.batch_timeout,
+            cap=self._cap,
+        )
+
+    async def close(self) -> None:
+        for encoding in self._encoding.values():
+            encoding.cancel()
+        if self._batcher is not None:
+            self._batcher.close()
+        try:
+            await self._thread.run(self._unload)
+        finally:  # whoever waits for a hanging batch may give up
+            self._thread.close()
+
+    def _load(self) -> Core:
+        """On the worker thread."""
+        if self._given is None:
+            announce(self._options.model.model)
+        from lmbridge.engines.transformers import library
+
+        library.import_library()
+        from lmbridge.engines.encoder.starting import begin
+
+        # kept at once: whoever waits for it may be cancelled
+        core = self._core = begin(self._options, self._given, self._object_task, self._label)
+        return core
+
+    def _unload(self) -> None:
+        """On the worker thread."""
+        core, self._core = self._core, None
+        self._given = None
+        if core is not None:
+            from lmbridge.engines.encoder.starting import unload
+
+            unload(core)
+
+    # --------------------------------------------------------------------------------------------------------- requests
+
+    def add_request(self, request: Request, sink: Sink) -> None:
+        """Begin the request; what is wrong with a text is told at once if it is short, and to the sink if it is long.
+
+        Raises:
+            InvalidRequestError: the text is empty or no Unicode, the token ids are unknown, the dimensions too many.
+            PromptTooLongError: the text is longer than the model reads, and none of it may be cut off.
+            EngineDeadError: the engine takes no requests any more.
+        """
+        core, batcher = self._alive()
+        job = request.job
+        assert isinstance(job, (Embed, Rerank))
+        core.check(job)
+        item = core.encoder.at_once(job)
+        if item is not None:
+            self._submit(batcher, request.id, item, sink)
+            return
+        task = asyncio.get_running_loop().create_task(self._encode_and_submit(request.id, job, sink))
+        self._encoding[request.id] = task
+        task.add_done_callback(lambda done: self._encoded(request.id, done))
+
+    def abort_request(self, request_id: str) -> None:
+        encoding = self._encoding.pop(request_id, None)
+        if encoding is not None:
+            encoding.cancel()
+        elif self._batcher is not None:
+            self._batcher.discard(request_id)
+
+    def progress(self, request_id: str) -> int | None:
+        """How much the worker thread has begun and ended so far: whoever waits does so for a batch or a long text."""
+        batcher = self._batcher
+        inside = request_id in self._encoding or (batcher is not None and request_id in batcher)
+        return self._steps if inside else None
+
+    def where(self) -> str:
+        return where_is(self._at_work) if self._at_work is not None else ""
+
+    def estimate(self) -> int | None:
+        """Bytes of the weights as they will be loaded, told from the files; None for a model that is not here yet."""
+        return None if self._given is not None else weight_bytes(self._options.model)
+
+    def footprint(self) -> int | None:
+        core = self._core
+        return core.footprint() if core is not None else None
+
+    def stats(self) -> dict[str, float]:
+        """``in_flight``; ``batches``, ``items`` and ``tokens`` so far, ``max_batch_size``, ``max_batch_tokens`` (less
+        after a batch did not fit into the memory), and ``padding_share``: how much of what the model computed was
+        padding.
+        """
+        batcher, layout = self._batcher, self._core.layout if self._core is not None else None
+        limit = batcher.max_size if batcher is not None else self._options.max_batch_tokens
+        return {
+            "in_flight": float((len(batcher) if batcher is not None else 0) + len(self._encoding)),
+            "batches": float(batcher.batches if batcher is not None else 0),
+            "items": float(batcher.items if batcher is not None else 0),
+            "tokens": float(batcher.size if batcher is not None else 0),
+            "max_batch_size": float(self.max_batch_size),
+            "max_batch_tokens": float(limit or 0),
+            "padding_share": layout.padding / layout.tokens if layout is not None and layout.tokens else 0.0,
+        }
+
+    def _alive(self) -> tuple[Core, Batcher[Item]]:
+        if self._dead is not None or self._core is None or self._batcher is None:
+            state = "has died" if self._dead is not None else "is not running"
+            raise EngineDeadError(f"The encoder engine {state}; it takes no requests.") from self._dead
+        return self._core, self._batcher
+
+    def _submit(self, batcher: Batcher[Item], request_id: str, item: Item, sink: Sink) -> None:
+        batcher.add(request_id, item, sink, item.size, Usage(prompt_tokens=len(item.ids)))
+
+    async def _encode_and_submit(self, request_id: str, job: Embed | Rerank, sink: Sink) -> None:
+        """A long text. The request may be aborted while the worker thread is at it, or before."""
+
+        def encode() -> Item:
+            return self._at(lambda: self._alive()[0].encoder.encode(job))
+
+        try:
+            item = await self._thread.run(encode)
+            self._encoding.pop(request_id, None)
+            self._submit(self._alive()[1], request_id, item, sink)
+        except asyncio.CancelledError:
+            sink(Delta(finish_reason="abort"))
+            raise
+        except LMBridgeError as error:
+            sink(Delta(error=error))
+        except Exception as cause:
+            sink(Delta(error=engine_error(f"The engine could not begin this request: {cause!r}.", cause)))
+
+    def _encoded(self, request_id: str, done: asyncio.Task[None]) -> None:
+        if self._encoding.get(request_id) is done:
+            del self._encoding[request_id]
+
+    # ---------------------------------------------------------------------------------------------------------- batches
+
+    async def _run(self, items: list[Item]) -> Sequence[Any]:
+        try:
+            return await self._thread.run(self._work, items)
+        except Exception as cause:
+            traceback.clear_frames(cause.__traceback__)  # they hold what the model was computing
+            if _is_sticky(cause):
+                self._die(cause)
+            elif is_out_of_memory(cause):
+                await self._thread.run(_free_memory)
+            raise
+
+    def _work(self, items: list[Item]) -> list[Any]:
+        """On the worker thread."""
+        core = self._core
+        if core is None:
+            raise EngineDeadError("The encoder engine was closed.")
+        found = core
+        with self.party.turn():
+            begun = time.perf_counter()
+            values = self._at(lambda: found.run(items))
+            self._pace.take(sum(item.size for item in items), time.perf_counter() - begun)
+        return values
+
+    def _at(self, work: Callable[[], T]) -> T:
+        """Do it, and show that it is done. On the worker thread."""
+        from lmbridge.engines.encoder.leaving import staying
+
+        self._steps += 1
+        self._at_work = threading.get_ident()
+        try:
+            with staying():
+                return work()
+        finally:
+            self._at_work = None
+            self._steps += 1
+
+    def _cap(self) -> int | None:
+        """How many tokens fit into the engine's share of the device; None while it is alone there."""
+        share = self.party.share()
+        return None if share is None else self._pace.tokens_in(share)
+
+    def _die(self, cause: BaseException) -> None:
+        """Every later call to the device will fail as well: whoever is inside is lost, and the server is told once."""
+        if self._dead is None:
+            self._dead = cause
+            if self._batcher is not None:
+                self._batcher.close()
+            self.on_death(cause)
+
+
+def _free_memory() -> None:
+    """On the worker thread."""
+    from lmbridge.engines.transformers.loading import free_memory
+
+    free_memory()
+
+
+def _is_sticky(cause: BaseException) -> bool:
+    """Whether it is a device error after which every later call to the device fails too. Lack of memory is not.
+
+    A guess by name: torch's AcceleratorError, and messages of older versions.
+    """
+    link: BaseException | None = cause
+    for _ in range(MAX_CAUSES):
+        if link is None or is_out_of_memory(link):
+            break
+        if type(link).__name__ == "AcceleratorError" or "CUDA error" in str(link) or "device-side assert" in str(link):
+            return True
+        link = link.__cause__
+    return False

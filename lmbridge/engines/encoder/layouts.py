@@ -1,0 +1,210 @@
+"""The ways of putting a batch of texts through the model, of which ``proof`` takes the fastest that is right.
+
+Rule: torch on the engine's worker thread. A layout gives what the model says of each text, in the order in which the
+texts came: the vectors of its tokens, or its logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import numpy
+import torch
+
+from lmbridge.engines.encoder import attention
+from lmbridge.engines.encoder.attention import Segments
+from lmbridge.engines.encoder.encoding import Item
+from lmbridge.engines.encoder.vectors import Tail
+
+PADDING = 0.15
+"""The share of padding that a group of texts may have."""
+
+
+class Layout(ABC):
+    """One way of running the model.
+
+    Attributes:
+        name: what users call it.
+        tokens, padding: how many the model was given so far, and how many of them were padding.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, model: Any, tail: Tail | None) -> None:
+        self.tokens = self.padding = 0
+        self._model = model
+        self._tail = tail
+        self._pad: int = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
+
+    def run(self, items: Sequence[Item]) -> torch.Tensor:
+        """(texts, dimensions) of vectors, or (texts, labels) of logits; float32."""
+        order = sorted(range(len(items)), key=lambda place: len(items[place].ids))
+        found = self._sorted([items[place] for place in order]).float()
+        if len(items) == 1:
+            return found
+        answers = torch.empty_like(found)
+        answers[torch.tensor(order, device=found.device)] = found
+        return answers
+
+    def close(self) -> None:  # noqa: B027 - there may be nothing to do
+        """Leave the model as it was."""
+
+    @abstractmethod
+    def _sorted(self, items: Sequence[Item]) -> torch.Tensor:
+        """What there is to say of items that are sorted by their length."""
+
+    def _padded(self, items: Sequence[Item]) -> torch.Tensor:
+        """Of texts in rows of their own, filled up to the longest."""
+        lengths = [len(item.ids) for item in items]
+        longest = lengths[-1]
+        ids = numpy.full((len(items), longest), self._pad, numpy.int64)
+        for row, item in zip(ids, items, strict=True):
+            row[: len(item.ids)] = item.ids
+        given = {"input_ids": self._tensor(ids)}
+        places = numpy.arange(longest) < numpy.array(lengths)[:, None]
+        given["attention_mask"] = self._tensor(places.astype(numpy.int64))
+        if items[0].types is not None:
+            types = numpy.zeros_like(ids)
+            for row, item in zip(types, items, strict=True):
+                row[: len(item.ids)] = item.types or 0
+            given["token_type_ids"] = self._tensor(types)
+        self._count(ids.size, ids.size - sum(lengths))
+        output = self._model(**given)
+        if self._tail is None:
+            return self._logits(output, len(items))
+        hidden = output.last_hidden_state
+        flat = hidden[0] if len(items) == 1 else hidden[self._tensor(places)]
+        return self._tail(flat, self._tensor(numpy.array(lengths)))
+
+    def _logits(self, output: Any, texts: int) -> torch.Tensor:
+        logits: torch.Tensor = output.logits
+        if logits.shape[0] != texts or logits.ndim != 2:
+            raise ValueError(f"the model gave logits of shape {tuple(logits.shape)} for {texts} texts")
+        return logits
+
+    def _count(self, tokens: int, padding: int) -> None:
+        self.tokens += tokens
+        self.padding += padding
+
+    def _tensor(self, array: numpy.ndarray[Any, Any]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._model.device)
+
+
+class Single(Layout):
+    """One text after another."""
+
+    name = "single"
+
+    def _sorted(self, items: Sequence[Item]) -> torch.Tensor:
+        return torch.cat([self._padded([item]) for item in items])
+
+
+class Grouped(Layout):
+    """Texts of similar length together, the shorter ones filled up."""
+
+    name = "grouped"
+
+    def _sorted(self, items: Sequence[Item]) -> torch.Tensor:
+        return torch.cat([self._padded(group) for group in groups(items)])
+
+
+class Packed(Layout):
+    """All texts in one row, each with positions of its own, kept apart by ``attention``.
+
+    Args:
+        offset: the position of a first token; None counts as RoBERTa does: from one behind the padding token's id, and
+            without such tokens.
+    """
+
+    name = "packed"
+
+    def __init__(self, model: Any, tail: Tail | None, offset: int | None = 0) -> None:
+        super().__init__(model, tail)
+        self._counts_like_roberta = offset is None
+        self._usual = model.config._attn_implementation
+        self._starts: torch.Tensor | None = None  # of the texts, while the model is to be told of their first tokens
+        self._hook: Any = None
+        if tail is None:
+            self._hook = last_layer(model).register_forward_hook(self._first_tokens)
+        attention.install()
+        model.set_attn_implementation(attention.NAME)
+
+    def close(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._model.set_attn_implementation(self._usual)
+
+    def _sorted(self, items: Sequence[Item]) -> torch.Tensor:
+        lengths = numpy.array([len(item.ids) for item in items])
+        ids = _joined([item.ids for item in items], int(lengths.sum()))
+        given = {
+            "input_ids": self._tensor(ids[None]),
+            "position_ids": self._tensor(self._positions(ids, lengths)[None]),
+        }
+        if items[0].types is not None:
+            types = [item.types or [] for item in items]
+            given["token_type_ids"] = self._tensor(_joined(types, len(ids))[None])
+        self._count(len(ids), 0)
+        segments = Segments(lengths.tolist())
+        if self._tail is not None:
+            hidden = self._model(**given, segments=segments).last_hidden_state
+            return self._tail(hidden[0], self._tensor(lengths))
+        with self._told(self._tensor(lengths.cumsum() - lengths)):
+            return self._logits(self._model(**given, segments=segments), len(items))
+
+    def _positions(self, ids: numpy.ndarray[Any, Any], lengths: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
+        starts = lengths.cumsum() - lengths
+        counted = (ids != self._pad) if self._counts_like_roberta else numpy.ones(len(ids), bool)
+        before = counted.cumsum() - counted
+        positions: numpy.ndarray[Any, Any] = before - before[starts].repeat(lengths)
+        return (positions + 1) * counted + self._pad if self._counts_like_roberta else positions
+
+    @contextlib.contextmanager
+    def _told(self, starts: torch.Tensor) -> Iterator[None]:
+        self._starts = starts
+        try:
+            yield
+        finally:
+            self._starts = None
+
+    def _first_tokens(self, module: Any, given: Any, output: Any) -> Any:
+        """After the last layer, the row becomes rows of one token, each text's first: what a head looks at."""
+        if self._starts is None:
+            return output
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        firsts = hidden[0][self._starts][:, None]
+        return firsts if isinstance(output, torch.Tensor) else (firsts, *output[1:])
+
+
+def groups(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    """Neighbours among items that are sorted by length, so that at most ``PADDING`` of a group is padding."""
+    start = total = 0
+    for end, item in enumerate(items):
+        length = len(item.ids)
+        room = length * (end + 1 - start)
+        if end > start and room - total - length > PADDING * room:
+            yield items[start:end]
+            start, total = end, 0
+        total += length
+    yield items[start:]
+
+
+def last_layer(model: Any) -> Any:
+    """The last of the model's layers.
+
+    Raises:
+        ValueError: there is no list of as many modules as the model has layers.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return module[-1]
+    raise ValueError("the model has no list of layers")
+
+
+def _joined(lists: Sequence[Sequence[int]], count: int) -> numpy.ndarray[Any, Any]:
+    return numpy.fromiter(itertools.chain.from_iterable(lists), numpy.int64, count)

@@ -1,0 +1,169 @@
+"""Model, tokenizer and what sentence-transformers keeps beside them, from a folder or the hub.
+
+Rule: ``load`` runs on the engine's worker thread and blocks. What the transformers engine's ``loading`` has for every
+kind of model is taken from there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub.errors import EntryNotFoundError
+
+from lmbridge.engines.encoder.options import EncoderOptions
+from lmbridge.engines.encoder.settings import Read, Settings, read_settings
+from lmbridge.engines.transformers.loading import (
+    _dtype,
+    _explained,
+    _load_config,
+    _load_tokenizer,
+    _progress_bar_on_terminals_only,
+    _reading,
+    _Source,
+)
+from lmbridge.engines.transformers.runner import NO_LIMIT
+from lmbridge.errors import EngineStartError
+from lmbridge.messages import Task
+
+_HEAD = "ForSequenceClassification"
+_UNSTATED = 1_000_000_000
+"""transformers gives tokenizers that state no limit one beyond this."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model that is ready to run.
+
+    Attributes:
+        model: in eval mode, on its device.
+        tokenizer: its tokenizer, a fast one.
+        settings: what sentence-transformers knows of it.
+        task: what it does.
+    """
+
+    model: Any
+    tokenizer: Any
+    settings: Settings
+    task: Task
+
+
+def load(options: EncoderOptions) -> Parts:
+    """Load what there is.
+
+    Raises:
+        ModelNotFoundError: the hub has no such model or cannot be reached, or there are no weights.
+        EngineStartError: it is no encoder, is incomplete or broken, or asks for what this engine does not do.
+        MissingDependencyError: a package that it needs is not installed.
+    """
+    device = options.model.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with _reading, _progress_bar_on_terminals_only():
+        source = _Source.of(options.model)
+        config = _load_config(source)
+        if getattr(config, "is_encoder_decoder", False):
+            raise EngineStartError(f"{source.label} is an encoder-decoder, which this engine does not run.")
+        task = task_of(config) if options.task == "auto" else options.task
+        settings = read_settings(_reader(source))
+        tokenizer = _load_tokenizer(source)
+        model = _load_model(source, config, task, _dtype(options.model.dtype, device))
+    found: Task = "rerank" if task == "rerank" else "embed"
+    return Parts(model.to(device), tokenizer, settings, found)
+
+
+def task_of(config: Any) -> Task:
+    """What a model of this configuration was trained for."""
+    classes = getattr(config, "architectures", None) or ()
+    return "rerank" if any(name.endswith(_HEAD) for name in classes) else "embed"
+
+
+def _prepared(model: Any) -> Any:
+    """The model without what is of no use here."""
+    model.eval().requires_grad_(False)
+    model.config.use_cache = False
+    # Such a model may be built without its pooler, and then does not compute what nobody asks for.
+    if "add_pooling_layer" in inspect.signature(type(model)).parameters:
+        model.pooler = None
+    return model
+
+
+def room_of(parts: Parts, wanted: int | None) -> int:
+    """The most tokens of a text.
+
+    Raises:
+        EngineStartError: more are wanted than the model has positions for.
+    """
+    positions = _positions(parts.model)
+    if wanted is not None:
+        if wanted > positions:
+            raise EngineStartError(f"max_length is {wanted}, but the model has positions for {positions} tokens only.")
+        return wanted
+    stated = parts.tokenizer.model_max_length
+    limits = [parts.settings.max_length, stated if stated and stated < _UNSTATED else None, positions]
+    return min(int(limit) for limit in limits if limit)
+
+
+def counts_like_roberta(model: Any) -> bool:
+    """Whether positions probably begin behind the padding token's id."""
+    return any(embedding.padding_idx is not None for embedding in _position_embeddings(model))
+
+
+def _positions(model: Any) -> int:
+    """How many tokens the model has positions for."""
+    tables = [
+        embedding.num_embeddings - (0 if embedding.padding_idx is None else embedding.padding_idx + 1)
+        for embedding in _position_embeddings(model)
+    ]
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min([*tables, *([stated] if isinstance(stated, int) and stated > 0 else [])], default=NO_LIMIT)
+
+
+def _position_embeddings(model: Any) -> list[torch.nn.Embedding]:
+    return [
+        module
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding)
+    ]
+
+
+def _load_model(source: _Source, config: Any, task: str, dtype: Any) -> Any:
+    auto = transformers.AutoModelForSequenceClassification if task == "rerank" else transformers.AutoModel
+    with _explained(source, "its weights cannot be read"):
+        model, report = auto.from_pretrained(
+            source.name, config=config, dtype=dtype, output_loading_info=True, **source.arguments
+        )
+    model = _prepared(model)
+    made_up = sorted(set(report["missing_keys"]) & {name for name, _ in model.named_parameters()})
+    if made_up:
+        raise EngineStartError(
+            f"The files of {source.label} lack {len(made_up)} of the weights that a {type(model).__name__} has, such "
+            f"as {made_up[0]}: what it says would be noise. They may be of a model for another task, or incomplete."
+        )
+    return model
+
+
+def _reader(source: _Source) -> Read:
+    """Finds the model's other files, in its folder or on the hub."""
+
+    def in_folder(name: str) -> Path | None:
+        path = Path(source.name) / name
+        return path if path.is_file() else None
+
+    def on_hub(name: str) -> Path | None:
+        try:
+            return Path(
+                huggingface_hub.hf_hub_download(
+                    source.name,
+                    name,
+                    revision=source.arguments["revision"],
+                    local_files_only=bool(source.arguments.get("local_files_only")),
+                )
+            )
+        except EntryNotFoundError:
+            return None
+
+    return in_folder if source.is_local else on_hub

@@ -1,0 +1,55 @@
+"""The options of the encoder engine, checked when the engine is made.
+
+Rule: standard library only; nothing is loaded. None leaves a choice to whoever loads the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lmbridge.engines.transformers.options import ModelOptions
+from lmbridge.errors import InvalidRequestError
+from lmbridge.log import shown
+from lmbridge.values import as_int, as_number
+
+LAYOUTS = ("packed", "grouped", "single")
+POOLINGS = ("mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens")
+_CHOICES = {"task": ("auto", "embed", "rerank"), "layout": ("auto", *LAYOUTS), "pooling": (None, *POOLINGS)}
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """What the engine was asked for; its own docstring says what each means.
+
+    Attributes:
+        model: how the model is loaded.
+
+    Raises:
+        InvalidRequestError: a value is wrong; ``param`` names the option.
+    """
+
+    model: ModelOptions
+    task: str = "auto"
+    pooling: str | None = None
+    max_length: int | None = None
+    max_batch_tokens: int = 8192
+    batch_timeout: float = 0.0
+    layout: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise _wrong(name, " or ".join(repr(choice) for choice in choices), getattr(self, name))
+        for name in ("max_length", "max_batch_tokens"):
+            value = getattr(self, name)
+            number = as_int(value)
+            if not (value is None and name == "max_length") and (number is None or number < 1):
+                raise _wrong(name, "an int >= 1", value)
+        seconds = as_number(self.batch_timeout)
+        if seconds is None or not 0 <= seconds < float("inf"):
+            raise _wrong("batch_timeout", "seconds >= 0", self.batch_timeout)
+
+
+def _wrong(name: str, expected: str, value: Any) -> InvalidRequestError:
+    return InvalidRequestError(f"{name} must be {expected}, not {shown(value)}.", param=name)

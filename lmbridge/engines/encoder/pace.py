@@ -1,0 +1,25 @@
+"""How fast a model is.
+
+Rule: standard library only. Written by the engine's worker thread, read by the server thread; one attribute, set in one
+step.
+"""
+
+from __future__ import annotations
+
+_NEWEST = 0.2  # the weight of the last batch
+
+
+class Pace:
+    """Tokens a second, as a moving average over batches."""
+
+    def __init__(self) -> None:
+        self.rate: float | None = None
+
+    def take(self, tokens: int, seconds: float) -> None:
+        """A batch of so many took so long."""
+        rate = tokens / max(seconds, 1e-6)
+        self.rate = rate if self.rate is None else self.rate + _NEWEST * (rate - self.rate)
+
+    def tokens_in(self, seconds: float) -> int | None:
+        """How many take so long, at least one; None while nothing is known."""
+        return None if self.rate is None else max(1, int(self.rate * seconds))

@@ -1,0 +1,100 @@
+"""Which layout is right: some texts of very different lengths, encoded one by one and then together.
+
+Rule: torch on the engine's worker thread, in inference mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lmbridge.engines.encoder.encoding import Item, TextEncoder
+from lmbridge.engines.encoder.layouts import Grouped, Layout, Packed, Single
+from lmbridge.engines.encoder.vectors import Tail, scores
+from lmbridge.errors import EngineStartError, LMBridgeError
+from lmbridge.messages import Embed, Rerank
+
+FINE, COARSE = 1e-5, 1e-3
+"""How far a vector of length 1, or a score, may be from that of the text alone: in full and in half precision."""
+COUNTS = (3, 1, 40, 9, 200, 9, 90, 17)
+"""Words of the texts."""
+FARTHEST = 1_024
+"""A window of attention up to this wide is looked beyond."""
+_TEXT = "the old sailor walked down to a harbour every morning and looked at that sea which was never quite same"
+_WORDS = _TEXT.split()
+_QUERY = "where did the sailor go"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A layout that can be tried."""
+
+    name: str
+    build: Callable[[], Layout]
+
+
+def ways(model: Any, tail: Tail | None, like_roberta: bool) -> list[Way]:
+    """All layouts, the fastest first.
+
+    Args:
+        like_roberta: the model probably counts positions as RoBERTa does.
+    """
+    offsets = (None, 0) if like_roberta else (0, None)
+    packed = [Way("packed", lambda offset=offset: Packed(model, tail, offset)) for offset in offsets]  # type: ignore[misc]
+    return [*packed, Way("grouped", lambda: Grouped(model, tail)), Way("single", lambda: Single(model, tail))]
+
+
+def check_items(encoder: TextEncoder, task: str, window: int | None) -> list[Item]:
+    """Texts of one word to many, so far as the tokenizer knows the words, else any tokens.
+
+    Args:
+        window: how far the model's tokens see, where that is not everywhere.
+    """
+    beyond = window + 40 if window is not None and window <= FARTHEST else 0
+    counts = [max(count, beyond) if count == max(COUNTS) else count for count in COUNTS]
+    return [_item(encoder, task, number, count) for number, count in enumerate(counts)]
+
+
+class Proof:
+    """What the model says of each item alone.
+
+    Raises:
+        EngineStartError: it makes no sense.
+    """
+
+    def __init__(self, items: Sequence[Item], task: str, alone: torch.Tensor, dtype: torch.dtype) -> None:
+        self._items = items
+        self._task = task
+        self._tolerance = FINE if dtype.itemsize >= 4 else COARSE
+        self._expected = self._compared(alone)
+        if not bool(self._expected.isfinite().all()):
+            raise EngineStartError("The model's own output is not a number (NaN): its weights are broken, or overflow.")
+
+    def fault(self, layout: Layout) -> str:
+        """What is wrong with what a layout gives, or "".
+
+        Raises:
+            Exception: it gives nothing.
+        """
+        found = self._compared(layout.run(self._items))
+        if found.shape != self._expected.shape:
+            return f"gave {tuple(found.shape)} numbers where {tuple(self._expected.shape)} belong"
+        apart = float((found - self._expected).abs().max())
+        return "" if apart <= self._tolerance else f"is {apart:.2g} from the texts one by one"
+
+    def _compared(self, outputs: torch.Tensor) -> torch.Tensor:
+        if self._task == "rerank":
+            return torch.from_numpy(scores(outputs.cpu()))
+        return torch.nn.functional.normalize(outputs.float().cpu(), dim=-1)
+
+
+def _item(encoder: TextEncoder, task: str, number: int, count: int) -> Item:
+    text = " ".join(_WORDS[(7 * number + place) % len(_WORDS)] for place in range(count))
+    job: Any = Embed(text, truncate="end") if task == "embed" else Rerank(_QUERY, text)
+    try:
+        return encoder.encode(job)
+    except LMBridgeError:  # a tokenizer that does not know these words, and no word for the unknown; or little room
+        return encoder.made_up(job, number, count)

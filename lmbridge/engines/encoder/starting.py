@@ -1,0 +1,174 @@
+"""How a model comes into the layout that serves it: loaded or taken apart, tried, and the next one tried.
+
+Rule: imported once an engine starts; everything here runs on the engine's worker thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from typing import Any
+
+import torch
+
+from lmbridge.engines.encoder.core import Core, Encoder
+from lmbridge.engines.encoder.encoding import TextEncoder
+from lmbridge.engines.encoder.layouts import Layout, Single
+from lmbridge.engines.encoder.loading import Parts, counts_like_roberta, load, room_of
+from lmbridge.engines.encoder.objects import Uncounted, Whole, taken_apart
+from lmbridge.engines.encoder.options import EncoderOptions
+from lmbridge.engines.encoder.proof import Proof, Way, check_items, ways
+from lmbridge.engines.encoder.vectors import Tail
+from lmbridge.engines.transformers.loading import free_memory
+from lmbridge.engines.transformers.runner import loading, thread_count, use_threads
+from lmbridge.errors import EngineStartError
+from lmbridge.log import shown
+from lmbridge.messages import Embed, Rerank, Task
+
+logger = logging.getLogger("lmbridge")
+notes = logging.getLogger("lmbridge.loading")  # what a command shows, too
+
+
+def begin(options: EncoderOptions, given: Any, task: Task | None, label: str) -> Core:
+    """The model in the first layout that is right.
+
+    Args:
+        given: an object of sentence-transformers, and ``task`` what it does; None loads the model by its name.
+
+    Raises:
+        EngineStartError: there is none, or the model cannot be loaded.
+    """
+    try:
+        with loading():
+            return _load(options, label) if task is None else _around(options, given, task, label)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the model
+        raise
+
+
+def unload(core: Core | None) -> None:
+    """Free everything."""
+    if core is not None:
+        core.layout.close()
+    del core
+    free_memory()
+
+
+def _load(options: EncoderOptions, label: str) -> Core:
+    parts = load(options)
+    use_threads(thread_count(parts.model, options.model))
+    bench = _Bench(parts, options, label)
+    return bench.core(bench.chosen(None))
+
+
+def _around(options: EncoderOptions, given: Any, task: Task, label: str) -> Core:
+    """By its parts where they say what the object itself says, else by its own methods."""
+    whole = Whole(given, task)
+    try:
+        parts = taken_apart(given, task)
+        use_threads(thread_count(parts.model, options.model))
+        bench = _Bench(parts, options, label)
+        return bench.core(bench.chosen(whole))
+    except Exception as cause:
+        if options.layout != "auto":
+            raise
+        notes.warning("%s is used by its own methods: %s.", label, shown(cause).rstrip("."))
+    uncounted = Uncounted(given)
+    dimensions = whole.run([uncounted.encode(_sample(task))]).shape[-1] if task == "embed" else 0
+    weight = next(given.parameters())
+    encoder: Encoder = uncounted
+    return Core(given, task, encoder, whole, dimensions, "", str(weight.device), _name(weight.dtype))
+
+
+class _Bench:
+    """A loaded model on which layouts are tried."""
+
+    def __init__(self, parts: Parts, options: EncoderOptions, label: str) -> None:
+        self._parts, self._options, self._label = parts, options, label
+        model = parts.model.eval()
+        backend = getattr(parts.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise EngineStartError(
+                f"The tokenizer of {label} has no fast version (tokenizer.json); this engine needs it."
+            )
+        takes_types = "token_type_ids" in parts.tokenizer.model_input_names
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        room = room_of(parts, options.max_length)
+        self._encoder = TextEncoder(backend, vocabulary, room, parts.settings, takes_types)
+        said = (options.pooling,) if options.pooling else parts.settings.pooling
+        size = model.config.get_text_config().hidden_size
+        like = next(model.parameters())
+        self._tail = Tail(parts.settings, said or ("mean",), size, like) if parts.task == "embed" else None
+        self._pooling = f"{' + '.join(said or ('mean',))} pooling" + ("" if said else " (none stated)")
+
+    def core(self, layout: Layout) -> Core:
+        """All that a request needs."""
+        model, tail = self._parts.model, self._tail
+        logger.info("%s (%s) is run %s.", self._label, type(model).__name__, layout.name)
+        return Core(
+            model,
+            self._parts.task,
+            self._encoder,
+            layout,
+            tail.dimensions if tail is not None else 0,
+            self._pooling if tail is not None else "",
+            str(model.device),
+            _name(model.dtype),
+        )
+
+    @torch.inference_mode()
+    def chosen(self, judge: Layout | None) -> Layout:
+        """The first layout that says what each text alone gives.
+
+        Args:
+            judge: says it, where it is not the model itself.
+        """
+        model, options = self._parts.model, self._options
+        wanted = [way for way in ways(model, self._tail, counts_like_roberta(model)) if self._is_wanted(way)]
+        if not options.model.self_check:
+            return wanted[0].build()
+        window = getattr(model.config.get_text_config(), "sliding_window", None)
+        items = check_items(self._encoder, self._parts.task, window)
+        alone = (judge or Single(model, self._tail)).run(items)
+        proof = Proof(items, self._parts.task, alone, model.dtype)
+        faults: list[str] = []
+        for way in wanted:
+            layout, fault = _tried(way, proof)
+            if layout is not None:
+                if faults:
+                    notes.info("%s is run %s. %s", self._label, way.name, " ".join(faults))
+                return layout
+            faults.append(f"{way.name}: {fault.rstrip('.')}.")
+        advice = "Its files may be broken." if options.layout == "auto" else "Use layout='auto'."
+        raise EngineStartError(f"{self._label} does not say the same in batches: {' '.join(faults)} {advice}")
+
+    def _is_wanted(self, way: Way) -> bool:
+        """Packing is not for models that nobody looks at, unless it is asked for by name."""
+        if self._options.layout == "auto":
+            return self._options.model.self_check or way.name != "packed"
+        return way.name == self._options.layout
+
+
+def _tried(way: Way, proof: Proof) -> tuple[Layout | None, str]:
+    """The layout, or what is wrong with it."""
+    layout: Layout | None = None
+    try:
+        layout = way.build()
+        fault = proof.fault(layout)
+        if not fault:
+            return layout, ""
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as cause:
+        fault = shown(cause)
+    if layout is not None:
+        layout.close()
+    return None, fault
+
+
+def _sample(task: Task) -> Any:
+    return Embed("a text") if task == "embed" else Rerank("a query", "a document")
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
