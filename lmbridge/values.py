@@ -6,7 +6,7 @@ the kind gives None, and whoever asked says so in its own words.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -57,3 +57,11 @@ def as_list(value: object) -> Sequence[Any] | None:
         held = value.tolist() if getattr(value, "ndim", 1) == 1 else None
         return held if isinstance(held, list) else None
     return value if isinstance(value, Sequence) else None
+
+
+def as_rows(value: object) -> Sequence[Any] | None:
+    """What ``as_list`` takes, and the rows of any array or tensor of more dimensions."""
+    rows = as_list(value)
+    if rows is None and getattr(value, "ndim", 0) > 1 and isinstance(value, Iterable):
+        return list(value)
+    return rows

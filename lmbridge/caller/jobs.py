@@ -16,7 +16,7 @@ from lmbridge.caller.requests import make_request, new_id
 from lmbridge.errors import InvalidRequestError, LMBridgeError
 from lmbridge.log import shown
 from lmbridge.messages import Embed, Job, Request, Rerank
-from lmbridge.values import as_flag, as_int, as_list
+from lmbridge.values import as_flag, as_int, as_list, as_rows
 
 _OPTIONS = ("timeout", "client", "priority", "request_id")
 
@@ -154,12 +154,12 @@ def is_list_of_texts(texts: object) -> bool:
 
 
 def checked_list(things: Any, name: str) -> Sequence[Any]:
-    """A list of things, whatever they are.
+    """A list of things, whatever they are; of an array of more dimensions its rows.
 
     Raises:
         InvalidRequestError: it is none; a string is none either.
     """
-    items = as_list(things)
+    items = as_rows(things)
     if items is None:
         raise InvalidRequestError(f"{name} must be a list, not {shown(things)}.", name)
     return items

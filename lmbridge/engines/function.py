@@ -17,7 +17,7 @@ from lmbridge.engines.batching import Batcher
 from lmbridge.errors import InvalidRequestError
 from lmbridge.log import shown
 from lmbridge.messages import Apply, Request, Task
-from lmbridge.values import as_int, as_list, as_number
+from lmbridge.values import as_int, as_number, as_rows
 
 Function = Callable[[list[Any]], Sequence[Any]] | Callable[[list[Any]], Awaitable[Sequence[Any]]]
 
@@ -91,7 +91,7 @@ class FunctionEngine(Engine):
 
     async def _run(self, items: list[Any]) -> Sequence[Any]:
         results = await (self._await(items) if self._is_async else self._thread.run(self._call, items))
-        listed = as_list(results)
+        listed = as_rows(results)
         if listed is None:
             raise TypeError(f"it returned {shown(results)} where a list of results belongs")
         return listed

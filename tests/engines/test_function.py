@@ -66,6 +66,13 @@ def test_other_lists_are_taken(results: Any) -> None:
         assert bridge.map(["a", "b", "c"]) == [0, 1, 2]
 
 
+def test_rows_of_an_array_are_items_and_results() -> None:
+    """Vectors in, vectors out: what numpy and torch hold is taken row by row."""
+    with Bridge(function_engine(lambda rows: np.stack(rows) * 2, max_batch_size=4)) as bridge:
+        assert (np.stack(bridge.map(np.eye(3))) == np.eye(3) * 2).all()
+        assert (bridge.call(np.ones(2)) == [2, 2]).all()
+
+
 @pytest.mark.parametrize("wrong", [None, 7, "ab", {"a": 1}])
 def test_what_is_no_list_is_named(wrong: Any) -> None:
     """A function that forgets to return must not leave its callers waiting."""
