@@ -4,7 +4,7 @@ Rule: any thread but a server's, which must not wait for a turn. Nobody holds a 
 several times a second, at who has it, and goes on where that one has gone, was closed, or takes too long.
 
 It is weighted fair queueing. Each lane has a clock that runs while it computes, the slower the more it weighs; of those
-that wait, the lane whose clock is furthest behind is next. The clock of one that had nothing to do is set to that of the
+that wait, the lane whose clock is furthest behind is next. One that had nothing to do has its clock set to that of the
 others when it comes back, so that nobody saves up. An engine with one thread cannot wait while it computes, so two such
 engines take turns strictly; how they divide the time is a matter of how long their turns are, which ``share`` tells
 those that can choose.
@@ -139,6 +139,13 @@ class Turns:
         with self._lock:
             self._lanes.add(lane)
         return lane
+
+    def used(self, lane: Lane) -> float:
+        """Seconds for which a lane has had the device, those of the present turn too."""
+        with self._lock:
+            holder = self._holder
+            now = monotonic() - holder.since if holder is not None and holder.party.lane is lane else 0.0
+            return lane.used + now
 
     def line(self) -> list[Turn]:
         """Those who wait."""

@@ -1,0 +1,224 @@
+"""Who holds how much of a device's memory, who loads, and who waits for room.
+
+Rule: any thread; nobody waits in here. Whoever waits for room asks again when it is woken, and from time to time. The
+ledger counts what models were said to need and to hold; it does not watch the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterable
+
+from lmbridge.device.sizes import in_words
+from lmbridge.device.tenant import Holding, Tenant
+from lmbridge.errors import EngineStartError
+from lmbridge.log import logger
+
+
+class Ledger:
+    """The memory of one device.
+
+    Loads are served one at a time, in the order in which they came; those of which nothing is known are not counted
+    here and pass by.
+
+    Attributes:
+        limit: bytes for all; None: there is none, or it is not known yet.
+        loads, unloads: models that were loaded, and that were unloaded for others or for being idle.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.limit: int | None = None
+        self.loads = self.unloads = 0
+        self._name = name
+        self._lock = threading.Lock()
+        # Guarded by _lock. Held weakly: of a server thread that was killed nobody gives anything back.
+        self._held: weakref.WeakSet[Holding] = weakref.WeakSet()
+        self._line: list[weakref.ref[Holding]] = []  # those who wait for room, in order
+        self._loading: weakref.ref[Holding] | None = None
+
+    # --- a holding, from the first question to the end ---
+
+    def ask(self, holding: Holding) -> str:
+        """Reserve what a load needs: "" when that is done, else what it waits for. To be asked again then.
+
+        Others who are idle are asked to unload when that makes enough room.
+
+        Raises:
+            EngineStartError: it can never fit; it does not wait any more.
+        """
+        with self._lock:
+            if holding in self._held:
+                return ""
+            self._stand(holding)
+            never = self._never(holding)
+            if never:
+                self._strike_out(holding)
+            why, leaving = ("", list[Tenant]()) if never else self._why_not(holding)
+            if not never and not why:
+                self._strike_out(holding)
+                self._held.add(holding)
+                self._loading = weakref.ref(holding)
+        if never:
+            self.stir()
+            raise EngineStartError(never)
+        for tenant in leaving:
+            tenant.guest.ask_to_unload(f"{holding.label} needs the memory")
+        return why
+
+    def settle(self, holding: Holding, size: int | None) -> None:
+        """The engine is loaded, and holds so much; None: as much as was estimated."""
+        with self._lock:
+            holding.measured = True
+            holding.size = holding.size if size is None else size
+            self._held.add(holding)
+            self._end_loading(holding)
+            self.loads += 1
+            over = 0 if self.limit is None else self._sum() - self.limit
+        if over > 0:
+            logger.warning(
+                "Models hold %s more of %s than it is to give; %s turned out to need %s.",
+                in_words(over), self._name, holding.label, in_words(holding.size),
+            )  # fmt: skip
+        self.stir()
+
+    def passes(self, holding: Holding) -> None:
+        """The engine is about to be closed, which may take its time."""
+        holding.passing = True
+
+    def leave(self, holding: Holding) -> None:
+        """The engine is gone, or was never loaded. Any thread, more than once."""
+        with self._lock:
+            self._held.discard(holding)
+            self._strike_out(holding)
+            self._end_loading(holding)
+        self.stir()
+
+    def stir(self) -> None:
+        """Have those who wait ask again. Takes no lock."""
+        if self._line:
+            for holding in self._waiting():
+                holding.wake()
+
+    def count_unload(self) -> None:
+        """A model was unloaded that could have stayed."""
+        with self._lock:
+            self.unloads += 1
+
+    # --- what can be seen ---
+
+    @property
+    def reserved(self) -> int:
+        """Bytes that models hold, or are about to."""
+        with self._lock:
+            return self._sum()
+
+    @property
+    def loading(self) -> str | None:
+        """The label of the model that is loading."""
+        with self._lock:
+            holding = self._now_loading()
+            return None if holding is None else holding.label
+
+    def of(self, tenant: Tenant) -> int:
+        """Bytes that a tenant holds."""
+        with self._lock:
+            return sum(holding.size for holding in self._held if holding.tenant is tenant)
+
+    # --- with the lock held ---
+
+    def _sum(self) -> int:
+        return sum(holding.size for holding in self._held)
+
+    def _waiting(self) -> list[Holding]:
+        return [holding for reference in self._line[:] if (holding := reference()) is not None]
+
+    def _now_loading(self) -> Holding | None:
+        holding = None if self._loading is None else self._loading()
+        return holding if holding is not None and holding in self._held and not holding.measured else None
+
+    def _end_loading(self, holding: Holding) -> None:
+        if self._loading is not None and self._loading() in (holding, None):
+            self._loading = None
+
+    def _stand(self, holding: Holding) -> None:
+        if holding not in self._waiting():
+            self._line.append(weakref.ref(holding))
+
+    def _strike_out(self, holding: Holding) -> None:
+        self._line = [weakref.ref(other) for other in self._waiting() if other is not holding]
+
+    def _never(self, holding: Holding) -> str:
+        """Why it can never fit; "" if it can, once others have gone."""
+        if self.limit is None or holding.size <= self.limit - self._stuck(holding):
+            return ""
+        own = any(other.tenant is holding.tenant for other in self._staying(holding))
+        advice = "Give it a smaller share of the cache, or a smaller dtype, pin fewer models, or give the device more."
+        if own:
+            advice = "Swap with overlap=False, which frees the old model first."
+        return (
+            f"{holding.label} needs {in_words(holding.size)} of {self._name}, where models may have "
+            f"{in_words(self.limit)}{_held_by(self._staying(holding), ', of which stay with ')}. {advice}"
+        )
+
+    def _stuck(self, holding: Holding) -> int:
+        return sum(other.size for other in self._staying(holding))
+
+    def _staying(self, holding: Holding) -> list[Holding]:
+        """What will not make room for it: pinned models, the one it is to follow, and those to be followed by others
+        that wait as well, of which one has to give way.
+        """
+        waiting = {other.tenant for other in self._waiting() if other is not holding}
+        return [
+            other
+            for other in self._held
+            if not other.passing
+            and other.measured
+            and (other.tenant is holding.tenant or other.tenant.pinned or other.tenant in waiting)
+        ]
+
+    def _why_not(self, holding: Holding) -> tuple[str, list[Tenant]]:
+        """What it waits for, and whom to ask to unload for it; "" when it need not wait."""
+        first = next(iter(self._waiting()), holding)
+        loading = self._now_loading()
+        if first is not holding:
+            return f"waits for memory on {self._name}, after {first.label}", []
+        if loading is not None:
+            return f"waits until {loading.label} is loaded on {self._name}", []
+        if self.limit is None:
+            return "", []
+        free = self.limit - self._sum()
+        if holding.size <= free:
+            return "", []
+        why = (
+            f"waits for memory on {self._name}: needs {in_words(holding.size)}, {in_words(max(0, free))} free"
+            f"{_held_by(self._held, ', held by ')}"
+        )
+        return why, self._who_could_leave(holding, holding.size - free)
+
+    def _who_could_leave(self, holding: Holding, wanted: int) -> list[Tenant]:
+        """The idle tenants who hold as much as is wanted together, the longest idle first; none if that is not enough.
+
+        What is about to be free anyway counts first.
+        """
+        wanted -= sum(other.size for other in self._held if other.passing)
+        idle: dict[Tenant, float] = {}
+        for other in self._held:
+            if not other.tenant.pinned and other.tenant is not holding.tenant and not other.passing:
+                with contextlib.suppress(Exception):
+                    since = other.tenant.guest.idle_since
+                    if since is not None:
+                        idle[other.tenant] = since
+        leaving = []
+        for tenant in sorted(idle, key=lambda tenant: idle[tenant]):
+            if wanted <= 0:
+                break
+            leaving.append(tenant)
+            wanted -= sum(other.size for other in self._held if other.tenant is tenant)
+        return leaving if wanted <= 0 else []
+
+
+def _held_by(holdings: Iterable[Holding], words: str) -> str:
+    named = [f"{other.label} ({in_words(other.size)})" for other in holdings if other.size]
+    return words + ", ".join(sorted(named)) if named else ""
