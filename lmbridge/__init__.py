@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lmbridge.caller.streams import Stream
     from lmbridge.chat import Chat
     from lmbridge.client import Client
+    from lmbridge.device import Device, DeviceStatus, PartyStatus
     from lmbridge.engines.base import Engine
     from lmbridge.engines.function import FunctionEngine, function_engine
     from lmbridge.errors import (
@@ -49,6 +50,7 @@ _HOMES = {
     "bridge": ("Bridge", "Health", "RequestInfo"),
     "chat": ("Chat",),
     "client": ("Client",),
+    "device": ("Device", "DeviceStatus", "PartyStatus"),
     "engines.base": ("Engine",),
     "errors": (
         "BridgeClosedError", "DisconnectedError", "EngineDeadError", "EngineError", "EngineStartError", "ForkedError",
@@ -68,13 +70,13 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "AsyncStream", "Bridge", "BridgeClosedError", "Chat", "Client", "Delta", "DisconnectedError", "Engine",
-    "EngineDeadError", "EngineError", "EngineStartError", "ForkedError", "FunctionEngine", "Gathered",
-    "GenerationConfig", "Health", "InvalidRequestError", "LMBridgeError", "MissingDependencyError",
-    "ModelNotFoundError", "Observer", "PromptTooLongError", "QueueFullError", "Ranked", "Request",
-    "RequestAbortedError", "RequestInfo", "RequestTimeoutError", "Response", "ResponseFuture", "Stream", "StreamGroup",
-    "Timings", "UnknownEngineError", "UnsupportedEnvironmentError", "UnsupportedOptionError", "UnsupportedTaskError",
-    "Usage", "WrongThreadError", "function_engine",
+    "AsyncStream", "Bridge", "BridgeClosedError", "Chat", "Client", "Delta", "Device", "DeviceStatus",
+    "DisconnectedError", "Engine", "EngineDeadError", "EngineError", "EngineStartError", "ForkedError",
+    "FunctionEngine", "Gathered", "GenerationConfig", "Health", "InvalidRequestError", "LMBridgeError",
+    "MissingDependencyError", "ModelNotFoundError", "Observer", "PartyStatus", "PromptTooLongError", "QueueFullError",
+    "Ranked", "Request", "RequestAbortedError", "RequestInfo", "RequestTimeoutError", "Response", "ResponseFuture",
+    "Stream", "StreamGroup", "Timings", "UnknownEngineError", "UnsupportedEnvironmentError", "UnsupportedOptionError",
+    "UnsupportedTaskError", "Usage", "WrongThreadError", "function_engine",
 ]  # fmt: skip
 
 

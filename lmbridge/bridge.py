@@ -6,6 +6,8 @@ Rule: used from any thread but the server's. It puts the parts together and keep
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import inspect
 import itertools
 import math
 import threading
@@ -25,14 +27,16 @@ from lmbridge.chat import Chat
 from lmbridge.client import Client
 from lmbridge.crossing.gate import Gate
 from lmbridge.crossing.status import State
-from lmbridge.engines import engine_around, engine_factory
+from lmbridge.device import Device
+from lmbridge.engines import engine_around, engine_class, engine_factory
 from lmbridge.engines.base import Engine
 from lmbridge.errors import InvalidRequestError, RequestAbortedError
 from lmbridge.messages import GenerationConfig, Task
 from lmbridge.metrics import Metrics
+from lmbridge.server.lodging import Terms
 from lmbridge.server.swaps import Recipe
 from lmbridge.server.thread import ServerThread
-from lmbridge.values import as_int
+from lmbridge.values import as_flag, as_int, as_number
 
 _numbers = itertools.count(1)  # for clients without a name
 
@@ -56,10 +60,10 @@ class Health:
 
     Attributes:
         state: as ``Bridge.state``; requests are served while it is ``ready``, and kept while it is ``starting`` or
-            ``restarting``.
-        reason: why it is ``restarting``, ``failed`` or ``starting`` again; what holds a ``ready`` bridge's calls up (a
-            swap, or an engine that has made no progress, and where it stands); where the thread of a ``closed`` bridge
-            is stuck; else "".
+            ``restarting``; the first one has a model that is ``unloaded`` loaded again.
+        reason: why it is ``restarting``, ``failed``, ``unloaded`` or ``starting`` again; what a load waits for; what
+            holds a ``ready`` bridge's calls up (a swap, or an engine that has made no progress, and where it stands);
+            where the thread of a ``closed`` bridge is stuck; else "".
         waiting: requests that wait for the engine.
         running: requests in the engine.
         restarts: how often a dead engine has been followed by a new one.
@@ -83,6 +87,12 @@ class Bridge(Verbs):
         model: ``"demo"`` (the bundled model), a folder, a hub id, an Engine, or a function that builds one. Only what
             was given by name or as a function can be rebuilt after the engine has died.
         engine: the engine's name, for a model given by name.
+        device: where the model runs, as torch names it, or a ``Device`` that bridges share; None: the engine chooses.
+            Bridges on one device take turns there, and load when there is room for their models.
+        keep_alive: seconds without calls after which the model is unloaded, until the next call; None keeps it until
+            another needs the memory. A model given as an Engine is always kept.
+        pin: keep the model whoever needs the memory.
+        weight: how much of the device it gets beside others; of 2 and 1 the first gets twice the time.
         timeout: default deadline of every call, in seconds; None waits forever.
         max_pending: how many requests may wait for the engine.
         max_pending_per_client: how many of them may be one client's.
@@ -100,6 +110,10 @@ class Bridge(Verbs):
         model: Model,
         engine: str = "transformers",
         *,
+        device: str | Device | None = None,
+        keep_alive: float | None = None,
+        pin: bool = False,
+        weight: float = 1.0,
         timeout: float | None = None,
         max_pending: int = 1024,
         max_pending_per_client: int = 256,
@@ -108,13 +122,15 @@ class Bridge(Verbs):
         **engine_options: Any,
     ) -> None:
         _check_limits(max_pending, max_pending_per_client, when_full)
-        _check_seconds(timeout=timeout, stall_timeout=stall_timeout)
+        _check_seconds(timeout=timeout, stall_timeout=stall_timeout, keep_alive=keep_alive)
         if stall_timeout == 0:
             raise InvalidRequestError("stall_timeout=0 lets no engine live; give seconds, or None.", "stall_timeout")
-        recipe = _recipe(model, engine, engine_options)
+        terms = Terms(keep_alive, _checked_flag(pin, "pin"), _checked_weight(weight))
+        recipe = _placed(model, engine, engine_options, device)
         metrics = Metrics()
         gate = Gate(max_pending, max_pending_per_client, when_full == "reject", metrics)
-        self._server_thread = ServerThread(recipe, gate, metrics, stall_timeout)
+        self._device = device
+        self._server_thread = ServerThread(recipe, gate, metrics, stall_timeout, terms)
         self._access = Access(self._server_thread.server, self._server_thread.handle, timeout)
         self._threads = threading.local()  # .account: the thread's own, dropped when the thread ends
 
@@ -152,6 +168,7 @@ class Bridge(Verbs):
         *,
         overlap: bool = True,
         timeout: float | None = None,
+        device: str | Device | None = None,
         **engine_options: Any,
     ) -> None:
         """Exchange the model; blocks until the new one serves, and no request fails. Ctrl-C takes back one not begun.
@@ -161,6 +178,7 @@ class Bridge(Verbs):
             overlap: load the new model beside the old one, which needs memory for both; what runs finishes on the old
                 one. False holds new requests back, lets what runs finish, frees the old model and loads the new one.
             timeout: with ``overlap=False``, seconds for what runs to finish.
+            device: where the new model runs; None: where the bridge was told to run.
 
         Raises:
             EngineStartError: the new model could not be loaded; the old one goes on (or is brought back).
@@ -170,7 +188,8 @@ class Bridge(Verbs):
             BridgeClosedError: the bridge was closed meanwhile.
         """
         _check_seconds(timeout=timeout)
-        self._server_thread.swap(_recipe(model, engine, engine_options), overlap, timeout)
+        recipe = _placed(model, engine, engine_options, self._device if device is None else device)
+        self._server_thread.swap(recipe, overlap, timeout)
 
     def __enter__(self) -> Bridge:
         try:
@@ -217,7 +236,7 @@ class Bridge(Verbs):
 
     @property
     def state(self) -> State:
-        """``new``, ``starting``, ``ready``, ``restarting``, ``draining``, ``failed`` or ``closed``."""
+        """``new``, ``starting``, ``ready``, ``restarting``, ``unloaded``, ``draining``, ``failed`` or ``closed``."""
         return self._server_thread.status.state
 
     def health(self) -> Health:
@@ -303,6 +322,30 @@ def _recipe(model: Any, engine: str, options: dict[str, Any]) -> Recipe:
     raise InvalidRequestError(
         f"model must be a name, a folder, an Engine or a function that builds one, not {type(model).__name__}.", "model"
     )
+
+
+def _placed(model: Any, engine: str, options: dict[str, Any], device: Any) -> Recipe:
+    """The recipe of a model on a device, whose name goes on to an engine that takes it."""
+    if device is None:
+        return _recipe(model, engine, options)
+    place = device if isinstance(device, Device) else Device.of(device)
+    if isinstance(model, (str, Path)) and "device" in inspect.signature(engine_class(engine)).parameters:
+        options = {**options, "device": device.name if isinstance(device, Device) else device}
+    return dataclasses.replace(_recipe(model, engine, options), device=place)
+
+
+def _checked_flag(value: Any, name: str) -> bool:
+    flag = as_flag(value)
+    if flag is None:
+        raise InvalidRequestError(f"{name} must be True or False, not {value!r}.", name)
+    return flag
+
+
+def _checked_weight(value: Any) -> float:
+    weight = as_number(value)
+    if weight is None or not 0 < weight < math.inf:
+        raise InvalidRequestError(f"weight must be a number > 0, not {value!r}.", "weight")
+    return float(weight)
 
 
 def _check_seconds(**times: Any) -> None:

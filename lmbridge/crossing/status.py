@@ -13,7 +13,7 @@ from typing import Literal
 
 from lmbridge.errors import LMBridgeError
 
-State = Literal["new", "starting", "ready", "restarting", "draining", "failed", "closed"]
+State = Literal["new", "starting", "ready", "restarting", "unloaded", "draining", "failed", "closed"]
 
 
 class Verdict:
@@ -92,6 +92,12 @@ class Status:
     def lost(self, what: str) -> None:
         """There is no engine after ``what`` happened, and another is on its way."""
         self._be("restarting", what)
+
+    def unloaded(self, reason: str) -> None:
+        """There is no engine, which had nothing to do; one is loaded for the next call."""
+        self._be("unloaded", reason)
+        if self.ready.told:
+            self.ready = Verdict()
 
     def holds(self, reason: str) -> None:
         """Say what holds the calls up while the engine is well."""

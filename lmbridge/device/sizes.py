@@ -1,7 +1,7 @@
 """How much memory a device has, and sizes in words.
 
-Rule: any thread. torch is asked by its documented calls and only about CUDA, which that may begin in this process, so it
-is for those who are about to load a model, on a thread that may take its time.
+Rule: any thread. torch is asked by its documented calls and only about CUDA, which that may begin in this process, so
+it is for those who are about to load a model, on a thread that may take its time.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import time
+from collections.abc import Callable
 
 from lmbridge.crossing.call import Call
 from lmbridge.crossing.channel import SLICE
@@ -28,6 +29,10 @@ from lmbridge.server.turns import Turns
 LEFT = TimeoutError("the server thread was stuck and has been replaced")
 
 
+def _nothing() -> None:
+    """Nobody wants to know."""
+
+
 class Calls:
     """The living calls, and the engine's place that they go to.
 
@@ -35,12 +40,16 @@ class Calls:
         living: by request id; others may copy it to look.
         turns: of those that wait.
         place: of the engine that gets what comes now; None while there is none.
+        on_idle: called when the last call has ended.
+        on_arrival: called when one comes, while there is no engine and one is loaded for it; None otherwise.
     """
 
     def __init__(self, handle: ServerHandle, loop: asyncio.AbstractEventLoop, metrics: Metrics) -> None:
         self.left_behind = False  # set from outside once this thread is stuck: be silent should it ever wake up
         self.living: dict[str, Call] = {}
         self.place: Place | None = None
+        self.on_idle: Callable[[], None] = _nothing
+        self.on_arrival: Callable[[], None] | None = None
         self._handle = handle
         self._sent = handle.sent
         self._gate = handle.gate
@@ -73,6 +82,8 @@ class Calls:
                 self._begin(call, place)
             else:
                 self.turns.push(call)
+                if self.on_arrival is not None:
+                    self.on_arrival()
                 if self.left_behind:  # only now, and whoever took over may not have seen it
                     self._handle.submit(call)
 
@@ -197,8 +208,10 @@ class Calls:
             self._metrics.ended(call.outcomes[0])
             if logger.isEnabledFor(logging.DEBUG):
                 log_end(call)
-            if self._quiet is not None and not book:
-                self._quiet.set()
+            if not book:
+                self.on_idle()
+                if self._quiet is not None:
+                    self._quiet.set()
         call.channel.signal(call)
 
     # --- all calls at once ---

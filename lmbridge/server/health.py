@@ -37,7 +37,7 @@ def silence(run: Run) -> float:
 def _as_it_stands(told: Status, run: Run) -> Status:
     """What is told of a server whose thread lives, as far as it holds: it may be stuck, its engine dead or silent."""
     place, silent = run.loop.calls.place, silence(run)
-    if silent > watchdog.LOOP_GRACE and told.state in ("starting", "ready", "restarting"):
+    if silent > watchdog.LOOP_GRACE and told.state in ("starting", "ready", "restarting", "unloaded"):
         state: State = "restarting" if told.state == "ready" else told.state
         where = where_is(run.loop.handle.thread_id) or "unknown code"
         return _but(told, state, f"the server thread has not answered for {silent:.0f} s; it stands in {where}")

@@ -19,6 +19,7 @@ from lmbridge.metrics import Metrics
 from lmbridge.server import at_exit, places
 from lmbridge.server.clock import LookClock
 from lmbridge.server.environment import check_environment
+from lmbridge.server.lodging import Lodging
 from lmbridge.server.loop import ServerLoop
 from lmbridge.server.losses import died
 from lmbridge.server.run import Run
@@ -39,7 +40,9 @@ class Keeper:
         closed: nothing is started any more.
     """
 
-    def __init__(self, recipe: Recipe, handle: ServerHandle, metrics: Metrics, stall_timeout: float | None) -> None:
+    def __init__(
+        self, recipe: Recipe, handle: ServerHandle, metrics: Metrics, stall_timeout: float | None, lodging: Lodging
+    ) -> None:
         self.swaps = Swaps()
         self.run: Run | None = None  # guarded by _lock when written, as are the next two
         self.closed = False
@@ -48,6 +51,7 @@ class Keeper:
         self._status = handle.status
         self._metrics = metrics
         self._stall_timeout = stall_timeout
+        self._lodging = lodging
         self._pid = os.getpid()
         self._locks = {self._pid: threading.RLock()}  # by process; the present one's:
         self._lock = self._locks[self._pid]  # a signal handler may close while it starts
@@ -157,7 +161,7 @@ class Keeper:
     def _new_run(self, recipe: Recipe, stuck: Run | None = None) -> Run:
         """With _lock held."""
         loop = ServerLoop(self._handle, self._metrics, self._stall_timeout)
-        run = Run(loop, Supervisor(loop, recipe, self.swaps), stuck)
+        run = Run(loop, Supervisor(loop, recipe, self.swaps, self._lodging), stuck)
         if stuck is None:
             self._status.loading()
         else:
@@ -253,6 +257,7 @@ class Keeper:
         self._note_end(cause)
         self.swaps.fail_all(BridgeClosedError("The server thread ended before the new model was ready."))
         run.loop.calls.close(cause)
+        self._lodging.end()
         if not self._status.ready.told:
             self._status.ready.tell(self._handle.closed_error())
         at_exit.forget(self)

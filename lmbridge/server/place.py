@@ -14,6 +14,7 @@ from lmbridge.crossing.call import Call
 from lmbridge.engines.base import Engine
 from lmbridge.log import logger, shown
 from lmbridge.server.border import batch_size
+from lmbridge.server.lodging import Stay
 
 FAIR_LOOKS = 3  # at how many looks the engine must have gone on without a call before that says anything
 ABORT_GRACE = 10.0  # seconds an engine may take to answer an abort before the place is given to somebody else
@@ -38,6 +39,7 @@ class Place:
 
     Attributes:
         starting, closing: the tasks in which the supervisor has the engine start and close.
+        stay: on its device; None before it is known which one that is. Left by whoever ends the engine, or gives it up.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -45,6 +47,7 @@ class Place:
         self.calls: dict[Call, None] = {}  # begun and not ended
         self.starting: asyncio.Task[None] | None = None
         self.closing: asyncio.Task[None] | None = None
+        self.stay: Stay | None = None
         self.progress = 0  # rises with everything the engine says or shows
         self._loop = asyncio.get_running_loop()
         self._thread_id = threading.get_ident()
@@ -71,6 +74,20 @@ class Place:
         except Exception as error:
             return error
         return None
+
+    def move_in(self, stay: Stay) -> None:
+        """Take a place on a device."""
+        self.stay = stay
+
+    def stop_computing(self) -> None:
+        """Hold nobody up on the device: the engine has died, or is about to be closed. Any thread."""
+        if self.stay is not None:
+            self.stay.stop()
+
+    def move_out(self) -> None:
+        """Give back what the engine had on the device; more than once does no harm. Any thread."""
+        if self.stay is not None:
+            self.stay.leave()
 
     def leave(self, call: Call) -> None:
         """A call has ended."""

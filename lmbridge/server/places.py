@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from lmbridge.engines import EngineFactory
 from lmbridge.server.border import build_engine, close_engine, failure, start_engine
+from lmbridge.server.lodging import Lodging
 from lmbridge.server.place import Place
+from lmbridge.server.swaps import Recipe
 
 CLOSE_GRACE = 10.0  # seconds an engine may take to close before it is left behind
 
@@ -20,36 +21,46 @@ class Places:
 
     Args:
         watched: what the sweep looks at: every engine from the moment it was built until it is closed.
+        lodging: where they find room.
 
     Attributes:
         stop: set once it is time to end. Nothing is waited for then but the engines' ends, by ``close_all``.
     """
 
-    def __init__(self, watched: list[Place]) -> None:
+    def __init__(self, watched: list[Place], lodging: Lodging) -> None:
         self.stop = asyncio.Event()
         self._watched = watched
+        self._lodging = lodging
         self._closing: set[asyncio.Task[None]] = set()
         self._retiring: set[asyncio.Task[None]] = set()
 
-    async def load(self, factory: EngineFactory) -> Place | None:
-        """A loaded engine; None when it is time to stop.
+    async def load(self, recipe: Recipe) -> Place | None:
+        """A loaded engine, which has waited for room on its device; None when it is time to stop.
 
         Raises:
             Exception: it could not be loaded, and has been closed.
         """
         if self.stop.is_set():
             return None
-        engine = build_engine(factory)
+        engine = build_engine(recipe.build)
         if any(place.engine is engine for place in self._watched):
             raise ValueError("this engine has not been closed yet, and could be started but once; build another")
         place = Place(engine)
         self._watched.append(place)
-        place.starting = start_engine(place.engine)
-        await self.unless_stopped(place.starting)
-        if self.stop.is_set():
-            return None
-        error = failure(place.starting) or place.measure()
+        try:
+            await self._lodging.move_in(engine, recipe, place.move_in, self.unless_stopped, self.stop)
+            if self.stop.is_set():
+                return None
+            place.starting = start_engine(engine)
+            await self.unless_stopped(place.starting)
+            if self.stop.is_set():
+                return None
+            error = failure(place.starting) or place.measure()
+        except Exception as cause:
+            error = cause
         if error is None:
+            if place.stay is not None:
+                place.stay.loaded(engine)
             return place
         await self.close(place)
         raise error
@@ -86,6 +97,7 @@ class Places:
     def _put_away(self, place: Place) -> asyncio.Task[None]:
         """The one task that closes the engine."""
         if place.closing is None:
+            place.stop_computing()
             place.closing = asyncio.ensure_future(self._end(place))
             self._closing.add(place.closing)
             place.closing.add_done_callback(self._closing.discard)
@@ -96,5 +108,8 @@ class Places:
         if starting is not None and not starting.done():
             starting.cancel()
             await asyncio.wait([starting], timeout=CLOSE_GRACE / 2)
-        await close_engine(place.engine, CLOSE_GRACE)
+        try:
+            await close_engine(place.engine, CLOSE_GRACE)
+        finally:
+            place.move_out()
         self._watched.remove(place)

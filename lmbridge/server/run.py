@@ -69,6 +69,7 @@ class Run:
         """Have the stuck thread end without a word, should it ever wake up."""
         self.loop.loss = TimeoutError(f"the engine blocked the server thread, which was stuck in {self._where()}")
         self.loop.calls.left_behind = True
+        self._move_out()
         self.call_soon(self.loop.loop.stop)
 
     def call_soon(self, function: Callable[[], object]) -> None:
@@ -119,4 +120,10 @@ class Run:
 
     def discard(self) -> None:
         """Close the loop of a run that does not run."""
+        self._move_out()
         self.loop.loop.close()
+
+    def _move_out(self) -> None:
+        """What its engines had on their devices is for others, whether or not they have let go of it. Any thread."""
+        for place in list(self.loop.sweep.places):
+            place.move_out()

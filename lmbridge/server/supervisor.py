@@ -7,16 +7,19 @@ else here is one of its chapters.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import time
 from typing import Any
 
 from lmbridge.errors import BridgeClosedError, EngineDeadError, EngineStartError, LMBridgeError, RequestTimeoutError
 from lmbridge.log import logger, shown
+from lmbridge.server.lodging import Lodging
 from lmbridge.server.loop import ServerLoop
 from lmbridge.server.losses import died, is_sticky, not_again, start_error, swap_error
 from lmbridge.server.place import Place
 from lmbridge.server.places import Places
+from lmbridge.server.rest import Rest
 from lmbridge.server.swaps import STUCK, Recipe, Swap, Swaps
 
 MAX_FAILURES = 3  # losses within FAILURE_WINDOW seconds after which the engine stays down
@@ -32,16 +35,18 @@ class Supervisor:
         recipe: of the engine that serves, or is to. Read by anyone.
     """
 
-    def __init__(self, server: ServerLoop, recipe: Recipe, swaps: Swaps) -> None:
+    def __init__(self, server: ServerLoop, recipe: Recipe, swaps: Swaps, lodging: Lodging) -> None:
         self.recipe = recipe
         self._handle = server.handle
         self._loop = server.loop
         self._sweep = server.sweep
-        self._places = Places(server.sweep.places)
+        self._places = Places(server.sweep.places, lodging)
         self._calls = server.calls
         self._status = server.handle.status
         self._swaps = swaps
-        self._called = asyncio.Event()  # to stop, or to swap
+        self._called = asyncio.Event()  # to stop, to swap, to rest or to come back
+        self._rest = Rest(lodging, self._calls, self.look)
+        lodging.label, lodging.host = recipe.label, self
         self._drained: asyncio.Future[None] | None = None
 
     # --- asked for by others ---
@@ -63,8 +68,17 @@ class Supervisor:
             self._drained.add_done_callback(lambda drained: self._stop_now())
 
     def look(self) -> None:
-        """See whether a swap was asked for."""
+        """See whether a swap was asked for, or something else."""
         self._called.set()
+
+    def load_again(self) -> None:
+        """Have a model that was unloaded come back."""
+        self._rest.want()
+
+    def ask_to_rest(self, why: str) -> None:
+        """Have the model unloaded if there is nothing to do for it. Any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and the model with it
+            self._loop.call_soon_threadsafe(self._rest.ask, why)
 
     # --- from beginning to end ---
 
@@ -75,13 +89,22 @@ class Supervisor:
             place = await (self._open() if after_death is None else self._rebuild(after_death, died(after_death)))
             while not self._stopped:
                 await self._until_called(place)
-                if self._swaps and not self._stopped:
-                    place = await self._exchange(place)
-                elif place is not None and place.dead.done():
-                    place = await self._replace(place)
+                if not self._stopped:
+                    place = await self._see_to(place)
             await self.close_engines()
         finally:
             sweep.cancel()
+
+    async def _see_to(self, place: Place | None) -> Place | None:
+        """Do what this was called for; the engine that serves then."""
+        if self._swaps:
+            return await self._exchange(place)
+        if place is None:
+            return await self._come_back() if self._rest.wanted else None
+        if place.dead.done():
+            return await self._replace(place)
+        why = self._rest.due()
+        return await self._unload(place, why) if why else place
 
     async def close_engines(self) -> None:
         """Close the engines that are left, all at once."""
@@ -123,14 +146,16 @@ class Supervisor:
         Raises:
             Exception: it could not be loaded, and has been closed.
         """
-        place = await self._places.load(recipe.build)
+        place = await self._places.load(recipe)
         if place is not None:
             place.dead.add_done_callback(functools.partial(self._on_death, place))
         return place
 
     def _install(self, place: Place) -> Place:
         """Give the place to an engine."""
+        self._rest.end()
         self._status.loaded()
+        self._rest.serves(self.recipe)
         self._calls.install(place)
         return place
 
@@ -140,7 +165,9 @@ class Supervisor:
         """Tell it before the dead engine is closed, which may take its time."""
         if self._calls.left_behind:
             return
+        place.stop_computing()
         if self._calls.place is place:
+            self._rest.busy()
             self._status.lost(died(dead.result()))
         self._calls.fail_begun(place, dead.result())
 
@@ -195,6 +222,25 @@ class Supervisor:
         self._status.failed(error)
         self._calls.refuse(error)
 
+    # --- resting ---
+
+    async def _unload(self, place: Place, why: str) -> Place | None:
+        """Free a model that has nothing to do, until there is a call for it."""
+        self._calls.vacate(place)
+        self._rest.begin()
+        self._status.unloaded(f"{why}; the next call loads it again")
+        logger.info("The model %s was unloaded: %s.", self.recipe.label, why)
+        if place.stay is not None:
+            place.stay.count_unload()
+        await self._places.close(place)
+        return None
+
+    async def _come_back(self) -> Place | None:
+        """Load the engine again; None when it stays down, or when it is time to stop."""
+        self._rest.end()
+        self._status.loading("it had been unloaded, and is loaded again")
+        return await self._bring_back()
+
     # --- swapping ---
 
     async def _exchange(self, old: Place | None) -> Place | None:
@@ -202,6 +248,7 @@ class Supervisor:
         swap = self._swaps.begin()
         if swap is None:
             return old
+        self._rest.busy()
         if self._calls.left_behind:  # only now: whoever left this thread behind did not see that the swap was begun
             swap.done.tell(EngineStartError(STUCK))
             self._swaps.end(swap)
@@ -211,6 +258,8 @@ class Supervisor:
         else:
             place = await self._swap_in_place(old, swap)
         self._swaps.end(swap)
+        if place is not None and place is old:
+            self._rest.serves(self.recipe)
         return place
 
     async def _swap_beside(self, old: Place | None, swap: Swap) -> Place | None:
@@ -249,7 +298,7 @@ class Supervisor:
         return None if new is None else self._take_over(new, swap)
 
     async def _bring_back(self) -> Place | None:
-        """Load the engine again that made room for one that could not be loaded; None when it cannot be either."""
+        """Load the engine again that has made room for others; None when it cannot be."""
         try:
             place = await self._load(self.recipe)
         except Exception as cause:
@@ -265,12 +314,13 @@ class Supervisor:
     # --- waiting ---
 
     async def _until_called(self, place: Place | None) -> None:
-        """Wait for a call to stop or to swap, or for the engine's death."""
+        """Wait for a call to stop, to swap or to come back, for the engine's death, or until it is to be unloaded."""
         self._called.clear()
-        if self._stopped or self._swaps:
+        if self._stopped or self._swaps or self._rest.pending:
             return
         called: asyncio.Future[Any] = asyncio.ensure_future(self._called.wait())
-        await asyncio.wait([called] if place is None else [called, place.dead], return_when=asyncio.FIRST_COMPLETED)
+        awaited, patience = ([called], None) if place is None else ([called, place.dead], self._rest.patience())
+        await asyncio.wait(awaited, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
         called.cancel()
 
 

@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from lmbridge.crossing.status import Verdict
+from lmbridge.device import Device
 from lmbridge.engines import EngineFactory
 from lmbridge.errors import LMBridgeError
 
@@ -18,11 +19,12 @@ STUCK = "The server thread was stuck; ask for the swap again."
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to build the engine, what to call it, and whether it can be built again."""
+    """How to build the engine, what to call it, whether it can be built again, and where it runs: None asks it."""
 
     build: EngineFactory
     label: str
     rebuildable: bool
+    device: Device | None = None
 
 
 @dataclass(eq=False)

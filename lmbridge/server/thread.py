@@ -20,6 +20,7 @@ from lmbridge.log import shown
 from lmbridge.metrics import Metrics
 from lmbridge.server import health, watchdog
 from lmbridge.server.keeper import Keeper
+from lmbridge.server.lodging import Lodging, Terms
 from lmbridge.server.swaps import Recipe, Swap
 
 T = TypeVar("T")
@@ -33,11 +34,14 @@ class ServerThread:
         keeper: starts and ends its thread.
     """
 
-    def __init__(self, recipe: Recipe, gate: Gate, metrics: Metrics, stall_timeout: float | None) -> None:
+    def __init__(
+        self, recipe: Recipe, gate: Gate, metrics: Metrics, stall_timeout: float | None, terms: Terms | None = None
+    ) -> None:
         self.metrics = metrics
         self._status = Status()  # as the server thread writes it
         self.handle = ServerHandle(gate, self._status)
-        self.keeper = Keeper(recipe, self.handle, metrics, stall_timeout)
+        lodging = Lodging(terms or Terms(), self._status, gate)
+        self.keeper = Keeper(recipe, self.handle, metrics, stall_timeout, lodging)
 
     # --- what can be seen, by anyone; waits for nobody ---
 
@@ -111,6 +115,8 @@ class ServerThread:
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             self.server(blocking=True)
+            if self._status.state == "unloaded" and self.keeper.run is not None:
+                self.keeper.run.call_soon(self.keeper.run.supervisor.load_again)
             ready, left = self._status.ready, SLICE if end is None else end - time.monotonic()
             if ready.wait(min(left, SLICE)):
                 break

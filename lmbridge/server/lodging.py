@@ -1,0 +1,247 @@
+"""A bridge on its devices: what its engines need of one, when they may have it, and when others may have it back.
+
+Rule: any thread, but for ``move_in``, which is the server thread's. Whoever waits for room waits in there, on the loop,
+in slices, so that deadlines, orders and the end hold meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lmbridge.crossing.gate import Gate
+from lmbridge.crossing.status import Status
+from lmbridge.device import Device
+from lmbridge.device.sizes import as_size, usual_device
+from lmbridge.device.tenant import Holding, Tenant
+from lmbridge.device.turns import Party
+from lmbridge.engines.base import Engine, EngineThread
+from lmbridge.log import logger, shown
+from lmbridge.server.swaps import Recipe
+
+ASK_AGAIN = 0.5  # seconds after which whoever waits for room asks again, woken or not
+
+Wait = Callable[..., Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a bridge was told of sharing a device; see ``Bridge``."""
+
+    keep_alive: float | None = None
+    pin: bool = False
+    weight: float = 1.0
+
+
+class Host(Protocol):
+    """Whoever can unload the model."""
+
+    def ask_to_rest(self, why: str) -> None:
+        """Do so, if there is nothing to do for it still. Any thread."""
+
+
+class Stay:
+    """One engine on its device, from before its start to its end. Any thread."""
+
+    def __init__(self, device: Device, holding: Holding) -> None:
+        self._device = device
+        self._ledger = device.ledger
+        self.holding = holding
+        self.party = Party(device.turns, holding.tenant.lane)
+
+    def loaded(self, engine: Engine) -> None:
+        """Take down what the engine holds now that it has started. The server thread."""
+        self._ledger.settle(self.holding, _footprint(engine))
+
+    def stop(self) -> None:
+        """The engine computes no more, or not for anybody; it is about to be closed."""
+        self.party.close()
+        self._ledger.passes(self.holding)
+
+    def leave(self) -> None:
+        """The engine is gone, or given up; more than once does no harm."""
+        self.party.close()
+        self._ledger.leave(self.holding)
+
+    def count_unload(self) -> None:
+        """The model could have stayed."""
+        self._ledger.count_unload()
+
+
+class Lodging:
+    """One bridge on its devices: usually one, another once a model was swapped in that has another.
+
+    Attributes:
+        terms: as the bridge was told.
+        host: who has the engine at the moment; the present server thread's supervisor.
+        label: of the model that serves, or is to.
+        idle: when the last call ended or the engine was loaded, monotonic; written by the server thread.
+        may_rest: whether the engine that serves could be loaded again; likewise.
+    """
+
+    def __init__(self, terms: Terms, status: Status, gate: Gate) -> None:
+        self.terms = terms
+        self.host: Host | None = None
+        self.label = ""
+        self.idle = 0.0
+        self.may_rest = False
+        self._status = status
+        self._gate = gate
+        self._tenants: dict[Device, Tenant] = {}  # the server thread adds; whoever ends it clears
+
+    # --- what devices ask ---
+
+    @property
+    def state(self) -> str:
+        return self._status.state
+
+    @property
+    def idle_since(self) -> float | None:
+        """When the last call ended; None while there are calls, or no model that could be unloaded."""
+        rests = self.may_rest and self._status.state == "ready" and not self._gate.calls
+        return self.idle if rests else None
+
+    def ask_to_unload(self, why: str) -> None:
+        host = self.host
+        if host is not None:
+            host.ask_to_rest(why)
+
+    # --- what the server tells ---
+
+    def is_idle(self) -> None:
+        """The last call has ended, or the engine was loaded and none has come yet."""
+        self.idle = time.monotonic()
+        for tenant_device in list(self._tenants):
+            tenant_device.ledger.stir()
+
+    def rest_due(self) -> float | None:
+        """Seconds until the model has been idle for ``keep_alive``; None where it is kept."""
+        keep = self.terms.keep_alive
+        if keep is None or not self.may_rest:
+            return None
+        return keep if self._gate.calls else max(0.0, self.idle + keep - time.monotonic())
+
+    def end(self) -> None:
+        """There is no server any more."""
+        self.may_rest = False
+        self._tenants.clear()
+
+    # --- the server thread ---
+
+    async def move_in(
+        self, engine: Engine, recipe: Recipe, keep: Callable[[Stay], None], unless_stopped: Wait, stop: asyncio.Event
+    ) -> None:
+        """Give an engine its turns, and wait until there is room for its model; less than that when it is time to stop.
+
+        Args:
+            keep: takes the stay, which is to be left in any case.
+            unless_stopped: ``Places.unless_stopped``.
+
+        Raises:
+            EngineStartError: there can never be room.
+        """
+        asked = await _off_the_loop(engine, recipe, unless_stopped)
+        if asked is None:
+            return
+        device, size = asked
+        tenant = self._tenant(device, recipe)
+        news, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(news.set)
+
+        stay = Stay(device, Holding(tenant, recipe.label, size or 0, wake))
+        keep(stay)
+        engine.party = stay.party
+        if size is not None:
+            await self._wait_for_room(device, stay.holding, news, unless_stopped, stop)
+
+    async def _wait_for_room(
+        self, device: Device, holding: Holding, news: asyncio.Event, unless_stopped: Wait, stop: asyncio.Event
+    ) -> None:
+        before, told = self._status.reason, ""
+        while not stop.is_set():
+            news.clear()
+            why = device.ledger.ask(holding)
+            if told and self._status.reason == told:  # others may have had more to say meanwhile
+                self._status.holds(before)
+            if not why:
+                return
+            if self._status.reason in (before, told):
+                self._status.holds(why)
+                told = why
+            heard: asyncio.Future[Any] = asyncio.ensure_future(news.wait())
+            await unless_stopped(heard, timeout=ASK_AGAIN)
+            heard.cancel()
+
+    def _tenant(self, device: Device, recipe: Recipe) -> Tenant:
+        pinned = self.terms.pin or not recipe.rebuildable
+        tenant = self._tenants.get(device)
+        if tenant is None:
+            tenant = self._tenants[device] = device.admit(self, self.terms.weight, pinned)
+        tenant.pinned = pinned
+        return tenant
+
+
+async def _off_the_loop(engine: Engine, recipe: Recipe, unless_stopped: Wait) -> tuple[Device, int | None] | None:
+    """The engine's device, and what it will need there; None when it is time to stop.
+
+    Engines that have nothing to say are not asked, which saves a thread.
+    """
+    if type(engine).estimate is Engine.estimate and (recipe.device is not None or not _chooses(engine)):
+        return recipe.device or Device.of("cpu"), None
+    thread = EngineThread("lmbridge estimate")
+    asking = asyncio.ensure_future(thread.run(_ask, engine, recipe))
+    try:
+        await unless_stopped(asking)
+    finally:
+        thread.close()
+        if not asking.done():
+            asking.cancel()
+    return asking.result() if asking.done() and not asking.cancelled() else None
+
+
+def _ask(engine: Engine, recipe: Recipe) -> tuple[Device, int | None]:
+    """On a thread of its own."""
+    device = recipe.device or _device_of(engine)
+    try:
+        size = as_size(engine.estimate())
+    except BaseException as cause:  # an engine that cannot tell may well be able to load
+        logger.warning("The engine %s could not estimate its memory: %s", engine.name, shown(cause))
+        size = None
+    if size is not None:
+        device.find_limit()
+    return device, size
+
+
+def _chooses(engine: Engine) -> bool:
+    """Whether the engine has a choice of devices."""
+    with contextlib.suppress(TypeError, ValueError):
+        return hasattr(engine, "device") or "device" in inspect.signature(type(engine)).parameters
+    return False
+
+
+def _device_of(engine: Engine) -> Device:
+    """Where an engine runs that was built by a function of the user's."""
+    try:
+        said = getattr(engine, "device", None)
+        if isinstance(said, str) and said:
+            return Device.of(said)
+        return Device.of(usual_device() if _chooses(engine) else "cpu")
+    except BaseException as cause:  # no torch, say, which the engine will say better
+        logger.debug("The device of the engine %s is not known: %s", engine.name, shown(cause))
+        return Device.of("cpu")
+
+
+def _footprint(engine: Engine) -> int | None:
+    try:
+        return as_size(engine.footprint())
+    except BaseException as cause:
+        logger.warning("The engine %s could not tell how much memory it holds: %s", engine.name, shown(cause))
+        return None

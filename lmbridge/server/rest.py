@@ -1,0 +1,79 @@
+"""When a model that has nothing to do is unloaded, and when it is wanted again.
+
+Rule: server thread only, but for ``Lodging``, which others read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lmbridge.server.calls import Calls
+from lmbridge.server.lodging import Lodging
+from lmbridge.server.swaps import Recipe
+
+
+class Rest:
+    """Judges it for one supervisor.
+
+    Args:
+        look: has the supervisor look at this again.
+
+    Attributes:
+        wanted: the model is unloaded, and a call has come or somebody has asked for it.
+    """
+
+    def __init__(self, lodging: Lodging, calls: Calls, look: Callable[[], None]) -> None:
+        self.wanted = False
+        self._lodging = lodging
+        self._calls = calls
+        self._look = look
+        self._asked = ""  # why others want the memory
+        calls.on_idle = lodging.is_idle
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to do at once."""
+        return self.wanted or (bool(self._asked) and self._lodging.may_rest)
+
+    def ask(self, why: str) -> None:
+        """Others would have the memory."""
+        self._asked = why
+        self._look()
+
+    def due(self) -> str:
+        """Why the model is to be unloaded now; "" if it is not."""
+        asked, self._asked = self._asked, ""
+        if self._lodging.idle_since is None:
+            return ""
+        return asked or ("it was idle" if self._lodging.rest_due() == 0 else "")
+
+    def patience(self) -> float | None:
+        """Seconds after which ``due`` is worth asking, if nothing else comes; None: for as long as it takes."""
+        return self._lodging.rest_due()
+
+    def begin(self) -> None:
+        """The model is being unloaded."""
+        self._lodging.may_rest = False
+        self._calls.on_arrival = self.want
+
+    def want(self) -> None:
+        """Have the model loaded again, if it is unloaded."""
+        if self._calls.on_arrival is not None:
+            self.wanted = True
+            self._look()
+
+    def end(self) -> None:
+        """The model is being loaded again, or another is."""
+        self.wanted = False
+        self._calls.on_arrival = None
+
+    def busy(self) -> None:
+        """A swap is under way, which needs the model or takes its place; or the engine has died."""
+        self._lodging.may_rest = False
+
+    def serves(self, recipe: Recipe) -> None:
+        """An engine that was made so serves from now on."""
+        self._lodging.label = recipe.label
+        self._lodging.may_rest = recipe.rebuildable
+        if not self._calls.living:
+            self._lodging.is_idle()
