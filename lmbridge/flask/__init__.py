@@ -1,7 +1,8 @@
-"""Flask: an extension that gives an app its bridges, an OpenAI-compatible blueprint, operations and a playground.
+"""Flask: an extension that gives an app its bridges, an OpenAI-compatible blueprint, reranking, operations and a page.
 
 Rule: public names only. The blueprints are imported from where they live: ``lmbridge.flask.openai``,
-``lmbridge.flask.operations`` and ``lmbridge.flask.playground`` each have a ``blueprint`` to register.
+``lmbridge.flask.rerank``, ``lmbridge.flask.operations`` and ``lmbridge.flask.playground`` each have a ``blueprint`` to
+register.
 """
 
 from __future__ import annotations

@@ -9,18 +9,21 @@ import json
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Set
 
 import click
 from flask.cli import AppGroup
 
+from lmbridge.bridge import Bridge
 from lmbridge.errors import LMBridgeError
 from lmbridge.flask.models import current_models
+from lmbridge.messages import Task
 
 group = AppGroup("lmbridge", help="The models of this app.")
 
 
 @group.command()
-@click.option("--load", is_flag=True, help="Load each model here and have it answer once.")
+@click.option("--load", is_flag=True, help="Load each model here and have it do its work once.")
 @click.option("--url", help="Ask a running server, such as http://127.0.0.1:8000, how it is.")
 def status(load: bool, url: str | None) -> None:
     """Show the app's models, and with --load or --url whether they work."""
@@ -40,14 +43,26 @@ def status(load: bool, url: str | None) -> None:
 
 
 def _try(name: str) -> str:
-    bridge, began = current_models().bridge(name), time.monotonic()
+    models, began = current_models(), time.monotonic()
+    bridge = models.bridge(name)
     try:
         bridge.start()
         loaded = time.monotonic()
-        answer = bridge.infer("Hello", max_new_tokens=8)
+        said = _say(bridge, models.tasks(name))
     except LMBridgeError as error:
         raise click.ClickException(f"{name}: {error}") from None
-    return f"loaded in {loaded - began:.1f} s, answered {answer.text!r} in {answer.timings.total:.2f} s"
+    return f"loaded in {loaded - began:.1f} s, {said} in {time.monotonic() - loaded:.2f} s"
+
+
+def _say(bridge: Bridge, tasks: Set[Task]) -> str:
+    """Have a model do once what it does, and say what came of it."""
+    if "generate" in tasks:
+        return f"answered {bridge.infer('Hello', max_new_tokens=8).text!r}"
+    if "embed" in tasks:
+        return f"made a vector of {len(bridge.embed('Hello'))} dimensions"
+    if "rerank" in tasks:
+        return f"gave the score {bridge.rerank('Hello', ['Hello'])[0].score:.2g}"
+    return "not asked anything"
 
 
 def _ask(url: str) -> str:

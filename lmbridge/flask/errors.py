@@ -24,6 +24,7 @@ from lmbridge.errors import (
     RequestAbortedError,
     RequestTimeoutError,
     UnsupportedOptionError,
+    UnsupportedTaskError,
 )
 
 Kind = tuple[type[LMBridgeError], int, str, str | None]
@@ -32,6 +33,7 @@ Kind = tuple[type[LMBridgeError], int, str, str | None]
 _TABLE: tuple[Kind, ...] = (
     (PromptTooLongError, 400, "invalid_request_error", "context_length_exceeded"),
     (UnsupportedOptionError, 400, "invalid_request_error", "unsupported_parameter"),
+    (UnsupportedTaskError, 400, "invalid_request_error", "unsupported_task"),
     (InvalidRequestError, 400, "invalid_request_error", None),
     (ModelNotFoundError, 404, "invalid_request_error", "model_not_found"),
     (QueueFullError, 429, "rate_limit_error", "queue_full"),

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import inspect
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from flask import Request, current_app
 from werkzeug.local import LocalProxy
 
 from lmbridge.bridge import Bridge
-from lmbridge.errors import BridgeClosedError, InvalidRequestError, ModelNotFoundError
+from lmbridge.engines import engine_class
+from lmbridge.errors import BridgeClosedError, InvalidRequestError, ModelNotFoundError, UnsupportedTaskError
 from lmbridge.flask.config import ModelSource, Settings
+from lmbridge.messages import Task
 
 EXTENSION = "lmbridge"
+VERBS: dict[Task, str] = {"generate": "generate text", "embed": "embed", "rerank": "rerank", "call": "call a function"}
 
 
 class Models:
@@ -42,6 +47,7 @@ class Models:
         self._lock = threading.Lock()
         self._created = int(time.time())
         self._own: list[Bridge] = []  # closed with the app; those handed in belong to somebody else
+        self._tasks: dict[str, frozenset[Task]] = {}  # as last seen; set in one atomic step by any thread
         self._bridges = {name: self._build(name, source) for name, source in settings.models.items()}
         _open.add(self)
 
@@ -70,6 +76,50 @@ class Models:
             raise ModelNotFoundError(
                 f"There is no model {name!r} here; the models are {', '.join(self._bridges)}."
             ) from None
+
+    def tasks(self, name: str) -> frozenset[Task]:
+        """What the model of that name does: ``generate``, ``embed``, ``rerank``. Empty while that is not known."""
+        engine = self.bridge(name)._server_thread.engine  # there is none before the first use, and while it loads
+        if engine is not None:
+            self._tasks[name] = engine.tasks
+        return self._tasks.get(name, frozenset())
+
+    def chosen(self, name: str | None, task: Task, timeout: float | None = None) -> str:
+        """The model for a request: the one it names, else the first that does what is asked.
+
+        What a model does may not be known before it has been loaded. The one that is named is taken then, and says so
+        itself; where none is named and several may do, they are loaded, one after another.
+
+        Args:
+            timeout: seconds for loading, where that is needed.
+
+        Raises:
+            ModelNotFoundError: there is none of that name.
+            UnsupportedTaskError: the one named does something else; the message names those that do.
+            LMBridgeError: it takes too long to find out, or one could not be loaded.
+        """
+        if name is None:
+            return self._first(task, timeout)
+        known, able = self.tasks(name), self._able(task)
+        if known and able and task not in known:
+            does = "does" if len(able) == 1 else "do"
+            raise UnsupportedTaskError(
+                f"The model {name!r} does not {VERBS[task]}; of those here, {' and '.join(able)} {does}.", "model"
+            )
+        return name
+
+    def _able(self, task: Task) -> list[str]:
+        """The models that are known to do this."""
+        return [name for name in self.names() if task in self.tasks(name)]
+
+    def _first(self, task: Task, timeout: float | None) -> str:
+        """The first model that does this; the default one where none does, to say what it does instead."""
+        unknown = [name for name in self.names() if not self.tasks(name)]
+        until = None if timeout is None else time.monotonic() + timeout
+        while not (able := self._able(task)) and len(unknown) > 1:
+            first = unknown.pop(0)
+            self.bridge(first).start(None if until is None else max(0.0, until - time.monotonic()))
+        return next(iter(able or unknown), self.default)
 
     def check_open(self) -> None:
         """Raise BridgeClosedError once the end has begun."""
@@ -100,9 +150,10 @@ class Models:
         if "model" not in options:
             raise InvalidRequestError(f"LMBRIDGE_MODELS: {name!r} names no 'model'.", "LMBRIDGE_MODELS")
         settings = self.settings
+        model, engine = options.pop("model"), options.pop("engine", "transformers")
         bridge = Bridge(
-            options.pop("model"),
-            options.pop("engine", "transformers"),
+            model,
+            engine,
             timeout=settings.timeout,
             max_pending=settings.max_pending,
             max_pending_per_client=settings.max_pending_per_client,
@@ -111,6 +162,8 @@ class Models:
             **options,
         )
         self._own.append(bridge)
+        if isinstance(model, (str, Path)):
+            self._tasks[name] = _tasks_of(engine, options.get("task"))
         return bridge
 
     def _default_account(self, request: Request) -> str:
@@ -119,6 +172,14 @@ class Models:
         if self.settings.api_keys and authorization is not None and authorization.token:
             return f"key-{hashlib.sha256(authorization.token.encode()).hexdigest()[:12]}"
         return request.remote_addr or "unknown"
+
+
+def _tasks_of(engine: str, wanted: Any) -> frozenset[Task]:
+    """What an engine of that name will do, given its option ``task`` where it has one; empty: the model decides."""
+    if wanted in ("embed", "rerank"):
+        return frozenset({wanted})
+    found = engine_class(engine)
+    return frozenset() if "task" in inspect.signature(found).parameters else found.tasks
 
 
 def current_models() -> Models:

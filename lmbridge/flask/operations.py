@@ -137,7 +137,9 @@ def status() -> dict[str, Any]:
         "draining": models.draining,
         "disconnects": models.disconnects,
         "default": models.default,
-        "models": {name: _numbers(models.bridge(name)) for name in models.names()},
+        "models": {
+            name: {"tasks": sorted(models.tasks(name)), **_numbers(models.bridge(name))} for name in models.names()
+        },
     }
 
 

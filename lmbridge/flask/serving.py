@@ -16,7 +16,7 @@ from flask import Flask, request
 from werkzeug.wsgi import ClosingIterator
 
 from lmbridge.errors import QueueFullError
-from lmbridge.flask import LMBridge, openai, operations, playground
+from lmbridge.flask import LMBridge, openai, operations, playground, rerank
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -27,7 +27,7 @@ _CROWDED = "lmbridge.crowded"  # in the WSGI environment of a request for which 
 
 
 def create_app(config: Mapping[str, Any], *, page: bool = True) -> Flask:
-    """An app with the OpenAI-compatible API, the operations and the page.
+    """An app with the OpenAI-compatible API, the reranking routes, the operations and the page.
 
     Args:
         config: ``LMBRIDGE_*`` keys.
@@ -40,6 +40,7 @@ def create_app(config: Mapping[str, Any], *, page: bool = True) -> Flask:
     app.config.update(config)
     LMBridge(app)
     app.register_blueprint(openai.blueprint)
+    app.register_blueprint(rerank.blueprint)
     app.register_blueprint(operations.blueprint)
     if page:
         app.register_blueprint(playground.blueprint)

@@ -1,4 +1,4 @@
-"""For tests of apps: a scripted engine in a model's place.
+"""For tests of apps: a scripted engine, or encoder, in a model's place.
 
 Rule: the app and its views stay as they are; only the engine below them is replaced.
 """
@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from flask import Flask
 
 from lmbridge.bridge import Bridge
 from lmbridge.flask.models import models_of
-from lmbridge.testing import ScriptedEngine
+from lmbridge.testing import ScriptedEncoder, ScriptedEngine
+
+AnyEngine = TypeVar("AnyEngine", bound=ScriptedEngine)
 
 
 @contextmanager
@@ -25,9 +27,27 @@ def scripted_engine(app: Flask, model: str | None = None, **options: Any) -> Ite
         model: the name of the model; default: the default one.
         options: ScriptedEngine's, such as ``script=lambda request: ["Hello"]`` or ``manual=True``.
     """
+    with _in_place(app, model, ScriptedEngine(**options)) as engine:
+        yield engine
+
+
+@contextmanager
+def scripted_encoder(app: Flask, model: str | None = None, **options: Any) -> Iterator[ScriptedEncoder]:
+    """Have a ScriptedEncoder embed and rerank for one of the app's models while the ``with`` lasts.
+
+    Args:
+        app, model: as for ``scripted_engine``.
+        options: ScriptedEncoder's, such as ``tasks=["embed"]``.
+    """
+    with _in_place(app, model, ScriptedEncoder(**options)) as encoder:
+        yield encoder
+
+
+@contextmanager
+def _in_place(app: Flask, model: str | None, engine: AnyEngine) -> Iterator[AnyEngine]:
     models = models_of(app)
     name = models.default if model is None else model
-    settings, engine = models.settings, ScriptedEngine(**options)
+    settings = models.settings
     with Bridge(
         engine,
         timeout=settings.timeout,

@@ -1,4 +1,4 @@
-"""OpenTelemetry: one span for each generation, a child of whatever span its HTTP request has.
+"""OpenTelemetry: one span for each request to a bridge, a child of whatever span its HTTP request has.
 
 Rule: nothing happens where opentelemetry-api is not installed, and next to nothing where no SDK is. The attributes are
 those of the semantic conventions for generative AI; no text of a prompt or an answer is among them.
@@ -11,12 +11,18 @@ import time
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-from lmbridge.messages import Request, Response
+from lmbridge.messages import Request, Response, Task
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
 SPAN = "lmbridge.generate"
+SPANS: dict[Task, str] = {
+    "generate": SPAN,
+    "embed": "lmbridge.embed",
+    "rerank": "lmbridge.rerank",
+    "call": "lmbridge.call",
+}
 
 
 def begin(model: str, request: Request) -> None:
@@ -32,13 +38,13 @@ def begin(model: str, request: Request) -> None:
     except ImportError:
         return
     attributes = {
-        "gen_ai.operation.name": "text_completion" if request.raw and isinstance(request.prompt, str) else "chat",
+        "gen_ai.operation.name": _operation(request),
         "gen_ai.provider.name": "lmbridge",
         "gen_ai.request.model": model,
     }
     began = _at(time.time_ns(), request.created - time.monotonic())
     tracer = trace.get_tracer("lmbridge")
-    span = tracer.start_span(SPAN, kind=trace.SpanKind.INTERNAL, attributes=attributes, start_time=began)
+    span = tracer.start_span(SPANS[request.task], kind=trace.SpanKind.INTERNAL, attributes=attributes, start_time=began)
     request.context.run(_enter, span, began)
 
 
@@ -54,6 +60,13 @@ def end(request: Request, outcome: Response | BaseException) -> None:
         else:
             _describe_error(span, outcome)
     span.end()
+
+
+def _operation(request: Request) -> str:
+    """What it is in the conventions' words, where they have one."""
+    if request.task != "generate":
+        return "embeddings" if request.task == "embed" else request.task
+    return "text_completion" if request.raw and isinstance(request.prompt, str) else "chat"
 
 
 _opened: ContextVar[tuple[Span, int]] = ContextVar("lmbridge.span")  # in a request's context: its span, and since when

@@ -17,7 +17,7 @@ from lmbridge.flask import LMBridge, answered, current_bridge, failed
 from lmbridge.flask.config import KEYS
 from lmbridge.flask.models import models_of
 from lmbridge.flask.testing import scripted_engine
-from lmbridge.testing import ScriptedEngine, prompt_text
+from lmbridge.testing import ScriptedEncoder, ScriptedEngine, prompt_text
 
 lm = LMBridge()
 
@@ -383,6 +383,22 @@ def test_the_status_command(app: Flask) -> None:
     assert shown.exit_code == 0, shown.output
     assert "demo (default)" in shown.output
     assert "answered" in shown.output
+
+
+def test_the_status_command_tries_each_kind() -> None:
+    """``--load`` has each model do what it does: an encoder is not asked for text."""
+    from lmbridge.flask.command import group
+
+    app = Flask("kinds")
+    engines = {"embeds": ScriptedEncoder(tasks=["embed"]), "ranks": ScriptedEncoder(tasks=["rerank"])}
+    with Bridge(engines["embeds"]) as embeds, Bridge(engines["ranks"]) as ranks:
+        app.config["LMBRIDGE_MODELS"] = {"embeds": embeds, "ranks": ranks}
+        LMBridge(app)
+        app.cli.add_command(group)
+        shown = app.test_cli_runner().invoke(args=["lmbridge", "status", "--load"])
+    assert shown.exit_code == 0, shown.output
+    assert "made a vector of 8 dimensions" in shown.output
+    assert "gave the score 1" in shown.output
 
 
 def test_the_status_command_without_the_extension() -> None:

@@ -26,16 +26,17 @@ class RefusedError(Exception):
 
 def error_response(error: BaseException) -> Response:
     """The response to a request that failed."""
-    described = _describe(error)
+    described = describe(error)
     return Response(_envelope(described), described.status, described.headers, mimetype="application/json")
 
 
 def error_payload(error: BaseException) -> str:
     """The data of an event that ends a stream which failed; its status was sent long before."""
-    return _envelope(_describe(error))
+    return _envelope(describe(error))
 
 
-def _describe(error: BaseException) -> HttpError:
+def describe(error: BaseException) -> HttpError:
+    """What an error is over HTTP; the server's own faults are logged."""
     if isinstance(error, RefusedError):
         return error.error
     described = http_error(error)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Callable
+from typing import NoReturn
 
-from flask import Response, g, request
-from werkzeug.exceptions import RequestEntityTooLarge, UnsupportedMediaType
+from flask import Blueprint, Response, g, request
+from werkzeug.exceptions import MethodNotAllowed, RequestEntityTooLarge, UnsupportedMediaType
 
 from lmbridge.flask.errors import HttpError
 from lmbridge.flask.keys import bearer, is_known
@@ -18,6 +20,7 @@ from lmbridge.flask.openai import cors
 from lmbridge.flask.openai.errors import RefusedError
 
 HEADER = "x-request-id"
+METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE"}
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -63,6 +66,23 @@ def read_body(limit: int) -> bytes:
     if body is None or len(body) > limit:
         raise RequestEntityTooLarge(f"The request's body has more than the {limit:,} bytes that are allowed.")
     return body
+
+
+# --- what is asked for by the wrong method gets its error in the blueprint's form too ---
+
+
+def refuse_other_methods(blueprint: Blueprint, rule: str, endpoint: str, valid: str) -> None:
+    """Have all methods of a route but one answered with 405."""
+
+    def refuse_method(**arguments: str) -> NoReturn:
+        raise MethodNotAllowed([valid], f"This route takes {valid} only.")
+
+    refuse(blueprint, rule, endpoint, refuse_method, METHODS - {valid})
+
+
+def refuse(blueprint: Blueprint, rule: str, endpoint: str, view: Callable[..., NoReturn], methods: set[str]) -> None:
+    """Have requests by these methods answered by the error that ``view`` raises."""
+    blueprint.add_url_rule(rule, endpoint, view, methods=methods, provide_automatic_options=False, strict_slashes=False)
 
 
 def _check_key(key: str | None, keys: tuple[str, ...]) -> None:

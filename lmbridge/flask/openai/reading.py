@@ -12,14 +12,13 @@ from typing import Any
 
 from lmbridge.errors import InvalidRequestError
 from lmbridge.flask.openai.conversation import read_messages
-from lmbridge.flask.openai.fields import BOOL, OBJECT, TEXT, Fields, Kind, integer, is_int, number
+from lmbridge.flask.openai.fields import BOOL, OBJECT, TEXT, Fields, Kind, integer, is_int
 from lmbridge.flask.openai.sampling import LARGEST_ID, WHAT_FITS, read_config
 from lmbridge.messages import GenerationConfig, Prompt
 
 MAX_CHOICES = 128  # of one request: its prompts times n
 MAX_LOGPROBS = 20
 COMPLETION_TOKENS = 16  # what OpenAI's completions default to; chats go on for as long as they fit
-LONGEST = 10**9  # seconds
 
 _LOGPROBS = integer(0, MAX_LOGPROBS)
 
@@ -36,7 +35,6 @@ class Call:
         raw: texts go to the model as they are.
         stream: answer with server-sent events.
         include_usage: end the events with the token counts.
-        timeout: seconds the client allows, or None.
         echoed: texts to put before the answers to each prompt; empty when nothing is echoed.
     """
 
@@ -48,7 +46,6 @@ class Call:
     raw: bool = False
     stream: bool = False
     include_usage: bool = False
-    timeout: float | None = None
     echoed: list[str] = field(default_factory=list)
 
     @property
@@ -96,14 +93,8 @@ def read_completion(values: dict[str, Any], supported: Set[str]) -> Call:
     )
 
 
-def read_model(values: dict[str, Any]) -> str | None:
-    """The model asked for; None leaves it to the server."""
-    model: str | None = Fields(values).take("model", TEXT)
-    return model or None
-
-
 def _manners(fields: Fields) -> dict[str, Any]:
-    """How to answer, and until when. ``user`` is checked and otherwise ignored: it buys no turns."""
+    """How to answer. ``user`` is checked and otherwise ignored: it buys no turns."""
     fields.take("user", TEXT)
     stream = fields.take("stream", BOOL, False)
     options = fields.take("stream_options", OBJECT)
@@ -114,7 +105,6 @@ def _manners(fields: Fields) -> dict[str, Any]:
     return {
         "stream": stream,
         "include_usage": Fields(options or {}, "stream_options.").take("include_usage", BOOL, False),
-        "timeout": fields.take("timeout", number(0, LONGEST)),
     }
 
 

@@ -6,32 +6,28 @@ Rule: HTTP only. Reading a body, asking a bridge and writing an answer are done 
 from __future__ import annotations
 
 import json
-import logging
 import secrets
 import time
 from collections.abc import Callable, Set
 from typing import Any, NoReturn
 
 from flask import Blueprint, Response
-from werkzeug.exceptions import MethodNotAllowed, NotFound
+from werkzeug.exceptions import NotFound
 
 from lmbridge.bridge import Bridge
-from lmbridge.flask.caller import request_bridge
 from lmbridge.flask.models import Models, current_models
 from lmbridge.flask.openai import guard
 from lmbridge.flask.openai.answering import Answering
+from lmbridge.flask.openai.asking import Asked
+from lmbridge.flask.openai.embeddings import ask_embeddings, read_embeddings, write_embeddings
 from lmbridge.flask.openai.errors import error_response
-from lmbridge.flask.openai.fields import parse_object
 from lmbridge.flask.openai.logprobs import ChatLogprobs, CompletionLogprobs, LogprobsForm, TokenTexts
-from lmbridge.flask.openai.reading import Call, read_chat, read_completion, read_model
+from lmbridge.flask.openai.reading import Call, read_chat, read_completion
 from lmbridge.flask.openai.writing import ChatWriter, CompletionWriter, Writer
 from lmbridge.flask.sse import event_stream
 from lmbridge.messages import GenerationConfig
 
-logger = logging.getLogger(__name__)
-
 _EVERYTHING = frozenset(GenerationConfig().__dict__)  # while an engine loads; it says itself what it cannot do
-_METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE"}
 
 blueprint = Blueprint("lmbridge_openai", __name__, url_prefix="/v1")
 blueprint.before_request(guard.begin)
@@ -49,6 +45,15 @@ def completions() -> Response:
     return _answer(read_completion, _completion_writer)
 
 
+@blueprint.post("/embeddings")
+def embeddings() -> Response:
+    asked = Asked("embed")
+    call = read_embeddings(asked.values)
+    asked.log(call.texts)
+    responses = ask_embeddings(call, asked.client, guard.unique_id(), asked.timeout)
+    return _json(write_embeddings(responses, asked.model, call.base64))
+
+
 @blueprint.get("/models")
 def list_models() -> Response:
     models = current_models()
@@ -64,21 +69,15 @@ def show_model(name: str) -> Response:
 
 
 def _answer(read: Callable[[dict[str, Any], Set[str]], Call], make_writer: Callable[..., Writer]) -> Response:
-    models = current_models()
-    models.check_open()
-    settings = models.settings
-    values = parse_object(guard.read_body(settings.max_request_bytes))
-    name = read_model(values) or models.default
-    bridge = models.bridge(name)
-    call = read(values, bridge.supports() or _EVERYTHING)
-    if settings.log_prompts:
-        logger.info("%s asks %s: %r", guard.request_id(), name, call.prompts)
-    timeout = min((limit for limit in (call.timeout, settings.timeout) if limit is not None), default=None)
-    writer = make_writer(call, bridge, name)
-    answering = Answering(call, request_bridge(name), writer, guard.unique_id(), timeout)
+    asked = Asked("generate")
+    bridge = current_models().bridge(asked.model)
+    call = read(asked.values, bridge.supports() or _EVERYTHING)
+    asked.log(call.prompts)
+    writer = make_writer(call, bridge, asked.model)
+    answering = Answering(call, asked.client, writer, guard.unique_id(), asked.timeout)
     if not call.stream:
         return _json(answering.whole())
-    return event_stream(*answering.stream(settings.heartbeat))
+    return event_stream(*answering.stream(current_models().settings.heartbeat))
 
 
 def _chat_writer(call: Call, bridge: Bridge, model: str) -> Writer:
@@ -100,37 +99,32 @@ def _facts(model: str) -> tuple[str, int, str]:
 
 
 def _model(models: Models, name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": models.created(name), "owned_by": "lmbridge"}
+    """``lmbridge.tasks`` is ours: what the model does, where that is known."""
+    facts = {"id": name, "object": "model", "created": models.created(name), "owned_by": "lmbridge"}
+    tasks = sorted(models.tasks(name))
+    return {**facts, "lmbridge": {"tasks": tasks}} if tasks else facts
 
 
 def _json(value: object) -> Response:
-    return Response(json.dumps(value), mimetype="application/json")
+    return Response(json.dumps(value, allow_nan=False), mimetype="application/json")
 
 
 # --- whatever else is asked for under the prefix gets its error in the envelope too ---
 
 
 def _no_such_route(rest: str = "") -> NoReturn:
-    raise NotFound("There is no such route here; there are chat/completions, completions, models and models/{id}.")
-
-
-def _wrong_method(valid: str) -> Callable[..., NoReturn]:
-    def refuse(**arguments: str) -> NoReturn:
-        raise MethodNotAllowed([valid], f"This route takes {valid} only.")
-
-    return refuse
-
-
-def _add(rule: str, endpoint: str, view: Callable[..., NoReturn], methods: set[str]) -> None:
-    blueprint.add_url_rule(rule, endpoint, view, methods=methods, provide_automatic_options=False, strict_slashes=False)
+    raise NotFound(
+        "There is no such route here; there are chat/completions, completions, embeddings, models and models/{id}."
+    )
 
 
 for _rule, _name, _method in (
     ("/chat/completions", "chat", "POST"),
     ("/completions", "completion", "POST"),
+    ("/embeddings", "embedding", "POST"),
     ("/models", "models", "GET"),
     ("/models/<path:name>", "model", "GET"),
 ):
-    _add(_rule, f"not_{_name}", _wrong_method(_method), _METHODS - {_method})
-_add("/<path:rest>", "nothing", _no_such_route, {*_METHODS, "OPTIONS"})
-_add("", "root", _no_such_route, {*_METHODS, "OPTIONS"})
+    guard.refuse_other_methods(blueprint, _rule, f"not_{_name}", _method)
+for _rule, _name in (("/<path:rest>", "nothing"), ("", "root")):
+    guard.refuse(blueprint, _rule, _name, _no_such_route, {*guard.METHODS, "OPTIONS"})

@@ -135,7 +135,7 @@ def test_a_fault_that_passes_is_503(served: Serve, stream: bool) -> None:
 @pytest.fixture
 def asked() -> Iterator[threading.Event]:
     """Set when a body was read, and held against what the engine can do: the next step is to ask the bridge."""
-    event, logger = threading.Event(), logging.getLogger("lmbridge.flask.openai.routes")
+    event, logger = threading.Event(), logging.getLogger("lmbridge.flask.openai.asking")
 
     def note(record: logging.LogRecord) -> bool:
         event.set()

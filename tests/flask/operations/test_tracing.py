@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from lmbridge import Bridge, EngineError, Request
 from lmbridge.flask import tracing
 from lmbridge.flask.reporting import Reporter
-from lmbridge.testing import ScriptedEngine
+from lmbridge.testing import ScriptedEncoder, ScriptedEngine
 
 Scripted = Callable[..., tuple[Bridge, ScriptedEngine]]
 
@@ -68,6 +68,18 @@ def test_an_answer(spans: InMemorySpanExporter, scripted: Scripted, reporter: Re
     assert span.start_time is not None
     assert span.end_time is not None
     assert span.start_time <= taken.timestamp <= first.timestamp <= span.end_time
+
+
+def test_jobs(spans: InMemorySpanExporter, reporter: Reporter) -> None:
+    """Each text and each document is a span of its own, under the name of what was done with it."""
+    with Bridge(ScriptedEncoder()) as bridge, bridge.client(observer=reporter) as client:
+        client.embed("one two")
+        client.embed("three")
+        client.rerank("one", ["one two"])
+    found = [(span.name, dict(span.attributes or {})) for span in spans.get_finished_spans()]
+    assert [name for name, _ in found] == ["lmbridge.embed", "lmbridge.embed", "lmbridge.rerank"]
+    assert [facts["gen_ai.operation.name"] for _, facts in found] == ["embeddings", "embeddings", "rerank"]
+    assert [facts["gen_ai.usage.input_tokens"] for _, facts in found] == [2, 1, 3]
 
 
 def test_what_the_engine_traces_hangs_below(

@@ -1,0 +1,118 @@
+"""A reranking request's JSON object, in any of the dialects, made into one checked call.
+
+Rule: pure functions of the client's JSON. Every fault is an InvalidRequestError with ``param`` in the client's own
+words. A field that would change the order and that nothing here can honour is refused by name; others are tolerated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lmbridge.errors import InvalidRequestError
+from lmbridge.flask.openai.asking import refuse_too_many
+from lmbridge.flask.openai.fields import BOOL, TEXT, Fields, Kind, integer
+
+_TOP = integer(1, 2**31 - 1)
+
+
+@dataclass(frozen=True)
+class RerankCall:
+    """One checked request.
+
+    Attributes:
+        field: what its list of documents is called.
+        query: a string.
+        documents: at least one, as they came: strings, or objects with a ``text``.
+        top_n: how many of the best are wanted, or None for all.
+        with_documents: repeat them in the answer.
+        truncate: what to do with a document longer than the model reads.
+    """
+
+    field: str
+    query: str
+    documents: list[Any]
+    top_n: int | None
+    with_documents: bool
+    truncate: Literal["error", "end"]
+
+
+def read_cohere(values: dict[str, Any]) -> RerankCall:
+    """A body of Cohere's (v1 and v2), Jina's, vLLM's or infinity's clients: ``query`` and ``documents``."""
+    fields = Fields(values)
+    for name, kind in _UNANSWERABLE.items():
+        fields.take(name, kind)
+    return RerankCall(
+        field="documents",
+        query=_query(fields),
+        documents=_documents(fields, "documents", _DOCUMENT),
+        top_n=fields.take("top_n", _TOP),
+        with_documents=fields.take("return_documents", BOOL, False),
+        truncate="end",
+    )
+
+
+def read_tei(values: dict[str, Any]) -> RerankCall:
+    """A body of text-embeddings-inference's clients: ``query``, ``texts``. Other servers take ``documents`` there."""
+    if "documents" in values and "texts" not in values:
+        return read_cohere(values)
+    fields = Fields(values)
+    fields.take("raw_scores", _NO_RAW_SCORES)
+    fields.take("truncation_direction", _RIGHT)
+    return RerankCall(
+        field="texts",
+        query=_query(fields),
+        documents=_documents(fields, "texts", TEXT),
+        top_n=fields.take("top_n", _TOP),
+        with_documents=fields.take("return_text", BOOL, False),
+        truncate="end" if fields.take("truncate", BOOL, True) else "error",
+    )
+
+
+# --- their parts ---
+
+
+def _has_text(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("text"), str))
+
+
+def _is_empty(value: object) -> bool:
+    return value in (False, 0, "", [], {})
+
+
+_DOCUMENT = Kind(_has_text, 'a string, or an object such as {"text": "…"}')
+_LIST = Kind(lambda value: isinstance(value, list) and bool(value), "a list of at least one document")
+_UNANSWERABLE = {
+    "rank_fields": Kind(
+        lambda value: value in ([], ["text"]), 'left out or ["text"]: documents are ranked by their text here'
+    ),
+    "relevant_spans": Kind(
+        lambda value: isinstance(value, dict) and value.get("mode") == "disabled",
+        "left out: a document is scored as a whole here",
+    ),
+    "instruction": Kind(_is_empty, "left out: the models here take no instructions; put it into the query"),
+}
+_NO_RAW_SCORES = Kind(
+    lambda value: value is False, "false or left out: scores are given as the model's own function has made them"
+)
+_RIGHT = Kind(
+    lambda value: isinstance(value, str) and value.lower() == "right", '"right" or left out: ends are cut off here'
+)
+
+
+def _query(fields: Fields) -> str:
+    query: str | None = fields.take("query", TEXT)
+    if query is None:
+        raise InvalidRequestError("query is missing: the text that the documents are compared with.", "query")
+    return query
+
+
+def _documents(fields: Fields, name: str, kind: Kind) -> list[Any]:
+    documents: list[Any] | None = fields.take(name, _LIST)
+    if documents is None:
+        raise InvalidRequestError(f"{name} is missing: the documents to rank.", name)
+    refuse_too_many(len(documents), name)
+    for place, document in enumerate(documents):
+        if not kind.holds(document):
+            Fields({f"{name}[{place}]": document}).refuse(f"{name}[{place}]", kind.expected)
+    return documents
