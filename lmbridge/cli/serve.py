@@ -1,4 +1,9 @@
-"""Serve a model over HTTP, to OpenAI clients and to a page in the browser.
+"""Serve models over HTTP, to OpenAI clients and to a page in the browser.
+
+With --embed and --rerank one process serves an embedding and a reranking model
+beside the language model, or alone; each has a queue of its own:
+
+    lmbridge serve demo --embed ./minilm --rerank ./reranker
 
 The server answers from its first second: /health and /ready say how far it is
 while the model loads. SIGTERM or Ctrl-C lets running answers finish and
@@ -11,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import json
 import logging
 import math
 import os
@@ -21,8 +27,15 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lmbridge.cli.terminal import MODEL_HELP, add_engine_arguments, complain, quiet_libraries, spinner
-from lmbridge.errors import RequestTimeoutError
+from lmbridge.cli.terminal import (
+    MODEL_HELP,
+    add_engine_arguments,
+    complain,
+    engine_option,
+    quiet_libraries,
+    spinner,
+)
+from lmbridge.errors import InvalidRequestError, RequestTimeoutError
 
 if TYPE_CHECKING:
     from lmbridge.bridge import Bridge
@@ -30,16 +43,27 @@ if TYPE_CHECKING:
     from lmbridge.flask.models import Models
     from lmbridge.flask.serving import Front
 
-SUMMARY = "serve a model over HTTP: OpenAI's API, a page, metrics"
+SUMMARY = "serve models over HTTP: OpenAI's API, a page, metrics"
 SPARE_THREADS = 8  # beside those for answers, so that probes and refusals are answered in any crowd
+ENCODER = "encoder"  # the engine of embedding and reranking models
 FLUSH = 1.0  # seconds for the last bytes of aborted answers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", default="demo", help=MODEL_HELP)
+    parser.add_argument("model", nargs="?", help=f"{MODEL_HELP}; none beside --embed and --rerank")
     add_engine_arguments(parser)
     add = parser.add_argument
     add("--name", help="what clients call the model (default: as it is given)")
+    add("--embed", metavar="MODEL", help="an embedding model for /v1/embeddings: a folder or a hub id")
+    add("--rerank", metavar="MODEL", help="a reranking model for /v1/rerank, /v2/rerank and /rerank")
+    add(
+        "--encoder-option",
+        metavar="NAME=VALUE",
+        type=engine_option,
+        action="append",
+        default=[],
+        help="an option of --embed and --rerank, such as device=cpu; may be given again",
+    )
     add("--host", default="127.0.0.1", help="the address to listen at (default: 127.0.0.1, this machine only)")
     add("--port", type=_port, default=8000, help="0 takes a free one (default: 8000)")
     add(
@@ -118,6 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         loaded = _load(models, server.url, signals)
         if loaded:
+            _check_kinds(arguments, models)
             print(welcome(server.url, models, page=not arguments.no_page), flush=True)
             signals.wait()
             _drain(server, front, models, arguments.drain_timeout)
@@ -132,12 +157,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def configuration(arguments: argparse.Namespace) -> dict[str, Any]:
     """The app's ``LMBRIDGE_*`` keys; what was not given stays at its default."""
-    from lmbridge.flask.config import served_name
-
-    source = {"model": arguments.model, "engine": arguments.engine, **dict(arguments.options)}
     keys = arguments.api_key or os.environ.get("LMBRIDGE_API_KEYS")
     given = {
-        "MODELS": {arguments.name or served_name(arguments.model): source},
+        "MODELS": _sources(arguments),
         "API_KEYS": keys,
         "API_KEYS_FILE": arguments.api_keys_file,
         "ADMIN_KEY": arguments.admin_key or os.environ.get("LMBRIDGE_ADMIN_KEY"),
@@ -149,6 +171,39 @@ def configuration(arguments: argparse.Namespace) -> dict[str, Any]:
         "LOG_PROMPTS": arguments.log_prompts,
     }
     return {f"LMBRIDGE_{name}": value for name, value in given.items() if value}
+
+
+def _sources(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Each model by the name it is served under, the language model first.
+
+    Raises:
+        InvalidRequestError: two have one name.
+    """
+    from lmbridge.flask.config import served_name
+
+    encoder = {"engine": ENCODER, **dict(arguments.encoder_option)}
+    sources: list[tuple[str, dict[str, Any]]] = []
+    if arguments.model or not (arguments.embed or arguments.rerank):
+        model = arguments.model or "demo"
+        source = {"model": model, "engine": arguments.engine, **dict(arguments.options)}
+        sources.append((arguments.name or served_name(model), source))
+    if arguments.embed:  # what kind it is, is its own to say, so that a reranker is noticed
+        sources.append((served_name(arguments.embed), {**encoder, "model": arguments.embed}))
+    if arguments.rerank:
+        sources.append((served_name(arguments.rerank), {**encoder, "model": arguments.rerank, "task": "rerank"}))
+    names = [name for name, _ in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise InvalidRequestError(f"Two models would be called {name!r}; give the first another name with --name.")
+    return dict(sources)
+
+
+def _check_kinds(arguments: argparse.Namespace, models: Models) -> None:
+    """Raise InvalidRequestError where a model that was loaded does not do what it was given for."""
+    from lmbridge.flask.config import served_name
+
+    if arguments.embed and "embed" not in models.tasks(served_name(arguments.embed)):
+        raise InvalidRequestError(f"{arguments.embed} is a reranking model; give it with --rerank.")
 
 
 def log_to_stderr(arguments: argparse.Namespace) -> None:
@@ -169,19 +224,42 @@ def _why_not(error: OSError, arguments: argparse.Namespace) -> str:
 
 
 def welcome(url: str, models: Models, page: bool) -> str:
-    """What a newcomer needs: how to ask with curl, with OpenAI's client, and in the browser."""
-    name, settings = models.default, models.settings
-    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
-    key = ' -H "Authorization: Bearer $KEY"' if settings.api_keys else ""
-    client_key = "KEY" if settings.api_keys else '"none"'
-    lines = [
-        f"{name} is ready; Ctrl-C ends it.",
-        f"  curl:   curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
-        f'  openai: OpenAI(base_url="{url}/v1", api_key={client_key})  # and model="{name}" in its calls',
-    ]
+    """What a newcomer needs: how to ask each model with curl and from Python, and the page."""
+    names = models.names()
+    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    lines = [f"{listed} {'is' if len(names) == 1 else 'are'} ready; Ctrl-C ends it."]
+    for name in names:
+        for task in sorted(models.tasks(name), key=list(_ROUTES).index):
+            lines += [f"  curl:   {_curl(url, task, name, models)}", f"  {_python(url, task, name, models)}"]
     if page:
         lines.append(f"  page:   {url}/")
     return "\n".join(lines)
+
+
+_ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
+    "generate": (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "What is the capital of France?"}]},
+    ),
+    "embed": ("/v1/embeddings", {"input": ["A red fox.", "A brown dog."]}),
+    "rerank": ("/v1/rerank", {"query": "Which animal is red?", "documents": ["A brown dog.", "A red fox."]}),
+}
+
+
+def _curl(url: str, task: str, name: str, models: Models) -> str:
+    route, body = _ROUTES[task]
+    key = ' -H "Authorization: Bearer $KEY"' if models.settings.api_keys else ""
+    return f"curl {url}{route}{key} -H 'Content-Type: application/json' -d '{json.dumps({'model': name, **body})}'"
+
+
+def _python(url: str, task: str, name: str, models: Models) -> str:
+    key = "KEY" if models.settings.api_keys else '"none"'
+    openai = f'openai: OpenAI(base_url="{url}/v1", api_key={key})'
+    if task == "generate":
+        return f'{openai}  # and model="{name}" in its calls'
+    if task == "embed":
+        return f'{openai}.embeddings.create(model="{name}", input=["A red fox."])'
+    return f'cohere: cohere.ClientV2({key}, base_url="{url}").rerank(model="{name}", query="…", documents=["…"])'
 
 
 # --- from start to end ---

@@ -93,14 +93,15 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--option",
         dest="options",
         metavar="NAME=VALUE",
-        type=_option,
+        type=engine_option,
         action="append",
         default=[],
         help="an option of the engine, such as device=cpu; may be given again",
     )
 
 
-def _option(text: str) -> tuple[str, Any]:
+def engine_option(text: str) -> tuple[str, Any]:
+    """``NAME=VALUE`` as its parts; the value is a Python literal, or a plain word."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")

@@ -1,7 +1,8 @@
-"""Run by tests in a process of its own: the command line with two engines that load nothing.
+"""Run by tests in a process of its own: the command line with engines that load nothing.
 
 ``gated`` loads until somebody has written to the pipe named by its option ``gate``; it answers "count 20" with twenty
-tokens, one every ``step_time`` seconds. ``broken`` cannot be loaded.
+tokens, one every ``step_time`` seconds. ``broken`` cannot be loaded. ``encoder``, in the place of the real one, takes
+models whose names begin with "rank" for rerankers, and others for embedding models.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lmbridge import Request
+from lmbridge import EngineStartError, Request
 from lmbridge.cli import main
 from lmbridge.engines import ENGINES
 from lmbridge.engines.base import EngineThread
-from lmbridge.testing import ScriptedEngine, prompt_text
+from lmbridge.testing import ScriptedEncoder, ScriptedEngine, prompt_text
 
 
 def count(request: Request) -> list[str]:
@@ -43,8 +44,20 @@ class BrokenEngine(ScriptedEngine):
         super().__init__(start_error=RuntimeError("no such weights"))
 
 
+class Encoder(ScriptedEncoder):
+    """Any model's name will do, and says what it is."""
+
+    def __init__(self, model: str, *, task: str = "auto", max_batch_size: int = 64) -> None:
+        ranks = Path(model).name.startswith("rank")
+        mismatch = (
+            EngineStartError(f"{model} has no weights for reranking.") if task == "rerank" and not ranks else None
+        )
+        super().__init__(tasks=["rerank" if ranks else "embed"], start_error=mismatch, max_batch_size=max_batch_size)
+
+
 if __name__ == "__main__":
     sys.modules["served"] = sys.modules["__main__"]
     ENGINES["gated"] = ("served", "GatedEngine")
     ENGINES["broken"] = ("served", "BrokenEngine")
+    ENGINES["encoder"] = ("served", "Encoder")
     sys.exit(main())

@@ -239,6 +239,45 @@ def test_swap() -> None:
         assert served.chat("hello", model="stable").status == 200
 
 
+def test_models_of_several_kinds(run: Run) -> None:
+    """One process serves a model of each kind with its own queue; the lines that it prints work as they stand."""
+    arguments = ("--embed", "./a/minilm", "--rerank", "./a/ranker", "--encoder-option", "max_batch_size=7")
+    with serving(*GATED, *arguments) as served:
+        chat, embed, rerank = (served.read_until("  curl:") for _ in range(3))
+        assert "openai: OpenAI(" in served.printed[-2]
+        assert 'rerank(model="ranker"' in served.read_until("  cohere:")
+        for line, key in ((chat, "choices"), (embed, "data"), (rerank, "results")):
+            done = run(command=["bash", "-c", line.partition("curl:")[2]])
+            assert json.loads(done.stdout)[key], done.stdout
+        listed = served.ask("GET", "/v1/models").json["data"]
+        assert [(one["id"], one["lmbridge"]["tasks"]) for one in listed] == [
+            ("a-model", ["generate"]), ("minilm", ["embed"]), ("ranker", ["rerank"])
+        ]  # fmt: skip
+        answers = {
+            "/v1/embeddings": {"input": "a"},
+            "/v1/rerank": {"query": "a", "documents": ["a"]},
+            "/v2/rerank": {"query": "a", "documents": ["a"]},
+            "/rerank": {"query": "a", "texts": ["a"]},
+        }
+        for path, body in answers.items():
+            assert served.ask("POST", path, body).status == 200
+        assert served.chat("hello").json["model"] == "a-model"
+        models = served.ask("GET", "/status").json["models"]
+        assert [models[name]["requests"]["stop"] for name in ("a-model", "minilm", "ranker")] == [2, 3, 5]
+        assert models["minilm"]["engine"]["max_batch_size"] == 7
+        assert 'lmbridge_requests_total{model="ranker",outcome="stop"} 5.0' in served.ask("GET", "/metrics").text
+        assert served.end() == 0
+
+
+def test_an_encoder_alone() -> None:
+    """Who wants no language model gets none: neither the bundled one beside --embed, nor another."""
+    with serving("--no-page", "--embed", "minilm") as served:
+        assert "/v1/embeddings" in served.read_until("  curl:")
+        assert served.ask("POST", "/v1/embeddings", {"input": "a"}).status == 200
+        assert served.chat("hello").status == 400
+        assert [one["id"] for one in served.ask("GET", "/v1/models").json["data"]] == ["minilm"]
+
+
 def test_logs() -> None:
     """The access log names what was asked for, and no log has a prompt unless asked to."""
     with serving(*GATED, "--access-log") as served:
@@ -259,6 +298,11 @@ def test_logs() -> None:
         (("a-model", "--engine", "no-such-engine"), 1, ["no-such-engine"]),
         (("a-model", "--engine", "broken", "--port", "0"), 1, ["could not be loaded", "no such weights"]),
         (("--api-keys-file", "/no/such/file"), 1, ["/no/such/file"]),
+        (("--embed", "ranker", "--port", "0"), 1, ["ranker is a reranking model", "--rerank"]),
+        (("--rerank", "minilm", "--port", "0"), 1, ["could not be loaded", "no weights for reranking"]),
+        (("--embed", "./a/minilm", "--rerank", "./b/minilm"), 1, ["Two models", "'minilm'", "--name"]),
+        (("--embed", "minilm", "--encoder-option", "colour=red"), 1, ["'colour'", "max_batch_size"]),
+        (("--embed", "minilm", "--encoder-option", "red"), 2, ["'red'", "NAME=VALUE"]),
         (("--host", "256.1.1.1"), 1, ["256.1.1.1"]),
         (("--threads", "0"), 2, ["--threads", "'0'"]),
         (("--port", "70000"), 2, ["--port", "70000"]),
