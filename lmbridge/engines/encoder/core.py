@@ -19,6 +19,10 @@ from lmbridge.errors import EngineError, InvalidRequestError
 from lmbridge.messages import Embed, Rerank, Task
 
 
+TOKENS = 16_384
+"""In a batch, where there is no cache to stay in."""
+
+
 class Encoder(Protocol):
     """Makes items of jobs."""
 
@@ -55,6 +59,11 @@ class Core:
         length = f"{self.encoder.room} tokens" if self.encoder.room else ""
         said = (self.task, self.layout.name, self.pooling, length, self.device, self.dtype)
         return ", ".join(part for part in said if part)
+
+    @property
+    def usual_tokens(self) -> int:
+        """How many in a batch are fast. Quick."""
+        return self.layout.tokens_on_cpu if self.device.startswith("cpu") else TOKENS
 
     def check(self, job: Embed | Rerank) -> None:
         """Refuse what the model cannot give. Quick."""

@@ -29,10 +29,13 @@ class Layout(ABC):
 
     Attributes:
         name: what users call it.
+        tokens_on_cpu: in a batch; more are slower, for what is computed of them leaves the cache, and fewer find less of
+            their own length.
         tokens, padding: how many the model was given so far, and how many of them were padding.
     """
 
     name: ClassVar[str]
+    tokens_on_cpu: ClassVar[int] = 8_192
 
     def __init__(self, model: Any, tail: Tail | None) -> None:
         self.tokens = self.padding = 0
@@ -121,6 +124,7 @@ class Packed(Layout):
     """
 
     name = "packed"
+    tokens_on_cpu = 2_048
 
     def __init__(self, model: Any, tail: Tail | None, offset: int | None = 0) -> None:
         super().__init__(model, tail)

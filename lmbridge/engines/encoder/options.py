@@ -33,7 +33,7 @@ class EncoderOptions:
     task: str = "auto"
     pooling: str | None = None
     max_length: int | None = None
-    max_batch_tokens: int = 8192
+    max_batch_tokens: int | None = None
     batch_timeout: float = 0.0
     layout: str = "auto"
 
@@ -44,7 +44,7 @@ class EncoderOptions:
         for name in ("max_length", "max_batch_tokens"):
             value = getattr(self, name)
             number = as_int(value)
-            if not (value is None and name == "max_length") and (number is None or number < 1):
+            if value is not None and (number is None or number < 1):
                 raise _wrong(name, "an int >= 1", value)
         seconds = as_number(self.batch_timeout)
         if seconds is None or not 0 <= seconds < float("inf"):

@@ -1,6 +1,6 @@
 """From the vectors of tokens to one of each text: pooling, further layers, dimensions, length 1.
 
-Rule: torch on the engine's worker thread. Nothing loops over tokens or texts but ``finished``.
+Rule: torch on the engine's worker thread. Nothing loops over tokens, and over texts only what says so by ``split`` or ``zip``.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def _weighted_mean(hidden: torch.Tensor, starts: torch.Tensor, lengths: torch.Te
 
 
 def _max(hidden: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    empty = hidden.new_empty(len(lengths), hidden.shape[1])
-    return empty.index_reduce_(0, _owners(lengths), hidden, "amax", include_self=False)
+    texts = hidden.split(lengths.tolist())
+    return torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True, padding_value=-torch.inf).amax(1)
 
 
 def _sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -136,9 +136,12 @@ def _dense(module: Module, size: int) -> torch.nn.Sequential:
     if config["in_features"] != size:
         raise _unknown_dense(f"takes vectors of {config['in_features']}, but gets such of {size}")
     linear = torch.nn.Linear(size, config["out_features"], bias=config.get("bias", True))
-    weights = {name.removeprefix("linear."): tensor for name, tensor in module.weights().items()}
-    linear.load_state_dict(weights)
-    return torch.nn.Sequential(linear, _activation(config.get("activation_function"))).eval().requires_grad_(False)
+    whole = torch.nn.Sequential(linear, _activation(config.get("activation_function")))
+    try:
+        linear.load_state_dict({name.removeprefix("linear."): tensor for name, tensor in module.weights().items()})
+    except RuntimeError as cause:  # missing or unexpected ones, or of another shape
+        raise _unknown_dense("has other weights than its config.json says") from cause
+    return whole.eval().requires_grad_(False)
 
 
 _PLACES = (None, "sentence_embedding")

@@ -1,0 +1,67 @@
+"""Whatever way a batch goes through the model, each text gets what it gets alone."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from lmbridge.messages import Rerank
+from tests.engines.encoder.conftest import FAMILIES, MIXED, alone, apart, driven, save_model, score_alone
+
+FASTEST = {
+    "bert": "packed",
+    "roberta": "packed",
+    "xlm-roberta": "packed",
+    "modernbert": "packed",
+    "distilbert": "packed",
+    "mpnet": "grouped",  # its relative positions run over the whole row
+    "qwen3": "packed",
+    "mistral": "packed",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_text_gets_what_it_gets_alone(tmp_path: Path, family: str) -> None:
+    """A neighbour in the batch would change a text's vector, or an architecture would be served slower than it can."""
+    folder = save_model(tmp_path, family)
+    pooling = "lasttoken" if family in ("qwen3", "mistral") else "mean"
+
+    async def scenario(layout: str) -> None:
+        async with driven(folder, layout=layout, pooling=pooling) as driver:
+            if layout == "auto":
+                assert driver.layout == FASTEST[family]
+            for text, vector in zip(MIXED, await driver.ask_all(MIXED), strict=True):
+                assert apart(vector, alone(folder, text, pooling)) <= 1e-5
+
+    for layout in ("auto", "grouped", "single"):
+        asyncio.run(scenario(layout))
+
+
+@pytest.mark.parametrize(
+    ("family", "labels", "fastest"),
+    [
+        ("bert", 1, "packed"),
+        ("bert", 2, "packed"),
+        ("roberta", 1, "packed"),
+        ("distilbert", 1, "packed"),
+        ("modernbert", 1, "packed"),
+        ("qwen3", 1, "grouped"),
+    ],
+)
+def test_each_pair_gets_the_score_it_gets_alone(tmp_path: Path, family: str, labels: int, fastest: str) -> None:
+    """A document's rank would hang on which others were in its batch."""
+    folder = save_model(tmp_path, family, head="ForSequenceClassification", num_labels=labels)
+
+    async def scenario(layout: str) -> None:
+        async with driven(folder, layout=layout) as driver:
+            if layout == "auto":
+                assert driver.layout == fastest
+            scores = await driver.ask_all([Rerank("where did the cat go", text) for text in MIXED])
+            for text, score in zip(MIXED, scores, strict=True):
+                assert isinstance(score, float)
+                assert abs(score - score_alone(folder, "where did the cat go", text)) <= 1e-5
+
+    for layout in ("auto", "grouped", "single"):
+        asyncio.run(scenario(layout))
