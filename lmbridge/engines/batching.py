@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -29,11 +29,12 @@ class _Entry(Generic[T]):
     item: T
     size: int
     usage: Usage | None
+    client: str
     sink: Sink
 
 
 class Batcher(Generic[T]):
-    """Hands items to ``run`` in batches, in the order in which they came.
+    """Hands items to ``run`` in batches, in the order in which they came; clients of several take turns.
 
     Args:
         run: takes a list of items and returns one result for each, which may be an exception.
@@ -73,14 +74,15 @@ class Batcher(Generic[T]):
     def __contains__(self, key: str) -> bool:
         return key in self._waiting or key in self._running
 
-    def add(self, key: str, item: T, sink: Sink, size: int = 1, usage: Usage | None = None) -> None:
+    def add(self, key: str, item: T, sink: Sink, size: int = 1, usage: Usage | None = None, client: str = "") -> None:
         """Have an item run with the next batch; ``sink`` hears what became of it.
 
         Args:
             size: what it counts against ``max_size``.
             usage: said with its result.
+            client: whose turn it takes.
         """
-        self._waiting[key] = _Entry(key, item, size, usage, sink)
+        self._waiting[key] = _Entry(key, item, size, usage, client, sink)
         self._more.set()
         if self._work is None:
             self._work = asyncio.get_running_loop().create_task(self._serve(), name="lmbridge batches")
@@ -129,14 +131,22 @@ class Batcher(Generic[T]):
         room = min(limits, default=None)
         batch: list[_Entry[T]] = []
         size = 0
-        while self._waiting and len(batch) < self._max_items:
-            entry = next(iter(self._waiting.values()))
+        for entry in self._in_turns()[: self._max_items]:
             size += entry.size
             if batch and room is not None and size > room:
                 break
             del self._waiting[entry.key]
             batch.append(entry)
         return batch
+
+    def _in_turns(self) -> list[_Entry[T]]:
+        """Who waits: the first of each client, then the second of each, and so on."""
+        ranks: Counter[str] = Counter()
+        ranked: list[tuple[int, _Entry[T]]] = []
+        for entry in self._waiting.values():
+            ranked.append((ranks[entry.client], entry))
+            ranks[entry.client] += 1
+        return [entry for _, entry in sorted(ranked, key=lambda pair: pair[0])]
 
     async def _attempt(self, batch: list[_Entry[T]]) -> None:
         """Run a batch, or its halves where it fails, until only what fails by itself has failed."""
@@ -189,5 +199,7 @@ class Batcher(Generic[T]):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device, or the process, had too little memory."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error)
+    """Whether the device, or the process, had too little memory; torch has words of its own for a CPU's."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory"))

@@ -18,7 +18,6 @@ from lmbridge.engines.encoder.vectors import finished, scores
 from lmbridge.errors import EngineError, InvalidRequestError
 from lmbridge.messages import Embed, Rerank, Task
 
-
 TOKENS = 16_384
 """In a batch, where there is no cache to stay in."""
 

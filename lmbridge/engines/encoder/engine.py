@@ -13,6 +13,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from lmbridge.engines.base import Engine, EngineThread, Sink, engine_error
@@ -34,6 +35,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_CAUSES = 10  # of a chain that are looked at
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """A long text that becomes tokens."""
+
+    task: asyncio.Task[None]
+    sink: Sink
 
 
 class EncoderEngine(Engine):
@@ -116,7 +125,7 @@ class EncoderEngine(Engine):
         weakref.finalize(self, self._thread.close).atexit = False
         self._core: Core | None = None
         self._batcher: Batcher[Item] | None = None
-        self._encoding: dict[str, asyncio.Task[None]] = {}  # long texts on the worker thread, by the request's id
+        self._encoding: dict[str, _Encoding] = {}  # long texts on the worker thread, by the request's id
         self._pace = Pace()
         self._steps = 0  # how often the worker thread has begun or ended something
         self._at_work: int | None = None  # the thread that is in the model
@@ -148,7 +157,8 @@ class EncoderEngine(Engine):
 
     async def close(self) -> None:
         for encoding in self._encoding.values():
-            encoding.cancel()
+            encoding.task.cancel()
+        self._encoding.clear()
         if self._batcher is not None:
             self._batcher.close()
         try:
@@ -194,16 +204,16 @@ class EncoderEngine(Engine):
         core.check(job)
         item = core.encoder.at_once(job)
         if item is not None:
-            self._submit(batcher, request.id, item, sink)
+            self._submit(batcher, request, item, sink)
             return
-        task = asyncio.get_running_loop().create_task(self._encode_and_submit(request.id, job, sink))
-        self._encoding[request.id] = task
-        task.add_done_callback(lambda done: self._encoded(request.id, done))
+        task = asyncio.get_running_loop().create_task(self._encode_and_submit(request, job))
+        self._encoding[request.id] = _Encoding(task, sink)
 
     def abort_request(self, request_id: str) -> None:
         encoding = self._encoding.pop(request_id, None)
         if encoding is not None:
-            encoding.cancel()
+            encoding.task.cancel()
+            encoding.sink(Delta(finish_reason="abort"))
         elif self._batcher is not None:
             self._batcher.discard(request_id)
 
@@ -247,30 +257,28 @@ class EncoderEngine(Engine):
             raise EngineDeadError(f"The encoder engine {state}; it takes no requests.") from self._dead
         return self._core, self._batcher
 
-    def _submit(self, batcher: Batcher[Item], request_id: str, item: Item, sink: Sink) -> None:
-        batcher.add(request_id, item, sink, item.size, Usage(prompt_tokens=len(item.ids)))
+    def _submit(self, batcher: Batcher[Item], request: Request, item: Item, sink: Sink) -> None:
+        batcher.add(request.id, item, sink, item.size, Usage(prompt_tokens=len(item.ids)), request.client)
 
-    async def _encode_and_submit(self, request_id: str, job: Embed | Rerank, sink: Sink) -> None:
-        """A long text. The request may be aborted while the worker thread is at it, or before."""
+    async def _encode_and_submit(self, request: Request, job: Embed | Rerank) -> None:
+        """A long text. The request may be aborted while the worker thread is at it, or before; this ends then."""
 
         def encode() -> Item:
             return self._at(lambda: self._alive()[0].encoder.encode(job))
 
+        found: Item | LMBridgeError
         try:
-            item = await self._thread.run(encode)
-            self._encoding.pop(request_id, None)
-            self._submit(self._alive()[1], request_id, item, sink)
-        except asyncio.CancelledError:
-            sink(Delta(finish_reason="abort"))
-            raise
+            found = await self._thread.run(encode)
+            batcher = self._alive()[1]
         except LMBridgeError as error:
-            sink(Delta(error=error))
+            found = error
         except Exception as cause:
-            sink(Delta(error=engine_error(f"The engine could not begin this request: {cause!r}.", cause)))
-
-    def _encoded(self, request_id: str, done: asyncio.Task[None]) -> None:
-        if self._encoding.get(request_id) is done:
-            del self._encoding[request_id]
+            found = engine_error(f"The engine could not begin this request: {cause!r}.", cause)
+        sink = self._encoding.pop(request.id).sink
+        if isinstance(found, LMBridgeError):
+            sink(Delta(error=found))
+        else:
+            self._submit(batcher, request, found, sink)
 
     # ---------------------------------------------------------------------------------------------------------- batches
 

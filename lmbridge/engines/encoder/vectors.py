@@ -1,6 +1,6 @@
 """From the vectors of tokens to one of each text: pooling, further layers, dimensions, length 1.
 
-Rule: torch on the engine's worker thread. Nothing loops over tokens, and over texts only what says so by ``split`` or ``zip``.
+Rule: torch on the engine's worker thread. Nothing loops over tokens.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def _weighted_mean(hidden: torch.Tensor, starts: torch.Tensor, lengths: torch.Te
 
 
 def _max(hidden: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    texts = hidden.split(lengths.tolist())
-    return torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True, padding_value=-torch.inf).amax(1)
+    texts = list(torch.split(hidden, lengths.tolist()))
+    return torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=-torch.inf).amax(1)
 
 
 def _sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
