@@ -74,8 +74,8 @@ class Keeper:
             self._handle.check_process()
         elif self._pid != os.getpid():  # nothing had started: this process may begin anew, with a lock nobody holds
             self._lock = self._locks.setdefault(os.getpid(), threading.RLock())  # one for all who come here at once
-            self._pid = os.getpid()
             self._handle.belong_here()
+            self._pid = os.getpid()  # last: who sees it goes on as if all was done
 
     def ensure(self) -> None:
         """See that there is a server thread.
@@ -89,11 +89,12 @@ class Keeper:
                 raise self._handle.closed_error()
             if self.closed:
                 raise BridgeClosedError("The bridge is closed; build a new one.")
-            if self.run is None:
+            run = self.run
+            if run is None:
                 check_environment()
-                self.run = self._new_run(self._recipe)
-            if not self.run.taken:  # also where an exception struck the thread that was starting it
-                self._launch(self.run)
+                run = self._adopt(self._new_run(self._recipe))
+            if not run.taken:  # also where an exception struck the thread that was starting it
+                self._launch(run)
 
     def begin_with(self, recipe: Recipe) -> bool:
         """Take another recipe for the first engine; False when it is too late for that.
@@ -159,15 +160,18 @@ class Keeper:
     # --- the thread ---
 
     def _new_run(self, recipe: Recipe, stuck: Run | None = None) -> Run:
-        """With _lock held."""
+        """Changes nothing that others see."""
         loop = ServerLoop(self._handle, self._metrics, self._stall_timeout)
-        run = Run(loop, Supervisor(loop, recipe, self.swaps, self._lodging), stuck)
-        if stuck is None:
-            self._status.loading()
+        return Run(loop, Supervisor(loop, recipe, self.swaps, self._lodging), stuck)
+
+    def _adopt(self, run: Run) -> Run:
+        """The first run: this one, unless a signal handler has started another meanwhile. With _lock held."""
+        if self.run is None:  # with no call between this and the next line, no handler comes between them either
+            self.run = run
+            self._handle.loop = run.loop.loop
         else:
-            self._status.lost(died(stuck.loop.loss))
-        self._handle.loop = loop.loop
-        return run
+            run.discard()
+        return self.run
 
     def _launch(self, run: Run) -> None:
         """Start threads until one has arrived; one that comes too late does nothing. With _lock held.
@@ -194,6 +198,8 @@ class Keeper:
         """The server thread, from its first to its last moment."""
         thread = threading.current_thread()
         taken = run.take(thread)
+        if taken and self._status.state == "new":  # here, or whoever starts might say it of a server that is ready
+            self._status.loading()
         arrived.tell()
         if not taken:
             return
@@ -232,6 +238,8 @@ class Keeper:
             self.swaps.fail_begun(EngineStartError(STUCK))
             try:
                 self.run = self._new_run(run.supervisor.recipe, run)
+                self._status.lost(died(run.loop.loss))
+                self._handle.loop = self.run.loop.loop
                 self._launch(self.run)
             except BaseException as error:
                 self._end(self.run, error)

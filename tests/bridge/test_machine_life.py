@@ -22,7 +22,7 @@ from tests.bridge.machine import Machine, lengths
 from tests.conftest import until
 
 STALL = 0.4  # seconds without progress after which an engine is taken for dead
-GRACE = 0.3  # seconds that a stuck thread or an engine that closes may take besides
+GRACE = 0.5  # seconds that a stuck thread or an engine that closes may take besides
 WHICH = st.integers(0, 3)
 
 ERRORS: dict[str, BaseException] = {

@@ -16,8 +16,12 @@ from typing import Any
 
 import pytest
 
+import lmbridge.caller.answer
 import lmbridge.server.sweep
 from lmbridge import Bridge, LMBridgeError, Response
+from lmbridge.crossing.call import Call
+from lmbridge.crossing.gate import Gate
+from lmbridge.crossing.handle import ServerHandle
 from lmbridge.testing import ScriptedEngine
 from tests.conftest import until
 from tests.crossing.striking import Thrown, ctrl_c, throw_into
@@ -118,6 +122,41 @@ def test_ctrl_c_at_a_full_gate(quick_looks: None, way: str) -> None:
             caller.stop()
         assert [caller.errors for caller in crowd] == [[]] * 3
         until(lambda: is_quiet(bridge, engine))
+
+
+@pytest.mark.parametrize("when", ["before it stands in line", "in line"])
+def test_ctrl_c_twice_at_a_full_gate(quick_looks: None, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Who is struck again while he takes his call back leaves it to nobody: it must not keep its place for ever."""
+    monkeypatch.setattr(lmbridge.server.sweep, "LOST_LOOKS", 4)
+    stand, give_up = Gate.stand, lmbridge.caller.answer.give_up
+    struck: list[str | None] = []
+
+    def first_strike(gate: Gate, call: Call, wake: Callable[[], None]) -> bool:
+        if when == "in line":
+            assert not stand(gate, call, wake)
+        raise KeyboardInterrupt
+
+    def second_strike(server: ServerHandle, call: Call, error: BaseException) -> None:
+        struck.append(ctrl_c(len(struck) * STRIDE + 1, lambda: give_up(server, call, error)))
+
+    engine = ScriptedEngine(manual=True, max_batch_size=1)
+    with Bridge(engine, max_pending=1) as bridge:
+        others = [bridge.submit("running")]
+        engine.wait_for(lambda e: e.active == 1)
+        others.append(bridge.submit("queued"))
+        with monkeypatch.context() as patch:
+            patch.setattr(Gate, "stand", first_strike)
+            patch.setattr(lmbridge.caller.answer, "give_up", second_strike)
+            while not struck or struck[-1] is not None:
+                with pytest.raises(KeyboardInterrupt):
+                    bridge.infer("struck twice")
+        assert len(struck) > 3
+        for number, other in enumerate(others):
+            engine.wait_for(lambda e, number=number: e.active == 1 and len(e.started) > number)  # type: ignore[misc]
+            engine.step()
+            assert other.result(30).text in ("running", "queued")
+        until(lambda: is_quiet(bridge, engine))
+        assert bridge.metrics.outcomes["RequestAbortedError"] == len(struck)
 
 
 @pytest.mark.parametrize("way", ["start", "infer"])

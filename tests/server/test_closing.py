@@ -7,6 +7,9 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -221,6 +224,40 @@ def test_an_engine_that_will_not_close(
     until_no_server_thread()
 
 
+GIVEN_UP = """
+    import logging, sys, threading
+    import lmbridge.server.keeper, lmbridge.server.places
+    from lmbridge import Bridge
+    from lmbridge.testing import ScriptedEngine
+    lmbridge.server.keeper.MARGIN = lmbridge.server.places.CLOSE_GRACE = 0.2
+    logging.getLogger("lmbridge").setLevel(logging.ERROR)  # which warns that the thread was left behind
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # and asyncio, that it stood for long
+    engine, release = ScriptedEngine(manual=True), threading.Event()
+    bridge = Bridge(engine, stall_timeout=None)
+    future = bridge.submit("never stepped")
+    engine.wait_for(lambda e: e.active == 1)
+    server = bridge._server_thread
+    if sys.argv[1] == "stuck in the drain":
+        server.handle.run_soon(lambda: bridge.close(drain=True, timeout=60))  # there it does not wait
+        for _ in range(3):
+            server.handle.ask(lambda: None)
+    if sys.argv[1] != "at work":
+        engine.block(release)
+    bridge.close(drain=True, timeout=0.1)
+    release.set()
+    server.keeper.run.thread.join()
+    print(type(future.exception()).__name__, bridge.state, engine.closed)
+"""
+
+
+@pytest.mark.parametrize("server", ["at work", "stuck in the drain", "stuck before the drain"])
+def test_a_drain_that_is_given_up_leaves_nothing(server: str) -> None:
+    """In development mode close() raised when it gave the drain up, or the bridge said that its thread had failed."""
+    command = [sys.executable, "-X", "dev", "-W", "error", "-c", textwrap.dedent(GIVEN_UP), server]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "BridgeClosedError closed True\n", "")
+
+
 # --- from everywhere ---
 
 
@@ -363,6 +400,23 @@ def test_an_exit_while_bridges_come_to_their_end() -> None:
     assert (done.returncode, done.stdout) == (0, "")
     assert "Traceback" not in done.stderr
     assert "Error" not in done.stderr
+
+
+def test_an_exit_with_several_bridges_open() -> None:
+    """Bridges that nobody closed end together: one after another, each would hold up the exit for its own time."""
+    done = run_script("""
+        import os, threading
+        together = threading.Barrier(4)
+        class Sociable(ScriptedEngine):
+            async def close(self):
+                together.wait(5)  # all have been told before any is waited for
+                await super().close()
+                os.write(1, b"closed ")
+        bridges = [Bridge(Sociable(manual=True)).start() for _ in range(4)]
+        futures = [bridge.submit("never answered") for bridge in bridges]
+    """)
+    assert (done.returncode, done.stdout) == (0, "closed " * 4)
+    assert done.stderr == "A Bridge was not closed; use `with Bridge(...)` or bridge.close().\n" * 4
 
 
 def until_no_server_thread() -> None:

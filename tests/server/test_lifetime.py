@@ -392,6 +392,46 @@ def test_an_unstarted_bridge_starts_in_the_child() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_many_threads_of_a_child_ask_first() -> None:
+    """Threads that make a forked child's first call together would each start a server there, and load a model."""
+    done = run_script("""
+        import _thread, itertools, os, threading, types
+        from concurrent.futures import ThreadPoolExecutor
+        from lmbridge.server import keeper
+        built, begun, arrived = [], [], set()
+        together, asked, all_asked = threading.Barrier(8), itertools.count(1), threading.Event()
+        class Lock(_thread.RLock):
+            def __enter__(self):
+                if next(asked) == 8:
+                    all_asked.set()
+                return super().__enter__()
+        def getpid():  # all eight find that they are in a child, before the first draws a conclusion
+            thread = threading.current_thread()
+            if thread.name.startswith("first") and thread not in arrived:
+                arrived.add(thread)
+                together.wait(30)
+            return os.getpid()
+        def check():  # with the lock held: the first goes no further before all have asked for theirs
+            begun.append("a server")
+            all_asked.wait(30)
+        def build():
+            built.append("an engine")
+            return ScriptedEngine()
+        bridge = Bridge(build)
+        if os.fork() == 0:
+            keeper.os, keeper.check_environment = types.SimpleNamespace(getpid=getpid), check
+            keeper.threading = types.SimpleNamespace(**vars(threading) | {"RLock": Lock})
+            with ThreadPoolExecutor(8, "first") as pool:
+                print(*[answer.text for answer in pool.map(bridge.infer, "abcdefgh")])
+            bridge.close()
+            print(*begun, *built, flush=True)
+            os._exit(0)
+        os.wait()
+    """)
+    assert done.stdout == "a b c d e f g h\na server an engine\n", done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_multiprocessing_with_fork() -> None:
     """A multiprocessing worker started by fork is told as well, and can build a bridge of its own."""
     done = run_script("""
@@ -592,3 +632,31 @@ def test_a_with_that_cannot_be_entered_closes_the_bridge() -> None:
     with pytest.raises(EngineStartError), bridge:
         pytest.fail("it was entered")
     assert bridge.state == "closed"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_child_that_is_being_told_of_is_told_to_all() -> None:
+    """Whoever comes while another thread makes a forked child the bridge's own must not be told that it is not."""
+    done = run_script("""
+        import os, threading
+        bridge = Bridge(ScriptedEngine)
+        if os.fork() == 0:
+            handle, inside, go_on = bridge._server_thread.handle, threading.Event(), threading.Event()
+            belong_here = handle.belong_here
+            def slowly():
+                inside.set()
+                go_on.wait(20)
+                belong_here()
+            handle.belong_here = slowly
+            first = threading.Thread(target=bridge.infer, args=("first",))
+            first.start()
+            inside.wait(20)
+            handle.belong_here = belong_here
+            print(*[bridge.infer(prompt, timeout=20).text for prompt in "ab"], flush=True)
+            go_on.set()
+            first.join()
+            bridge.close()
+            os._exit(0)
+        os.wait()
+    """)
+    assert done.stdout == "a b\n", done.stderr
