@@ -1,7 +1,7 @@
 """A page to talk to the served models: ``app.register_blueprint(lmbridge.flask.playground.blueprint)``.
 
 Rule: serves one template and its files, and knows no bridge. In the browser the page is a client like any other: it
-speaks to the OpenAI-compatible routes, and draws what ``GET /status`` says where the app has that route.
+speaks to the OpenAI-compatible routes, to those that rerank and to ``GET /status`` where the app has them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from flask import Blueprint, Response, current_app, render_template, url_for
 PAGE = "lmbridge_playground"
 MODELS = "lmbridge_openai.list_models"
 CHAT = "lmbridge_openai.chat_completions"
+EMBEDDINGS = "lmbridge_openai.embeddings"
+RERANK = "lmbridge_rerank.rerank_v1"
 STATUS = "lmbridge_operations.status"
 
 # The page runs nothing but its own script, takes nothing from elsewhere, and cannot be framed by another page.
@@ -36,7 +38,7 @@ def page() -> str:
     """
     if CHAT not in current_app.view_functions:
         raise RuntimeError("The playground needs the API too: app.register_blueprint(lmbridge.flask.openai.blueprint).")
-    routes = {"models": MODELS, "chat": CHAT, "status": STATUS}
+    routes = {"models": MODELS, "chat": CHAT, "embeddings": EMBEDDINGS, "rerank": RERANK, "status": STATUS}
     return render_template(
         "lmbridge_playground/page.html",
         routes={

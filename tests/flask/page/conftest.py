@@ -20,8 +20,8 @@ from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from lmbridge import Bridge
-from lmbridge.flask import LMBridge, openai, operations, playground
-from lmbridge.testing import ScriptedEngine
+from lmbridge.flask import LMBridge, openai, operations, playground, rerank
+from lmbridge.testing import ScriptedEncoder, ScriptedEngine
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -40,12 +40,14 @@ class Site:
         url: the page over the bundled model.
         app: its app.
         gate: has the model at ``slow/`` loaded when it is set.
+        kinds: the app at ``kinds/``, with a model of each kind: ``chat``, ``minilm`` and ``ranker``.
         sockets: of the requests for answers at the root.
     """
 
     url: str
     app: Flask
     gate: threading.Event
+    kinds: Flask
     sockets: list[socket.socket]
 
     def cut(self) -> None:
@@ -70,6 +72,7 @@ def build_app(page_prefix: str | None = None, **config: Any) -> Flask:
     app.config.update({f"LMBRIDGE_{name.upper()}": value for name, value in config.items()})
     LMBridge(app)
     app.register_blueprint(openai.blueprint)
+    app.register_blueprint(rerank.blueprint)
     app.register_blueprint(operations.blueprint)
     app.register_blueprint(playground.blueprint, url_prefix=page_prefix)
     return app
@@ -87,12 +90,27 @@ def site() -> Iterator[Site]:
         demo = Bridge("demo")
         bridges.enter_context(closing(demo))
         app = build_app(models={"demo": demo})
+        kinds = build_app(
+            models={
+                "chat": scripted(ScriptedEngine()).start(),
+                "minilm": scripted(ScriptedEncoder(tasks=["embed"])).start(),
+                "ranker": scripted(ScriptedEncoder(tasks=["rerank"])).start(),
+            }
+        )
         others: dict[str, WSGIApplication] = {
             "/keyed": build_app(model=scripted(ScriptedEngine()), api_keys=[KEY]),
             "/two": build_app(
                 models={
                     "alpha": scripted(ScriptedEngine(lambda _: ["I am alpha."])),
                     "beta": scripted(ScriptedEngine(lambda _: ["I am beta."])),
+                }
+            ),
+            "/kinds": kinds,
+            "/encoder": build_app(model=scripted(ScriptedEncoder(tasks=["embed"])).start()),
+            "/later": build_app(
+                models={
+                    "chat": scripted(ScriptedEngine()).start(),
+                    "later": scripted(ScriptedEncoder(tasks=["rerank"], start_gate=gate)),
                 }
             ),
             "/slow": build_app(models={"slow": scripted(ScriptedEngine(start_gate=gate))}),
@@ -106,7 +124,7 @@ def site() -> Iterator[Site]:
                 sockets.append(request.environ["werkzeug.socket"])
 
         with _serving(DispatcherMiddleware(app, others)) as url:
-            yield Site(url, app, gate, sockets)
+            yield Site(url, app, gate, kinds, sockets)
 
 
 def _without_prefix(prefix: str, app: WSGIApplication) -> WSGIApplication:

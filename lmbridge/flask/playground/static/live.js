@@ -12,6 +12,7 @@ const STATES = {
   starting: ["waiting", "Loading"],
   restarting: ["waiting", "Restarting"],
   draining: ["waiting", "Being exchanged"],
+  unloaded: ["waiting", "Loads again with the next call"],
   ready: ["good", "Ready"],
   failed: ["bad", "Failed"],
   closed: ["bad", "Closed"],
@@ -30,6 +31,9 @@ function tokens(now, before) {
 }
 
 function batchSize(now, before) {
+  const batches = change(now, before, "batches"); // of an encoder, which counts texts
+  if (batches > 0) return change(now, before, "items") / batches;
+  if (batches === 0) return 0;
   const steps = change(now, before, "steps");
   if (steps > 0) return change(now, before, "tokens") / steps;
   return steps === 0 ? 0 : now.running;
@@ -91,8 +95,10 @@ export class Live {
   #before = null;
   #timer = 0;
 
-  constructor(server) {
+  /** `onStatus` is called with each status that came. */
+  constructor(server, onStatus) {
     this.server = server;
+    this.onStatus = onStatus;
     this.model = null;
     document.addEventListener("visibilitychange", () => this.look());
     this.look();
@@ -119,6 +125,7 @@ export class Live {
   }
 
   #take(status) {
+    this.onStatus(status);
     const now = status.models[this.model ?? status.default];
     if (!now) return;
     now.at = status.uptime;

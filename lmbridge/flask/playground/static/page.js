@@ -1,4 +1,5 @@
-// The playground: a conversation over the OpenAI-compatible routes, its settings, and what is kept of both.
+// The playground: a conversation over the OpenAI-compatible routes, its settings, and what is kept of both; and tabs to
+// try models of other kinds.
 //
 // Rule: whatever comes from the server is put into the page as text, never as HTML. What the user types into the
 // settings goes to the server as it is; the server says what is wrong with it.
@@ -6,10 +7,17 @@
 import { byId, duration, fromTemplate } from "./dom.js";
 import { Live } from "./live.js";
 import { Server } from "./server.js";
+import { Tabs } from "./tabs.js";
+import { Ranking, Similarity } from "./trials.js";
 
 // --- what outlives a reload ---
 
 const STOPPED = "Stopped";
+const TABS = [
+  { name: "chat", task: "generate", route: "chat" },
+  { name: "similarity", task: "embed", route: "embeddings" },
+  { name: "ranking", task: "rerank", route: "rerank" },
+];
 const STORE = `lmbridge ${location.pathname}`;
 
 function load() {
@@ -126,8 +134,14 @@ class Page {
   constructor(server) {
     const stored = load();
     this.server = server;
-    this.model = stored.model;
-    this.live = server.routes.status && new Live(server);
+    this.models = [];
+    this.chosen = stored.chosen ?? {}; // the name of the model of each tab
+    this.trials = { similarity: new Similarity(this.#hostOf("similarity")), ranking: new Ranking(this.#hostOf("ranking")) };
+    for (const [name, trial] of Object.entries(this.trials)) trial.values = stored.trials?.[name];
+    this.tabs = new Tabs(() => this.#offerModels());
+    this.tabs.open("chat");
+    this.wanted = stored.tab;
+    this.live = server.routes.status && new Live(server, (status) => this.#see(status));
     this.settings = new Settings(stored.settings, () => this.#save());
     this.views = (stored.exchanges ?? []).map((exchange) => this.#show(exchange));
     this.#offerRetry();
@@ -168,12 +182,11 @@ class Page {
   async #connect() {
     byId("trouble").hidden = true;
     try {
-      const names = await this.server.models();
-      const chosen = names.includes(this.model) ? this.model : names[0];
-      byId("model").replaceChildren(...names.map((name) => new Option(name, name, false, name === chosen)));
-      byId("model").disabled = false;
+      this.models = await this.server.models();
       byId("key-form").hidden = true;
-      this.#chooseModel();
+      const offered = TABS.filter(({ task, route }) => this.server.routes[route] && this.#namesFor(task).length);
+      this.tabs.offer(offered.length ? offered.map(({ name }) => name) : ["chat"], this.wanted ?? this.tabs.current);
+      this.wanted = null;
     } catch (error) {
       if (error.status === 401) return this.#askForKey(this.server.key ? error.message : "This server wants an API key.");
       byId("trouble").hidden = false;
@@ -181,10 +194,46 @@ class Page {
     }
   }
 
+  /** The models that do a task; one that does not say what it does may chat. */
+  #namesFor(task) {
+    return this.models.filter(({ tasks }) => (tasks.length ? tasks : ["generate"]).includes(task)).map(({ name }) => name);
+  }
+
+  /** Have the models of the open tab to choose from. */
+  #offerModels() {
+    const names = this.#namesFor(TABS.find(({ name }) => name === this.tabs.current).task);
+    if (!names.length) return; // not connected yet
+    const before = this.chosen[this.tabs.current];
+    const chosen = names.includes(before) ? before : names[0];
+    byId("model").replaceChildren(...names.map((name) => new Option(name, name, false, name === chosen)));
+    byId("model").disabled = false;
+    this.#chooseModel();
+  }
+
   #chooseModel() {
-    this.model = byId("model").value;
-    this.live?.show(this.model);
+    this.chosen[this.tabs.current] = byId("model").value;
+    this.live?.show(byId("model").value);
     this.#save();
+  }
+
+  /** Look again at the models once one of them, which was loaded meanwhile, says what it does. */
+  #see(status) {
+    const told = ({ name, tasks }) => String(status.models[name]?.tasks ?? tasks) === String(tasks);
+    if (!this.models.every(told)) this.#connect();
+  }
+
+  /** What a tab needs of the page. */
+  #hostOf(tab) {
+    const page = this;
+    return {
+      server: page.server,
+      get model() {
+        return page.chosen[tab];
+      },
+      announce: (words) => (byId("announcer").textContent = words),
+      onChange: () => page.#save(),
+      onError: (error) => error.status === 401 && page.#askForKey(error.message),
+    };
   }
 
   #askForKey(reason) {
@@ -198,7 +247,7 @@ class Page {
     event.preventDefault();
     this.server.key = byId("key").value.trim();
     await this.#connect();
-    if (byId("key-form").hidden) byId("prompt").focus();
+    if (byId("key-form").hidden && this.tabs.current === "chat") byId("prompt").focus();
   }
 
   // --- the conversation ---
@@ -265,7 +314,7 @@ class Page {
     const system = this.settings.systemPrompt;
     return {
       ...this.settings.fields,
-      model: this.model,
+      model: this.chosen.chat,
       messages: [
         ...(system ? [{ role: "system", content: system }] : []),
         ...earlier.flatMap(({ exchange }) => [
@@ -347,6 +396,7 @@ class Page {
   }
 
   #escape() {
+    if (this.trials[this.tabs.current]?.stop()) return;
     if (this.#running) this.#stop();
     else this.#openSide(false);
   }
@@ -355,7 +405,14 @@ class Page {
     const exchanges = this.views.map(({ exchange }) => ({ ...exchange }));
     const last = exchanges.at(-1);
     if (last?.state === "running") Object.assign(last, { state: "stopped", facts: STOPPED });
-    save({ exchanges, settings: this.settings.values, model: this.model, draft: byId("prompt").value });
+    save({
+      exchanges,
+      settings: this.settings.values,
+      draft: byId("prompt").value,
+      tab: this.wanted ?? this.tabs.current,
+      chosen: this.chosen,
+      trials: Object.fromEntries(Object.entries(this.trials).map(([name, trial]) => [name, trial.values])),
+    });
   }
 }
 

@@ -1,7 +1,9 @@
-// The server, as the page knows it: models, answers as they are streamed, status.
+// The server, as the page knows it: models, answers as they are streamed, vectors, rankings, status.
 //
 // Rule: knows nothing of the page. What goes wrong is a ServerError with words for the user. The API key is kept in
 // memory only: any script of this origin could read a store.
+
+const LOST = "The connection was lost before the answer was complete.";
 
 export class ServerError extends Error {
   /** What went wrong, in words for the user; `status` is 0 where no response came, `param` the field at fault. */
@@ -22,24 +24,37 @@ export class ServerError extends Error {
 export class Server {
   key = "";
 
-  /** `routes`: the addresses of models, chat and, where there is one, status. */
+  /** `routes`: the addresses of models, chat and, where there are such, embeddings, rerank and status. */
   constructor(routes) {
     this.routes = routes;
   }
 
+  /** Each model with its tasks; there are none while they are not known. */
   async models() {
     const response = await this.#ask(this.routes.models);
-    return (await response.json()).data.map((model) => model.id);
+    return (await response.json()).data.map(({ id, lmbridge }) => ({ name: id, tasks: lmbridge?.tasks ?? [] }));
   }
 
   async status() {
     return (await this.#ask(this.routes.status, { cache: "no-store" })).json();
   }
 
+  /** A vector for each input, and the tokens that were read. */
+  async embed(body, signal) {
+    const { data, usage } = await this.#post(this.routes.embeddings, body, signal);
+    return { vectors: data.map(({ embedding }) => embedding), tokens: usage.total_tokens };
+  }
+
+  /** The documents' places and scores, the most relevant first, and the tokens that were read. */
+  async rerank(body, signal) {
+    const { results, usage } = await this.#post(this.routes.rerank, body, signal);
+    const ranks = results.map(({ index, relevance_score }) => ({ index, score: relevance_score }));
+    return { ranks, tokens: usage.total_tokens };
+  }
+
   /** The chunks of one answer. Throws ServerError also where the stream ends without its final word. */
   async *chat(body, signal) {
-    const headers = { "Content-Type": "application/json" };
-    const response = await this.#ask(this.routes.chat, { method: "POST", headers, body: JSON.stringify(body), signal });
+    const response = await this.#send(this.routes.chat, body, signal);
     try {
       for await (const data of eventsOf(response.body)) {
         if (data === "[DONE]") return;
@@ -50,7 +65,19 @@ export class Server {
     } catch (error) {
       if (!(error instanceof TypeError)) throw error; // which is how fetch says that the network failed
     }
-    throw new ServerError("The connection was lost before the answer was complete.");
+    throw new ServerError(LOST);
+  }
+
+  async #post(address, body, signal) {
+    const response = await this.#send(address, body, signal);
+    return response.json().catch((error) => {
+      throw error.name === "AbortError" ? error : new ServerError(LOST);
+    });
+  }
+
+  #send(address, body, signal) {
+    const headers = { "Content-Type": "application/json" };
+    return this.#ask(address, { method: "POST", headers, body: JSON.stringify(body), signal });
   }
 
   async #ask(address, options = {}) {
