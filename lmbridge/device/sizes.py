@@ -37,7 +37,7 @@ class Limit:
             self._read(memory)
         elif memory is not None:
             self._bytes = as_int(memory)
-        if memory is not None and not (self._bytes or self._share):
+        if memory is not None and not ((self._bytes or 0) > 0 or self._share):
             raise InvalidRequestError(
                 f"memory must be bytes, or a size such as '8GB', '8GiB' or '80%', not {shown(memory)}.", "memory"
             )

@@ -246,6 +246,8 @@ class Turns:
             self._begin_next()
 
     def _begin_next(self) -> None:
+        for turn in self._line:  # another thread of the same engine may have computed while this one waited
+            turn.start = max(turn.start, min(turn.party.lane.due, self._clock + MOST_DEBT))
         turn = min(self._line, key=lambda turn: turn.start)
         turn.since = monotonic()
         self._clock = max(self._clock, turn.start)

@@ -25,15 +25,16 @@ def start_error(cause: BaseException) -> EngineStartError:
     return _error(f"The engine could not be loaded: {said(cause)}. Fix that, then start anew.", cause)
 
 
-def swap_error(cause: BaseException, place: Place | None) -> LMBridgeError:
+def swap_error(cause: BaseException, place: Place | None, unloaded: bool = False) -> LMBridgeError:
     """What whoever asked for a swap gets when the new model cannot be loaded.
 
     Args:
         place: what has the engine's place now.
+        unloaded: nothing has it, because there was nothing to do.
     """
     if isinstance(cause, LMBridgeError):
         return cause
-    return _error(f"The new model could not be loaded: {said(cause)}. {_goes_on(place)}", cause)
+    return _error(f"The new model could not be loaded: {said(cause)}. {_goes_on(place, unloaded)}", cause)
 
 
 def is_sticky(cause: BaseException) -> bool:
@@ -52,7 +53,9 @@ def is_sticky(cause: BaseException) -> bool:
     return False
 
 
-def _goes_on(place: Place | None) -> str:
+def _goes_on(place: Place | None, unloaded: bool) -> str:
+    if place is None and unloaded:
+        return "The old one is loaded again for the next call."
     if place is None:
         return "Nothing serves now: fix that, then swap again."
     if place.dead.done():

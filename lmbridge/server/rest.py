@@ -31,6 +31,11 @@ class Rest:
         calls.on_idle = lodging.is_idle
 
     @property
+    def unloaded(self) -> bool:
+        """Whether there is no engine because it had nothing to do."""
+        return self._calls.on_arrival is not None
+
+    @property
     def pending(self) -> bool:
         """Whether there is something to do at once."""
         return self.wanted or (bool(self._asked) and self._lodging.may_rest)
@@ -58,7 +63,7 @@ class Rest:
 
     def want(self) -> None:
         """Have the model loaded again, if it is unloaded."""
-        if self._calls.on_arrival is not None:
+        if self.unloaded:
             self.wanted = True
             self._look()
 

@@ -266,7 +266,7 @@ class Supervisor:
         try:
             new = await self._load(swap.recipe)
         except Exception as cause:
-            _fail(swap, cause, old)
+            self._fail(swap, cause, old)
             return old
         if new is None:
             return old
@@ -293,7 +293,7 @@ class Supervisor:
             new = await self._load(swap.recipe)
         except Exception as cause:
             back = await self._bring_back()
-            _fail(swap, cause, back)
+            self._fail(swap, cause, back)
             return back
         return None if new is None else self._take_over(new, swap)
 
@@ -310,6 +310,12 @@ class Supervisor:
         self._install(new)
         swap.done.tell()
         return new
+
+    def _fail(self, swap: Swap, cause: Exception, place: Place | None) -> None:
+        """Tell whoever asked that the new model could not be loaded, and what has the place now."""
+        error = swap_error(cause, place, self._rest.unloaded)
+        swap.done.tell(error)
+        logger.error("The swap failed: %s", error)
 
     # --- waiting ---
 
@@ -331,10 +337,3 @@ def _log(what: str) -> None:
 def _backoff(deaths: int) -> float:
     """Seconds to wait after so many."""
     return min(FIRST_BACKOFF * 4.0 ** min(deaths - 1, 100), LAST_BACKOFF)
-
-
-def _fail(swap: Swap, cause: Exception, place: Place | None) -> None:
-    """Tell whoever asked that the new model could not be loaded, and what has the place now."""
-    error = swap_error(cause, place)
-    swap.done.tell(error)
-    logger.error("The swap failed: %s", error)

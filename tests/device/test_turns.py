@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import random
 import threading
@@ -32,6 +33,7 @@ class Worker:
         self.party = party
         self._log, self._name = log, name
         self._ended = False
+        self.inside = False
         self._go = threading.Semaphore(0)
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -47,8 +49,10 @@ class Worker:
     def _run(self) -> None:
         while not self._ended:
             with self.party.turn():
+                self.inside = True
                 self._log.append(self._name)
                 self._go.acquire()
+                self.inside = False
 
 
 class Strike(BaseException):
@@ -143,14 +147,11 @@ def test_time_is_shared_by_weight(turns: Turns, clock: Clock, ended: list[Worker
     ended.append(spare)
     until(lambda: len(turns.line()) == 3)
     for _ in range(80):
-        holder, count = log[-1], len(log)
+        count = len(log)
         clock.now += 0.01
-        for worker in [workers[holder], *([spare] if holder == "heavy" else [])]:
-            worker.end_turn()
-            until(lambda: len(log) > count or worker is not spare)
-            if len(log) > count:
-                break
-        until(lambda: len(turns.line()) == 3)
+        holder = next(worker for worker in ended if worker.inside)
+        holder.end_turn()
+        until(functools.partial(lambda before: len(log) > before and len(turns.line()) == 3, count))
     used = {name: worker.party.lane.used for name, worker in workers.items()}
     assert used["heavy"] == pytest.approx(used["one"] + used["two"], abs=0.05)
     assert used["one"] == pytest.approx(used["two"], abs=0.03)
@@ -257,45 +258,55 @@ def test_a_thread_that_was_struck_as_its_turn_ended(turns: Turns) -> None:
     in_turn(party(turns)).join(10)
 
 
-def test_threads_struck_at_any_moment(turns: Turns, quick: None) -> None:
-    """Whatever is thrown into whomever, the device has one holder at most, and the others get their turns."""
-    rng, inside, ended = random.Random(5), list[int](), threading.Event()
-    faults: list[str] = []
-    counts = [0] * 4
+class Struck:
+    """Threads that take turns, whatever is thrown into them, and how many each has had."""
 
-    def work(number: int) -> None:
-        mine = party(turns)
-        while not ended.is_set():
-            try:
-                with mine.turn():
-                    inside.append(number)
-                    if len(inside) > 1:
-                        faults.append(f"{inside}")
-                    counts[number] += 1
-                    inside.remove(number)
-            except Strike:
-                while number in inside:
-                    inside.remove(number)
+    def __init__(self, turns: Turns, count: int) -> None:
+        self.had = [0] * count
+        self.together: list[str] = []  # who was on the device beside somebody else
+        self._turns = turns
+        self._inside: list[int] = []
+        self._ended = False
+        self.threads = [threading.Thread(target=self._live, args=(n,), daemon=True) for n in range(count)]
+        for thread in self.threads:
+            thread.start()
 
-    def guarded(number: int) -> None:
-        while not ended.is_set():
+    def end(self) -> None:
+        self._ended = True
+        for thread in self.threads:
+            thread.join(10)
+            assert not thread.is_alive()
+
+    def _live(self, number: int) -> None:
+        mine = party(self._turns)
+        while not self._ended:
             try:
-                work(number)
+                self._work(mine, number)
             except Strike:
                 continue
+            finally:
+                while number in self._inside:
+                    self._inside.remove(number)
 
-    threads = [threading.Thread(target=guarded, args=(number,), daemon=True) for number in range(4)]
-    for thread in threads:
-        thread.start()
+    def _work(self, mine: Party, number: int) -> None:
+        while not self._ended:
+            with mine.turn():
+                self._inside.append(number)
+                if len(self._inside) > 1:
+                    self.together.append(f"{self._inside}")
+                self.had[number] += 1
+                self._inside.remove(number)
+
+
+def test_threads_struck_at_any_moment(turns: Turns, quick: None) -> None:
+    """Whatever is thrown into whomever, the others get their turns, and nobody is left in the line."""
+    rng, struck = random.Random(5), Struck(turns, 4)
     for _ in range(400):
-        strike(rng.choice(threads[:2]))
-        until(lambda before=sum(counts): sum(counts) > before + 5)
-    before = counts[:]
-    until(lambda: all(now > then for now, then in zip(counts, before, strict=True)))
-    ended.set()
-    for thread in threads:
-        thread.join(10)
-        assert not thread.is_alive()
+        strike(rng.choice(struck.threads[:2]))
+        until(functools.partial(lambda before: sum(struck.had) > before + 5, sum(struck.had)))
+    then = struck.had[:]
+    until(lambda: all(now > before for now, before in zip(struck.had, then, strict=True)))
+    struck.end()
     in_turn(party(turns)).join(10)
     assert not turns.line()
 

@@ -119,6 +119,11 @@ class TransformersEngine(Engine):
         core = self._core
         return core.runner.name if core is not None else ""
 
+    @property
+    def device(self) -> str | None:
+        """Where the model was told to run; None: where it can. Any thread."""
+        return self._options.device
+
     def describe(self) -> str:
         core = self._core
         return f"{self._label} on transformers" + (f" ({core.describe()})" if core is not None else "")
@@ -240,6 +245,16 @@ class TransformersEngine(Engine):
     def where(self) -> str:
         core = self._core
         return core.runner.where() if core is not None else ""
+
+    def estimate(self) -> int | None:
+        """Bytes of the weights as they will be loaded, and of the cache; None for a model that is not here yet."""
+        from lmbridge.engines.transformers import memory
+
+        return memory.needed(self._options)
+
+    def footprint(self) -> int | None:
+        core = self._core
+        return core.runner.footprint() if core is not None else None
 
     def stats(self) -> dict[str, float]:
         """``in_flight``, ``steps`` and ``tokens`` so far, ``max_batch_size``, ``cache_free``: the share of the cache

@@ -22,6 +22,7 @@ import torch
 import transformers
 
 from lmbridge.engines.transformers import attention, library, processor
+from lmbridge.engines.transformers.memory import cached_per_token
 from lmbridge.engines.transformers.options import ModelOptions
 from lmbridge.engines.transformers.runner import (
     NO_LIMIT,
@@ -132,6 +133,10 @@ class PagedRunner(Runner):
             return True
         earlier = itertools.takewhile(lambda other: other is not plan, self._plans.values())
         return not plan.position and any(not other.position for other in earlier)
+
+    def footprint(self) -> int:
+        per_token = cached_per_token(self._model.config.get_text_config(), self._model.dtype.itemsize)
+        return int(self._model.get_memory_footprint()) + self.capacity * per_token
 
     @property
     def steps(self) -> int:

@@ -104,6 +104,10 @@ class PlainRunner(Runner):
         job = self._jobs.get(key)
         return job is not None and job.waits
 
+    def footprint(self) -> int:
+        """Of the model; what requests have in their caches comes and goes with them."""
+        return int(self._model.get_memory_footprint())
+
     @property
     def steps(self) -> int:
         return self._witness.steps

@@ -88,6 +88,10 @@ class Runner(ABC):
         """Whether the request stands in line inside, where others may rightly go on for long before it does."""
         return False
 
+    @abstractmethod
+    def footprint(self) -> int:
+        """Bytes that the model and its cache hold."""
+
     @property
     @abstractmethod
     def steps(self) -> int:
