@@ -153,6 +153,9 @@ class Batcher(Generic[T]):
         batch = [entry for entry in batch if entry.key in self._running]  # the others were aborted meanwhile
         if not batch:
             return
+        if len(batch) > 1 and self.max_size is not None and sum(entry.size for entry in batch) > self.max_size:
+            await self._halve(batch)  # it would not fit into the memory, as we have learned meanwhile
+            return
         try:
             results = await self._run([entry.item for entry in batch])
         except LMBridgeError as error:
@@ -172,7 +175,10 @@ class Batcher(Generic[T]):
     async def _take_apart(self, batch: list[_Entry[T]], cause: Exception) -> None:
         if len(batch) == 1:
             self._tell(batch[0], cause)
-            return
+        else:
+            await self._halve(batch)
+
+    async def _halve(self, batch: list[_Entry[T]]) -> None:
         half = len(batch) // 2
         await self._attempt(batch[:half])
         await self._attempt(batch[half:])

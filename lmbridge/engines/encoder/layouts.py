@@ -29,7 +29,7 @@ class Layout(ABC):
 
     Attributes:
         name: what users call it.
-        tokens_on_cpu: in a batch; with more, what is computed of them leaves the cache, and with fewer, padded texts find
+        tokens_on_cpu: in a batch; with more, what is computed leaves the cache, and with fewer, padded texts find
             less of their own length.
         tokens, padding: how many the model was given so far, and how many of them were padding.
     """
