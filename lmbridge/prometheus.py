@@ -1,4 +1,4 @@
-"""A bridge's metrics for Prometheus, through its own client library.
+"""A bridge's metrics and a device's for Prometheus, through its own client library.
 
 Rule: asks the bridge when somebody scrapes, and costs its requests nothing.
 """
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lmbridge.bridge import Bridge
+from lmbridge.device import Device
 from lmbridge.errors import MissingDependencyError
 from lmbridge.metrics import SECONDS, Histogram
 
@@ -104,6 +105,58 @@ class BridgeCollector:
             below += count
             buckets.append(("+Inf" if bound == float("inf") else str(bound), below))
         family.add_metric(list(self._labels.values()), buckets, histogram.sum)
+        return family
+
+
+class DeviceCollector:
+    """A device's metrics for a registry of prometheus_client: ``REGISTRY.register(DeviceCollector(Device.of("cpu")))``.
+
+    Each carries the label ``device``; the seconds also ``model``, of which several bridges of one label make one.
+
+    Args:
+        device: what to report.
+        labels: put on every metric besides.
+
+    Raises:
+        MissingDependencyError: prometheus_client is not installed.
+    """
+
+    def __init__(self, device: Device, labels: dict[str, str] | None = None) -> None:
+        try:
+            from prometheus_client import core
+        except ImportError as error:
+            raise MissingDependencyError("Prometheus export needs: pip install prometheus-client") from error
+        self._core = core
+        self._device = device
+        self._labels = {"device": device.name, **(labels or {})}
+
+    def describe(self) -> list[Any]:
+        """Nothing: a registry must not ask a device before somebody scrapes."""
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        """The metrics as they are now."""
+        status = self._device.status()
+        if status.memory is not None:
+            yield self._gauge("memory_bytes", "Memory that models may have.", status.memory)
+        yield self._gauge("reserved_bytes", "Memory that models hold, or are about to.", status.reserved)
+        yield self._counter("loads", "Models that were loaded.", {"": status.loads})
+        yield self._counter("unloads", "Models unloaded for others, or for being idle.", {"": status.unloads})
+        seconds: dict[str, float] = {}
+        for party in status.parties:
+            seconds[party.label] = seconds.get(party.label, 0.0) + party.seconds
+        yield self._counter("seconds", "Time for which a model has had the device.", seconds, "model")
+
+    def _gauge(self, name: str, text: str, value: float) -> Any:
+        family = self._core.GaugeMetricFamily(f"lmbridge_device_{name}", text, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), value)
+        return family
+
+    def _counter(self, name: str, text: str, values: Mapping[str, float], label: str = "") -> Any:
+        names = [*self._labels, *([label] if label else [])]
+        family = self._core.CounterMetricFamily(f"lmbridge_device_{name}", text, labels=names)
+        for value, count in values.items():
+            family.add_metric([*self._labels.values(), *([value] if label else [])], count)
         return family
 
 
