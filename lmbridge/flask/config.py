@@ -128,7 +128,7 @@ KEYS: dict[str, Key] = {
         _optional(_mapping),
         "a dict of names to models",
         "Several models instead of one: name to model, or to ``{'model': …, 'engine': …, option: value}``, or to a "
-        "Bridge. The first is the default.",
+        "Bridge. The first of each kind is the default.",
     ),
     "LMBRIDGE_TIMEOUT": Key(
         600.0, _optional(_seconds), "seconds > 0 or None", "Default and upper bound of a request's deadline."

@@ -6,13 +6,14 @@ Rule: runs in the HTTP request's context, and asks no bridge yet. What else the 
 from __future__ import annotations
 
 import logging
+from typing import Literal
 
 from lmbridge import Client
 from lmbridge.errors import InvalidRequestError, LMBridgeError, PromptTooLongError, UnsupportedTaskError
 from lmbridge.flask.caller import request_bridge
 from lmbridge.flask.models import current_models
 from lmbridge.flask.openai import guard
-from lmbridge.flask.openai.fields import TEXT, Fields, number, parse_object
+from lmbridge.flask.openai.fields import TEXT, Fields, Kind, number, parse_object
 from lmbridge.messages import Task
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ MAX_ITEMS = 2048  # texts, or documents, of one request
 LONGEST = 10**9  # seconds
 
 _SECONDS = number(0, LONGEST)
+_TRUNCATE = Kind(lambda value: isinstance(value, bool) or value in ("end", "error"), 'true, false, "end" or "error"')
 
 
 class Asked:
@@ -57,6 +59,12 @@ class Asked:
         """Log what is asked, where that was configured."""
         if self._settings.log_prompts:
             logger.info("%s asks %s: %r", guard.request_id(), self.model, what)
+
+
+def read_truncate(fields: Fields, default: Literal["error", "end"]) -> Literal["error", "end"]:
+    """What to do with a text longer than the model reads: ``true`` or ``"end"`` cuts off its end."""
+    given = fields.take("truncate", _TRUNCATE)
+    return default if given is None else "end" if given in (True, "end") else "error"
 
 
 def refuse_too_many(count: int, field: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmbridge import Client, InvalidRequestError, LMBridgeError, Response
-from lmbridge.flask.openai.asking import put_in_clients_words, refuse_too_many
+from lmbridge.flask.openai.asking import put_in_clients_words, read_truncate, refuse_too_many
 from lmbridge.flask.openai.fields import BOOL, TEXT, Fields, Kind, integer, is_int
 from lmbridge.flask.openai.sampling import LARGEST_ID
 
@@ -48,7 +48,7 @@ def read_embeddings(values: dict[str, Any]) -> EmbeddingCall:
         "dimensions": fields.take("dimensions", _DIMENSIONS),
         "normalize": fields.take("normalize", BOOL, True),
         "prompt": fields.take("prompt", TEXT),
-        "truncate": "end" if fields.take("truncate", BOOL, False) else "error",
+        "truncate": read_truncate(fields, "error"),
     }
     return EmbeddingCall(
         texts=_read_texts(fields),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lmbridge.errors import InvalidRequestError
-from lmbridge.flask.openai.asking import refuse_too_many
+from lmbridge.flask.openai.asking import read_truncate, refuse_too_many
 from lmbridge.flask.openai.fields import BOOL, TEXT, Fields, Kind, integer
 
 _TOP = integer(1, 2**31 - 1)
@@ -48,7 +48,7 @@ def read_cohere(values: dict[str, Any]) -> RerankCall:
         documents=_documents(fields, "documents", _DOCUMENT),
         top_n=fields.take("top_n", _TOP),
         with_documents=fields.take("return_documents", BOOL, False),
-        truncate="end",
+        truncate=read_truncate(fields, "end"),
     )
 
 
@@ -65,7 +65,7 @@ def read_tei(values: dict[str, Any]) -> RerankCall:
         documents=_documents(fields, "texts", TEXT),
         top_n=fields.take("top_n", _TOP),
         with_documents=fields.take("return_text", BOOL, False),
-        truncate="end" if fields.take("truncate", BOOL, True) else "error",
+        truncate=read_truncate(fields, "end"),
     )
 
 

@@ -130,7 +130,8 @@ def test_extensions(client: OpenAI) -> None:
     assert np.allclose(prompted.data[0].embedding, vector_of("query: a"))
     raw = ask(model="encoder", input="a", extra_body={"normalize": False})
     assert np.linalg.norm(raw.data[0].embedding) != pytest.approx(1, abs=0.01)
-    assert ask(model="encoder", input="long " * 60, extra_body={"truncate": True}).data
+    for truncate in (True, "end"):
+        assert ask(model="encoder", input="long " * 60, extra_body={"truncate": truncate}).data
     assert ask(model="encoder", input="a", user="somebody", extra_body={"unknown": 1}).data
 
 
@@ -184,7 +185,7 @@ def test_one_bad_text(client: OpenAI, encoder: ScriptedEncoder) -> None:
         ({"input": "a", "dimensions": "3"}, "dimensions", "an integer"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format", "base64"),
         ({"input": "a", "user": 7}, "user", "a string"),
-        ({"input": "a", "truncate": "end"}, "truncate", "true or false"),
+        ({"input": "a", "truncate": "start"}, "truncate", '"end"'),
         ({"input": "a", "prompt": 1}, "prompt", "a string"),
         ({"input": "a", "timeout": "soon"}, "timeout", "a number"),
         ({"input": "a", "timeout": -1}, "timeout", "from 0"),

@@ -60,7 +60,9 @@ def test_heat_map(visit: Open, site: Site) -> None:
         expect(page.get_by_role("rowheader")).to_have_text(["A fox.", "A hen.", "A fox."])
         expect(page.get_by_role("columnheader")).to_have_text(["1", "2", "3"])
         expect(page.locator("#announcer")).to_have_text("The most similar are sentences 1 and 3: 1.00.")
-        expect(page.locator("#similarity .outcome")).to_have_text(re.compile(r"^3 sentences and 6 tokens in [\d.]+ m?s$"))
+        expect(page.locator("#similarity .outcome")).to_have_text(
+            re.compile(r"^3 sentences and 6 tokens in [\d.]+ m?s$")
+        )
         assert encoder.stats()["items"] == 3
         warm, cold = (cells.nth(n).evaluate("cell => getComputedStyle(cell).backgroundColor") for n in (0, 1))
         assert warm != cold
@@ -156,7 +158,14 @@ def test_every_warmth_can_be_read(visit: Open, site: Site, scheme: str) -> None:
             contrast = first.evaluate(CONTRAST)
             first.evaluate("cell => cell.style.removeProperty('background')")
             assert contrast >= 4.5, f"{warmth}: {contrast:.1f}"
-        for shown in ("[role=tab]", "[role=tab][aria-selected=false]", "caption", ".trial label", ".outcome", "tbody th"):
+        for shown in (
+            "[role=tab]",
+            "[role=tab][aria-selected=false]",
+            "caption",
+            ".trial label",
+            ".outcome",
+            "tbody th",
+        ):
             assert page.locator(f"{shown}:visible").first.evaluate(CONTRAST) >= 4.5, shown
 
 
