@@ -1,7 +1,8 @@
 """Several models on one GPU: does a stream keep its pace beside a large job, and is the memory that is counted there?
 
 A language model of random weights in the shape of Llama 3.2 1B, with a tokenizer made on the spot, streams beside a job
-that embeds by matrix products of an encoder's size, or by a real one (``--embed MODEL``). Nothing is fetched. In one call:
+that embeds by matrix products of an encoder's size, or by a real one (``--embed MODEL``). Nothing is fetched. One call
+does all:
 
 - turns: the stream's time between tokens and the job's texts a second, alone, together with turns and without them.
   With turns the 99th percentile is to stay within twice that of the stream alone;
