@@ -344,9 +344,10 @@ def test_sixty_four_threads_get_their_own(bert: str) -> None:
 def test_wrong_things_are_refused_one_by_one(bert: str) -> None:
     """One None among ten thousand texts would lose the others, or show a trace of the tokenizer."""
     with Bridge(bert, engine="encoder") as bridge:
-        for wrong in (None, 3, b"bytes", 1.5, {"text": "a"}, [["a"]], ["a", None]):
+        wrongs: tuple[Any, ...] = (None, 3, b"bytes", 1.5, {"text": "a"}, [["a"]], ["a", None])
+        for wrong in wrongs:
             with pytest.raises(InvalidRequestError):
-                bridge.embed(wrong)  # type: ignore[call-overload]
+                bridge.embed(wrong)
         with pytest.raises(LMBridgeError, match=r"cannot generate.*encoder|'encoder' cannot"):
             bridge.infer("the cat")
         with pytest.raises(LMBridgeError, match="cannot rerank"):
@@ -423,6 +424,7 @@ def test_a_dead_engine_is_followed_by_a_new_one(bert: str) -> None:
         assert bridge.health().restarts == 1
 
 
+@pytest.mark.long
 def test_a_process_may_end_while_texts_are_encoded(bert: str) -> None:
     """The interpreter would abort with a core dump, which looks like a fault of the user's program."""
     script = f"""
