@@ -134,6 +134,7 @@ class Models:
     def replace(self, name: str, bridge: Bridge) -> Bridge:
         """Put another bridge under that name, and return the one that was there. For tests; see ``testing``."""
         old, self._bridges[name] = self.bridge(name), bridge
+        self._tasks.pop(name, None)
         return old
 
     def close(self, *, drain: bool = False, timeout: float = 10.0) -> None:

@@ -10,9 +10,13 @@ import pytest
 import requests
 from flask import Flask
 from flask.testing import FlaskClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lmbridge import Bridge, InvalidRequestError
 from lmbridge.flask import LMBridge, openai, rerank
+from lmbridge.flask.rerank.reading import RerankCall, read_cohere, read_tei
+from lmbridge.flask.serving import create_app
 from lmbridge.testing import ScriptedEncoder, ScriptedEngine
 from tests.flask.openai.conftest import PATIENCE, serving
 
@@ -205,13 +209,41 @@ def test_keys_ids_and_deadlines(build: Callable[..., Flask], encoder: ScriptedEn
     assert all(name.startswith("trace-1") for name in encoder.started)
 
 
-def test_a_crowd_and_the_end(build: Callable[..., Flask]) -> None:
-    """A server that shuts down says so in the dialect, and when to come again."""
-    app = build()
-    app.extensions["lmbridge"].draining = True
-    said = app.test_client().post("/rerank", json=BODIES["/rerank"])
-    assert (said.status_code, said.get_json()["error_type"]) == (503, "unhealthy")
-    assert said.headers["Retry-After"]
+def test_a_crowd_and_the_end(encoder: ScriptedEncoder) -> None:
+    """A server that has no place left, or shuts down, says so in the dialect, and when to come again."""
+    with closing(Bridge(encoder)) as bridge:
+        app = create_app({"LMBRIDGE_MODEL": bridge}, page=False)
+        crowd = {"environ_overrides": {"lmbridge.crowded": True}}
+        said = app.test_client().post("/v2/rerank", json=BODIES["/v2/rerank"], **crowd)
+        assert (said.status_code, said.get_json()["error"]["code"]) == (429, "queue_full")
+        said = app.test_client().post("/rerank", json=BODIES["/rerank"], **crowd)
+        assert (said.status_code, said.get_json()["error_type"]) == (429, "overloaded")
+        app.extensions["lmbridge"].draining = True
+        said = app.test_client().post("/rerank", json=BODIES["/rerank"])
+        assert (said.status_code, said.get_json()["error_type"]) == (503, "unhealthy")
+        assert said.headers["Retry-After"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=6,
+)
+FIELDS = ["query", "documents", "texts", "top_n", "return_documents", "rank_fields", "relevant_spans", "instruction",
+          "raw_scores", "return_text", "truncate", "truncation_direction", "timeout", "model", "user", "x"]  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from([read_cohere, read_tei]), st.dictionaries(st.sampled_from(FIELDS), JSON))
+def test_any_values_are_a_call_or_refused(read: Callable[[dict[str, Any]], RerankCall], values: dict[str, Any]) -> None:
+    """Whatever a client sends is either understood or refused with the name of a field that it sent or has to send."""
+    body = {"query": "a", "documents" if read is read_cohere else "texts": ["a"], **values}
+    error: InvalidRequestError | None = None
+    try:
+        assert read(body).documents
+    except InvalidRequestError as refused:
+        error = refused
+    assert error is None or str(error.param).partition("[")[0] in {*body, "documents", "texts"}
 
 
 # --- real clients ---

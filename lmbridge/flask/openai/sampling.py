@@ -11,7 +11,13 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
-from lmbridge.errors import EngineStartError, InvalidRequestError, LMBridgeError, UnsupportedOptionError
+from lmbridge.errors import (
+    EngineStartError,
+    InvalidRequestError,
+    LMBridgeError,
+    UnsupportedOptionError,
+    UnsupportedTaskError,
+)
 from lmbridge.flask.openai.fields import BOOL, Fields, Kind, integer, is_int, number
 from lmbridge.messages import GenerationConfig, Overrides
 
@@ -181,6 +187,8 @@ def in_clients_words(error: InvalidRequestError, fields: Fields, prompt: str) ->
     if error.param == "prompt":
         error.param = prompt
         return error
+    if isinstance(error, UnsupportedTaskError):
+        error.param = "model"
     if not isinstance(error, UnsupportedOptionError):
         return error
     name = _given_name(error.param, fields)

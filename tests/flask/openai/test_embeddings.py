@@ -15,9 +15,12 @@ import openai
 import pytest
 import requests
 from flask.testing import FlaskClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from openai import OpenAI
 
 from lmbridge import Bridge, EngineError, InvalidRequestError
+from lmbridge.flask.openai.embeddings import read_embeddings
 from lmbridge.flask.testing import scripted_encoder
 from lmbridge.testing import ScriptedEncoder, ScriptedEngine, vector_of
 from tests.flask.openai.conftest import PATIENCE, build_app, serving
@@ -201,11 +204,33 @@ def test_bad_requests(site: Callable[..., FlaskClient], body: dict[str, Any], pa
     assert words in error_of(response)["message"]
 
 
-def test_empty_strings_and_long_lists(site: Callable[..., FlaskClient]) -> None:
-    """An empty string is a text like any other, and a full list is taken whatever the queue's limits are."""
-    assert post(site(), input="").status_code == 200
-    response = post(site(), input=["a", ""] * 1024)
-    assert len(response.get_json()["data"]) == 2048
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=6,
+)
+FIELDS = ["input", "dimensions", "encoding_format", "user", "normalize", "prompt", "truncate", "model", "x"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON))
+def test_any_values_are_a_call_or_refused(values: dict[str, Any]) -> None:
+    """Whatever a client sends is either understood or refused with the name of a field."""
+    error: InvalidRequestError | None = None
+    try:
+        assert read_embeddings({"input": "a", **values}).texts is not None
+    except InvalidRequestError as refused:
+        error = refused
+    assert error is None or error.param in {"input", *values}
+
+
+def test_empty_strings_and_long_lists() -> None:
+    """An empty string is a text like any other, and a full list is taken by a server with a short queue too."""
+    with closing(Bridge(ScriptedEncoder(), when_full="reject", max_pending=8, max_pending_per_client=4)) as bridge:
+        client = build_app({"encoder": bridge}).test_client()
+        assert post(client, input="").status_code == 200
+        response = post(client, input=["a", ""] * 1024)
+        assert len(response.get_json()["data"]) == 2048
 
 
 def test_models_of_another_kind() -> None:
@@ -227,6 +252,10 @@ def test_models_of_another_kind() -> None:
             wrong = error_of(post(alone, input=["a"], **body))
             assert wrong["message"].startswith("The engine 'scripted' cannot embed")
             assert wrong["param"] == "model"
+        lone = build_app({"minilm": encoder}).test_client()
+        talk = lone.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "a"}]})
+        assert "cannot generate text (infer, stream); it can embed" in error_of(talk)["message"]
+        assert error_of(talk)["param"] == "model"
         assert post(alone, model="none", input="a").status_code == 404
 
 
