@@ -157,7 +157,7 @@ def test_every_warmth_can_be_read(visit: Open, site: Site) -> None:
         cell = page.locator("tbody td").first
         expect(cell).to_be_visible()
         for scheme in ("light", "dark"):
-            page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+            page.emulate_media(color_scheme=scheme)
             for warmth in (0, 0.25, 0.5, 0.75, 1):
                 cell.evaluate(WARM, warmth)
                 contrast = cell.evaluate(CONTRAST)
