@@ -18,22 +18,57 @@ NAME = "lmbridge_segments"
 _NOT_KNOWN = ("position_bias", "softcap", "s_aux", "head_mask", "block_mask")
 
 
-class Segments:
-    """Where the texts of a row are: those of equal length are neighbours, and are attended to in one call.
+_States = Sequence[torch.Tensor]
+"""Query, key and value."""
+
+
+class Run:
+    """Texts that lie behind each other in the row, and are attended to in one call.
 
     Attributes:
-        runs: (first token, texts, tokens of each).
+        start, end: their tokens.
+        texts: how many there are.
+        longest: tokens of the longest.
+        even: all are as long.
     """
 
-    def __init__(self, lengths: Sequence[int]) -> None:
-        self.runs: list[tuple[int, int, int]] = []
-        start = 0
-        for length in lengths:
-            if self.runs and self.runs[-1][2] == length:
-                self.runs[-1] = self.runs[-1][0], self.runs[-1][1] + 1, length
-            else:
-                self.runs.append((start, 1, length))
-            start += length
+    def __init__(self, start: int, lengths: Sequence[int]) -> None:
+        self.start, self.end = start, start + sum(lengths)
+        self.texts = len(lengths)
+        self.longest = lengths[-1]
+        self.even = lengths[0] == lengths[-1]
+        self._lengths = lengths
+        self._places: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where each token of the padded texts is in the row, and whether it is one: both (texts, longest)."""
+        if self._places is None:  # made by the first layer
+            lengths = torch.tensor(self._lengths, device=device)
+            steps = torch.arange(self.longest, device=device)
+            real = steps < lengths[:, None]
+            self._places = (
+                torch.where(real, (self.start + lengths.cumsum(0) - lengths)[:, None] + steps, self.start),
+                real,
+            )
+        return self._places
+
+
+class Segments:
+    """Where the texts of a row are, whose lengths are in ascending order.
+
+    Args:
+        slack: how much longer than the shortest the longest text of a run may be. 1 attends to texts of equal length in
+            one call and pads nothing, which is best on a CPU; with more there are fewer calls, each of which takes a
+            GPU's time whatever is in it, and the shorter texts are padded, in the attention only.
+    """
+
+    def __init__(self, lengths: Sequence[int], slack: float = 1.0) -> None:
+        self.runs: list[Run] = []
+        first = start = 0
+        for place in range(1, len(lengths) + 1):
+            if place == len(lengths) or lengths[place] > slack * lengths[first]:
+                self.runs.append(Run(start, lengths[first:place]))
+                first, start = place, self.runs[-1].end
 
 
 def install() -> None:
@@ -71,43 +106,49 @@ def attend(
     if unknown or dropout:
         raise NotImplementedError(f"the attention {NAME!r} does not know {', '.join(unknown) or 'dropout'}")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    shared = query.shape[1] != key.shape[1]
-    plain = functools.partial(scaled_dot_product_attention, scale=scaling, enable_gqa=shared)
+    plain = functools.partial(scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
     if attention_mask is not None:  # a padded batch of somebody who shares the model
         return plain(query, key, value, attn_mask=attention_mask).transpose(1, 2), None
-    if segments is None:
-        return _whole(plain, query, key, value, causal, sliding_window).transpose(1, 2), None
-    if len(segments.runs) == 1 and segments.runs[0][1] == 1:
-        return _whole(plain, query, key, value, causal, sliding_window).transpose(1, 2), None
+    states = (query, key, value)
+    if segments is None or (len(segments.runs) == 1 and segments.runs[0].texts == 1):
+        return _whole(plain, states, causal, sliding_window).transpose(1, 2), None
     answers = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-    for start, texts, length in segments.runs:
-        queries, keys, values = (_cut(states, start, texts, length) for states in (query, key, value))
-        answer = _whole(plain, queries, keys, values, causal, sliding_window)
-        answers[0, start : start + texts * length].view(texts, length, *answers.shape[2:]).copy_(answer.transpose(1, 2))
+    for run in segments.runs:
+        if run.even:
+            answer = _whole(plain, [_cut(part, run) for part in states], causal, sliding_window).transpose(1, 2)
+            answers[0, run.start : run.end].view(answer.shape).copy_(answer)
+        else:
+            places, real = run.places(query.device)
+            rows = [part[0][:, places].transpose(0, 1) for part in states]
+            answers[0, run.start : run.end] = _filled(plain, rows, real, causal, sliding_window).transpose(1, 2)[real]
     return answers, None
 
 
-def _cut(states: torch.Tensor, start: int, texts: int, length: int) -> torch.Tensor:
+def _cut(states: torch.Tensor, run: Run) -> torch.Tensor:
     """(texts, heads, tokens of one, size) out of a row; nothing is copied where the row is as models make it."""
-    part = states[0, :, start : start + texts * length]
-    return part[None] if texts == 1 else part.view(-1, texts, length, part.shape[-1]).transpose(0, 1)
+    part = states[0, :, run.start : run.end]
+    return part.view(-1, run.texts, run.longest, part.shape[-1]).transpose(0, 1)
 
 
-def _whole(
-    plain: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    causal: bool,
-    window: int | None,
-) -> torch.Tensor:
+def _filled(plain: Any, states: _States, real: torch.Tensor, causal: bool, window: int | None) -> torch.Tensor:
+    """Rows that end in padding, whose own answers mean nothing."""
+    tokens = real.shape[1]
+    seen = real[:, None, None]
+    if causal or (window is not None and tokens > window):
+        seen = seen & _band(tokens, window or tokens, causal, real.device)
+    answer: torch.Tensor = plain(*states, attn_mask=seen)
+    return answer
+
+
+def _whole(plain: Any, states: _States, causal: bool, window: int | None) -> torch.Tensor:
     """Rows without padding."""
-    tokens = query.shape[2]
+    tokens = states[0].shape[2]
+    answer: torch.Tensor
     if window is None or tokens <= window:
-        answer: torch.Tensor = plain(query, key, value, is_causal=causal and tokens > 1)
-        return answer
-    seen: torch.Tensor = plain(query, key, value, attn_mask=_band(tokens, window, causal, query.device))
-    return seen
+        answer = plain(*states, is_causal=causal and tokens > 1)
+    else:
+        answer = plain(*states, attn_mask=_band(tokens, window, causal, states[0].device))
+    return answer
 
 
 @functools.lru_cache(maxsize=64)

@@ -22,6 +22,8 @@ from lmbridge.engines.encoder.vectors import Tail
 
 PADDING = 0.15
 """The share of padding that a group of texts may have."""
+SLACK = 2.0
+"""On a GPU, texts up to so many times as long as another are attended to in one call with it."""
 
 
 class Layout(ABC):
@@ -121,13 +123,15 @@ class Packed(Layout):
     Args:
         offset: the position of a first token; None counts as RoBERTa does: from one behind the padding token's id, and
             without such tokens.
+        slack: see ``Segments``; by default as the device likes it.
     """
 
     name = "packed"
     tokens_on_cpu = 2_048
 
-    def __init__(self, model: Any, tail: Tail | None, offset: int | None = 0) -> None:
+    def __init__(self, model: Any, tail: Tail | None, offset: int | None = 0, slack: float | None = None) -> None:
         super().__init__(model, tail)
+        self._slack = slack or (1.0 if model.device.type == "cpu" else SLACK)
         self._counts_like_roberta = offset is None
         self._usual = model.config._attn_implementation
         self._starts: torch.Tensor | None = None  # of the texts, while the model is to be told of their first tokens
@@ -153,7 +157,7 @@ class Packed(Layout):
             types = [item.types or [] for item in items]
             given["token_type_ids"] = self._tensor(_joined(types, len(ids))[None])
         self._count(len(ids), 0)
-        segments = Segments(lengths.tolist())
+        segments = Segments(lengths.tolist(), self._slack)
         if self._tail is not None:
             hidden = self._model(**given, segments=segments).last_hidden_state
             return self._tail(hidden[0], self._tensor(lengths))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,21 @@ def test_each_text_gets_what_it_gets_alone(tmp_path: Path, family: str) -> None:
 
     for layout in ("auto", "grouped", "single"):
         asyncio.run(scenario(layout))
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "qwen3", "mistral"])
+def test_packed_as_on_a_gpu(tmp_path: Path, family: str) -> None:
+    """There, texts of similar length are attended to in one call; a text would see its neighbour, or its padding."""
+    folder = save_model(tmp_path, family)
+
+    async def scenario() -> None:
+        async with driven(folder) as driver:
+            core: Any = driver.engine._core
+            core.layout._slack = 2.0
+            for text, vector in zip(MIXED, await driver.ask_all(MIXED), strict=True):
+                assert apart(vector, alone(folder, text)) <= 1e-5
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(
