@@ -268,6 +268,7 @@ def main() -> int:
         options.rounds,
     )
     print_table("one thread, texts of 3 to 150 words (ratios to encode)", alone, "lock")
+    bridge_of_minilm().close()
     return 0
 
 
