@@ -25,6 +25,7 @@ from lmbridge.log import logger, shown
 from lmbridge.server.swaps import Recipe
 
 ASK_AGAIN = 0.5  # seconds after which whoever waits for room asks again, woken or not
+LOOK_AGAIN = 0.2  # seconds at least between two looks at whether a model that is used is idle by now
 
 Wait = Callable[..., Awaitable[None]]
 
@@ -116,15 +117,15 @@ class Lodging:
     def is_idle(self) -> None:
         """The last call has ended, or the engine was loaded and none has come yet."""
         self.idle = time.monotonic()
-        for tenant_device in list(self._tenants):
-            tenant_device.ledger.stir()
+        for device in list(self._tenants):
+            device.ledger.stir()
 
     def rest_due(self) -> float | None:
-        """Seconds until the model has been idle for ``keep_alive``; None where it is kept."""
+        """Seconds until the model may have been idle for ``keep_alive``; None where it is kept."""
         keep = self.terms.keep_alive
-        if keep is None or not self.may_rest:
+        if keep is None or not self.may_rest or self._status.state != "ready":
             return None
-        return keep if self._gate.calls else max(0.0, self.idle + keep - time.monotonic())
+        return max(keep, LOOK_AGAIN) if self._gate.calls else max(0.0, self.idle + keep - time.monotonic())
 
     def end(self) -> None:
         """There is no server any more."""
@@ -231,8 +232,8 @@ def _device_of(engine: Engine) -> Device:
     """Where an engine runs that was built by a function of the user's."""
     try:
         said = getattr(engine, "device", None)
-        if isinstance(said, str) and said:
-            return Device.of(said)
+        if said is not None and (isinstance(said, str) or type(said).__name__ == "device"):  # torch's own
+            return Device.of(str(said))
         return Device.of(usual_device() if _chooses(engine) else "cpu")
     except BaseException as cause:  # no torch, say, which the engine will say better
         logger.debug("The device of the engine %s is not known: %s", engine.name, shown(cause))

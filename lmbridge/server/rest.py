@@ -42,8 +42,9 @@ class Rest:
 
     def ask(self, why: str) -> None:
         """Others would have the memory."""
-        self._asked = why
-        self._look()
+        if self._lodging.may_rest:
+            self._asked = why
+            self._look()
 
     def due(self) -> str:
         """Why the model is to be unloaded now; "" if it is not."""

@@ -57,6 +57,22 @@ def on_device(bridge: Bridge) -> Party:
     return engine.party
 
 
+def count_looks(bridge: Bridge) -> list[float]:
+    """One entry for each time that the supervisor sees what there is to do, from now on."""
+    run = bridge._server_thread.keeper.run
+    assert run is not None
+    looks: list[float] = []
+    rest = run.supervisor._rest
+    patience = rest.patience
+
+    def counted() -> float | None:
+        looks.append(time.monotonic())
+        return patience()
+
+    rest.patience = counted  # type: ignore[method-assign]
+    return looks
+
+
 def waits(bridge: Bridge) -> str:
     """What its load waits for, once it does."""
     until(lambda: "waits" in bridge.health().reason)
@@ -310,6 +326,19 @@ def test_keep_alive_zero(on: Build) -> None:
         assert bridge.infer("hello", timeout=30).text == "hello"
         until(lambda: bridge.state == "unloaded")
     assert len(model.built) == 3
+
+
+def test_a_model_that_is_kept_for_no_time_costs_nothing_while_it_works(on: Build) -> None:
+    """The server thread would look without a pause at whether the call has ended."""
+    model = Model("a", manual=True)
+    bridge = on(model, keep_alive=0.0)
+    running = bridge.submit("one")
+    until(lambda: model.built and model.built[0].active)
+    looks = count_looks(bridge)
+    turns(bridge, 200)
+    assert len(looks) < 20
+    model.built[0].step()
+    assert running.result(30).text == "one"
 
 
 def test_starting_what_is_unloaded(on: Build) -> None:
