@@ -22,8 +22,8 @@ ENGINES = {
     "transformers": ("lmbridge.engines.transformers", "TransformersEngine"),
 }
 """Engine name to (module, class)."""
-_OBJECTS = {"sentence_transformers.SentenceTransformer", "sentence_transformers.CrossEncoder"}
-"""Package and class of the objects that the encoder engine takes for a model."""
+OBJECTS = {"sentence_transformers.SentenceTransformer": "encoder", "sentence_transformers.CrossEncoder": "encoder"}
+"""Package and class of an object that may be given as a model, to the name of the engine that takes it."""
 
 
 def engine_class(name: str) -> type[Engine]:
@@ -59,11 +59,12 @@ def engine_around(model: object, options: dict[str, Any]) -> Engine | None:
     Raises:
         InvalidRequestError: an option is wrong.
     """
-    names = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(model).__mro__}
-    if names.isdisjoint(_OBJECTS):
+    names = [f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(model).__mro__]
+    engine = next((OBJECTS[name] for name in names if name in OBJECTS), None)
+    if engine is None:
         return None
-    cls: Callable[..., Engine] = engine_class("encoder")
-    return cls(model, **_known(cls, "encoder", options))
+    cls: Callable[..., Engine] = engine_class(engine)
+    return cls(model, **_known(cls, engine, options))
 
 
 def _known(cls: Callable[..., Engine], name: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ NAME = "lmbridge_segments"
 _NOT_KNOWN = ("position_bias", "softcap", "s_aux", "head_mask", "block_mask")
 
 
+_FAR = 1 << 40  # farther than any text is long
 _States = Sequence[torch.Tensor]
 """Query, key and value."""
 
@@ -151,9 +152,15 @@ def _whole(plain: Any, states: _States, causal: bool, window: int | None) -> tor
     return answer
 
 
-@functools.lru_cache(maxsize=64)
 def _band(tokens: int, window: int, causal: bool, device: torch.device) -> torch.Tensor:
-    """(tokens, tokens): each sees those that are less than ``window`` away."""
+    """(tokens, tokens): each sees those that are less than ``window`` away; a corner of one that is kept."""
+    if window >= tokens:
+        window = _FAR
+    return _whole_band(1 << (tokens - 1).bit_length(), window, causal, device)[:tokens, :tokens]
+
+
+@functools.lru_cache(maxsize=4)
+def _whole_band(tokens: int, window: int, causal: bool, device: torch.device) -> torch.Tensor:
     places = torch.arange(tokens, device=device)
     distance = places[:, None] - places
     return (distance >= 0) & (distance < window) if causal else distance.abs() < window

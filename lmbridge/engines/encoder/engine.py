@@ -264,6 +264,8 @@ class EncoderEngine(Engine):
         """A long text. The request may be aborted while the worker thread is at it, or before; this ends then."""
 
         def encode() -> Item:
+            if request.id not in self._encoding:
+                raise RuntimeError("It was aborted.")
             return self._at(lambda: self._alive()[0].encoder.encode(job))
 
         found: Item | LMBridgeError

@@ -7,6 +7,7 @@ kind of model is taken from there.
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from lmbridge.engines.encoder.options import EncoderOptions
-from lmbridge.engines.encoder.settings import Read, Settings, read_settings
+from lmbridge.engines.encoder.settings import MODULES, Read, Settings, read_settings
 from lmbridge.engines.transformers.loading import (
     _dtype,
     _explained,
@@ -30,6 +31,8 @@ from lmbridge.engines.transformers.loading import (
 from lmbridge.engines.transformers.runner import NO_LIMIT
 from lmbridge.errors import EngineStartError
 from lmbridge.messages import Task
+
+notes = logging.getLogger("lmbridge.loading")  # what a command shows, too
 
 _HEAD = "ForSequenceClassification"
 _UNSTATED = 1_000_000_000
@@ -69,6 +72,8 @@ def load(options: EncoderOptions) -> Parts:
             raise EngineStartError(f"{source.label} is an encoder-decoder, which this engine does not run.")
         task = task_of(config) if options.task == "auto" else options.task
         settings = read_settings(_reader(source))
+        if task == "rerank" and settings.default_prompt:
+            raise EngineStartError(f"{source.label} puts a prompt before each pair, which this engine does not do.")
         tokenizer = _load_tokenizer(source)
         model = _load_model(source, config, task, _dtype(options.model.dtype, device))
     found: Task = "rerank" if task == "rerank" else "embed"
@@ -163,6 +168,10 @@ def _reader(source: _Source) -> Read:
                     local_files_only=bool(source.arguments.get("local_files_only")),
                 )
             )
+        except LocalEntryNotFoundError:
+            if name == MODULES:
+                notes.warning("the hub is out of reach; whether %s says how to pool is not known", source.name)
+            return None
         except EntryNotFoundError:
             return None
 

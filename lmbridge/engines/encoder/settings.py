@@ -25,6 +25,7 @@ _LEGACY_POOLING = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+MODULES = "modules.json"
 _KINDS = ("Transformer", "Pooling", "Dense", "Normalize")
 NO_PROMPTS = {"query": "", "document": ""}  # names that every model knows
 
@@ -77,7 +78,7 @@ def read_settings(read: Read) -> Settings:
     Raises:
         EngineStartError: they ask for what this engine does not do, or cannot be read.
     """
-    listed = _json(read, "modules.json") or []
+    listed = _json(read, MODULES) or []
     modules = [_module(read, entry) for entry in listed]
     own = _json(read, "sentence_bert_config.json") or {}
     general = _json(read, "config_sentence_transformers.json") or {}

@@ -6,7 +6,7 @@ Rule: torch on the engine's worker thread. Nothing loops over tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy
 import torch
@@ -37,6 +37,8 @@ class Tail:
                 self.dimensions = int(module.config["out_features"])
                 self._dense.append(dense)
             elif module.kind == "Normalize":
+                if not _is_of_texts(module):
+                    _refuse("Normalize", "works on the vectors of tokens")
                 self._normalizes = True
 
     def __call__(self, hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -130,21 +132,17 @@ _POOLS: dict[str, Pool] = {
 
 def _dense(module: Module, size: int) -> torch.nn.Sequential:
     config = module.config
-    odd = [name for name in ("module_input_name", "module_output_name") if config.get(name) not in _PLACES]
-    if odd or config.get("use_residual"):
-        raise _unknown_dense("is no plain layer on a text's vector")
+    if not _is_of_texts(module) or config.get("use_residual"):
+        _refuse("Dense", "is no plain layer on a text's vector")
     if config["in_features"] != size:
-        raise _unknown_dense(f"takes vectors of {config['in_features']}, but gets such of {size}")
+        _refuse("Dense", f"takes vectors of {config['in_features']}, but gets such of {size}")
     linear = torch.nn.Linear(size, config["out_features"], bias=config.get("bias", True))
     whole = torch.nn.Sequential(linear, _activation(config.get("activation_function")))
     try:
         linear.load_state_dict({name.removeprefix("linear."): tensor for name, tensor in module.weights().items()})
     except RuntimeError as cause:  # missing or unexpected ones, or of another shape
-        raise _unknown_dense("has other weights than its config.json says") from cause
+        _refuse("Dense", "has other weights than its config.json says", cause)
     return whole.eval().requires_grad_(False)
-
-
-_PLACES = (None, "sentence_embedding")
 
 
 def _activation(name: str | None) -> torch.nn.Module:
@@ -152,14 +150,20 @@ def _activation(name: str | None) -> torch.nn.Module:
     package, _, kind = (name or "torch.nn.Tanh").rpartition(".")
     found = getattr(torch.nn, kind, None)
     if not package.startswith("torch.nn") or not isinstance(found, type):
-        raise _unknown_dense(f"has the activation {name}")
+        _refuse("Dense", f"has the activation {name}")
     made = found()
     assert isinstance(made, torch.nn.Module)
     return made
 
 
-def _unknown_dense(why: str) -> EngineStartError:
-    return EngineStartError(
-        f"The model's Dense module {why}, which this engine does not do. Load it with sentence-transformers, and give "
+def _is_of_texts(module: Module) -> bool:
+    """Whether it works on a text's one vector."""
+    names = ("module_input_name", "module_output_name")
+    return all(module.config.get(name) in (None, "sentence_embedding") for name in names)
+
+
+def _refuse(kind: str, why: str, cause: Exception | None = None) -> NoReturn:
+    raise EngineStartError(
+        f"The model's {kind} module {why}, which this engine does not do. Load it with sentence-transformers, and give "
         "that object as the model."
-    )
+    ) from cause

@@ -220,9 +220,9 @@ class Driver:
         self._numbers = itertools.count()
         engine.on_death = self.deaths.append
 
-    def add(self, job: Job | str) -> Answer:
+    def add(self, job: Job | str, client: str = "test") -> Answer:
         """``job``: a string is a text to embed."""
-        answer = Answer(_request(f"r{next(self._numbers)}", Embed(job) if isinstance(job, str) else job))
+        answer = Answer(_request(f"r{next(self._numbers)}", Embed(job) if isinstance(job, str) else job, client))
         self.engine.check(answer.request)
         self.engine.add_request(answer.request, answer.sink)
         return answer
@@ -305,13 +305,13 @@ def reranker(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_model(tmp_path_factory.mktemp("encoders") / "ranker", head="ForSequenceClassification", num_labels=1)
 
 
-def _request(key: str, job: Job) -> Request:
+def _request(key: str, job: Job, client: str) -> Request:
     return Request(
         id=key,
         prompt="",
         config=GenerationConfig(),
         raw=False,
-        client="test",
+        client=client,
         priority=0,
         deadline=None,
         created=time.monotonic(),

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import gc
+import inspect
 import subprocess
 import sys
 import textwrap
@@ -274,6 +275,23 @@ def test_padding_is_counted(bert: str) -> None:
     assert 0 < asyncio.run(scenario("grouped")) <= 0.15
 
 
+def test_a_long_list_holds_up_nobody(bert: str) -> None:
+    """One caller's ten thousand texts would have everybody else wait behind all that the engine has taken of them."""
+
+    async def scenario() -> None:
+        async with driven(bert, max_batch_size=4) as driver:
+            brake = Brake(driver)
+            listed = [driver.add("the cat", client="list") for _ in range(40)]
+            await brake.arrival()
+            single = driver.add("the dog", client="somebody")
+            brake.lift()
+            await single.wait()
+            assert sum(answer.last is not None for answer in listed) <= 8
+            assert single.value.shape == (32,)
+
+    asyncio.run(scenario())
+
+
 class RecordingParty:
     """A share of a device on which somebody else is at work, or nobody."""
 
@@ -324,6 +342,9 @@ def test_it_takes_turns_and_keeps_them_short(bert: str) -> None:
 def test_it_is_the_engine_of_that_name(bert: str) -> None:
     """``Bridge(model, engine="encoder")`` would find none; or load torch in every process that imports lmbridge."""
     assert engine_class("encoder") is EncoderEngine
+    documented = inspect.getdoc(EncoderEngine) or ""
+    for option in inspect.signature(EncoderEngine).parameters:
+        assert f"{option}:" in documented
     script = "import sys, lmbridge.engines.encoder; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 

@@ -99,6 +99,7 @@ def test_files_of_sentence_transformers_are_followed(tmp_path: Path, package: st
         ([("Normalize", {}), ("Pooling", {})], "order"),
         ([("Pooling", {"include_prompt": False})], "include_prompt"),
         ([("Pooling", {}), ("Dense", {"in_features": 32, "out_features": 4, "use_residual": True})], "Dense"),
+        ([("Pooling", {}), ("Normalize", {"module_input_name": "token_embeddings"})], "Normalize"),
         ([("Pooling", {}), ("Dense", {"in_features": 9, "out_features": 4})], "vectors of 9"),
         (
             [("Pooling", {}), ("Dense", {"in_features": 32, "out_features": 4, "activation_function": "os.abort"})],
