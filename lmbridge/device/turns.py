@@ -76,8 +76,19 @@ class Party:
         return Turn(self)
 
     def share(self) -> float | None:
-        """For how many seconds a turn should last now, at most; None while nobody else is at work on the device."""
+        """For how many seconds a turn should last now, at most; None while nobody else is at work on the device.
+
+        Of a turn with pauses in it, this is the time from one to the next.
+        """
         return self.turns.share(self.lane)
+
+    def pause(self) -> float:
+        """In the midst of a turn, on its thread: let those who wait have theirs first; how many seconds that took.
+
+        For what cannot be made shorter, as a batch of one text on a CPU: between two layers of the model, say. It costs
+        next to nothing when nobody waits.
+        """
+        return self.turns.pause(self)
 
     @property
     def contended(self) -> bool:
@@ -180,6 +191,16 @@ class Turns:
                 self._release(turn)
             elif turn in self._line:
                 self._line.remove(turn)
+
+    def pause(self, party: Party) -> float:
+        """Hand the party's turn on to those who wait, and take another; seconds until it came."""
+        turn = self._holder
+        if not self._line or turn is None or turn.party is not party or turn.thread != threading.get_ident():
+            return 0.0
+        began = monotonic()
+        self.end(turn)
+        self.take(turn)
+        return monotonic() - began
 
     def dismiss(self, party: Party) -> None:
         """Have a closed party hold nobody up, and wait no more."""

@@ -5,7 +5,8 @@ takes a real one instead, by the encoder engine). Figures: the stream's time bet
 second. What both give up together shows what turns cost: the shares of what each does alone add up to 1 at best, or a
 little more, for the time in which the stream has nothing for the device to do.
 
-Without turns each of the two has a device object of its own, so that neither knows of the other.
+Without turns each of the two has a device object of its own, so that neither knows of the other. Without pauses a turn
+of the job is a whole batch, and not a layer of one; a real encoder's are as it makes them.
 
 Run: ``python -m tests.benchmarks.device_turns [--seconds 5] [--rounds 5] [--embed MODEL] [--size 256]``
 """
@@ -123,10 +124,10 @@ def main() -> None:
     seconds = arguments.seconds
     print(f"a turn with nobody else there: {cost_of_a_turn():.2f} microseconds")
 
-    def encoder(device: Device) -> Bridge:
+    def encoder(device: Device, pauses: bool = True) -> Bridge:
         if arguments.embed:
             return Bridge(arguments.embed, "encoder", device=device)
-        return Bridge(lambda: Products(arguments.size, arguments.device), device=device)
+        return Bridge(lambda: Products(arguments.size, arguments.device, pauses=pauses), device=device)
 
     def embed(bridge: Bridge, count: int) -> object:
         return bridge.embed([TEXT] * count) if arguments.embed else bridge.map([len(TEXT.split())] * count)
@@ -135,20 +136,22 @@ def main() -> None:
     with (
         Bridge(arguments.model, device=shared) as model,
         encoder(shared) as beside,
+        encoder(shared, pauses=False) as whole,
         encoder(Device(arguments.device)) as apart,
     ):
-        for bridge in (beside, apart):
+        for bridge in (beside, whole, apart):
             embed(bridge, 64)
         model.infer(PROMPT, max_new_tokens=8)
         candidates = {
             "stream alone": partial(stream, model, seconds),
             "job alone": partial(job_alone, beside, embed, seconds),
             "with turns": partial(together, model, beside, embed, seconds),
+            "without pauses": partial(together, model, whole, embed, seconds),
             "without turns": partial(together, model, apart, embed, seconds),
         }
         results = interleave(candidates, arguments.rounds)
         print_table("in brackets: to the stream alone", results, "stream alone")
-        for name in ("with turns", "without turns"):
+        for name in ("with turns", "without pauses", "without turns"):
             kept = [
                 (beside.tokens_s / stream.tokens_s, beside.texts_s / job.texts_s)
                 for beside, stream, job in zip(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from lmbridge.device.turns import Party
 from lmbridge.engines.base import Engine, EngineThread, Sink
 from lmbridge.engines.batching import Batcher
 from lmbridge.messages import Apply, Request, Task
@@ -17,14 +18,15 @@ class Products(Engine):
     Args:
         width: of the matrices.
         device: as torch names it.
+        pauses: let others go first between two layers, as long as which a turn may last then.
     """
 
     name = "products"
     tasks: frozenset[Task] = frozenset({"call"})
 
-    def __init__(self, width: int = 256, device: str = "cpu", layers: int = 6) -> None:
+    def __init__(self, width: int = 256, device: str = "cpu", layers: int = 6, pauses: bool = True) -> None:
         self.max_batch_size = 64
-        self.width, self.device, self._layers = width, device, layers
+        self.width, self.device, self._layers, self._pauses = width, device, layers, pauses
         self._thread = EngineThread("lmbridge products")
         self._pace = 0.0  # tokens a second; a moving average
         self._matrices: list[Any] = []
@@ -46,7 +48,8 @@ class Products(Engine):
 
     def _cap(self) -> int | None:
         share = self.party.share()
-        return None if share is None else max(1, int(share * self._pace))
+        parts = self._layers if self._pauses else 1
+        return None if share is None else max(1, int(share * parts * self._pace))
 
     async def _run(self, items: list[int]) -> Sequence[Any]:
         return await self._thread.run(self._compute, items)
@@ -64,9 +67,16 @@ class Products(Engine):
         with torch.inference_mode(), self.party.turn():
             began = time.perf_counter()
             rows = torch.ones(sum(items), self.width, device=self.device)
-            for matrix in self._matrices:
+            waited = 0.0
+            for number, matrix in enumerate(self._matrices):
+                if number and number % 2 == 0:
+                    waited += self._pause()
                 rows = torch.tanh(rows @ matrix)
             rows.sum().item()
-            pace = sum(items) / (time.perf_counter() - began)
+            pace = sum(items) / (time.perf_counter() - began - waited)
         self._pace = pace if not self._pace else 0.8 * self._pace + 0.2 * pace
         return items
+
+    def _pause(self) -> float:
+        """Seconds that others have had."""
+        return self.party.pause() if self._pauses and isinstance(self.party, Party) else 0.0

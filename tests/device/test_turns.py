@@ -180,6 +180,64 @@ def test_nobody_saves_up(turns: Turns, clock: Clock, ended: list[Worker]) -> Non
     assert 3 <= log.count("late") <= 4
 
 
+def test_a_pause_lets_others_go_first(turns: Turns, clock: Clock) -> None:
+    """Beside a batch that cannot be cut, a stream would wait for all of it at each of its tokens."""
+    job, stream, log = party(turns), party(turns), list[str]()
+
+    def work() -> None:
+        for part in range(3):
+            if part:
+                job.pause()
+            log.append("job")
+            until(turns.line)
+            clock.now += 0.01
+
+    batch = in_turn(job, work)
+    until(lambda: log)
+    for _ in range(3):
+        in_turn(stream, lambda: log.append("stream")).join(10)
+    batch.join(10)
+    assert log == ["job", "stream"] * 3
+    assert job.lane.used == pytest.approx(0.03)
+    assert job.lane.usual == pytest.approx(0.01)  # which is what others wait for
+
+
+def test_a_pause_that_nobody_needs(turns: Turns) -> None:
+    """Outside a turn, on another's thread or with nobody waiting it must not give away or take anything."""
+    one, other = party(turns), party(turns)
+    one.pause()
+    with one.turn() as turn:
+        one.pause()
+        other.pause()
+        waiting = in_turn(other)
+        until(turns.line)
+        pausing = threading.Thread(target=one.pause)  # which has no turn
+        pausing.start()
+        pausing.join(10)
+        assert turns._holder is turn
+    waiting.join(10)
+
+
+def test_whoever_is_struck_in_a_pause(turns: Turns, quick: None) -> None:
+    """Its batch fails; the turn that it waits for again would be nobody's."""
+    job, hangs = party(turns), threading.Event()
+
+    def work() -> None:
+        until(turns.line)
+        job.pause()
+
+    batch = in_turn(job, work)
+    until(lambda: turns._holder)
+    other = in_turn(party(turns), lambda: hangs.wait(10))
+    until(lambda: [turn.party for turn in turns.line()] == [job])
+    strike(batch)
+    batch.join(10)
+    assert not turns.line()
+    hangs.set()
+    other.join(10)
+    in_turn(party(turns)).join(10)
+
+
 def test_a_failing_turn_is_over(turns: Turns) -> None:
     """A batch that raises would leave the device to nobody."""
     one = party(turns)
