@@ -7,6 +7,7 @@ imported when the engine starts and no earlier.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import threading
 import time
@@ -300,22 +301,18 @@ class EncoderEngine(Engine):
         core = self._core
         if core is None:
             raise EngineDeadError("The encoder engine was closed.")
-        found = core
         with self.party.turn():
             begun = time.perf_counter()
-            values = self._at(lambda: found.run(items))
+            values = self._at(functools.partial(core.run, items))
             self._pace.take(sum(item.size for item in items), time.perf_counter() - begun)
         return values
 
     def _at(self, work: Callable[[], T]) -> T:
         """Do it, and show that it is done. On the worker thread."""
-        from lmbridge.engines.encoder.leaving import staying
-
         self._steps += 1
         self._at_work = threading.get_ident()
         try:
-            with staying():
-                return work()
+            return work()
         finally:
             self._at_work = None
             self._steps += 1
