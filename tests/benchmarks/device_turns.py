@@ -146,12 +146,13 @@ def main() -> None:
             "stream alone": partial(stream, model, seconds),
             "job alone": partial(job_alone, beside, embed, seconds),
             "with turns": partial(together, model, beside, embed, seconds),
-            "without pauses": partial(together, model, whole, embed, seconds),
             "without turns": partial(together, model, apart, embed, seconds),
         }
+        if not arguments.embed:
+            candidates["without pauses"] = partial(together, model, whole, embed, seconds)
         results = interleave(candidates, arguments.rounds)
         print_table("in brackets: to the stream alone", results, "stream alone")
-        for name in ("with turns", "without pauses", "without turns"):
+        for name in [name for name in candidates if name.startswith("with")]:
             kept = [
                 (beside.tokens_s / stream.tokens_s, beside.texts_s / job.texts_s)
                 for beside, stream, job in zip(
