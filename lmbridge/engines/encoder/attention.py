@@ -8,6 +8,7 @@ the model's forward that is handed on to it. Where an architecture does otherwis
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,6 +79,22 @@ def install() -> None:
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, mask)
+
+
+def is_taken(model: Any) -> bool:
+    """Whether the model lets its attention be chosen, so that ours is called at all; it is left as it was."""
+    usual = model.config._attn_implementation
+    log, silent = logging.getLogger("transformers.modeling_utils"), logging.Filter()
+    silent.filter = lambda record: False  # type: ignore[method-assign]  # it warns of what we ask
+    log.addFilter(silent)
+    try:
+        model.set_attn_implementation(NAME)
+        return bool(model.config._attn_implementation == NAME)
+    except ValueError:
+        return False
+    finally:
+        model.set_attn_implementation(usual)
+        log.removeFilter(silent)
 
 
 def mask(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:

@@ -26,6 +26,9 @@ SLACK = 2.0
 """On a GPU, texts up to so many times as long as another are attended to in one call with it."""
 
 
+_LAST_TOKEN = "GenericForSequenceClassification"  # transformers' head of decoders and their like
+
+
 class Layout(ABC):
     """One way of running the model.
 
@@ -138,7 +141,6 @@ class Packed(Layout):
         self._hook: Any = None
         if tail is None:
             self._hook = last_layer(model).register_forward_hook(self._first_tokens)
-        attention.install()
         model.set_attn_implementation(attention.NAME)
 
     def close(self) -> None:
@@ -199,6 +201,22 @@ def groups(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
             start, total = end, 0
         total += length
     yield items[start:]
+
+
+def unpackable(model: Any, ranks: bool) -> str:
+    """Why a model is not to be packed, or "". On a GPU a wrong index ends the process, so these are not even tried.
+
+    Args:
+        ranks: it has a head that makes scores.
+    """
+    attention.install()
+    if not attention.is_taken(model):
+        return "its attention cannot be exchanged"
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    causal = any(getattr(module, "is_causal", False) is True for module in model.modules())
+    if ranks and (causal or _LAST_TOKEN in kinds):
+        return "its head looks for the last token of each row"
+    return ""
 
 
 def last_layer(model: Any) -> Any:

@@ -75,7 +75,7 @@ def load(options: EncoderOptions) -> Parts:
         if task == "rerank" and settings.default_prompt:
             raise EngineStartError(f"{source.label} puts a prompt before each pair, which this engine does not do.")
         tokenizer = _load_tokenizer(source)
-        model = _load_model(source, config, task, _dtype(options.model.dtype, device))
+        model = _load_model(source, config, task, tokenizer, _dtype(options.model.dtype, device))
     found: Task = "rerank" if task == "rerank" else "embed"
     return Parts(model.to(device), tokenizer, settings, found)
 
@@ -117,14 +117,22 @@ def counts_like_roberta(model: Any) -> bool:
     return any(embedding.padding_idx is not None for embedding in _position_embeddings(model))
 
 
+def table_of(model: Any) -> int | None:
+    """How many tokens the model has a table of positions for; None for one that works positions out."""
+    return min(
+        (
+            embedding.num_embeddings - (0 if embedding.padding_idx is None else embedding.padding_idx + 1)
+            for embedding in _position_embeddings(model)
+        ),
+        default=None,
+    )
+
+
 def _positions(model: Any) -> int:
     """How many tokens the model has positions for."""
-    tables = [
-        embedding.num_embeddings - (0 if embedding.padding_idx is None else embedding.padding_idx + 1)
-        for embedding in _position_embeddings(model)
-    ]
     stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min([*tables, *([stated] if isinstance(stated, int) and stated > 0 else [])], default=NO_LIMIT)
+    limits = [table_of(model), stated if isinstance(stated, int) and stated > 0 else None]
+    return min((limit for limit in limits if limit is not None), default=NO_LIMIT)
 
 
 def _position_embeddings(model: Any) -> list[torch.nn.Embedding]:
@@ -135,13 +143,16 @@ def _position_embeddings(model: Any) -> list[torch.nn.Embedding]:
     ]
 
 
-def _load_model(source: _Source, config: Any, task: str, dtype: Any) -> Any:
+def _load_model(source: _Source, config: Any, task: str, tokenizer: Any, dtype: Any) -> Any:
     auto = transformers.AutoModelForSequenceClassification if task == "rerank" else transformers.AutoModel
     with _explained(source, "its weights cannot be read"):
         model, report = auto.from_pretrained(
             source.name, config=config, dtype=dtype, output_loading_info=True, **source.arguments
         )
     model = _prepared(model)
+    text = model.config.get_text_config()
+    if getattr(text, "pad_token_id", None) is None:  # heads of decoders refuse batches then
+        text.pad_token_id = tokenizer.pad_token_id
     made_up = sorted(set(report["missing_keys"]) & {name for name, _ in model.named_parameters()})
     if made_up:
         raise EngineStartError(

@@ -13,8 +13,8 @@ import torch
 
 from lmbridge.engines.encoder.core import Core, Encoder
 from lmbridge.engines.encoder.encoding import TextEncoder
-from lmbridge.engines.encoder.layouts import Layout, Single
-from lmbridge.engines.encoder.loading import Parts, counts_like_roberta, load, room_of
+from lmbridge.engines.encoder.layouts import Layout, Single, unpackable
+from lmbridge.engines.encoder.loading import Parts, counts_like_roberta, load, room_of, table_of
 from lmbridge.engines.encoder.objects import Uncounted, Whole, taken_apart
 from lmbridge.engines.encoder.options import EncoderOptions
 from lmbridge.engines.encoder.proof import Proof, Way, check_items, ways
@@ -124,14 +124,15 @@ class _Bench:
             judge: says it, where it is not the model itself.
         """
         model, options = self._parts.model, self._options
-        wanted = [way for way in ways(model, self._tail, counts_like_roberta(model)) if self._is_wanted(way)]
-        if not options.model.self_check:
+        why = unpackable(model, self._tail is None)
+        faults = [f"packed: {why}."] if why and options.layout in ("auto", "packed") else []
+        wanted = [way for way in ways(model, self._tail, counts_like_roberta(model)) if self._is_wanted(way, why)]
+        if not options.model.self_check and wanted:
             return wanted[0].build()
         window = getattr(model.config.get_text_config(), "sliding_window", None)
-        items = check_items(self._encoder, self._parts.task, window)
+        items = check_items(self._encoder, self._parts.task, window, table_of(model))
         alone = (judge or Single(model, self._tail)).run(items)
         proof = Proof(items, self._parts.task, alone, model.dtype)
-        faults: list[str] = []
         for way in wanted:
             layout, fault = _tried(way, proof)
             if layout is not None:
@@ -142,8 +143,10 @@ class _Bench:
         advice = "Its files may be broken." if options.layout == "auto" else "Use layout='auto'."
         raise EngineStartError(f"{self._label} does not say the same in batches: {' '.join(faults)} {advice}")
 
-    def _is_wanted(self, way: Way) -> bool:
+    def _is_wanted(self, way: Way, unpackable: str) -> bool:
         """Packing is not for models that nobody looks at, unless it is asked for by name."""
+        if way.name == "packed" and unpackable:
+            return False
         if self._options.layout == "auto":
             return self._options.model.self_check or way.name != "packed"
         return way.name == self._options.layout
