@@ -1,13 +1,13 @@
 """The encoder engine: texts to vectors, and pairs of texts to scores, file by file as a text passes.
 
-1. ``engine`` takes the request; ``encoding`` makes tokens of its text.
+1. ``engine`` takes the request; ``encoding`` makes tokens of its text, and ``pace`` knows how many fit into a turn.
 2. ``layouts`` has the model run over a batch: all texts in one row without padding (``attention`` keeps them apart),
    groups of similar length, or one by one. ``vectors`` pools what comes out and makes it as long as was asked for.
 3. ``core`` is what all of that hangs together by.
 
 Before that, ``starting`` brings it together: ``loading`` loads the model as ``options`` say, ``settings`` reads the
-files that sentence-transformers keeps beside it, ``objects`` takes apart what was given ready-made, and ``proof`` finds
-the fastest layout that is right.
+files that sentence-transformers keeps beside it, ``objects`` takes apart what was ``given`` ready-made, and ``proof``
+finds the fastest layout that is right. ``sizes`` tells how large the model will be.
 
 Rule: importing this package loads neither torch nor transformers.
 """

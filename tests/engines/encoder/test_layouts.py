@@ -33,7 +33,8 @@ def test_each_text_gets_what_it_gets_alone(tmp_path: Path, family: str) -> None:
         async with driven(folder, layout=layout, pooling=pooling) as driver:
             if layout == "auto":
                 assert driver.layout == FASTEST[family]
-            for text, vector in zip(MIXED, await driver.ask_all(MIXED), strict=True):
+            texts = [*MIXED, "the [PAD] cat"]  # RoBERTa gives such a token no position
+            for text, vector in zip(texts, await driver.ask_all(texts), strict=True):
                 assert apart(vector, alone(folder, text, pooling)) <= 1e-5
 
     for layout in ("auto", "grouped", "single"):
