@@ -240,6 +240,7 @@ def test_closing_a_bridge_that_waits(on: Build) -> None:
     device, model = Device(memory="1GB"), Model("busy", manual=True)
     busy = on(model, device)
     busy.submit("never stepped")
+    until(lambda: model.built and model.built[0].active)
     waiting, behind = on(Model("waiting"), device), on(Model("behind", GB // 2), device)
     lost = waiting.submit("hello")
     waits(waiting)
@@ -325,7 +326,7 @@ def test_keep_alive_zero(on: Build) -> None:
     for _ in range(3):
         assert bridge.infer("hello", timeout=30).text == "hello"
         until(lambda: bridge.state == "unloaded")
-    assert len(model.built) == 3
+    assert 3 <= len(model.built) <= 4  # the first call has it loaded before it is made, and may come too late
 
 
 def test_a_model_that_is_kept_for_no_time_costs_nothing_while_it_works(on: Build) -> None:
@@ -333,11 +334,11 @@ def test_a_model_that_is_kept_for_no_time_costs_nothing_while_it_works(on: Build
     model = Model("a", manual=True)
     bridge = on(model, keep_alive=0.0)
     running = bridge.submit("one")
-    until(lambda: model.built and model.built[0].active)
+    until(lambda: model.built and model.built[-1].active)
     looks = count_looks(bridge)
     turns(bridge, 200)
     assert len(looks) < 20
-    model.built[0].step()
+    model.built[-1].step()
     assert running.result(30).text == "one"
 
 
