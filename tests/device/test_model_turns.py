@@ -18,6 +18,7 @@ from tests.device.embedding import Products
 
 LONG = "Write a long story."
 RUNNERS = ["paged", "plain"]
+PAGED_MOSTLY = ["paged", pytest.param("plain", marks=pytest.mark.long)]
 
 
 class Demo:
@@ -112,7 +113,7 @@ def test_what_is_no_exception_gives_the_turn_back(bridge: Bridge, demo: Demo, ot
     take_a_turn(other)
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("runner", PAGED_MOSTLY)
 def test_a_step_that_hangs_holds_no_other_model(
     bridge: Bridge, demo: Demo, other: Party, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +128,7 @@ def test_a_step_that_hangs_holds_no_other_model(
     release.set()
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("runner", PAGED_MOSTLY)
 def test_waiting_for_a_turn_is_no_stall(bridge: Bridge, demo: Demo, other: Party, device: Device) -> None:
     """A model whose turn does not come, another's batch being long, would be taken for dead and loaded again."""
     with other.turn():
