@@ -92,7 +92,8 @@ class Bridge(Verbs):
         keep_alive: seconds without calls after which the model is unloaded, until the next call; None keeps it until
             another needs the memory. A model given as an Engine is always kept.
         pin: keep the model whoever needs the memory.
-        weight: how much of the device it gets beside others; of 2 and 1 the first gets twice the time.
+        weight: how much of the device it gets beside others: of 2 and 1 the first gets twice the time, where three or more
+            compute, or one that chooses the length of its turns, as encoders do. Two language models alternate.
         timeout: default deadline of every call, in seconds; None waits forever.
         max_pending: how many requests may wait for the engine.
         max_pending_per_client: how many of them may be one client's.
@@ -318,10 +319,28 @@ def _recipe(model: Any, engine: str, options: dict[str, Any]) -> Recipe:
     if isinstance(model, Engine):
         return Recipe(lambda: model, model.describe(), rebuildable=False)
     if callable(model):
+        _check_builder(model)
         return Recipe(model, getattr(model, "__name__", type(model).__name__), rebuildable=True)
     raise InvalidRequestError(
         f"model must be a name, a folder, an Engine or a function that builds one, not {type(model).__name__}.", "model"
     )
+
+
+def _check_builder(build: Callable[..., Any]) -> None:
+    """Refuse a function that cannot be called without arguments."""
+    try:
+        signature = inspect.signature(build)
+    except (TypeError, ValueError):  # one that does not say
+        return
+    try:
+        signature.bind()
+    except TypeError as cause:
+        name = getattr(build, "__name__", type(build).__name__)
+        raise InvalidRequestError(
+            f"{name} takes arguments, and what builds an Engine takes none. To share a function from a list to a list: "
+            f"Bridge(function_engine({name})).",
+            "model",
+        ) from cause
 
 
 def _placed(model: Any, engine: str, options: dict[str, Any], device: Any) -> Recipe:

@@ -6,6 +6,7 @@ Rule: for any thread; imports nothing of lmbridge. A handler, a filter or a ``re
 from __future__ import annotations
 
 import logging
+import threading
 from typing import Any
 
 
@@ -27,7 +28,8 @@ def shown(value: object) -> str:
     """``repr(value)``, or its type where that raises."""
     try:
         return repr(value)
-    except Exception:
+    except BaseException as raised:
+        _let_ctrl_c_by(raised)
         return f"<{type(value).__name__} that cannot be shown>"
 
 
@@ -35,5 +37,12 @@ def said(error: BaseException) -> str:
     """What an exception says of itself, without a full stop; what it looks like where it says nothing."""
     try:
         return str(error).rstrip(".") or shown(error)
-    except Exception:
+    except BaseException as raised:
+        _let_ctrl_c_by(raised)
         return shown(error)
+
+
+def _let_ctrl_c_by(raised: BaseException) -> None:
+    """What somebody's ``repr`` raises is swallowed, ``SystemExit`` too; the user's own Ctrl-C is not."""
+    if isinstance(raised, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+        raise raised

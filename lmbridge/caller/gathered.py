@@ -15,8 +15,9 @@ from typing import Generic, TypeVar, cast
 from lmbridge.caller.account import Account
 from lmbridge.caller.batch import Result
 from lmbridge.caller.futures import ResponseFuture
+from lmbridge.caller.shapes import all_looked_at
 from lmbridge.errors import ForkedError, LMBridgeError
-from lmbridge.messages import Request, Response
+from lmbridge.messages import Job, Request, Response
 
 T = TypeVar("T")
 _Cancelled = concurrent.futures.CancelledError
@@ -32,6 +33,7 @@ class Gathered(concurrent.futures.Future[T], Generic[T]):
     def __init__(
         self,
         account: Account,
+        kind: type[Job],
         requests: Sequence[Request | LMBridgeError],
         shape: Callable[[Sequence[Result]], T],
         owner: object,
@@ -39,11 +41,13 @@ class Gathered(concurrent.futures.Future[T], Generic[T]):
         """Send the requests; raises what is wrong with them, and then none is left running.
 
         Args:
+            kind: what is asked for.
             shape: makes what is handed over of their answers.
             owner: kept alive for as long as the future is.
         """
         super().__init__()
         self.request_ids = [request.id for request in requests if isinstance(request, Request)]
+        self._kind = kind
         self._shape = shape
         self._parts: list[ResponseFuture] = []  # emptied once how they ended is known
         self._left = [None] * len(requests)  # one is popped for each that has ended, which is atomic
@@ -109,14 +113,18 @@ class Gathered(concurrent.futures.Future[T], Generic[T]):
         """How all of them have ended, once they have. Any thread, takes no lock."""
         parts = list(self._parts)
         if self._ended is None:
-            error = _first_error(parts)
-            try:
-                ended = (self._shape([part.result(0) for part in parts]), None) if error is None else (None, error)
-            except Exception as cause:  # an engine gave something that has not the shape
-                ended = None, cause
-            self._ended = self._ended or ended
+            self._ended = self._ended or self._whole(parts)
             self._parts = []  # they hold this future
         return self._ended
+
+    def _whole(self, parts: Sequence[ResponseFuture]) -> tuple[T | None, BaseException | None]:
+        error = _first_error(parts, self._kind.noun)
+        if error is not None:
+            return None, error
+        try:
+            return self._shape(all_looked_at(self._kind, [part.result(0) for part in parts], False)), None
+        except Exception as cause:  # the engine gave something else
+            return None, cause
 
     def _on_end(self, part: concurrent.futures.Future[Response]) -> None:
         """One has ended; on a thread for callbacks, or on that of whoever gathers."""
@@ -150,7 +158,7 @@ class Gathered(concurrent.futures.Future[T], Generic[T]):
         return any(cancelled)
 
 
-def _first_error(parts: Sequence[ResponseFuture]) -> BaseException | None:
+def _first_error(parts: Sequence[ResponseFuture], noun: str) -> BaseException | None:
     """The error of the one that failed, rather than of those that were cancelled for it."""
     left: BaseException | None = None
     for index, part in enumerate(parts):
@@ -161,6 +169,6 @@ def _first_error(parts: Sequence[ResponseFuture]) -> BaseException | None:
             continue
         if error is not None:
             if isinstance(error, LMBridgeError) and len(parts) > 1:
-                error.index = index
+                error.index, error.listed = index, noun
             return error
     return left

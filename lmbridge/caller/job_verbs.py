@@ -5,7 +5,7 @@ Rule: signatures and their promises only; what they are made of stands beside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from lmbridge.caller.account import Account
@@ -19,13 +19,14 @@ from lmbridge.caller.jobs import (
     RerankOptions,
     checked_list,
     checked_top,
+    document_list,
     embed_maker,
     is_list_of_texts,
     make_job,
     make_jobs,
     rerank_maker,
 )
-from lmbridge.caller.shapes import matrix, ranking, value, values
+from lmbridge.caller.shapes import all_looked_at, looked_at, matrix, ranking, values
 from lmbridge.messages import Apply, Embed, Job, Ranked, Rerank, Response
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class JobVerbs:
         """
         make, account = embed_maker(options), self._account()
         if not is_list_of_texts(texts):
-            response = answer(account, make_job(account, make(texts), options))
+            response = looked_at(Embed, answer(account, make_job(account, make(texts), options)))
             return response if details else response.value
         results = _run(account, Embed, checked_list(texts, "texts"), make, options, return_exceptions, progress)
         return results if details else values(results) if return_exceptions else matrix(results)
@@ -100,9 +101,9 @@ class JobVerbs:
         """``embed`` as a future. Sending a long list blocks until there is room for its last text."""
         make, account = embed_maker(options), self._account()
         if not is_list_of_texts(texts):
-            return Gathered(account, [make_job(account, make(texts), options)], value, self)
+            return Gathered(account, Embed, [make_job(account, make(texts), options)], _only, self)
         requests = make_jobs(account, Embed, checked_list(texts, "texts"), make, options, False)
-        return Gathered(account, requests, matrix, self)
+        return Gathered(account, Embed, requests, matrix, self)
 
     @overload
     async def aembed(self, texts: Texts, **options: Unpack[EmbedOptions]) -> Vectors: ...
@@ -118,7 +119,7 @@ class JobVerbs:
         """``embed`` for a task on any other event loop; cancelling the task aborts."""
         make, account = embed_maker(options), self._task_account()
         if not is_list_of_texts(texts):
-            response = await self._whole(account, make(texts), options)
+            response = looked_at(Embed, await self._whole(account, make(texts), options))
             return response if details else response.value
         results = await _run_async(account, Embed, checked_list(texts, "texts"), make, options, return_exceptions)
         return results if details else values(results) if return_exceptions else matrix(results)
@@ -165,18 +166,18 @@ class JobVerbs:
             LMBridgeError: as ``embed`` does.
         """
         make, account, top = rerank_maker(query, options), self._account(), checked_top(top_n)
-        listed = checked_list(documents, "documents")
-        results = _run(account, Rerank, listed, make, options)
-        return results if details else ranking(results, listed, top)
+        texts = document_list(documents)
+        results = _run(account, Rerank, texts, make, options)
+        return results if details else ranking(results, texts, top)
 
     def submit_rerank(
         self, query: str, documents: Sequence[str], *, top_n: int | None = None, **options: Unpack[RerankOptions]
     ) -> Gathered[list[Ranked]]:
         """``rerank`` as a future. Sending a long list blocks until there is room for its last document."""
         make, account, top = rerank_maker(query, options), self._account(), checked_top(top_n)
-        listed = checked_list(documents, "documents")
-        requests = make_jobs(account, Rerank, listed, make, options, False)
-        return Gathered(account, requests, lambda results: ranking(results, listed, top), self)
+        texts = document_list(documents)
+        requests = make_jobs(account, Rerank, texts, make, options, False)
+        return Gathered(account, Rerank, requests, lambda results: ranking(results, texts, top), self)
 
     @overload
     async def arerank(
@@ -205,9 +206,9 @@ class JobVerbs:
     ) -> Any:
         """``rerank`` for a task on any other event loop; cancelling the task aborts."""
         make, account, top = rerank_maker(query, options), self._task_account(), checked_top(top_n)
-        listed = checked_list(documents, "documents")
-        results = await _run_async(account, Rerank, listed, make, options)
-        return results if details else ranking(results, listed, top)
+        texts = document_list(documents)
+        results = await _run_async(account, Rerank, texts, make, options)
+        return results if details else ranking(results, texts, top)
 
     # --- any function ---
 
@@ -222,7 +223,7 @@ class JobVerbs:
 
     def map(
         self,
-        items: Sequence[Any],
+        items: Collection[Any],
         *,
         return_exceptions: bool = False,
         progress: bool = False,
@@ -240,14 +241,14 @@ class JobVerbs:
     def submit_call(self, item: Any, **options: Unpack[JobOptions]) -> Gathered[Any]:
         """``call`` as a future."""
         account = self._account()
-        return Gathered(account, [make_job(account, Apply(item), options)], value, self)
+        return Gathered(account, Apply, [make_job(account, Apply(item), options)], _only, self)
 
     async def acall(self, item: Any, **options: Unpack[JobOptions]) -> Any:
         """``call`` for a task on any other event loop; cancelling the task aborts."""
         return (await self._whole(self._task_account(), Apply(item), options)).value
 
     async def amap(
-        self, items: Sequence[Any], *, return_exceptions: bool = False, **options: Unpack[JobOptions]
+        self, items: Collection[Any], *, return_exceptions: bool = False, **options: Unpack[JobOptions]
     ) -> list[Any]:
         """``map`` for a task on any other event loop; cancelling the task aborts."""
         listed = checked_list(items, "items")
@@ -268,7 +269,7 @@ def _run(
 ) -> list[Result]:
     requests = make_jobs(account, kind, things, make, options, keep)
     with progress_bar(len(requests), progress, kind.noun.lower()) as advance:
-        return Batch(account, keep, advance, kind.noun).run(requests)
+        return all_looked_at(kind, Batch(account, keep, advance, kind.noun).run(requests), keep)
 
 
 async def _run_async(
@@ -280,4 +281,8 @@ async def _run_async(
     keep: bool = False,
 ) -> list[Result]:
     requests = make_jobs(account, kind, things, make, options, keep)
-    return await Batch(account, keep, noun=kind.noun).run_async(requests)
+    return all_looked_at(kind, await Batch(account, keep, noun=kind.noun).run_async(requests), keep)
+
+
+def _only(results: Sequence[Result]) -> Any:
+    return values(results)[0]

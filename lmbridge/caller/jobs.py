@@ -68,7 +68,8 @@ def make_job(account: Account, job: Job, options: JobOptions) -> Request:
     """
     for name in options:
         if name not in _OPTIONS:
-            raise InvalidRequestError(f"{job.task} has no option {name!r}.", name)
+            known = ", ".join(_OPTIONS)
+            raise InvalidRequestError(f"{job.task} has no option {name!r} in this form; it has {known}.", name)
     taken: CallOptions = {**options}  # type: ignore[typeddict-item]  # a part of them
     request = make_request(account, "-", None, taken)
     request.prompt, request.job = "", job
@@ -126,7 +127,8 @@ def embed_maker(options: EmbedOptions) -> Callable[[Any], Embed]:
     if prompt is not None and not isinstance(prompt, str):
         raise InvalidRequestError(f"prompt must be a string or None, not {shown(prompt)}.", "prompt")
     end = _checked_truncate(options.pop("truncate", "error"))
-    return lambda text: Embed(_checked_text(text), flag, size, prompt, end)
+    before = None if prompt is None else str.__str__(prompt)
+    return lambda text: Embed(_checked_text(text), flag, size, before, end)
 
 
 def rerank_maker(query: Any, options: RerankOptions) -> Callable[[Any], Rerank]:
@@ -165,6 +167,15 @@ def checked_list(things: Any, name: str) -> Sequence[Any]:
     return items
 
 
+def document_list(documents: Any) -> list[Any]:
+    """A list of one's own of the documents' texts; what is no document stays as it is, for the maker to refuse.
+
+    Raises:
+        InvalidRequestError: it is no list.
+    """
+    return [_text_of(document) for document in checked_list(documents, "documents")]
+
+
 def checked_top(top_n: Any) -> int | None:
     """How many of the best are wanted; None for all.
 
@@ -196,8 +207,12 @@ def _checked_text(text: Any) -> str | list[int]:
 
 
 def _checked_document(document: Any) -> str:
-    if isinstance(document, Mapping) and isinstance(document.get("text"), str):
-        document = document["text"]
     if not isinstance(document, str):
         raise InvalidRequestError(f"A document is a string; got {shown(document)}.", "documents")
-    return str.__str__(document)
+    return document
+
+
+def _text_of(document: Any) -> Any:
+    """The text of a mapping that has one as ``text``, as other libraries have them; else what was given."""
+    text = document.get("text") if isinstance(document, Mapping) else document
+    return str.__str__(text) if isinstance(text, str) else document

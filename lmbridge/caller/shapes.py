@@ -1,15 +1,18 @@
-"""What the results of a list of jobs are handed over as.
+"""What the answers of jobs are handed over as, and a look at what an engine gave.
 
 Rule: pure functions on the caller's thread; numpy is imported inside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lmbridge.caller.batch import Result
-from lmbridge.messages import Ranked, Response
+from lmbridge.errors import EngineError
+from lmbridge.messages import Apply, Embed, Job, Ranked, Rerank, Response
+from lmbridge.values import as_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,9 +21,32 @@ if TYPE_CHECKING:
     Vectors = npt.NDArray[np.float32]
 
 
-def value(results: Sequence[Result]) -> Any:
-    """What the one job gave."""
-    return values(results)[0]
+def looked_at(kind: type[Job], response: Response) -> Response:
+    """The answer to a job of that kind, its value of the type that callers are promised.
+
+    Raises:
+        EngineError: the engine gave something else.
+    """
+    try:
+        response.value = _AS[kind](response.value)
+    except EngineError as error:
+        error.request_id = response.request_id
+        raise
+    return response
+
+
+def all_looked_at(kind: type[Job], results: Sequence[Result], keep: bool) -> list[Result]:
+    """The same for a list; errors fill their slots where they are kept, else the first is raised."""
+    found: list[Result] = []
+    for index, result in enumerate(results):
+        try:
+            found.append(looked_at(kind, result) if isinstance(result, Response) else result)
+        except EngineError as error:
+            error.index, error.listed = index, kind.noun
+            if not keep:
+                raise
+            found.append(error)
+    return found
 
 
 def values(results: Sequence[Result]) -> list[Any]:
@@ -29,22 +55,54 @@ def values(results: Sequence[Result]) -> list[Any]:
 
 
 def matrix(results: Sequence[Result]) -> Vectors:
-    """Vectors of one length as the rows of an array, float32 of shape ``(n, dim)``; ``(0, 0)`` for none."""
+    """Vectors of one length as the rows of an array, float32 of shape ``(n, dim)``; ``(0, 0)`` for none.
+
+    Raises:
+        EngineError: they are not of one length.
+    """
     import numpy as np
 
-    if not results:
+    vectors = values(results)
+    if not vectors:
         return np.zeros((0, 0), dtype=np.float32)
-    return np.stack(values(results))
+    lengths = sorted({len(vector) for vector in vectors})
+    if len(lengths) > 1:
+        raise EngineError(f"The engine gave vectors of {lengths[0]} and of {lengths[-1]} numbers; mend the engine.")
+    return np.stack(vectors)
 
 
-def ranking(results: Sequence[Result], documents: Sequence[Any], top: int | None) -> list[Ranked]:
+def ranking(results: Sequence[Result], documents: Sequence[str], top: int | None) -> list[Ranked]:
     """Scores as a ranking, the most relevant first; of equal ones, the first in the list."""
-    scores = [float(score) for score in values(results)]
+    scores: list[float] = values(results)
     order = sorted(range(len(scores)), key=lambda index: -scores[index])[:top]
-    return [Ranked(index, scores[index], document_text(documents[index])) for index in order]
+    return [Ranked(index, scores[index], documents[index]) for index in order]
 
 
-def document_text(document: Any) -> str:
-    """A document's text: it is a string, or a mapping that has one as ``text``."""
-    text: str = document if isinstance(document, str) else document["text"]
-    return text
+def _vector(value: Any) -> Vectors:
+    import numpy as np
+
+    try:
+        vector = np.asarray(value, dtype=np.float32)
+    except Exception as cause:
+        raise _wrong(value, "a vector") from cause
+    if vector.ndim != 1 or not vector.size:
+        raise _wrong(value, "a vector")
+    return vector
+
+
+def _score(value: Any) -> float:
+    score = as_number(value)
+    if score is None or math.isnan(score):
+        raise _wrong(value, "a score")
+    return float(score)
+
+
+def _wrong(value: Any, wanted: str) -> EngineError:
+    shape = getattr(value, "shape", None)
+    what = type(value).__name__ + (f" of shape {shape}" if isinstance(shape, tuple) else "")
+    if isinstance(value, (int, float, str)) or value is None:
+        what = repr(value)[:80]
+    return EngineError(f"The engine gave {what} where {wanted} belongs; mend the engine.")
+
+
+_AS: Mapping[type[Job], Callable[[Any], Any]] = {Embed: _vector, Rerank: _score, Apply: lambda value: value}

@@ -31,13 +31,16 @@ def timeout_error(call: Call, status: Status, waiting: int) -> RequestTimeoutErr
         waiting: how many requests have a place in the queue.
     """
     waited = time.monotonic() - call.request.created
+    end = "generation" if call.request.job is None else "it"
     if call.began is None:
         where, advice = _what_held_it(call, status, waiting)
+    elif call.request.job is not None:
+        where, advice = "in the engine", "Its batch had not ended: give a longer timeout, or smaller batches."
     elif call.first_token is None:
         where, advice = "in the engine", "No token had come: see in health() whether the engine makes progress."
     else:
         where, advice = "in the engine", "Give a longer timeout, or fewer max_new_tokens."
-    what = f"Request {call.request.id} passed its deadline after {waited:.1f} s {where}; generation was aborted."
+    what = f"Request {call.request.id} passed its deadline after {waited:.1f} s {where}; {end} was aborted."
     return RequestTimeoutError(f"{what} {advice}")
 
 

@@ -88,7 +88,7 @@ class ServerHandle:
         if threading.get_ident() == self.thread_id:
             raise WrongThreadError(
                 "This blocking call was made on the server thread, which would wait for itself forever. "
-                "Use await bridge.ainfer(...), or call from another thread."
+                "Use its form for event loops (ainfer, aembed, acall …), or call from another thread."
             )
 
     def belong_here(self) -> None:

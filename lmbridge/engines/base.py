@@ -309,10 +309,14 @@ class EngineThread:
         job = _Job(functools.partial(function, *args))
         self._jobs.append(job)
         self._bell.put(None)
-        while job.outcome is None:
-            await asyncio.wait([job.news], timeout=LOOK_INTERVAL)
-            if job.outcome is None:
-                self._see_to_thread()
+        try:
+            while job.outcome is None:
+                await asyncio.wait([job.news], timeout=LOOK_INTERVAL)
+                if job.outcome is None:
+                    self._see_to_thread()
+        except asyncio.CancelledError:
+            job.unwanted = True
+            raise
         return job.result()
 
     def close(self) -> None:
@@ -349,11 +353,14 @@ class _Job(Generic[T]):
         self._call = call
         self._loop = asyncio.get_running_loop()
         self.news: asyncio.Future[None] = self._loop.create_future()  # loop's thread only
+        self.unwanted = False  # nobody waits any more: it need not begin; set by the loop's thread
         self.begun = False  # set by the worker thread, read when that has ended
         self.outcome: tuple[T | None, BaseException | None] | None = None  # set once, by the worker or its successor
 
     def do(self) -> None:
-        """Make the call. Worker thread."""
+        """Make the call, if somebody waits for it. Worker thread."""
+        if self.unwanted:
+            return
         self.begun = True
         try:
             self.outcome = self._call(), None

@@ -6,10 +6,9 @@ thread, a coroutine function on the server's loop.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from lmbridge.engines.base import Engine, EngineThread, Sink
@@ -19,7 +18,8 @@ from lmbridge.log import shown
 from lmbridge.messages import Apply, Request, Task
 from lmbridge.values import as_int, as_number, as_rows
 
-Function = Callable[[list[Any]], Sequence[Any]] | Callable[[list[Any]], Awaitable[Sequence[Any]]]
+Function = Callable[[list[Any]], Any]
+"""From a list of items to a sequence or an array of as many results, or to an awaitable of one."""
 
 
 class FunctionEngine(Engine):
@@ -47,6 +47,8 @@ class FunctionEngine(Engine):
         self.max_batch_size = _checked_size(max_batch_size)
         self._wait = _checked_wait(batch_timeout)
         self._function = function
+        if name is not None:
+            self.name = _checked_name(name)  # type: ignore[misc]  # this one's own
         self._label = name or str(getattr(function, "__name__", type(function).__name__))
         self._is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
             getattr(function, "__call__", None)  # noqa: B004  # of an object whose __call__ is one
@@ -64,7 +66,7 @@ class FunctionEngine(Engine):
     def add_request(self, request: Request, sink: Sink) -> None:
         assert self._batcher is not None
         assert isinstance(request.job, Apply)
-        self._batcher.add(request.id, request.job.item, sink)
+        self._batcher.add(request.id, request.job.item, sink, client=request.client)
 
     def abort_request(self, request_id: str) -> None:
         if self._batcher is not None:
@@ -90,26 +92,17 @@ class FunctionEngine(Engine):
         self._thread.close()
 
     async def _run(self, items: list[Any]) -> Sequence[Any]:
-        results = await (self._await(items) if self._is_async else self._thread.run(self._call, items))
-        listed = as_rows(results)
-        if listed is None:
-            raise TypeError(f"it returned {shown(results)} where a list of results belongs")
-        return listed
+        if self._is_async:
+            return _listed(await self._function(items))
+        return await self._thread.run(self._call, items)
 
-    def _call(self, items: list[Any]) -> Any:
+    def _call(self, items: list[Any]) -> Sequence[Any]:
         """On the engine's thread."""
-        results = self._function(items)
+        with self.party.turn():
+            results = self._function(items)
         if inspect.isawaitable(results):
             raise TypeError("it returned an awaitable; make it `async def`, so that it runs on the loop")
-        return results
-
-    async def _await(self, items: list[Any]) -> Any:
-        try:
-            return await self._function(items)  # type: ignore[misc]
-        except asyncio.CancelledError as cause:
-            if _is_being_cancelled():
-                raise
-            raise RuntimeError("it was cancelled") from cause
+        return _listed(results)
 
 
 def function_engine(
@@ -128,9 +121,12 @@ def function_engine(
     return build
 
 
-def _is_being_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+def _listed(results: Any) -> list[Any]:
+    """A plain list, made where the function ran: what results do when they are looked at is theirs."""
+    rows = as_rows(results)
+    if rows is None:
+        raise TypeError(f"it returned {shown(results)} where a list of results belongs")
+    return list(rows)
 
 
 def _checked_size(value: Any) -> int:
@@ -138,6 +134,12 @@ def _checked_size(value: Any) -> int:
     if size is None or size < 1:
         raise InvalidRequestError(f"max_batch_size must be an int >= 1, not {shown(value)}.", "max_batch_size")
     return size
+
+
+def _checked_name(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise InvalidRequestError(f"name must be a string that is not empty, not {shown(value)}.", "name")
+    return value
 
 
 def _checked_wait(value: Any) -> float:

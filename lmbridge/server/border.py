@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import reprlib
 from collections.abc import Awaitable, Callable
 
 from lmbridge.crossing.call import Call
-from lmbridge.engines import EngineFactory
+from lmbridge.engines import EngineFactory, engine_around
 from lmbridge.engines.base import Engine, engine_error
 from lmbridge.errors import LMBridgeError, UnsupportedTaskError, fresh
 from lmbridge.log import logger, shown
@@ -31,9 +32,10 @@ def build_engine(factory: EngineFactory) -> Engine:
         raise
     except BaseException as cause:
         raise RuntimeError(f"{shown(cause)} was raised while the engine was built") from cause
-    if not isinstance(engine, Engine):
-        raise TypeError(f"the factory built no Engine but {shown(engine)}")
-    return engine
+    around = engine if isinstance(engine, Engine) else engine_around(engine, {})
+    if around is None:
+        raise TypeError(f"the factory built no Engine but {reprlib.repr(engine)}")
+    return around
 
 
 def batch_size(engine: Engine) -> int:
@@ -50,6 +52,22 @@ def batch_size(engine: Engine) -> int:
     if size is None or size < 1:
         raise TypeError(f"max_batch_size of the engine {engine.name} must be an int >= 1, not {shown(said)}")
     return size
+
+
+def check_tasks(engine: Engine) -> None:
+    """See that an engine that has started says what it does.
+
+    Raises:
+        Exception: it does not.
+    """
+    try:
+        said = engine.tasks
+        known = not isinstance(said, str) and bool(said) and all(task in _DOES for task in said)
+    except BaseException as cause:
+        raise RuntimeError(f"{shown(cause)} was raised by its tasks") from cause
+    if not known:
+        wanted = ", ".join(map(repr, _DOES))
+        raise TypeError(f"tasks of the engine {engine.name} must be a set of some of {wanted}, not {shown(said)}")
 
 
 _DOES: dict[Task, str] = {

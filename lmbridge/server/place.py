@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from lmbridge.crossing.call import Call
 from lmbridge.engines.base import Engine
 from lmbridge.log import logger, shown
-from lmbridge.server.border import batch_size
+from lmbridge.server.border import batch_size, check_tasks
 from lmbridge.server.lodging import Stay
 
 FAIR_LOOKS = 3  # at how many looks the engine must have gone on without a call before that says anything
@@ -68,9 +68,10 @@ class Place:
         return 0 if self.dead.done() else self._size - len(self.calls)
 
     def measure(self) -> Exception | None:
-        """Take the size of an engine that has started; gives back what is wrong with it."""
+        """Look at what an engine that has started says of itself; gives back what is wrong with that."""
         try:
             self._size = batch_size(self.engine)
+            check_tasks(self.engine)
         except Exception as error:
             return error
         return None

@@ -61,13 +61,14 @@ class JobContract:
             return bridge.rerank(QUERY, [item], timeout=timeout)[0].score
         return bridge.call(item, timeout=timeout)
 
-    def ask_all(self, bridge: Bridge, items: Sequence[Any]) -> list[Any]:
+    def ask_all(self, bridge: Bridge, items: Sequence[Any], timeout: float | None = None) -> list[Any]:
         """What it makes of a list of items."""
+        timeout = self.patience if timeout is None else timeout
         if self.task == "embed":
-            return list(bridge.embed(items, timeout=self.patience))
+            return list(bridge.embed(items, timeout=timeout))
         if self.task == "rerank":
-            return [response.value for response in bridge.rerank(QUERY, items, timeout=self.patience, details=True)]
-        return bridge.map(items, timeout=self.patience)
+            return [response.value for response in bridge.rerank(QUERY, items, timeout=timeout, details=True)]
+        return bridge.map(items, timeout=timeout)
 
     def submit(self, bridge: Bridge, item: Any) -> Gathered[Any]:
         """The same for one, as a future."""
@@ -78,7 +79,7 @@ class JobContract:
     def equal(self, one: Any, other: Any) -> bool:
         """Whether two results for one item are the same."""
         if self.task == "embed":
-            return one.shape == other.shape and float(abs(one - other).max()) <= self.tolerance
+            return bool(one.shape == other.shape and abs(one - other).max() <= self.tolerance)
         return bool(abs(one - other) <= self.tolerance if self.task == "rerank" else one == other)
 
     def alone(self, bridge: Bridge) -> list[Any]:
@@ -156,7 +157,7 @@ class JobContract:
         """A call whose time is up raises, and the engine serves the next."""
         with Bridge(engines := WitnessedEngines(self.engine)) as bridge:
             try:
-                self.ask(bridge, self.items[0], timeout=0.0)
+                self.ask_all(bridge, [*self.items] * 50, timeout=0.0)
             except RequestTimeoutError as error:
                 assert error.retryable
             else:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 DIMENSIONS = 8
+TURNS = 6
 
 
 class ScriptedEncoder(ScriptedEngine):
@@ -157,11 +158,11 @@ class ScriptedEncoder(ScriptedEngine):
             await asyncio.get_running_loop().create_future()
 
     async def _step_once(self) -> None:
-        await asyncio.sleep(0)  # what was added just now makes its batch
+        await _turns()  # what was added just now makes its batch
         if self._gate is not None:
             self._gate.set_result(None)
             self._gate = None
-        await asyncio.sleep(0)  # the batch is told
+        await _turns()  # the batch is told
 
     def _begin(self, steps: Coroutine[Any, Any, None]) -> None:
         self._stepper = asyncio.get_running_loop().create_task(steps, name="scripted steps")
@@ -179,6 +180,12 @@ class ScriptedEncoder(ScriptedEngine):
     def _check_length(self, job: Embed | Rerank, words: int) -> None:
         if self._max_length is not None and words > self._max_length and job.truncate == "error":
             raise PromptTooLongError(f"It has {words} tokens; the model reads {self._max_length}.")
+
+
+async def _turns() -> None:
+    """As many turns of the loop as a batch takes from one task to the next."""
+    for _ in range(TURNS):
+        await asyncio.sleep(0)
 
 
 def vector_of(text: str | Embed) -> npt.NDArray[np.float32]:

@@ -46,7 +46,7 @@ def bridge(gate: Gate) -> Iterator[Bridge]:
 
 def gather(bridge: Bridge, items: list[Any]) -> Gathered[list[Any]]:
     account = bridge._account()
-    return Gathered(account, make_jobs(account, Apply, items, Apply, {}, False), values, bridge)
+    return Gathered(account, Apply, make_jobs(account, Apply, items, Apply, {}, False), values, bridge)
 
 
 def test_it_is_done_when_all_are(bridge: Bridge, gate: Gate) -> None:

@@ -13,6 +13,7 @@ import pytest
 from lmbridge import (
     Bridge,
     EngineError,
+    EngineStartError,
     InvalidRequestError,
     Ranked,
     RequestAbortedError,
@@ -228,3 +229,70 @@ def test_an_engine_for_text_is_none_the_wiser(scripted: Any) -> None:
     """A ScriptedEngine that answers a prompt gives no value, and a Response of text has none."""
     bridge, _ = scripted(ScriptedEngine())
     assert bridge.infer("x").value is None
+
+
+class Careless(ScriptedEncoder):
+    """An engine that gives whatever it was made with."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self._value = value
+
+    def _result(self, job: Any, text: str) -> Any:
+        return self._value[text] if isinstance(self._value, dict) else self._value
+
+
+@pytest.mark.parametrize("value", [None, "text", [], [[1.0]], [1.0, "x"], {1.0}])
+def test_what_is_no_vector_is_named(scripted: Any, value: Any) -> None:
+    """An engine of somebody's own may give anything; its callers must hear what is wrong with it."""
+    bridge, _ = scripted(Careless(value))
+    with pytest.raises(EngineError, match="where a vector belongs; mend the engine"):
+        bridge.embed("x")
+    with pytest.raises(EngineError, match="Text 0 of the list"):
+        bridge.embed(["x"])
+    assert isinstance(bridge.embed(["x"], return_exceptions=True)[0], EngineError)
+    with pytest.raises(EngineError, match="where a vector belongs"):
+        bridge.submit_embed(["x"]).result(30)
+
+
+@pytest.mark.parametrize("value", [None, "high", float("nan"), [1.0]])
+def test_what_is_no_score_is_named(scripted: Any, value: Any) -> None:
+    """A score that compares to nothing would break the order of the others."""
+    bridge, _ = scripted(Careless(value))
+    with pytest.raises(EngineError, match=r"Document 0 of the list: .* where a score belongs"):
+        bridge.rerank("q", ["d"])
+
+
+def test_vectors_are_float32_of_one_length(scripted: Any) -> None:
+    """Lists and other precisions are made what is promised; lengths that differ cannot be."""
+    bridge, _ = scripted(Careless({"short": [1.0, 2.0], "long": np.ones(3)}))
+    assert bridge.embed(["short", "short"]).dtype == np.float32
+    with pytest.raises(EngineError, match="vectors of 2 and of 3 numbers"):
+        bridge.embed(["short", "long"])
+
+
+@pytest.mark.parametrize("tasks", ["embed", [], ["embd"], 7])
+def test_tasks_that_are_none_are_refused_at_the_start(scripted: Any, tasks: Any) -> None:
+    """A slip of the pen in an engine must not show as a refusal of everything."""
+    engine = ScriptedEncoder()
+    engine.tasks = tasks
+    bridge, _ = scripted(engine)
+    with pytest.raises(EngineStartError, match="tasks"):
+        bridge.start()
+
+
+def test_a_future_names_the_text(bridge: Bridge) -> None:
+    """As the blocking form does."""
+    with pytest.raises(InvalidRequestError, match="Text 1 of the list"):
+        bridge.submit_embed(["fine", "word " * 101]).result(30)
+
+
+def test_a_list_that_its_owner_uses_again_changes_nothing(scripted: Any) -> None:
+    """The ranking has the documents as they were sent."""
+    bridge, engine = scripted(ScriptedEncoder(manual=True))
+    documents = ["quick fox", "nothing"]
+    future = bridge.submit_rerank("quick", documents)
+    documents[:] = ["another's", "another's"]
+    engine.wait_for(lambda engine: engine.active == 2)
+    engine.step()
+    assert [ranked.document for ranked in future.result(30)] == ["quick fox", "nothing"]

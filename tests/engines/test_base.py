@@ -397,3 +397,24 @@ def test_a_closed_thread_finishes_what_it_has_and_takes_no_more(worker: EngineTh
             await asyncio.wait_for(worker.run(int), 10)
 
     asyncio.run(main())
+
+
+def test_work_that_nobody_waits_for_is_not_begun() -> None:
+    """Calls that were given up must not hold up those that come after them."""
+
+    async def main() -> None:
+        thread, release = EngineThread("lmbridge worker"), threading.Event()
+        begun: list[object] = []
+        first = asyncio.ensure_future(thread.run(release.wait, 30))
+        left = [asyncio.ensure_future(thread.run(begun.append, number)) for number in range(5)]
+        await asyncio.sleep(0)
+        for work in left:
+            work.cancel()
+        await asyncio.wait(left)
+        last = asyncio.ensure_future(thread.run(begun.append, "last"))
+        release.set()
+        await asyncio.wait_for(asyncio.gather(first, last), 30)
+        assert begun == ["last"]
+        thread.close()
+
+    asyncio.run(main())

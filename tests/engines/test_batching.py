@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,11 +46,11 @@ class Desk:
         self.ends: dict[int, list[Delta]] = {}
         self._all = asyncio.Event()
 
-    def add(self, *items: int, size: int = 1) -> None:
+    def add(self, *items: int, size: int = 1, client: str = "") -> None:
         self._all.clear()
         for item in items:
             self.ends[item] = []
-            self.batcher.add(str(item), item, lambda delta, item=item: self._hear(item, delta), size=size)  # type: ignore[misc]
+            self.batcher.add(str(item), item, functools.partial(self._hear, item), size=size, client=client)
 
     async def values(self) -> dict[int, Any]:
         """What became of each: its value, its error, or "abort"."""
@@ -243,5 +245,94 @@ def test_close_ends_it() -> None:
         await asyncio.wait(left, timeout=30)
         assert model.batches == [[1]]
         assert len(desk.batcher) == 0
+
+    asyncio.run(main())
+
+
+def test_a_poison_that_says_it_is_too_large_costs_itself_alone() -> None:
+    """An item that needs too much memory by itself must not make every later batch tiny."""
+
+    async def main() -> None:
+        async def run(items: list[int]) -> list[int]:
+            if 3 in items:
+                raise RuntimeError("out of memory, it says")
+            return items
+
+        batcher = Batcher(run, max_items=8, max_size=8)
+        desk = Desk(batcher)
+        desk.add(*range(1, 9))
+        values = await desk.values()
+        assert isinstance(values.pop(3), EngineError)
+        assert len(values) == 7
+        assert batcher.max_size == 8
+
+    asyncio.run(main())
+
+
+def test_clients_take_turns_also_where_each_text_fills_a_batch() -> None:
+    """A long list of large texts must not go before somebody's one, batch after batch."""
+
+    async def main() -> None:
+        model = Model(held=True)
+        desk = Desk(Batcher(model, max_items=8, max_size=10))
+        desk.add(*range(1, 21), size=10, client="list")
+        await asyncio.wait_for(model.begun.wait(), 30)
+        desk.add(99, size=10, client="single")
+        model.free.set()
+        await desk.values()
+        assert model.batches.index([99]) <= 2
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", ["class", "text", "end"])
+def test_results_and_errors_that_are_hostile_cost_their_own(kind: str) -> None:
+    """Whatever a model's results do when they are looked at, the others have theirs and the next batch runs."""
+
+    class HostileClass:
+        @property  # type: ignore[misc]
+        def __class__(self) -> Any:
+            raise ValueError("no class")
+
+    class HostileTextError(Exception):
+        def __str__(self) -> str:
+            raise SystemExit(1)
+
+        __repr__ = __str__
+
+    async def main() -> None:
+        async def run(items: list[int]) -> list[Any]:
+            if kind == "text" and 1 in items:
+                raise HostileTextError
+            if kind == "end" and 1 in items:
+                raise GeneratorExit
+            return [HostileClass() if kind == "class" and item == 1 else 2 * item for item in items]
+
+        desk = Desk(Batcher(run, max_items=4))
+        desk.add(1, 2, 3)
+        await asyncio.wait_for(desk._all.wait(), 30)
+        assert [desk.ends[item][0].value for item in (2, 3)] == [4, 6]
+        desk.add(4)
+        assert (await desk.values())[4] == 8
+
+    asyncio.run(main())
+
+
+def test_context_variables_are_nobodys() -> None:
+    """What the first caller has in its context, a trace say, must not show in the batches of all later ones."""
+    user = contextvars.ContextVar("user", default="nobody")
+
+    async def main() -> None:
+        seen: list[str] = []
+
+        async def run(items: list[int]) -> list[int]:
+            seen.append(user.get())
+            return items
+
+        desk = Desk(Batcher(run, max_items=4))
+        user.set("the first")
+        desk.add(1, 2)
+        await desk.values()
+        assert seen == ["nobody"]
 
     asyncio.run(main())

@@ -196,3 +196,76 @@ def test_an_awaitable_from_a_plain_function_is_explained() -> None:
         bridge.call(1, timeout=30)
     for coroutine in closed:
         coroutine.close()
+
+
+def test_a_coroutine_function_may_not_end_the_bridge() -> None:
+    """exit(), a cancellation of its own and StopIteration fail those items; the loop serves on."""
+
+    async def remote(items: list[str]) -> list[str]:
+        for item in items:
+            if item == "exit":
+                raise SystemExit(1)
+            if item == "interrupt":
+                raise KeyboardInterrupt
+            if item == "cancel":
+                task = asyncio.current_task()
+                assert task is not None
+                task.cancel()
+                await asyncio.sleep(0)
+            if item == "cancelled":
+                raise asyncio.CancelledError
+        return items
+
+    with Bridge(function_engine(remote)) as bridge:
+        for item in ("exit", "interrupt", "cancel", "cancelled"):
+            with pytest.raises(EngineError):
+                bridge.call(item, timeout=30)
+            assert bridge.call("on", timeout=30) == "on"
+
+
+def test_a_coroutine_whose_callers_have_left_is_cancelled() -> None:
+    """What nobody waits for must not hold up the next batch."""
+    cancelled = threading.Event()
+
+    async def remote(items: list[str]) -> list[str]:
+        if items == ["slow"]:
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                cancelled.set()
+                raise
+        return items
+
+    with Bridge(function_engine(remote)) as bridge:
+        with pytest.raises(RequestTimeoutError, match="it was aborted"):
+            bridge.call("slow", timeout=0.05)
+        assert cancelled.wait(30)
+        assert bridge.call("on", timeout=30) == "on"
+
+
+def test_results_that_are_hostile() -> None:
+    """A list that raises when it is looked at fails its batch, and no other."""
+
+    class Hostile(list[Any]):
+        def __iter__(self) -> Any:
+            raise ValueError("do not look")
+
+    with Bridge(function_engine(lambda items: Hostile(items) if "bad" in items else items)) as bridge:
+        with pytest.raises(EngineError, match="do not look"):
+            bridge.call("bad", timeout=30)
+        assert bridge.call("on", timeout=30) == "on"
+
+
+def test_a_function_without_its_engine_is_explained() -> None:
+    """Bridge(process_batch) is the first thing that people write."""
+    with pytest.raises(InvalidRequestError, match=r"Bridge\(function_engine\(double\)\)"):
+        Bridge(double)  # type: ignore[arg-type]
+
+
+def test_its_name_is_used() -> None:
+    """Of several functions a message must say which."""
+    named = function_engine(double, name="labels")
+    with Bridge(named) as bridge, pytest.raises(UnsupportedTaskError, match="The engine 'labels'"):
+        bridge.embed("x")
+    with pytest.raises(InvalidRequestError, match="name must be a string"):
+        function_engine(double, name="")
