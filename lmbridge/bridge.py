@@ -92,8 +92,8 @@ class Bridge(Verbs):
         keep_alive: seconds without calls after which the model is unloaded, until the next call; None keeps it until
             another needs the memory. A model given as an Engine is always kept.
         pin: keep the model whoever needs the memory.
-        weight: how much of the device it gets beside others: of 2 and 1 the first gets twice the time, where three or more
-            compute, or one that chooses the length of its turns, as encoders do. Two language models alternate.
+        weight: how much of the device it gets beside others: of 2 and 1 the first gets twice the time, where three or
+            more compute, or one that chooses the length of its turns, as encoders do. Two language models alternate.
         timeout: default deadline of every call, in seconds; None waits forever.
         max_pending: how many requests may wait for the engine.
         max_pending_per_client: how many of them may be one client's.
