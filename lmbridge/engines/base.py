@@ -296,8 +296,11 @@ class EngineThread:
         self._closed = False  # set by any thread, once
         self._thread: threading.Thread | None = None  # server thread only
 
-    async def run(self, function: Callable[..., T], *args: Any) -> T:
+    async def run(self, function: Callable[..., T], *args: Any, while_awaited: bool = False) -> T:
         """Run ``function(*args)`` on the thread and await what it returns or raises.
+
+        Args:
+            while_awaited: do not begin once whoever awaits it has been cancelled.
 
         Raises:
             RuntimeError: the thread was closed before, ended meanwhile, or cannot be started; or the function tried
@@ -315,7 +318,7 @@ class EngineThread:
                 if job.outcome is None:
                     self._see_to_thread()
         except asyncio.CancelledError:
-            job.unwanted = True
+            job.unwanted = while_awaited
             raise
         return job.result()
 

@@ -94,7 +94,7 @@ class FunctionEngine(Engine):
     async def _run(self, items: list[Any]) -> Sequence[Any]:
         if self._is_async:
             return _listed(await self._function(items))
-        return await self._thread.run(self._call, items)
+        return await self._thread.run(self._call, items, while_awaited=True)
 
     def _call(self, items: list[Any]) -> Sequence[Any]:
         """On the engine's thread."""

@@ -271,7 +271,7 @@ class EncoderEngine(Engine):
 
         found: Item | LMBridgeError
         try:
-            found = await self._thread.run(encode)
+            found = await self._thread.run(encode, while_awaited=True)
             batcher = self._alive()[1]
         except LMBridgeError as error:
             found = error
@@ -287,7 +287,7 @@ class EncoderEngine(Engine):
 
     async def _run(self, items: list[Item]) -> Sequence[Any]:
         try:
-            return await self._thread.run(self._work, items)
+            return await self._thread.run(self._work, items, while_awaited=True)
         except Exception as cause:
             traceback.clear_frames(cause.__traceback__)  # they hold what the model was computing
             if _is_sticky(cause):

@@ -295,7 +295,7 @@ class TransformersEngine(Engine):
             return self._alive().encoder.encode(running.request.prompt, running.request.raw) if wanted else None
 
         try:
-            token_ids = await self._thread.run(encode)
+            token_ids = await self._thread.run(encode, while_awaited=True)
             if token_ids is not None and running.key in self._requests:
                 self._submit(running, token_ids)
         except LMBridgeError as error:
