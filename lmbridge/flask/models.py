@@ -79,9 +79,9 @@ class Models:
 
     def tasks(self, name: str) -> frozenset[Task]:
         """What the model of that name does: ``generate``, ``embed``, ``rerank``. Empty while that is not known."""
-        engine = self.bridge(name)._server_thread.engine  # there is none before the first use, and while it loads
-        if engine is not None:
-            self._tasks[name] = engine.tasks
+        found = self.bridge(name).tasks()  # none before the first use, and while it loads
+        if found:
+            self._tasks[name] = found
         return self._tasks.get(name, frozenset())
 
     def chosen(self, name: str | None, task: Task, timeout: float | None = None) -> str:
