@@ -106,7 +106,7 @@ def make_jobs(
             continue
         first = first or make_job(account, job, options)  # what is wrong with the options is wrong for all
         own = f"{first.id}-{index}" if "request_id" in options else new_id()
-        made.append(dataclasses.replace(first, id=own, job=job))
+        made.append(dataclasses.replace(first, id=own, job=job, context=first.context.copy()))
     return made
 
 

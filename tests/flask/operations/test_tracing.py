@@ -73,8 +73,7 @@ def test_an_answer(spans: InMemorySpanExporter, scripted: Scripted, reporter: Re
 def test_jobs(spans: InMemorySpanExporter, reporter: Reporter) -> None:
     """Each text and each document is a span of its own, under the name of what was done with it."""
     with Bridge(ScriptedEncoder()) as bridge, bridge.client(observer=reporter) as client:
-        client.embed("one two")
-        client.embed("three")
+        client.embed(["one two", "three"])
         client.rerank("one", ["one two"])
     found = [(span.name, dict(span.attributes or {})) for span in spans.get_finished_spans()]
     assert [name for name, _ in found] == ["lmbridge.embed", "lmbridge.embed", "lmbridge.rerank"]
