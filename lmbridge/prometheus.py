@@ -69,7 +69,7 @@ class BridgeCollector:
         yield self._histogram("request_seconds", "Submission until the end.", metrics.total)
         yield self._gauge("waiting", "Requests that wait for the engine.", health.waiting)
         yield self._gauge("running", "Requests in the engine.", health.running)
-        yield self._gauge("ready", "1 while requests are served.", float(health.state == "ready"))
+        yield self._gauge("ready", "1 while requests are served.", float(health.state in ("ready", "unloaded")))
         yield from self._engine(self._bridge.stats())
 
     def _engine(self, stats: dict[str, float]) -> Iterator[Any]:

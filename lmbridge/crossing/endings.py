@@ -47,8 +47,8 @@ def timeout_error(call: Call, status: Status, waiting: int) -> RequestTimeoutErr
 def _what_held_it(call: Call, status: Status, waiting: int) -> tuple[str, str]:
     """Where a call that never reached the engine was held up, and what to do."""
     reason = f" ({status.reason})" if status.reason else ""
-    if status.state in ("new", "starting"):
-        return "while the model was loading", "Give a longer timeout, or load first: bridge.start()."
+    if status.state in ("new", "starting", "unloaded"):
+        return f"while the model was loading{reason}", "Give a longer timeout, or load first: bridge.start()."
     if status.state == "restarting":
         return f"while the engine was restarting{reason}", "Send it again when health() says that it is ready."
     if status.state != "ready":

@@ -65,7 +65,7 @@ def ready() -> tuple[dict[str, Any], int, dict[str, str]]:
         for name in models.names():
             _begin_loading(models.bridge(name))
     states = _states(models)
-    serving = not models.draining and all(state["state"] == "ready" for state in states.values())
+    serving = not models.draining and all(state["state"] in ("ready", "unloaded") for state in states.values())
     answer = {"ready": serving, "draining": models.draining, "models": states}
     return answer, 200 if serving else 503, {} if serving else {"Retry-After": "1"}
 
