@@ -406,7 +406,8 @@ def test_work_that_nobody_waits_for_is_not_begun() -> None:
         thread, release = EngineThread("lmbridge worker"), threading.Event()
         begun: list[object] = []
         first = asyncio.ensure_future(thread.run(release.wait, 30))
-        left = [asyncio.ensure_future(thread.run(begun.append, number, while_awaited=number != 3)) for number in range(5)]
+        calls = [thread.run(begun.append, number, while_awaited=number != 3) for number in range(5)]
+        left = [asyncio.ensure_future(call) for call in calls]
         await asyncio.sleep(0)
         for work in left:
             work.cancel()
