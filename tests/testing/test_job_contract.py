@@ -94,8 +94,11 @@ class TestScriptedEmbedder(JobContract):
         return ScriptedEncoder(max_batch_size=3)
 
 
-class TestScriptedReranker(TestScriptedEmbedder):
+class TestScriptedReranker(JobContract):
     """So does it as a reranker."""
 
     task = "rerank"
     items = ("what", "what is", "what is asked", "what is asked for", "none of it")
+
+    def engine(self) -> Engine:
+        return ScriptedEncoder(max_batch_size=3)
