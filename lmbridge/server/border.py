@@ -24,7 +24,7 @@ def build_engine(factory: EngineFactory) -> Engine:
     """A new engine.
 
     Raises:
-        Exception: whatever the factory raised.
+        Exception: whatever the factory raised; RuntimeError where it was no Exception, or where the engine's name did.
     """
     try:
         engine = factory()
@@ -35,7 +35,44 @@ def build_engine(factory: EngineFactory) -> Engine:
     around = engine if isinstance(engine, Engine) else engine_around(engine, {})
     if around is None:
         raise TypeError(f"the factory built no Engine but {reprlib.repr(engine)}")
+    try:
+        str(around.name)  # as messages about it do, from anywhere
+    except BaseException as cause:
+        raise RuntimeError(f"{shown(cause)} was raised by its name") from cause
     return around
+
+
+def name_of(engine: Engine) -> str:
+    """What to call an engine in messages, whatever its ``name`` does."""
+    try:
+        return str(engine.name)
+    except BaseException:  # it is asked for when things go wrong, by threads that must not end
+        return type(engine).__name__
+
+
+def furnish(engine: Engine, **given: object) -> None:
+    """Set attributes of an engine.
+
+    Raises:
+        RuntimeError: it does not take one of them.
+    """
+    for name, value in given.items():
+        try:
+            setattr(engine, name, value)
+        except BaseException as cause:
+            raise RuntimeError(f"{shown(cause)} was raised as its {name} was set") from cause
+
+
+def device_said(engine: Engine, otherwise: object = None) -> object:
+    """The ``device`` of an engine, as it is there; ``otherwise`` of one that has none.
+
+    Raises:
+        RuntimeError: it raised something.
+    """
+    try:
+        return getattr(engine, "device", otherwise)
+    except BaseException as cause:
+        raise RuntimeError(f"{shown(cause)} was raised by its device") from cause
 
 
 def batch_size(engine: Engine) -> int:
@@ -50,7 +87,7 @@ def batch_size(engine: Engine) -> int:
         raise RuntimeError(f"{shown(cause)} was raised by its max_batch_size") from cause
     size = as_int(said)
     if size is None or size < 1:
-        raise TypeError(f"max_batch_size of the engine {engine.name} must be an int >= 1, not {shown(said)}")
+        raise TypeError(f"max_batch_size of the engine {name_of(engine)} must be an int >= 1, not {shown(said)}")
     return size
 
 
@@ -67,7 +104,7 @@ def check_tasks(engine: Engine) -> None:
         raise RuntimeError(f"{shown(cause)} was raised by its tasks") from cause
     if not known:
         wanted = ", ".join(map(repr, _DOES))
-        raise TypeError(f"tasks of the engine {engine.name} must be a set of some of {wanted}, not {shown(said)}")
+        raise TypeError(f"tasks of the engine {name_of(engine)} must be a set of some of {wanted}, not {shown(said)}")
 
 
 _DOES: dict[Task, str] = {
@@ -95,7 +132,7 @@ def check_task(engine: Engine, request: Request) -> None:
         return
     does = " and ".join(_DOES.get(name, name) for name in sorted(engine.tasks))
     raise UnsupportedTaskError(
-        f"The engine {engine.name!r} cannot {_DOES[task]}; it can {does or 'do nothing'}. Use {_WANTS[task]}."
+        f"The engine {name_of(engine)!r} cannot {_DOES[task]}; it can {does or 'do nothing'}. Use {_WANTS[task]}."
     )
 
 
@@ -133,18 +170,18 @@ def as_own(error: BaseException, call: Call) -> LMBridgeError:
 
 def start_engine(engine: Engine) -> asyncio.Task[None]:
     """The task in which an engine starts; ``failure`` says how that went."""
-    return _own_task(engine.start, f"the engine {engine.name} started")
+    return _own_task(engine.start, f"the engine {name_of(engine)} started")
 
 
 async def close_engine(engine: Engine, seconds: float) -> None:
     """Close an engine, which is left behind when that takes longer than so many seconds. Raises nothing."""
-    closing = _own_task(engine.close, f"the engine {engine.name} closed")
+    closing = _own_task(engine.close, f"the engine {name_of(engine)} closed")
     await asyncio.wait([closing], timeout=seconds)
     if not closing.done():
         closing.cancel()
-        logger.warning("The engine %s did not close within %.0f s; it is left behind.", engine.name, seconds)
+        logger.warning("The engine %s did not close within %.0f s; it is left behind.", name_of(engine), seconds)
     elif (error := failure(closing)) is not None:
-        logger.error("The engine %s failed while closing: %s", engine.name, shown(error), exc_info=error)
+        logger.error("The engine %s failed while closing: %s", name_of(engine), shown(error), exc_info=error)
 
 
 def failure(task: asyncio.Task[None]) -> Exception | None:

@@ -22,10 +22,13 @@ from lmbridge.device.tenant import Holding, Tenant
 from lmbridge.device.turns import Party
 from lmbridge.engines.base import Engine, EngineThread
 from lmbridge.log import logger, shown
+from lmbridge.server.border import device_said, furnish, name_of
 from lmbridge.server.swaps import Recipe
 
 ASK_AGAIN = 0.5  # seconds after which whoever waits for room asks again, woken or not
 LOOK_AGAIN = 0.2  # seconds at least between two looks at whether a model that is used is idle by now
+
+_NONE = object()
 
 Wait = Callable[..., Awaitable[None]]
 
@@ -145,6 +148,7 @@ class Lodging:
 
         Raises:
             EngineStartError: there can never be room.
+            RuntimeError: the engine raised something as it was asked or told.
         """
         asked = await _off_the_loop(engine, recipe, unless_stopped)
         if asked is None:
@@ -159,7 +163,7 @@ class Lodging:
 
         stay = Stay(device, Holding(tenant, recipe.label, size or 0, wake))
         keep(stay)
-        engine.party = stay.party
+        furnish(engine, party=stay.party)
         if size is not None:
             await self._wait_for_room(device, stay.holding, news, unless_stopped, stop)
 
@@ -214,7 +218,7 @@ def _ask(engine: Engine, recipe: Recipe) -> tuple[Device, int | None]:
     try:
         size = as_size(engine.estimate())
     except BaseException as cause:  # an engine that cannot tell may well be able to load
-        logger.warning("The engine %s could not estimate its memory: %s", engine.name, shown(cause))
+        logger.warning("The engine %s could not estimate its memory: %s", name_of(engine), shown(cause))
         size = None
     if size is not None:
         device.find_limit()
@@ -223,20 +227,22 @@ def _ask(engine: Engine, recipe: Recipe) -> tuple[Device, int | None]:
 
 def _chooses(engine: Engine) -> bool:
     """Whether the engine has a choice of devices."""
-    with contextlib.suppress(TypeError, ValueError):
-        return hasattr(engine, "device") or "device" in inspect.signature(type(engine)).parameters
+    if device_said(engine, otherwise=_NONE) is not _NONE:
+        return True
+    with contextlib.suppress(BaseException):  # whatever a signature of the user's own may raise
+        return "device" in inspect.signature(type(engine)).parameters
     return False
 
 
 def _device_of(engine: Engine) -> Device:
     """Where an engine runs that was built by a function of the user's."""
+    said = device_said(engine)
     try:
-        said = getattr(engine, "device", None)
         if said is not None and (isinstance(said, str) or type(said).__name__ == "device"):  # torch's own
             return Device.of(str(said))
         return Device.of(usual_device() if _chooses(engine) else "cpu")
     except BaseException as cause:  # no torch, say, which the engine will say better
-        logger.debug("The device of the engine %s is not known: %s", engine.name, shown(cause))
+        logger.debug("The device of the engine %s is not known: %s", name_of(engine), shown(cause))
         return Device.of("cpu")
 
 
@@ -244,5 +250,5 @@ def _footprint(engine: Engine) -> int | None:
     try:
         return as_size(engine.footprint())
     except BaseException as cause:
-        logger.warning("The engine %s could not tell how much memory it holds: %s", engine.name, shown(cause))
+        logger.warning("The engine %s could not tell how much memory it holds: %s", name_of(engine), shown(cause))
         return None

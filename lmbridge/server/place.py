@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from lmbridge.crossing.call import Call
 from lmbridge.engines.base import Engine
 from lmbridge.log import logger, shown
-from lmbridge.server.border import batch_size, check_tasks
+from lmbridge.server.border import batch_size, check_tasks, furnish, name_of
 from lmbridge.server.lodging import Stay
 
 FAIR_LOOKS = 3  # at how many looks the engine must have gone on without a call before that says anything
@@ -60,7 +60,14 @@ class Place:
         self._still = 0.0  # seconds from then to the last look
         self._sights: dict[Call, _Sight] = {}
         self._tells = True  # Engine.progress may be asked; it has not failed so far
-        engine.on_death = self.report_death
+
+    def listen(self) -> None:
+        """Have the engine tell of its death.
+
+        Raises:
+            RuntimeError: it does not take that.
+        """
+        furnish(self.engine, on_death=self.report_death)
 
     @property
     def room(self) -> int:
@@ -137,7 +144,7 @@ class Place:
         try:
             return self.engine.where()
         except BaseException:  # it is asked when things go wrong, by threads that must not end
-            logger.exception("The engine %s could not say where it stands.", self.engine.name)
+            logger.exception("The engine %s could not say where it stands.", name_of(self.engine))
             return ""
 
     def look(self, now: float) -> None:
@@ -196,5 +203,7 @@ class Place:
                 return None if shown is None else int(shown)
             except BaseException:  # no engine may take the loop with it
                 self._tells = False
-                logger.exception("The engine %s failed to tell its progress; it is not asked again.", self.engine.name)
+                logger.exception(
+                    "The engine %s failed to tell its progress; it is not asked again.", name_of(self.engine)
+                )
         return None

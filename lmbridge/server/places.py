@@ -48,6 +48,7 @@ class Places:
         place = Place(engine)
         self._watched.append(place)
         try:
+            place.listen()
             await self._lodging.move_in(engine, recipe, place.move_in, self.unless_stopped, self.stop)
             if self.stop.is_set():
                 return None
