@@ -10,18 +10,22 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Iterable
+from time import monotonic
 
 from lmbridge.device.sizes import in_words
 from lmbridge.device.tenant import Holding, Tenant
 from lmbridge.errors import EngineStartError
 from lmbridge.log import logger
 
+SLOW = 60.0
+"""Seconds after which a load, for which there is room in any case, holds up no other."""
+
 
 class Ledger:
     """The memory of one device.
 
-    Loads are served one at a time, in the order in which they came; those of which nothing is known are not counted
-    here and pass by.
+    Where it is limited, loads are served one at a time, in the order in which they came. Those of which nothing is
+    known are not counted here and pass by.
 
     Attributes:
         limit: bytes for all; None: there is none, or it is not known yet.
@@ -37,6 +41,7 @@ class Ledger:
         self._held: weakref.WeakSet[Holding] = weakref.WeakSet()
         self._line: list[weakref.ref[Holding]] = []  # those who wait for room, in order
         self._loading: weakref.ref[Holding] | None = None
+        self._loading_since = 0.0
 
     # --- a holding, from the first question to the end ---
 
@@ -59,7 +64,7 @@ class Ledger:
             if not never and not why:
                 self._strike_out(holding)
                 self._held.add(holding)
-                self._loading = weakref.ref(holding)
+                self._loading, self._loading_since = weakref.ref(holding), monotonic()
         if never:
             self.stir()
             raise EngineStartError(never)
@@ -180,14 +185,14 @@ class Ledger:
 
     def _why_not(self, holding: Holding) -> tuple[str, list[Tenant]]:
         """What it waits for, and whom to ask to unload for it; "" when it need not wait."""
+        if self.limit is None:
+            return "", []
         first = next(iter(self._waiting()), holding)
         loading = self._now_loading()
         if first is not holding:
             return f"waits for memory on {self._name}, after {first.label}", []
-        if loading is not None:
+        if loading is not None and monotonic() - self._loading_since < SLOW:
             return f"waits until {loading.label} is loaded on {self._name}", []
-        if self.limit is None:
-            return "", []
         free = self.limit - self._sum()
         if holding.size <= free:
             return "", []

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+import lmbridge.device.ledger
 import lmbridge.server.places
 import lmbridge.server.supervisor
 import lmbridge.server.sweep
@@ -219,7 +220,7 @@ def test_a_load_waits_for_those_who_work(on: Build) -> None:
 
 def test_a_load_waits_for_another(on: Build) -> None:
     """Two that load at once would each find the memory that the other is about to take."""
-    device, gate = Device(), threading.Event()
+    device, gate = Device(memory="9GB"), threading.Event()
     first, second = Model("first"), Model("second")
     first.gates = [gate]
     one, two = on(first, device), on(second, device)
@@ -233,6 +234,21 @@ def test_a_load_waits_for_another(on: Build) -> None:
     assert waits(third) == "waits for memory on cpu, after second"
     gate.set()
     assert (answer.result(30).text, other.result(30).text) == ("one", "two")
+
+
+@pytest.mark.parametrize("memory", [None, "9GB"])
+def test_a_load_that_hangs(on: Build, monkeypatch: pytest.MonkeyPatch, memory: str | None) -> None:
+    """No other model could be loaded on its device for as long as the process lives."""
+    device, gate = Device(memory=memory), threading.Event()
+    hung = Model("hung")
+    hung.gates = [gate]
+    on(hung, device).submit("hello")
+    until(lambda: device.status().loading == "hung")
+    if memory:
+        monkeypatch.setattr(lmbridge.device.ledger, "SLOW", 0.0)
+    assert on(Model("other"), device).infer("hello", timeout=30).text == "hello"
+    assert held(device) == {"hung": GB, "other": GB}
+    gate.set()
 
 
 def test_closing_a_bridge_that_waits(on: Build) -> None:
