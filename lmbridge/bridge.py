@@ -362,8 +362,8 @@ def _checked_flag(value: Any, name: str) -> bool:
 
 def _checked_weight(value: Any) -> float:
     weight = as_number(value)
-    if weight is None or not 0 < weight < math.inf:
-        raise InvalidRequestError(f"weight must be a number > 0, not {value!r}.", "weight")
+    if weight is None or not 0.001 <= weight <= 1000:
+        raise InvalidRequestError(f"weight must be a number from 0.001 to 1000, not {value!r}.", "weight")
     return float(weight)
 
 

@@ -227,7 +227,7 @@ class Turns:
         fixed = [other for other in others if not other.sizes]
         if fixed:  # they cannot shorten their turns: whoever can makes room for them, together with the others who can
             longest = PART * min(other.usual / other.weight for other in fixed) * lane.weight
-            return max(SHORTEST, longest / (1 + len(others) - len(fixed)))
+            return min(LONGEST, max(SHORTEST, longest / (1 + len(others) - len(fixed))))
         mean = (lane.weight + sum(other.weight for other in others)) / (1 + len(others))
         return max(SHORTEST, SLICE * lane.weight / mean)
 

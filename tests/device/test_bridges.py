@@ -644,7 +644,10 @@ def test_the_bundled_model_on_its_device(on: Build) -> None:
         ({"keep_alive": -1}, "keep_alive"),
         ({"pin": "yes"}, "pin"),
         ({"weight": 0}, "weight"),
+        ({"weight": 0.0009}, "weight"),
+        ({"weight": 1001}, "weight"),
         ({"weight": float("inf")}, "weight"),
+        ({"weight": float("nan")}, "weight"),
     ],
 )
 def test_wrong_options_are_named(wrong: dict[str, object], param: str) -> None:

@@ -409,6 +409,14 @@ def test_turns_too_short_to_be_worth_it(turns: Turns, clock: Clock) -> None:
     assert job.share() == lmbridge.device.turns.SHORTEST
 
 
+def test_a_share_is_never_longer_than_a_turn_may_be(turns: Turns, clock: Clock) -> None:
+    """Beside a model of hardly any weight an engine could not reckon with what it is told, and end."""
+    heavy, light = party(turns, 1000.0), party(turns, 0.001)
+    with light.turn():
+        clock.now += 20.0
+    assert heavy.share() == lmbridge.device.turns.LONGEST
+
+
 def test_encoders_beside_each_other(turns: Turns, clock: Clock) -> None:
     """Each cutting its batches by the other's would leave both with the shortest there are."""
     one, two = party(turns, 3.0), party(turns, 1.0)
