@@ -26,7 +26,7 @@ from lmbridge.server.border import device_said, furnish, name_of
 from lmbridge.server.swaps import Recipe
 
 ASK_AGAIN = 0.5  # seconds after which whoever waits for room asks again, woken or not
-LOOK_AGAIN = 0.2  # seconds at least between two looks at whether a model that is used is idle by now
+LOOK_AGAIN = 60.0  # seconds at least between two looks at a model at work: its last call's end is told, but for races
 
 _NONE = object()
 
@@ -129,6 +129,11 @@ class Lodging:
         if keep is None or not self.may_rest or self._status.state != "ready":
             return None
         return max(keep, LOOK_AGAIN) if self._gate.calls else max(0.0, self.idle + keep - time.monotonic())
+
+    @property
+    def works(self) -> bool:
+        """Whether ``keep_alive`` begins only with the end of a call."""
+        return self.terms.keep_alive is not None and bool(self._gate.calls)
 
     def end(self) -> None:
         """There is no server any more."""

@@ -1,6 +1,7 @@
 """When a model that has nothing to do is unloaded, and when it is wanted again.
 
-Rule: server thread only, but for ``Lodging``, which others read.
+Rule: server thread only, but for ``Lodging``, which others read, and for the end of the last call, which is told by
+whoever ends it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ class Rest:
     """Judges it for one supervisor.
 
     Args:
-        look: has the supervisor look at this again.
+        look: has the supervisor look at this again; for any thread.
 
     Attributes:
         wanted: the model is unloaded, and a call has come or somebody has asked for it.
@@ -28,7 +29,8 @@ class Rest:
         self._calls = calls
         self._look = look
         self._asked = ""  # why others want the memory
-        calls.on_idle = lodging.is_idle
+        self._works = False  # it did when the supervisor was last told for how long to wait
+        calls.on_idle = self._on_idle
 
     @property
     def unloaded(self) -> bool:
@@ -55,6 +57,7 @@ class Rest:
 
     def patience(self) -> float | None:
         """Seconds after which ``due`` is worth asking, if nothing else comes; None: for as long as it takes."""
+        self._works = self._lodging.works
         return self._lodging.rest_due()
 
     def begin(self) -> None:
@@ -83,3 +86,10 @@ class Rest:
         self._lodging.may_rest = recipe.rebuildable
         if not self._calls.living:
             self._lodging.is_idle()
+
+    def _on_idle(self) -> None:
+        """The last call has ended."""
+        self._lodging.is_idle()
+        if self._works:
+            self._works = False
+            self._look()

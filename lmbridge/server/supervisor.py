@@ -45,7 +45,7 @@ class Supervisor:
         self._status = server.handle.status
         self._swaps = swaps
         self._called = asyncio.Event()  # to stop, to swap, to rest or to come back
-        self._rest = Rest(lodging, self._calls, self.look)
+        self._rest = Rest(lodging, self._calls, self._look_soon)
         lodging.label, lodging.host = recipe.label, self
         self._drained: asyncio.Future[None] | None = None
 
@@ -70,6 +70,11 @@ class Supervisor:
     def look(self) -> None:
         """See whether a swap was asked for, or something else."""
         self._called.set()
+
+    def _look_soon(self) -> None:
+        """The same; any thread: the last call may be ended by one that ends the server."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self.look)
 
     def load_again(self) -> None:
         """Have a model that was unloaded come back."""
