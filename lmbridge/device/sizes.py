@@ -17,6 +17,12 @@ from lmbridge.log import shown
 from lmbridge.values import as_int, as_number
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_KINDS = (
+    "cpu", "cuda", "mps", "xpu", "npu", "hpu", "mtia", "xla", "meta", "hip", "vulkan", "ipu", "ve", "fpga", "maia",
+    "lazy", "mkldnn", "opengl", "opencl", "ideep", "mlu", "musa", "privateuseone",
+)  # fmt: skip
+"""The devices that torch knows or that extensions of it add, as torch is not to be imported for a name."""
+_NAME = re.compile(rf"({'|'.join(_KINDS)})(?::(0|[1-9]\d*))?", re.ASCII)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?|(\d+(?:\.\d+)?)\s*%", re.IGNORECASE)
 
 
@@ -89,16 +95,15 @@ def device_name(name: object) -> str:
     """``name`` as devices are told apart: ``cuda`` is ``cuda:0``, and the CPU is one.
 
     Raises:
-        InvalidRequestError: it is no string, or empty.
+        InvalidRequestError: it is no string, or none that torch could know.
     """
-    if not isinstance(name, str) or not name.strip():
+    named = _NAME.fullmatch(name) if isinstance(name, str) else None
+    if named is None:
+        hint = " NVIDIA's and AMD's GPUs are 'cuda', Apple's 'mps', Intel's 'xpu'." if isinstance(name, str) else ""
         raise InvalidRequestError(
-            f"A device is named as torch names it, 'cpu' or 'cuda:0', not {shown(name)}.", "device"
+            f"A device is named as torch names it, 'cpu' or 'cuda:0', not {shown(name)}.{hint}", "device"
         )
-    kind, _, number = name.strip().lower().partition(":")
-    if kind == "cpu":
-        return kind
-    return f"{kind}:{number or 0}"
+    return "cpu" if named[1] == "cpu" else f"{named[1]}:{named[2] or 0}"
 
 
 def as_size(value: object) -> int | None:

@@ -642,6 +642,10 @@ def test_the_bundled_model_on_its_device(on: Build) -> None:
     [
         ({"device": 5}, "device"),
         ({"device": ""}, "device"),
+        ({"device": "gpu"}, "device"),
+        ({"device": "CUDA"}, "device"),
+        ({"device": "cuda:"}, "device"),
+        ({"device": "cuda:-1"}, "device"),
         ({"keep_alive": -1}, "keep_alive"),
         ({"pin": "yes"}, "pin"),
         ({"weight": 0}, "weight"),
@@ -656,6 +660,15 @@ def test_wrong_options_are_named(wrong: dict[str, object], param: str) -> None:
     with pytest.raises(InvalidRequestError) as raised:
         Bridge(ScriptedEngine, **wrong)  # type: ignore[arg-type]
     assert raised.value.param == param
+
+
+@pytest.mark.parametrize(
+    "name", ["cpu", "cpu:0", "cuda", "cuda:10", "mps", "xpu:1", "npu", "hpu", "meta", "privateuseone:0"]
+)
+def test_devices_that_torch_may_know(name: str) -> None:
+    """A user of a device that is not common would be told that there is no such thing."""
+    kind, _, number = name.partition(":")
+    assert Device(name).name == ("cpu" if kind == "cpu" else f"{kind}:{number or 0}")
 
 
 @pytest.mark.parametrize("wrong", ["", "8 lumps", "0GB", "120%", 0, -1, 1.5, True])
