@@ -20,8 +20,9 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 _KINDS = (
     "cpu", "cuda", "mps", "xpu", "npu", "hpu", "mtia", "xla", "meta", "hip", "vulkan", "ipu", "ve", "fpga", "maia",
     "lazy", "mkldnn", "opengl", "opencl", "ideep", "mlu", "musa", "privateuseone",
+    "ascend", "camb", "maca",
 )  # fmt: skip
-"""The devices that torch knows or that extensions of it add, as torch is not to be imported for a name."""
+"""What torch knows and extensions of it add, as torch is not to be imported for a name; at last LMDeploy's own names."""
 _NAME = re.compile(rf"({'|'.join(_KINDS)})(?::(0|[1-9]\d*))?", re.ASCII)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?|(\d+(?:\.\d+)?)\s*%", re.IGNORECASE)
 

@@ -663,7 +663,7 @@ def test_wrong_options_are_named(wrong: dict[str, object], param: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["cpu", "cpu:0", "cuda", "cuda:10", "mps", "xpu:1", "npu", "hpu", "meta", "privateuseone:0"]
+    "name", ["cpu", "cpu:0", "cuda", "cuda:10", "mps", "xpu:1", "npu", "hpu", "meta", "privateuseone:0", "ascend"]
 )
 def test_devices_that_torch_may_know(name: str) -> None:
     """A user of a device that is not common would be told that there is no such thing."""
