@@ -7,6 +7,7 @@ ledger counts what models were said to need and to hold; it does not watch the d
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import weakref
 from collections.abc import Iterable
@@ -17,6 +18,8 @@ from lmbridge.device.tenant import Holding, Tenant
 from lmbridge.errors import EngineStartError
 from lmbridge.log import logger
 
+PATIENT = 10.0
+"""Seconds for which whoever waits for room lets those pass who need less; then all others wait behind it."""
 SLOW = 60.0
 """Seconds after which a load, for which there is room in any case, holds up no other."""
 
@@ -24,8 +27,8 @@ SLOW = 60.0
 class Ledger:
     """The memory of one device.
 
-    Where it is limited, loads are served one at a time, in the order in which they came. Those of which nothing is
-    known are not counted here and pass by.
+    Where it is limited, loads are served one at a time, in the order in which they came; those for whom there is room
+    pass one for whom there is none, for a while. Those of which nothing is known are not counted here and pass by.
 
     Attributes:
         limit: bytes for all; None: there is none, or it is not known yet.
@@ -149,6 +152,7 @@ class Ledger:
 
     def _stand(self, holding: Holding) -> None:
         if holding not in self._waiting():
+            holding.since = monotonic()
             self._line.append(weakref.ref(holding))
 
     def _strike_out(self, holding: Holding) -> None:
@@ -187,13 +191,13 @@ class Ledger:
         """What it waits for, and whom to ask to unload for it; "" when it need not wait."""
         if self.limit is None:
             return "", []
-        first = next(iter(self._waiting()), holding)
         loading = self._now_loading()
-        if first is not holding:
-            return f"waits for memory on {self._name}, after {first.label}", []
         if loading is not None and monotonic() - self._loading_since < SLOW:
             return f"waits until {loading.label} is loaded on {self._name}", []
         free = self.limit - self._sum()
+        ahead = self._ahead_of(holding, free)
+        if ahead is not None:
+            return f"waits for memory on {self._name}, after {ahead.label}", []
         if holding.size <= free:
             return "", []
         why = (
@@ -201,6 +205,14 @@ class Ledger:
             f"{_held_by(self._held, ', held by ')}"
         )
         return why, self._who_could_leave(holding, holding.size - free)
+
+    def _ahead_of(self, holding: Holding, free: int) -> Holding | None:
+        """Who is to be served before it; one that fits passes those that do not, unless they have waited for long."""
+        before = list(itertools.takewhile(lambda other: other is not holding, self._waiting()))
+        if holding.size > free:
+            return before[0] if before else None
+        late = monotonic() - PATIENT
+        return next((other for other in before if other.size <= free or other.since < late), None)
 
     def _who_could_leave(self, holding: Holding, wanted: int) -> list[Tenant]:
         """The idle tenants who hold as much as is wanted together, the longest idle first; none if that is not enough.

@@ -22,7 +22,7 @@ _KINDS = (
     "lazy", "mkldnn", "opengl", "opencl", "ideep", "mlu", "musa", "privateuseone",
     "ascend", "camb", "maca",
 )  # fmt: skip
-"""What torch knows and extensions of it add, as torch is not to be imported for a name; at last LMDeploy's own names."""
+"""What torch knows and what extensions add, as torch is not to be imported for a name; at last, LMDeploy's names."""
 _NAME = re.compile(rf"({'|'.join(_KINDS)})(?::(0|[1-9]\d*))?", re.ASCII)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?|(\d+(?:\.\d+)?)\s*%", re.IGNORECASE)
 

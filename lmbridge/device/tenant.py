@@ -48,6 +48,7 @@ class Holding:
 
     Attributes:
         size: bytes: as estimated before the load, as measured after it.
+        since: when it began to wait for room, monotonic.
         wake: called, by any thread, when it may be worth while to ask again.
         passing: its engine is about to end, which frees this.
         measured: its engine is loaded.
@@ -57,6 +58,7 @@ class Holding:
         self.tenant = tenant
         self.label = label
         self.size = size
+        self.since = 0.0
         self.wake = wake
         self.passing = False
         self.measured = False

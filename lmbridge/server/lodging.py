@@ -143,13 +143,19 @@ class Lodging:
     # --- the server thread ---
 
     async def move_in(
-        self, engine: Engine, recipe: Recipe, keep: Callable[[Stay], None], unless_stopped: Wait, stop: asyncio.Event
-    ) -> None:
-        """Give an engine its turns, and wait until there is room for its model; less than that when it is time to stop.
+        self,
+        engine: Engine,
+        recipe: Recipe,
+        keep: Callable[[Stay], None],
+        unless_stopped: Wait,
+        given_up: Callable[[], bool],
+    ) -> bool:
+        """Give an engine its turns, and wait until there is room for its model; whether there is.
 
         Args:
             keep: takes the stay, which is to be left in any case.
             unless_stopped: ``Places.unless_stopped``.
+            given_up: whether to wait for room no longer.
 
         Raises:
             EngineStartError: there can never be room.
@@ -157,7 +163,7 @@ class Lodging:
         """
         asked = await _off_the_loop(engine, recipe, unless_stopped)
         if asked is None:
-            return
+            return False
         device, size = asked
         tenant = self._tenant(device, recipe)
         news, loop = asyncio.Event(), asyncio.get_running_loop()
@@ -169,20 +175,24 @@ class Lodging:
         stay = Stay(device, Holding(tenant, recipe.label, size or 0, wake))
         keep(stay)
         furnish(engine, party=stay.party)
-        if size is not None:
-            await self._wait_for_room(device, stay.holding, news, unless_stopped, stop)
+        return size is None or await self._wait_for_room(device, stay.holding, news, unless_stopped, given_up)
 
     async def _wait_for_room(
-        self, device: Device, holding: Holding, news: asyncio.Event, unless_stopped: Wait, stop: asyncio.Event
-    ) -> None:
+        self,
+        device: Device,
+        holding: Holding,
+        news: asyncio.Event,
+        unless_stopped: Wait,
+        given_up: Callable[[], bool],
+    ) -> bool:
         before, told = self._status.reason, ""
-        while not stop.is_set():
+        while True:
             news.clear()
-            why = device.ledger.ask(holding)
+            why = None if given_up() else device.ledger.ask(holding)
             if told and self._status.reason == told:  # others may have had more to say meanwhile
                 self._status.holds(before)
             if not why:
-                return
+                return why is not None
             if self._status.reason in (before, told):
                 self._status.holds(why)
                 told = why

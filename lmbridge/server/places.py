@@ -6,6 +6,8 @@ Rule: server thread only.
 from __future__ import annotations
 
 import asyncio
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from lmbridge.server.border import build_engine, close_engine, failure, start_engine
@@ -34,8 +36,11 @@ class Places:
         self._closing: set[asyncio.Task[None]] = set()
         self._retiring: set[asyncio.Task[None]] = set()
 
-    async def load(self, recipe: Recipe) -> Place | None:
-        """A loaded engine, which has waited for room on its device; None when it is time to stop.
+    async def load(self, recipe: Recipe, gives_way: Callable[[], bool] = lambda: False) -> Place | None:
+        """A loaded engine, which has waited for room on its device; None when it is time to stop, or it gave way.
+
+        Args:
+            gives_way: asked now and then while it waits for room: whether something else is to be done first.
 
         Raises:
             Exception: it could not be loaded, and has been closed.
@@ -49,8 +54,12 @@ class Places:
         self._watched.append(place)
         try:
             place.listen()
-            await self._lodging.move_in(engine, recipe, place.move_in, self.unless_stopped, self.stop)
+            over = functools.partial(self._over, gives_way)
+            there_is_room = await self._lodging.move_in(engine, recipe, place.move_in, self.unless_stopped, over)
             if self.stop.is_set():
+                return None
+            if not there_is_room:
+                await self.close(place)
                 return None
             place.starting = start_engine(engine)
             await self.unless_stopped(place.starting)
@@ -88,6 +97,9 @@ class Places:
         stopped: asyncio.Future[Any] = asyncio.ensure_future(self.stop.wait())
         await asyncio.wait([*futures, stopped], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
+
+    def _over(self, gives_way: Callable[[], bool]) -> bool:
+        return self.stop.is_set() or gives_way()
 
     async def _see_off(self, place: Place) -> None:
         quiet: asyncio.Future[Any] = asyncio.ensure_future(place.quiet())

@@ -21,10 +21,12 @@ class Rest:
 
     Attributes:
         wanted: the model is unloaded, and a call has come or somebody has asked for it.
+        over: why a model that was unloaded or put off is loaded now.
     """
 
     def __init__(self, lodging: Lodging, calls: Calls, look: Callable[[], None]) -> None:
         self.wanted = False
+        self.over = ""
         self._lodging = lodging
         self._calls = calls
         self._look = look
@@ -62,8 +64,15 @@ class Rest:
 
     def begin(self) -> None:
         """The model is being unloaded."""
+        self.over = "it had been unloaded, and is loaded again"
         self._lodging.may_rest = False
         self._calls.on_arrival = self.want
+
+    def put_off(self) -> None:
+        """The model has given up its wait for room, and is to be loaded after what came between."""
+        self.begin()
+        self.over = "a swap came between"
+        self.wanted = True
 
     def want(self) -> None:
         """Have the model loaded again, if it is unloaded."""

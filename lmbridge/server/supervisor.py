@@ -136,7 +136,7 @@ class Supervisor:
     # --- loading ---
 
     async def _open(self) -> Place | None:
-        """The first engine, in its place; None when it could not be loaded, or when it is time to stop."""
+        """The first engine, in its place; None when it could not be loaded, or not now."""
         try:
             place = await self._load(self.recipe)
         except Exception as cause:
@@ -145,15 +145,20 @@ class Supervisor:
             return None
         return None if place is None else self._install(place)
 
-    async def _load(self, recipe: Recipe) -> Place | None:
-        """A loaded engine, watched from now on; None when it is time to stop.
+    async def _load(self, recipe: Recipe, swapped_in: bool = False) -> Place | None:
+        """A loaded engine, watched from now on; None when it is time to stop, or to see to a swap first.
+
+        One that waits for room gives way to a swap, which may need less; it waits again when that fails.
 
         Raises:
             Exception: it could not be loaded, and has been closed.
         """
-        place = await self._places.load(recipe)
+        yields = recipe.rebuildable and not swapped_in
+        place = await self._places.load(recipe, lambda: yields and bool(self._swaps))
         if place is not None:
             place.dead.add_done_callback(functools.partial(self._on_death, place))
+        elif not self._stopped:
+            self._rest.put_off()
         return place
 
     def _install(self, place: Place) -> Place:
@@ -242,8 +247,8 @@ class Supervisor:
 
     async def _come_back(self) -> Place | None:
         """Load the engine again; None when it stays down, or when it is time to stop."""
+        self._status.loading(self._rest.over)
         self._rest.end()
-        self._status.loading("it had been unloaded, and is loaded again")
         return await self._bring_back()
 
     # --- swapping ---
@@ -269,7 +274,7 @@ class Supervisor:
 
     async def _swap_beside(self, old: Place | None, swap: Swap) -> Place | None:
         try:
-            new = await self._load(swap.recipe)
+            new = await self._load(swap.recipe, swapped_in=True)
         except Exception as cause:
             self._fail(swap, cause, old)
             return old
@@ -295,7 +300,7 @@ class Supervisor:
         self._status.loading("a swap loads another model in place of the old one")
         await self._places.close(old)
         try:
-            new = await self._load(swap.recipe)
+            new = await self._load(swap.recipe, swapped_in=True)
         except Exception as cause:
             back = await self._bring_back()
             self._fail(swap, cause, back)

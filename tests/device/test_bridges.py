@@ -231,7 +231,7 @@ def test_a_load_waits_for_another(on: Build) -> None:
     assert not second.built[0].started
     third = on(Model("third"), device)
     third.submit("three")
-    assert waits(third) == "waits for memory on cpu, after second"
+    assert waits(third) == "waits until first is loaded on cpu"
     gate.set()
     assert (answer.result(30).text, other.result(30).text) == ("one", "two")
 
@@ -249,6 +249,46 @@ def test_a_load_that_hangs(on: Build, monkeypatch: pytest.MonkeyPatch, memory: s
     assert on(Model("other"), device).infer("hello", timeout=30).text == "hello"
     assert held(device) == {"hung": GB, "other": GB}
     gate.set()
+
+
+def test_a_small_model_passes_a_large_one_that_waits(on: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One model too large for now would keep all others out; or smaller ones that keep coming would keep it out."""
+    device, model = Device(memory="4GB"), Model("busy", 2 * GB, manual=True)
+    busy, large = on(model, device), on(Model("large", 3 * GB), device)
+    busy.submit("never stepped")
+    until(lambda: model.built and model.built[0].active)
+    late = large.submit("hello")
+    waits(large)
+    assert on(Model("small"), device).infer("hello", timeout=30).text == "hello"
+    assert held(device) == {"busy": 2 * GB, "small": GB}
+    monkeypatch.setattr(lmbridge.device.ledger, "PATIENT", 0.0)
+    next_ = on(Model("next"), device)
+    answer = next_.submit("hello")
+    assert waits(next_) == "waits for memory on cpu, after large"
+    busy.close()
+    assert (late.result(30).text, answer.result(30).text) == ("hello", "hello")
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_swapping_what_waits_for_memory(on: Build, fits: bool) -> None:
+    """The user could not have a smaller model instead of one that waits; or a failed swap would end the wait for it."""
+    device, model = Device(memory="4GB"), Model("busy", 2 * GB, manual=True)
+    busy, large = on(model, device), on(Model("large", 3 * GB), device)
+    running = busy.submit("one")
+    until(lambda: model.built and model.built[0].active)
+    answer = large.submit("hello")
+    waits(large)
+    if fits:
+        in_thread(lambda: large.swap(Model("small"))).result(30)
+        assert answer.result(30).text == "hello"
+        assert held(device) == {"busy": 2 * GB, "small": GB}
+        return
+    with pytest.raises(EngineStartError, match=r"huge needs 5\.0 GB"):
+        in_thread(lambda: large.swap(Model("huge", 5 * GB))).result(30)
+    assert waits(large).endswith("held by busy (2.0 GB)")
+    assert large.state == "starting"
+    model.built[0].step()
+    assert (running.result(30).text, answer.result(30).text) == ("one", "hello")
 
 
 def test_closing_a_bridge_that_waits(on: Build) -> None:
