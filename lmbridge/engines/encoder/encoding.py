@@ -2,7 +2,7 @@
 
 Rule: no torch is known here. After it is built nothing in a ``TextEncoder`` changes, so that the server thread
 (``at_once``) and the worker thread (``encode``) may both be in it. Of a tokenizer's calls ``encode`` holds the GIL to
-the end and ``encode_batch_fast`` gives it up, so that long texts take the second.
+the end and ``encode_batch`` gives it up, so that long texts take the second.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ INLINE_CHARACTERS = 8_000
 """A text of up to this many characters (three for each where not all are ASCII) is tokenised at once; it takes a few
 milliseconds."""
 INLINE_IDS = 100_000
+CHARACTERS = 16
+"""Of a longer text so many characters for each token that the model reads are looked at first, and twice as many where
+they do not make as many tokens. So a text of millions takes as long as one that the model reads whole."""
+MARGIN = 64
+"""Characters before the place where such a beginning ends: what follows may join them to one token."""
 QUERIES = 64
 """So many queries are remembered, for they come with one document after another."""
 
@@ -61,7 +66,7 @@ class TextEncoder:
         self._takes_types = takes_types
         self._specials = backend.num_special_tokens_to_add(False)
         self._pair_specials = backend.num_special_tokens_to_add(True)
-        self._query = functools.lru_cache(maxsize=QUERIES)(self._tokenize)
+        self._query = functools.lru_cache(maxsize=QUERIES)(self._tokens)
 
     def at_once(self, job: Embed | Rerank) -> Item | None:
         """``encode`` where that takes milliseconds; None where another thread should do it."""
@@ -98,37 +103,51 @@ class TextEncoder:
                 self._refuse_long(job.truncate, f"The text has {len(ids)} tokens", "texts")
                 ids = ids[: self.room]
             return Item(job, ids, None, len(ids))
-        encoding = self._tokenize(self.prompted(job), "texts")
-        count = len(encoding) + self._specials
-        if count > self.room:
-            self._refuse_long(job.truncate, f"The text has {count} tokens", "texts")
-            encoding.truncate(max(0, self.room - self._specials))
-        ids = list(self._backend.post_process(encoding, None, True).ids)
+        found = self._tokens(self.prompted(job), "texts")
+        left = self.room - self._specials
+        if found.count > left:
+            self._refuse_long(job.truncate, f"The text has {found.said(self._specials)} tokens", "texts")
+            found.encoding.truncate(left)
+        ids = list(self._backend.post_process(found.encoding, None, True).ids)
         return Item(job, self._known(ids, "texts"), None, len(ids))
 
     def _pair(self, job: Rerank) -> Item:
-        query = (self._query if len(job.query) <= INLINE_CHARACTERS else self._tokenize)(job.query, "query")
-        document = self._tokenize(job.document, "documents")
-        count = len(query) + len(document) + self._pair_specials
-        left = self.room - len(query) - self._pair_specials
-        if count > self.room:
-            what = f"Query and document have {len(query)} and {len(document)} tokens"
-            self._refuse_long(job.truncate, what, "documents")
-            if left < 1:
-                raise _too_long(f"{what}; the query alone leaves no room", self.room, "query", "")
-            document.truncate(left)
-        pair = self._backend.post_process(query, document, True)
+        remembered = len(job.query) <= INLINE_CHARACTERS
+        query = self._query(job.query, "query") if remembered else self._tokens(job.query, "query")
+        document = self._tokens(job.document, "documents")
+        left = self.room - self._pair_specials
+        if query.count + document.count > left:
+            if job.truncate == "error":
+                raise self._too_long_a_pair(query, document)
+            ends = shares(query.count, document.count, left)
+            if ends[0] < query.count:
+                query = self._tokens(job.query, "query")  # not the one that is remembered
+                query.encoding.truncate(ends[0])
+            document.encoding.truncate(ends[1])
+        pair = self._backend.post_process(query.encoding, document.encoding, True)
         ids = self._known(list(pair.ids), "documents")
         return Item(job, ids, list(pair.type_ids) if self._takes_types else None, len(ids))
 
+    def _tokens(self, text: str, param: str) -> _Tokens:
+        """The tokens without special ones; of a text that has more than the model reads, of its beginning at least."""
+        length = max(INLINE_CHARACTERS, CHARACTERS * self.room)
+        while length < len(text):
+            beginning = self._lowered(text[:length])
+            encoding = self._tokenize(beginning, param)
+            if len(encoding) > self.room and encoding.token_to_chars(self.room)[1] <= _certain(beginning):
+                return _Tokens(encoding, self.room + 1, False)
+            length *= 2
+        encoding = self._tokenize(self._lowered(text), param)
+        return _Tokens(encoding, len(encoding), True)
+
+    def _lowered(self, text: str) -> str:
+        return text.lower() if self._settings.lowercase else text
+
     def _tokenize(self, text: str, param: str) -> Any:
-        """The tokens without special ones."""
-        if self._settings.lowercase:
-            text = text.lower()
         try:
             if len(text) <= INLINE_CHARACTERS:
                 return self._backend.encode(text, add_special_tokens=False)
-            return self._backend.encode_batch_fast([text], add_special_tokens=False)[0]
+            return self._backend.encode_batch([text], add_special_tokens=False)[0]
         except (TypeError, UnicodeError) as cause:  # a text with halves of surrogate pairs
             raise InvalidRequestError(f"The text is not valid Unicode: {cause}", param) from cause
         except Exception as cause:  # tokenizers raises nothing more precise
@@ -155,17 +174,70 @@ class TextEncoder:
 
     def _refuse_long(self, truncate: Truncate, what: str, param: str) -> None:
         if truncate == "error":
-            raise _too_long(what, self.room, param, ", or give truncate='end' to have its end cut off")
+            raise _too_long(what, self.room, param, "Shorten it, or give truncate='end' to have its end cut off.")
+
+    def _too_long_a_pair(self, query: _Tokens, document: _Tokens) -> LMBridgeError:
+        what = f"Query and document have {query.said()} and {document.said()} tokens"
+        if query.count + self._pair_specials >= self.room:
+            advice = "The query alone is too long: shorten it, or give truncate='end' to have the longer one cut."
+            return _too_long(what, self.room, "query", advice)
+        return _too_long(what, self.room, "documents", "Shorten the document, or give truncate='end' to have it cut.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """What a tokenizer makes of a text.
+
+    Attributes:
+        count: how many there are; one more than the model reads where there are more than that.
+        whole: they are those of the whole text.
+    """
+
+    encoding: Any
+    count: int
+    whole: bool
+
+    def said(self, specials: int = 0) -> str:
+        """How many, in words."""
+        return str(self.count + specials) if self.whole else f"more than {self.count - 1}"
+
+
+def shares(query: int, document: int, left: int) -> tuple[int, int]:
+    """How many tokens of a pair are kept where there is room for ``left``: what tokenizers calls "longest_first", which
+    is how a CrossEncoder cuts: the end of the longer, and of both where each has more than half.
+    """
+    if query + document <= left:
+        return query, document
+    half = left // 2
+    if min(query, document) <= half:
+        return (query, left - query) if query <= document else (left - document, document)
+    return (half, left - half) if query <= document else (left - half, half)
+
+
+def _certain(beginning: str) -> int:
+    """Up to which character the tokens of a text's beginning are those of the whole text: not in the last word, which
+    may go on; in a script without blanks, the first half.
+    """
+    half = len(beginning) // 2
+    blank = beginning.rfind(" ", half, len(beginning) - MARGIN)
+    return half if blank < 0 else blank
 
 
 def _too_long(what: str, room: int, param: str, advice: str) -> LMBridgeError:
-    return PromptTooLongError(f"{what}, and the model reads {room}. Shorten it{advice}.", param=param)
+    return PromptTooLongError(f"{what}, and the model reads {room}. {advice}", param=param)
 
 
 def _is_short(job: Embed | Rerank) -> bool:
+    if isinstance(job, Embed) and not isinstance(job.text, str):
+        return len(job.text) <= INLINE_IDS
+    return cost(job) <= INLINE_CHARACTERS
+
+
+def cost(job: Embed | Rerank) -> int:
+    """How much there is to make tokens of, in characters of ASCII."""
     if isinstance(job, Rerank):
-        return _cost(job.query) + _cost(job.document) <= INLINE_CHARACTERS
-    return _cost(job.text) <= INLINE_CHARACTERS if isinstance(job.text, str) else len(job.text) <= INLINE_IDS
+        return _cost(job.query) + _cost(job.document)
+    return _cost(job.text) if isinstance(job.text, str) else 0
 
 
 def _cost(text: str) -> int:

@@ -6,7 +6,6 @@ imported when the engine starts and no earlier.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import os
 import threading
@@ -14,11 +13,11 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from lmbridge.engines.base import Engine, EngineThread, Sink, engine_error
+from lmbridge.engines.base import Engine, EngineThread, Sink
 from lmbridge.engines.batching import Batcher, is_out_of_memory
+from lmbridge.engines.encoder.encoding import CHARACTERS, cost
 from lmbridge.engines.encoder.given import task_of_object
 from lmbridge.engines.encoder.options import EncoderOptions
 from lmbridge.engines.encoder.pace import Pace
@@ -26,7 +25,7 @@ from lmbridge.engines.encoder.sizes import weight_bytes
 from lmbridge.engines.models import announce, find_model
 from lmbridge.engines.standing import where_is
 from lmbridge.engines.transformers.options import ModelOptions
-from lmbridge.errors import EngineDeadError, LMBridgeError
+from lmbridge.errors import EngineDeadError
 from lmbridge.messages import Delta, Embed, Request, Rerank, Task, Usage
 
 if TYPE_CHECKING:
@@ -36,14 +35,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_CAUSES = 10  # of a chain that are looked at
-
-
-@dataclass(frozen=True)
-class _Encoding:
-    """A long text that becomes tokens."""
-
-    task: asyncio.Task[None]
-    sink: Sink
+LONG_TEXTS = 16
+LONG_CHARACTERS = 32_000
+"""So many long texts, and so many characters of them, become tokens between two batches: about as long as a batch."""
 
 
 class EncoderEngine(Engine):
@@ -126,7 +120,7 @@ class EncoderEngine(Engine):
         weakref.finalize(self, self._thread.close).atexit = False
         self._core: Core | None = None
         self._batcher: Batcher[Item] | None = None
-        self._encoding: dict[str, _Encoding] = {}  # long texts on the worker thread, by the request's id
+        self._long: Batcher[Request] = Batcher(self._tokenize, max_items=LONG_TEXTS, max_size=LONG_CHARACTERS)
         self._pace = Pace()
         self._steps = 0  # how often the worker thread has begun or ended something
         self._at_work: int | None = None  # the thread that is in the model
@@ -157,9 +151,7 @@ class EncoderEngine(Engine):
         )
 
     async def close(self) -> None:
-        for encoding in self._encoding.values():
-            encoding.task.cancel()
-        self._encoding.clear()
+        self._long.close()
         if self._batcher is not None:
             self._batcher.close()
         try:
@@ -207,21 +199,19 @@ class EncoderEngine(Engine):
         if item is not None:
             self._submit(batcher, request, item, sink)
             return
-        task = asyncio.get_running_loop().create_task(self._encode_and_submit(request, job))
-        self._encoding[request.id] = _Encoding(task, sink)
+        at_most = core.encoder.room * CHARACTERS  # of a longer text its beginning is looked at
+        size = min(cost(job), at_most) if at_most else cost(job)
+        then = functools.partial(self._submit_tokens, request, sink)
+        self._long.add(request.id, request, then, size, client=request.client)
 
     def abort_request(self, request_id: str) -> None:
-        encoding = self._encoding.pop(request_id, None)
-        if encoding is not None:
-            encoding.task.cancel()
-            encoding.sink(Delta(finish_reason="abort"))
-        elif self._batcher is not None:
+        if not self._long.discard(request_id) and self._batcher is not None:
             self._batcher.discard(request_id)
 
     def progress(self, request_id: str) -> int | None:
         """How much the worker thread has begun and ended so far: whoever waits does so for a batch or a long text."""
         batcher = self._batcher
-        inside = request_id in self._encoding or (batcher is not None and request_id in batcher)
+        inside = request_id in self._long or (batcher is not None and request_id in batcher)
         return self._steps if inside else None
 
     def where(self) -> str:
@@ -243,7 +233,7 @@ class EncoderEngine(Engine):
         batcher, layout = self._batcher, self._core.layout if self._core is not None else None
         limit = batcher.max_size if batcher is not None else self._options.max_batch_tokens
         return {
-            "in_flight": float((len(batcher) if batcher is not None else 0) + len(self._encoding)),
+            "in_flight": float((len(batcher) if batcher is not None else 0) + len(self._long)),
             "batches": float(batcher.batches if batcher is not None else 0),
             "items": float(batcher.items if batcher is not None else 0),
             "tokens": float(batcher.size if batcher is not None else 0),
@@ -261,27 +251,33 @@ class EncoderEngine(Engine):
     def _submit(self, batcher: Batcher[Item], request: Request, item: Item, sink: Sink) -> None:
         batcher.add(request.id, item, sink, item.size, Usage(prompt_tokens=len(item.ids)), request.client)
 
-    async def _encode_and_submit(self, request: Request, job: Embed | Rerank) -> None:
-        """A long text. The request may be aborted while the worker thread is at it, or before; this ends then."""
+    # ------------------------------------------------------------------------------------------------------- long texts
 
-        def encode() -> Item:
-            if request.id not in self._encoding:
-                raise RuntimeError("It was aborted.")
-            return self._at(lambda: self._alive()[0].encoder.encode(job))
+    async def _tokenize(self, requests: list[Request]) -> list[Any]:
+        return await self._thread.run(lambda: self._at(lambda: list(map(self._item, requests))), while_awaited=True)
 
-        found: Item | LMBridgeError
+    def _item(self, request: Request) -> Item | Exception:
+        """On the worker thread."""
+        core, job = self._core, request.job
+        assert isinstance(job, (Embed, Rerank))
         try:
-            found = await self._thread.run(encode, while_awaited=True)
+            if core is None or request.id not in self._long:  # it was aborted meanwhile
+                raise EngineDeadError("Nobody waits for this text any more.")
+            return core.encoder.encode(job)
+        except Exception as error:
+            return error
+
+    def _submit_tokens(self, request: Request, sink: Sink, delta: Delta) -> None:
+        """A long text has become an item, or has come to its end."""
+        if delta.value is None:
+            sink(delta)
+            return
+        try:
             batcher = self._alive()[1]
-        except LMBridgeError as error:
-            found = error
-        except Exception as cause:
-            found = engine_error(f"The engine could not begin this request: {cause!r}.", cause)
-        sink = self._encoding.pop(request.id).sink
-        if isinstance(found, LMBridgeError):
-            sink(Delta(error=found))
+        except EngineDeadError as error:
+            sink(Delta(error=error))
         else:
-            self._submit(batcher, request, found, sink)
+            self._submit(batcher, request, delta.value, sink)
 
     # ---------------------------------------------------------------------------------------------------------- batches
 
@@ -326,6 +322,7 @@ class EncoderEngine(Engine):
         """Every later call to the device will fail as well: whoever is inside is lost, and the server is told once."""
         if self._dead is None:
             self._dead = cause
+            self._long.close()
             if self._batcher is not None:
                 self._batcher.close()
             self.on_death(cause)

@@ -166,9 +166,9 @@ def score_alone(folder: str, query: str, document: str) -> float:
     made: Any = transformers.AutoTokenizer.from_pretrained(folder)
     model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
-        logits = model(**made(query, document, return_tensors="pt", truncation="only_second", max_length=ROOM)).logits[
-            0
-        ]
+        logits = model(
+            **made(query, document, return_tensors="pt", truncation="longest_first", max_length=ROOM)
+        ).logits[0]
     return float(logits[0].sigmoid() if len(logits) == 1 else logits.softmax(0)[-1])
 
 

@@ -129,7 +129,9 @@ def test_long_texts(bert: str) -> None:
 
     async def scenario() -> None:
         async with driven(bert, max_length=30) as driver:
-            with pytest.raises(PromptTooLongError, match=r"100002 tokens, and the model reads 30\. .*truncate='end'"):
+            with pytest.raises(
+                PromptTooLongError, match=r"more than 30 tokens, and the model reads 30\. .*truncate='end'"
+            ):
                 await driver.ask(long)
             with pytest.raises(PromptTooLongError, match=r"The text has 31 tokens"):
                 await driver.ask("cat " * 29)
@@ -154,8 +156,13 @@ def test_long_documents(reranker: str) -> None:
             assert abs(await driver.ask(Rerank("where did the cat go", long)) - expected) <= 1e-5
             with pytest.raises(PromptTooLongError, match=f"have 1 and {ROOM - 3} tokens, and the model reads {ROOM}"):
                 await driver.ask(Rerank("cat", "cat " * (ROOM - 3), truncate="error"))
-            with pytest.raises(PromptTooLongError, match="the query alone leaves no room"):
-                await driver.ask(Rerank("cat " * ROOM, "cat"))
+            with pytest.raises(PromptTooLongError, match="The query alone is too long") as caught:
+                await driver.ask(Rerank("cat " * ROOM, "cat", truncate="error"))
+            assert caught.value.param == "query"
+            for query, document in (("cat " * ROOM, "dog"), ("cat " * 900, "dog " * 700), ("dog " * 200, "cat " * 250)):
+                expected = score_alone(reranker, query, document)
+                assert abs(await driver.ask(Rerank(query, document)) - expected) <= 1e-5
+                assert abs(await driver.ask(Rerank(query, document)) - expected) <= 1e-5  # the query is remembered
             assert isinstance(await driver.ask(Rerank("", "")), float)
 
     asyncio.run(scenario())
