@@ -163,7 +163,10 @@ class Ledger:
         if self.limit is None or holding.size <= self.limit - self._stuck(holding):
             return ""
         own = any(other.tenant is holding.tenant for other in self._staying(holding))
-        advice = "Give it a smaller share of the cache, or a smaller dtype, pin fewer models, or give the device more."
+        advice = (
+            "Give it a smaller dtype or, if it has a cache, a smaller share of it; pin fewer models, or give the device "
+            "more."
+        )
         if own:
             advice = "Swap with overlap=False, which frees the old model first."
         return (
