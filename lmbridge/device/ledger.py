@@ -164,8 +164,8 @@ class Ledger:
             return ""
         own = any(other.tenant is holding.tenant for other in self._staying(holding))
         advice = (
-            "Give it a smaller dtype or, if it has a cache, a smaller share of it; pin fewer models, or give the device "
-            "more."
+            "Give it a smaller dtype or, if it has a cache, a smaller share of it; pin fewer models, or give "
+            "the device more."
         )
         if own:
             advice = "Swap with overlap=False, which frees the old model first."
