@@ -6,8 +6,8 @@ several times a second, at who has it, and goes on where that one has gone, was 
 It is weighted fair queueing. Each lane has a clock that runs while it computes, the slower the more it weighs; of those
 that wait, the lane whose clock is furthest behind is next. One that had nothing to do has its clock set to that of the
 others when it comes back, so that nobody saves up. An engine with one thread cannot wait while it computes, so two such
-engines take turns strictly; how they divide the time is a matter of how long their turns are, which ``share`` tells
-those that can choose.
+engines take turns strictly, whatever they weigh: the device is not kept idle for one to come back. How they divide the
+time is a matter of how long their turns are, which ``share`` tells those that can choose.
 """
 
 from __future__ import annotations

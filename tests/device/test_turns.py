@@ -140,6 +140,14 @@ def test_two_engines_take_turns(turns: Turns, clock: Clock, ended: list[Worker])
     assert log == ["stream", "job"] * 4 + ["stream"]
 
 
+def test_two_whose_turns_are_of_one_size(turns: Turns, clock: Clock, ended: list[Worker]) -> None:
+    """The device would stand idle until the one that weighs more comes back for another turn."""
+    log, workers = crowd(turns, ended, {"heavy": 2, "light": 1})
+    for _ in range(8):
+        serve(turns, log, workers, clock, {"heavy": 0.01, "light": 0.01})
+    assert log == ["heavy", "light"] * 4 + ["heavy"]
+
+
 def test_time_is_shared_by_weight(turns: Turns, clock: Clock, ended: list[Worker]) -> None:
     """An engine that weighs twice as much gets the device twice as long as each of two others."""
     log, workers = crowd(turns, ended, {"heavy": 2, "one": 1, "two": 1})
