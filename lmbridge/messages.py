@@ -265,7 +265,8 @@ class Ranked:
 
     Attributes:
         index: its position in the list that was given.
-        score: from 0 to 1 for a model with one output, which is a probability then; else the model's own.
+        score: the higher, the more relevant. Of a model with one label what its own activation makes of it, by default
+            the sigmoid, from 0 to 1; of one with several the softmax of the last.
         document: its text.
     """
 

@@ -14,7 +14,7 @@ import torch
 
 from lmbridge.engines.encoder.encoding import Item
 from lmbridge.engines.encoder.layouts import Layout
-from lmbridge.engines.encoder.vectors import finished, scores
+from lmbridge.engines.encoder.vectors import Score, finished
 from lmbridge.errors import EngineError, InvalidRequestError
 from lmbridge.messages import Embed, Rerank, Task
 
@@ -41,6 +41,7 @@ class Core:
     Attributes:
         module: what holds the weights.
         dimensions: of a vector; 0 for a model that makes scores.
+        score: makes scores; None for a model that makes vectors.
         pooling: in words; "" for a model that makes scores.
     """
 
@@ -49,6 +50,7 @@ class Core:
     encoder: Encoder
     layout: Layout
     dimensions: int
+    score: Score | None
     pooling: str
     device: str
     dtype: str
@@ -56,7 +58,14 @@ class Core:
     def describe(self) -> str:
         """What it does, and how. Quick."""
         length = f"{self.encoder.room} tokens" if self.encoder.room else ""
-        said = (self.task, self.layout.name, self.pooling, length, self.device, self.dtype)
+        said = (
+            self.task,
+            self.layout.name,
+            self.score.name if self.score is not None else self.pooling,
+            length,
+            self.device,
+            self.dtype,
+        )
         return ", ".join(part for part in said if part)
 
     @property
@@ -75,13 +84,28 @@ class Core:
         """A vector or a score for each item, or an error in its place. Worker thread."""
         with torch.inference_mode():
             outputs = self.layout.run(items).float().cpu()
-        found = outputs.numpy() if self.task == "embed" else scores(outputs)
+            found = self._numbers(outputs, len(items))
         jobs = [item.job for item in items]
         wishes = [(job.dimensions, job.normalize) for job in jobs if isinstance(job, Embed)]
         values: list[Any] = finished(found, wishes) if self.task == "embed" else found.tolist()
         if not numpy.isfinite(found).all():
             values = [value if numpy.isfinite(value).all() else _no_number() for value in values]
         return values
+
+    def _numbers(self, outputs: torch.Tensor, texts: int) -> numpy.ndarray[Any, Any]:
+        """The vectors or the scores.
+
+        Raises:
+            EngineError: they have another shape than at the start.
+        """
+        width = self.dimensions if self.score is None else self.score.labels
+        if outputs.shape != (texts, width):
+            raise EngineError(
+                f"The model gave numbers of shape {tuple(outputs.shape)} for {texts} texts; from its start on it was "
+                f"{width} for each. It may have been changed since."
+            )
+        found: numpy.ndarray[Any, Any] = outputs.numpy() if self.score is None else self.score(outputs)
+        return found
 
     def footprint(self) -> int:
         """Bytes of the weights. Quick."""

@@ -11,9 +11,10 @@ import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lmbridge.engines.encoder.prompts import Prompts
 from lmbridge.engines.encoder.settings import Settings
 from lmbridge.errors import InvalidRequestError, LMBridgeError, PromptTooLongError
-from lmbridge.messages import Embed, Rerank
+from lmbridge.messages import Embed, Rerank, Task
 
 INLINE_CHARACTERS = 8_000
 """A text of up to this many characters (three for each where not all are ASCII) is tokenised at once; it takes a few
@@ -64,9 +65,14 @@ class TextEncoder:
         self.room = room
         self._settings = settings
         self._takes_types = takes_types
-        self._specials = backend.num_special_tokens_to_add(False)
-        self._pair_specials = backend.num_special_tokens_to_add(True)
+        self._prompts = Prompts(settings.prompts, settings.default_prompt)
+        self._specials: int = backend.num_special_tokens_to_add(False)
+        self._pair_specials: int = backend.num_special_tokens_to_add(True)
         self._query = functools.lru_cache(maxsize=QUERIES)(self._tokens)
+
+    def least(self, task: Task) -> int:
+        """The fewest tokens that a text can have with one of its own: a pair has one of each."""
+        return self._specials + 1 if task == "embed" else self._pair_specials + 2
 
     def at_once(self, job: Embed | Rerank) -> Item | None:
         """``encode`` where that takes milliseconds; None where another thread should do it."""
@@ -90,11 +96,7 @@ class TextEncoder:
     def prompted(self, job: Embed) -> str:
         """The text with its prompt before it."""
         assert isinstance(job.text, str)
-        prompts, default = self._settings.prompts, self._settings.default_prompt
-        prompt = prompts.get(default, "") if job.prompt is None and default is not None else ""
-        if job.prompt is not None:
-            prompt = prompts.get(job.prompt, job.prompt)
-        return prompt + job.text
+        return self._prompts.before(job.prompt) + job.text
 
     def _embed(self, job: Embed) -> Item:
         if not isinstance(job.text, str):

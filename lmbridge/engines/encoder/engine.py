@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from lmbridge.engines.base import Engine, EngineThread, Sink
 from lmbridge.engines.batching import Batcher, is_out_of_memory
 from lmbridge.engines.encoder.encoding import CHARACTERS, cost
-from lmbridge.engines.encoder.given import task_of_object
+from lmbridge.engines.encoder.given import check_options_of_object, task_of_object
 from lmbridge.engines.encoder.options import EncoderOptions
 from lmbridge.engines.encoder.pace import Pace
 from lmbridge.engines.encoder.sizes import weight_bytes
@@ -43,8 +43,10 @@ LONG_CHARACTERS = 32_000
 class EncoderEngine(Engine):
     """A Hugging Face model that makes vectors of texts, or scores of pairs of texts, for many callers in batches.
 
-    A vector is float32 of shape (dimensions,). A score is from 0 to 1: of a model with one label its sigmoid, of one
-    with several the softmax of the last, which by convention is that of relevance.
+    A vector is float32 of shape (dimensions,). A score of a model with one label is what the model's own activation
+    makes of it, as sentence-transformers keeps it: the label itself, of any size, where that is Identity; without a
+    word of it the sigmoid, from 0 to 1. Of a model with several labels it is the softmax of the last, from 0 to 1,
+    which by convention is that of relevance, whatever its activation.
 
     Args:
         model: a folder, a hub id, or a SentenceTransformer or CrossEncoder object of sentence-transformers. What
@@ -53,7 +55,8 @@ class EncoderEngine(Engine):
         pooling: how the vectors of a text's tokens become one: ``"mean"``, ``"cls"``, ``"max"``, ``"lasttoken"``,
             ``"weightedmean"`` or ``"mean_sqrt_len_tokens"``; by default as the model's files say, else the mean.
         max_length: the most tokens of a text, special ones included; by default as the model's files say.
-        device: ``"cuda"`` where there is one, else ``"cpu"``.
+        device: by torch's name; by default ``"cuda"`` where there is one, else ``"cpu"``. An object stays where it is,
+            and in its dtype.
         dtype: ``"auto"`` (as stored), ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"`` or a torch dtype;
             by default float32 on a CPU and as stored elsewhere.
         max_batch_size: the most texts in a batch.
@@ -64,7 +67,8 @@ class EncoderEngine(Engine):
             4 million parameters, else torch's own choice.
         layout: ``"packed"``, all texts of a batch in one row without padding; ``"grouped"``, texts of similar length
             padded; ``"single"``, one by one; ``"auto"``, the first of these that passes the self-check.
-        self_check: end loading with texts whose results are compared with those of each text alone.
+        self_check: end loading with texts whose results are compared with those of each text alone. Without it nobody
+            would see whether packing is right, so that ``layout="auto"`` is ``"grouped"`` then.
         trust_remote_code: run code that comes with the model.
         revision: branch, tag or commit on the hub.
     """
@@ -94,6 +98,8 @@ class EncoderEngine(Engine):
         self._object_task = task_of_object(model)
         self._given = model if self._object_task else None
         self._label = os.fspath(model) if self._given is None else f"a {type(model).__name__}"
+        if self._given is not None:
+            check_options_of_object(self._given, device=device, dtype=dtype, revision=revision, task=task)
         self._options = EncoderOptions(
             ModelOptions(
                 model=find_model(model) if self._given is None else "",
@@ -187,7 +193,8 @@ class EncoderEngine(Engine):
         """Begin the request; what is wrong with a text is told at once if it is short, and to the sink if it is long.
 
         Raises:
-            InvalidRequestError: the text is empty or no Unicode, the token ids are unknown, the dimensions too many.
+            InvalidRequestError: the text has no tokens, not even special ones (an empty text has these with most
+                models, and gets a vector), or is no Unicode; token ids are unknown, the dimensions too many.
             PromptTooLongError: the text is longer than the model reads, and none of it may be cut off.
             EngineDeadError: the engine takes no requests any more.
         """

@@ -5,6 +5,9 @@ Rule: standard library only, nothing is loaded; any thread may ask.
 
 from __future__ import annotations
 
+from typing import Any
+
+from lmbridge.errors import InvalidRequestError
 from lmbridge.messages import Task
 
 _PACKAGE = "sentence_transformers"
@@ -17,3 +20,29 @@ def task_of_object(model: object) -> Task | None:
         if kind.__module__.partition(".")[0] == _PACKAGE and kind.__name__ in _TASKS:
             return _TASKS[kind.__name__]
     return None
+
+
+def check_options_of_object(given: Any, **options: Any) -> None:
+    """Refuse what cannot be had of a model that somebody else has loaded.
+
+    Args:
+        options: device, dtype, revision and task, as they were asked for.
+
+    Raises:
+        InvalidRequestError: an option would change the object; ``param`` names it.
+    """
+    own: dict[str, Any] = {
+        "device": str(getattr(given, "device", "")),
+        "dtype": "auto",
+        "revision": None,
+        "task": task_of_object(given),
+    }
+    for name, value in options.items():
+        asked = str(value).removeprefix("torch.")
+        if value is None or asked in ("auto", own[name]) or (name == "device" and own[name].startswith(f"{asked}:")):
+            continue
+        raise InvalidRequestError(
+            f"{name}={value!r} does not go with a {type(given).__name__} object, which is used as it is. Load or move "
+            f"the object as you want it, and leave {name} out.",
+            name,
+        )

@@ -19,6 +19,7 @@ from lmbridge.engines.encoder import attention
 from lmbridge.engines.encoder.attention import Segments
 from lmbridge.engines.encoder.encoding import Item
 from lmbridge.engines.encoder.vectors import Tail
+from lmbridge.engines.transformers.runner import rope_kind
 
 PADDING = 0.15
 """The share of padding that a group of texts may have."""
@@ -26,6 +27,7 @@ SLACK = 2.0
 """On a GPU, texts up to so many times as long as another are attended to in one call with it."""
 
 
+_SHORT = "original_max_position_embeddings"
 _LAST_TOKEN = "GenericForSequenceClassification"  # transformers' head of decoders and their like
 
 
@@ -217,6 +219,23 @@ def unpackable(model: Any, ranks: bool) -> str:
     if ranks and (causal or _LAST_TOKEN in kinds):
         return "its head looks for the last token of each row"
     return ""
+
+
+def unbatchable(model: Any, room: int) -> str:
+    """Why a text's neighbours in a batch, packed or padded, would change it though short ones do not; "" if not.
+
+    Args:
+        room: the most tokens of a text.
+    """
+    kind = rope_kind(model)
+    if kind not in ("dynamic", "longrope"):
+        return ""
+    config = model.config.get_text_config()
+    rope = config.rope_parameters or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict)), vars(config)]
+    stated = [part[_SHORT] for part in parts if part.get(_SHORT)]
+    short = min(stated, default=config.max_position_embeddings)
+    return f"its {kind} positions follow the longest text (max_length={short} avoids it)" if room > short else ""
 
 
 def last_layer(model: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from lmbridge.engines.encoder.options import EncoderOptions
 from lmbridge.engines.encoder.settings import MODULES, Read, Settings, read_settings
+from lmbridge.engines.encoder.vectors import activation_of
 from lmbridge.engines.transformers.loading import (
     _dtype,
     _explained,
@@ -48,12 +50,14 @@ class Parts:
         tokenizer: its tokenizer, a fast one.
         settings: what sentence-transformers knows of it.
         task: what it does.
+        activation: what makes a score of a model's one logit; None where nothing is said.
     """
 
     model: Any
     tokenizer: Any
     settings: Settings
     task: Task
+    activation: Callable[[torch.Tensor], Any] | None = None
 
 
 def load(options: EncoderOptions) -> Parts:
@@ -76,14 +80,31 @@ def load(options: EncoderOptions) -> Parts:
             raise EngineStartError(f"{source.label} puts a prompt before each pair, which this engine does not do.")
         tokenizer = _load_tokenizer(source)
         model = _load_model(source, config, task, tokenizer, _dtype(options.model.dtype, device))
+        activation = _activation(settings, config, source) if task == "rerank" else None
     found: Task = "rerank" if task == "rerank" else "embed"
-    return Parts(model.to(device), tokenizer, settings, found)
+    return Parts(model.to(device), tokenizer, settings, found, activation)
 
 
 def task_of(config: Any) -> Task:
     """What a model of this configuration was trained for."""
     classes = getattr(config, "architectures", None) or ()
     return "rerank" if any(name.endswith(_HEAD) for name in classes) else "embed"
+
+
+def _activation(settings: Settings, config: Any, source: _Source) -> Any:
+    """What the files say of it, in the place of each release of sentence-transformers."""
+    older = getattr(config, "sentence_transformers", None) or {}
+    oldest = getattr(config, "sbert_ce_default_activation_function", None)
+    name = settings.activation or older.get("activation_fn") or oldest
+    if name is None:
+        return None
+    found = activation_of(name)
+    if found is None:
+        raise EngineStartError(
+            f"{source.label} makes its scores by {name}, which this engine does not know. Load it as a CrossEncoder of "
+            "sentence-transformers, and give that object as the model."
+        )
+    return found
 
 
 def _prepared(model: Any) -> Any:

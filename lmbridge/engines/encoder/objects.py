@@ -16,7 +16,8 @@ import torch
 from lmbridge.engines.encoder.encoding import Item
 from lmbridge.engines.encoder.layouts import Layout
 from lmbridge.engines.encoder.loading import Parts
-from lmbridge.engines.encoder.settings import NO_PROMPTS, Module, Settings, checked_modules
+from lmbridge.engines.encoder.prompts import NO_PROMPTS, Prompts
+from lmbridge.engines.encoder.settings import Module, Settings, checked_modules
 from lmbridge.errors import InvalidRequestError
 from lmbridge.messages import Embed, Rerank, Task
 
@@ -46,7 +47,12 @@ def taken_apart(given: Any, task: Task) -> Parts:
         raise ValueError("it puts a prompt before each pair")
     if not isinstance(model.config.model_type, str):
         raise TypeError("its model is none of transformers")
-    return Parts(model, tokenizer, settings, task)
+    return Parts(model, tokenizer, settings, task, activation_of_object(given) if task == "rerank" else None)
+
+
+def activation_of_object(given: Any) -> Any:
+    """What the object makes scores by; None where it does not say."""
+    return getattr(given, "activation_fn", None) or getattr(given, "default_activation_function", None)
 
 
 def _module(module: Any) -> Module:
@@ -119,6 +125,7 @@ class Uncounted:
 
     def __init__(self, given: Any) -> None:
         self.room = getattr(given, "max_seq_length", None) or 0
+        self._prompts = Prompts(getattr(given, "prompts", None) or {})
 
     def at_once(self, job: Embed | Rerank) -> Item | None:
         return self.encode(job)
@@ -127,4 +134,6 @@ class Uncounted:
         text = job.text if isinstance(job, Embed) else job.query + job.document
         if not isinstance(text, str):
             raise InvalidRequestError("The model was given as an object that takes texts and no token ids.", "texts")
+        if isinstance(job, Embed):
+            self._prompts.before(job.prompt)  # it warns of one that is mistyped
         return Item(job, [], None, max(1, len(text) // _GUESS))

@@ -15,6 +15,19 @@ from lmbridge.values import as_int, as_number
 
 LAYOUTS = ("packed", "grouped", "single")
 POOLINGS = ("mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens")
+_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla")
+_RARE_DEVICES = (
+    "ipu",
+    "hip",
+    "ve",
+    "fpga",
+    "maia",
+    "vulkan",
+    "privateuseone",
+    "npu",
+    "musa",
+    "mlu",
+)  # torch's and add-ons'
 _CHOICES = {"task": ("auto", "embed", "rerank"), "layout": ("auto", *LAYOUTS), "pooling": (None, *POOLINGS)}
 
 
@@ -46,9 +59,19 @@ class EncoderOptions:
             number = as_int(value)
             if value is not None and (number is None or number < 1):
                 raise _wrong(name, "an int >= 1", value)
+        if not _is_device(self.model.device):
+            raise _wrong(
+                "device", f"one that torch knows ({', '.join(_DEVICES)}), or such as 'cuda:1'", self.model.device
+            )
         seconds = as_number(self.batch_timeout)
         if seconds is None or not 0 <= seconds < float("inf"):
             raise _wrong("batch_timeout", "seconds >= 0", self.batch_timeout)
+
+
+def _is_device(name: str | None) -> bool:
+    """torch is not loaded for it."""
+    kind, colon, number = (name or "cpu").partition(":")
+    return kind in (*_DEVICES, *_RARE_DEVICES) and (not colon or number.isdecimal())
 
 
 def _wrong(name: str, expected: str, value: Any) -> InvalidRequestError:

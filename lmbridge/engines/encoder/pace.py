@@ -7,6 +7,7 @@ step.
 from __future__ import annotations
 
 _NEWEST = 0.2  # the weight of the last batch
+_MOST = 1e9  # tokens; a share of a device may be of any length
 
 
 class Pace:
@@ -22,4 +23,4 @@ class Pace:
 
     def tokens_in(self, seconds: float) -> int | None:
         """How many take so long, at least one; None while nothing is known."""
-        return None if self.rate is None else max(1, int(self.rate * seconds))
+        return None if self.rate is None else max(1, int(min(self.rate * seconds, _MOST)))

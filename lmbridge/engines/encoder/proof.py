@@ -13,12 +13,13 @@ import torch
 
 from lmbridge.engines.encoder.encoding import Item, TextEncoder
 from lmbridge.engines.encoder.layouts import Grouped, Layout, Packed, Single
-from lmbridge.engines.encoder.vectors import Tail, scores
+from lmbridge.engines.encoder.vectors import Score, Tail
 from lmbridge.errors import EngineStartError, LMBridgeError
 from lmbridge.messages import Embed, Rerank
 
 FINE, COARSE = 1e-5, 1e-3
-"""How far a vector of length 1, or a score, may be from that of the text alone: in full and in half precision."""
+"""How far a vector of length 1, or a score, may be from that of the text alone: in full and in half precision. Scores
+that may be of any size are compared in proportion to the largest, if that is beyond 1."""
 COUNTS = (3, 1, 40, 9, 200, 9, 90, 17)
 """Words of the texts."""
 REPEATS = 3
@@ -68,13 +69,16 @@ def check_items(encoder: TextEncoder, task: str, window: int | None, positions: 
 class Proof:
     """What the model says of each item alone.
 
+    Args:
+        score: makes scores; None for a model that makes vectors.
+
     Raises:
         EngineStartError: it makes no sense.
     """
 
-    def __init__(self, items: Sequence[Item], task: str, alone: torch.Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, items: Sequence[Item], score: Score | None, alone: torch.Tensor, dtype: torch.dtype) -> None:
         self._items = items
-        self._task = task
+        self._score = score
         self._tolerance = FINE if dtype.itemsize >= 4 else COARSE
         self._expected = self._compared(alone)
         if not bool(self._expected.isfinite().all()):
@@ -94,13 +98,14 @@ class Proof:
         expected = torch.cat([self._expected] * times)
         if found.shape != expected.shape:
             return f"gave {tuple(found.shape)} numbers where {tuple(expected.shape)} belong"
-        apart = float((found - expected).abs().max())
+        scale = max(1.0, float(expected.abs().max())) if self._score is not None and self._score.is_raw else 1.0
+        apart = float((found - expected).abs().max()) / scale
         return "" if apart <= self._tolerance else f"is {apart:.2g} from the texts one by one"
 
     def _compared(self, outputs: torch.Tensor) -> torch.Tensor:
-        if self._task == "rerank":
-            return torch.from_numpy(scores(outputs.cpu()))
-        return torch.nn.functional.normalize(outputs.float().cpu(), dim=-1)
+        if self._score is not None:
+            return torch.from_numpy(self._score(outputs))
+        return torch.nn.functional.normalize(outputs.cpu().double(), dim=-1)  # float32 overflows
 
 
 def _item(encoder: TextEncoder, task: str, number: int, count: int) -> Item:

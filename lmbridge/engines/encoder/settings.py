@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lmbridge.engines.encoder.prompts import NO_PROMPTS
 from lmbridge.errors import EngineStartError
 
 Read = Callable[[str], "Path | None"]
@@ -27,7 +28,6 @@ _LEGACY_POOLING = {
 }
 MODULES = "modules.json"
 _KINDS = ("Transformer", "Pooling", "Dense", "Normalize")
-NO_PROMPTS = {"query": "", "document": ""}  # names that every model knows
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Settings:
         lowercase: texts are put into lower case.
         prompts: by name.
         default_prompt: the name of the one that goes before texts that come without.
+        activation: the name of what makes a score of a logit; None where nothing is said.
     """
 
     modules: Sequence[Module] = ()
@@ -62,6 +63,7 @@ class Settings:
     lowercase: bool = False
     prompts: dict[str, str] = field(default_factory=lambda: dict(NO_PROMPTS))
     default_prompt: str | None = None
+    activation: str | None = None
 
     @property
     def pooling(self) -> tuple[str, ...]:
@@ -88,6 +90,7 @@ def read_settings(read: Read) -> Settings:
         bool(own.get("do_lower_case", False)),
         {**NO_PROMPTS, **(general.get("prompts") or {})},
         general.get("default_prompt_name"),
+        general.get("activation_fn"),
     )
 
 

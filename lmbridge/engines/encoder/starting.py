@@ -5,20 +5,21 @@ Rule: imported once an engine starts; everything here runs on the engine's worke
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import traceback
 from typing import Any
 
 import torch
 
-from lmbridge.engines.encoder.core import Core, Encoder
+from lmbridge.engines.encoder.core import Core
 from lmbridge.engines.encoder.encoding import TextEncoder
-from lmbridge.engines.encoder.layouts import Layout, Single, unpackable
+from lmbridge.engines.encoder.layouts import Layout, Single, unbatchable, unpackable
 from lmbridge.engines.encoder.loading import Parts, counts_like_roberta, load, room_of, table_of
-from lmbridge.engines.encoder.objects import Uncounted, Whole, taken_apart
-from lmbridge.engines.encoder.options import EncoderOptions
+from lmbridge.engines.encoder.objects import Uncounted, Whole, activation_of_object, taken_apart
+from lmbridge.engines.encoder.options import LAYOUTS, EncoderOptions
 from lmbridge.engines.encoder.proof import Proof, Way, check_items, ways
-from lmbridge.engines.encoder.vectors import Tail
+from lmbridge.engines.encoder.vectors import Score, Tail
 from lmbridge.engines.transformers.loading import free_memory
 from lmbridge.engines.transformers.runner import loading, thread_count, use_threads
 from lmbridge.errors import EngineStartError
@@ -64,20 +65,35 @@ def _load(options: EncoderOptions, label: str) -> Core:
 def _around(options: EncoderOptions, given: Any, task: Task, label: str) -> Core:
     """By its parts where they say what the object itself says, else by its own methods."""
     whole = Whole(given, task)
+    changes = [name for name in ("pooling", "max_length") if getattr(options, name) is not None]
+    as_it_is = dataclasses.replace(options, pooling=None, max_length=None)
     try:
         parts = taken_apart(given, task)
         use_threads(thread_count(parts.model, options.model))
-        bench = _Bench(parts, options, label)
-        return bench.core(bench.chosen(whole))
+        bench = _Bench(parts, as_it_is, label)
+        layout = bench.chosen(whole)
     except Exception as cause:
-        if options.layout != "auto":
-            raise
+        wanted = [*changes, *(["layout"] if options.layout != "auto" else [])]
+        if wanted:
+            raise EngineStartError(
+                f"{label} can be used by its own methods only, which know no {' and no '.join(wanted)} of this "
+                f"engine ({shown(cause).rstrip('.')}). Set it on the object, or give the model's folder."
+            ) from cause
         notes.warning("%s is used by its own methods: %s.", label, shown(cause).rstrip("."))
-    uncounted = Uncounted(given)
-    dimensions = whole.run([uncounted.encode(_sample(task))]).shape[-1] if task == "embed" else 0
+        return _by_its_own(given, whole, task)
+    if not changes:
+        return bench.core(layout)
+    layout.close()
+    bench = _Bench(parts, options, label)
+    return bench.core(bench.chosen(None))
+
+
+def _by_its_own(given: Any, whole: Whole, task: Task) -> Core:
+    encoder = Uncounted(given)
+    width = whole.run([encoder.encode(_sample(task))]).shape[-1]
+    score = Score(width, activation_of_object(given)) if task == "rerank" else None
     weight = next(given.parameters())
-    encoder: Encoder = uncounted
-    return Core(given, task, encoder, whole, dimensions, "", str(weight.device), _name(weight.dtype))
+    return Core(given, task, encoder, whole, 0 if score else width, score, "", str(weight.device), _name(weight.dtype))
 
 
 class _Bench:
@@ -95,10 +111,20 @@ class _Bench:
         vocabulary = model.get_input_embeddings().weight.shape[0]
         room = room_of(parts, options.max_length)
         self._encoder = TextEncoder(backend, vocabulary, room, parts.settings, takes_types)
+        if room < self._encoder.least(parts.task):
+            raise EngineStartError(
+                f"{label} would read {room} tokens of a text, but it needs {self._encoder.least(parts.task)} at least: "
+                "the special ones, and one that is the text's own. Give a larger max_length."
+            )
+        if parts.task == "rerank" and options.pooling:
+            raise EngineStartError(f"{label} makes scores and pools nothing; leave pooling={options.pooling!r} out.")
         said = (options.pooling,) if options.pooling else parts.settings.pooling
         size = model.config.get_text_config().hidden_size
         like = next(model.parameters())
         self._tail = Tail(parts.settings, said or ("mean",), size, like) if parts.task == "embed" else None
+        self._score = Score(model.config.num_labels, parts.activation) if parts.task == "rerank" else None
+        if self._score is not None and self._score.labels > 1:
+            notes.info("%s: a score is the %s.", label, self._score.name)
         self._pooling = f"{' + '.join(said or ('mean',))} pooling" + ("" if said else " (none stated)")
 
     def core(self, layout: Layout) -> Core:
@@ -111,6 +137,7 @@ class _Bench:
             self._encoder,
             layout,
             tail.dimensions if tail is not None else 0,
+            self._score,
             self._pooling if tail is not None else "",
             str(model.device),
             _name(model.dtype),
@@ -124,15 +151,19 @@ class _Bench:
             judge: says it, where it is not the model itself.
         """
         model, options = self._parts.model, self._options
-        why = unpackable(model, self._tail is None)
+        apart = unbatchable(model, self._encoder.room)
+        why = apart or unpackable(model, self._tail is None)
         faults = [f"packed: {why}."] if why and options.layout in ("auto", "packed") else []
         wanted = [way for way in ways(model, self._tail, counts_like_roberta(model)) if self._is_wanted(way, why)]
+        if apart:
+            faults = [f"{' and '.join(LAYOUTS[:2])}: {apart}."]
+            wanted = [way for way in wanted if way.name == "single"]
         if not options.model.self_check and wanted:
             return wanted[0].build()
         window = getattr(model.config.get_text_config(), "sliding_window", None)
         items = check_items(self._encoder, self._parts.task, window, table_of(model))
         alone = (judge or Single(model, self._tail)).run(items)
-        proof = Proof(items, self._parts.task, alone, model.dtype)
+        proof = Proof(items, self._score, alone, model.dtype)
         for way in wanted:
             layout, fault = _tried(way, proof)
             if layout is not None:

@@ -53,7 +53,7 @@ class Tail:
         vectors = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         for dense in self._dense:
             vectors = dense(vectors)
-        return torch.nn.functional.normalize(vectors, dim=-1) if self._normalizes else vectors
+        return _of_length_one(vectors) if self._normalizes else vectors
 
 
 def finished(vectors: numpy.ndarray[Any, Any], wishes: Sequence[tuple[int | None, bool]]) -> list[Any]:
@@ -64,19 +64,50 @@ def finished(vectors: numpy.ndarray[Any, Any], wishes: Sequence[tuple[int | None
 
 
 def _finished(row: numpy.ndarray[Any, Any], normalize: bool) -> numpy.ndarray[Any, Any]:
-    length = float(numpy.sqrt(row @ row)) if normalize else 1.0
-    return row / numpy.float32(length or 1.0)  # a copy: a view would keep the vectors of the whole batch
+    if not normalize:
+        return row.copy()  # a view would keep the vectors of the whole batch
+    wide = row.astype(numpy.float64)  # in which squares neither overflow nor vanish
+    return (wide / (float(numpy.sqrt(wide @ wide)) or 1.0)).astype(numpy.float32)
 
 
-def scores(logits: torch.Tensor) -> numpy.ndarray[Any, Any]:
-    """(texts) of scores from 0 to 1 out of (texts, labels) of logits.
+def _of_length_one(vectors: torch.Tensor) -> torch.Tensor:
+    """Scaled before, so that squares neither overflow nor vanish."""
+    scale = vectors.abs().amax(-1, keepdim=True)
+    return torch.nn.functional.normalize(vectors / torch.where(scale > 0, scale, 1.0), dim=-1)
 
-    One label is a probability by its sigmoid; of several, the last is the one of relevance, and its softmax counts.
+
+class Score:
+    """How a model's logits become one number for each text.
+
+    Args:
+        labels: how many logits each text has.
+        activation: what is done to the one; None is the sigmoid, which gives a probability. Of several labels the last
+            is the one of relevance, and its softmax counts.
+
+    Attributes:
+        name: in words.
+        is_raw: the number may be of any size.
     """
-    logits = logits.float()
-    found = logits[:, 0].sigmoid() if logits.shape[1] == 1 else logits.softmax(-1)[:, -1]
-    as_array: numpy.ndarray[Any, Any] = found.numpy()
-    return as_array
+
+    def __init__(self, labels: int, activation: Callable[[torch.Tensor], Any] | None = None) -> None:
+        self.labels = labels
+        self._activation = activation or torch.nn.Sigmoid()
+        kind = getattr(self._activation, "__name__", type(self._activation).__name__).lower()
+        self.name = f"{kind} score" if labels == 1 else f"softmax of the last of {labels} labels"
+        self.is_raw = labels == 1 and not isinstance(self._activation, torch.nn.Sigmoid)
+
+    def __call__(self, logits: torch.Tensor) -> numpy.ndarray[Any, Any]:
+        """(texts), float32, of (texts, labels).
+
+        Raises:
+            ValueError: there are other labels than there should be.
+        """
+        if logits.shape[1] != self.labels:
+            raise ValueError(f"the model gave {logits.shape[1]} labels for a text, and has {self.labels}")
+        logits = logits.float().cpu()
+        found = self._activation(logits)[:, 0] if self.labels == 1 else logits.softmax(-1)[:, -1]
+        as_array: numpy.ndarray[Any, Any] = found.float().numpy()
+        return as_array
 
 
 # -------------------------------------------------------------------------------------------------------------- pooling
@@ -137,7 +168,10 @@ def _dense(module: Module, size: int) -> torch.nn.Sequential:
     if config["in_features"] != size:
         _refuse("Dense", f"takes vectors of {config['in_features']}, but gets such of {size}")
     linear = torch.nn.Linear(size, config["out_features"], bias=config.get("bias", True))
-    whole = torch.nn.Sequential(linear, _activation(config.get("activation_function")))
+    activation = activation_of(config.get("activation_function") or "torch.nn.Tanh")  # sentence-transformers' default
+    if activation is None:
+        _refuse("Dense", f"has the activation {config['activation_function']}")
+    whole = torch.nn.Sequential(linear, activation)
     try:
         linear.load_state_dict({name.removeprefix("linear."): tensor for name, tensor in module.weights().items()})
     except RuntimeError as cause:  # missing or unexpected ones, or of another shape
@@ -145,12 +179,12 @@ def _dense(module: Module, size: int) -> torch.nn.Sequential:
     return whole.eval().requires_grad_(False)
 
 
-def _activation(name: str | None) -> torch.nn.Module:
-    """One of torch's own; the default is sentence-transformers'."""
-    package, _, kind = (name or "torch.nn.Tanh").rpartition(".")
+def activation_of(name: str) -> torch.nn.Module | None:
+    """One of torch's own, by the name that sentence-transformers writes; None if it is none."""
+    package, _, kind = name.rpartition(".")
     found = getattr(torch.nn, kind, None)
     if not package.startswith("torch.nn") or not isinstance(found, type):
-        _refuse("Dense", f"has the activation {name}")
+        return None
     made = found()
     assert isinstance(made, torch.nn.Module)
     return made

@@ -40,6 +40,7 @@ _NO_ADVICE = {"temperature": (1, 0), "top_p": (1,), "top_k": (0, -1), "min_p": (
 _OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _INSTEAD = "Give a causal language model, one whose config.json names a …ForCausalLM."
+_ENCODER = " For its vectors, or its scores of pairs of texts, give engine='encoder'."
 
 
 _reading = threading.Lock()
@@ -247,11 +248,22 @@ def _refuse_unless_causal(config: Any, source: _Source) -> None:
     if _has_own_code(config) and source.arguments["trust_remote_code"]:
         return
     if not _is_listed("MODEL_FOR_CAUSAL_LM_MAPPING", config, otherwise=True):
-        raise EngineStartError(f"{what}, for which transformers has no causal language model. {_INSTEAD}")
+        raise EngineStartError(
+            f"{what}, for which transformers has no causal language model. {_INSTEAD}{_as_encoder(config)}"
+        )
     if _reads_both_ways(config):
-        raise EngineStartError(f"{what}, an encoder: it reads text and writes none. {_INSTEAD}")
+        raise EngineStartError(f"{what}, an encoder: it reads text and writes none. {_INSTEAD}{_as_encoder(config)}")
     if classes and classes[0].endswith(_OTHER_HEADS):
-        raise EngineStartError(f"{what}, which labels text and writes none. {_INSTEAD}")
+        raise EngineStartError(f"{what}, which labels text and writes none. {_INSTEAD}{_as_encoder(config)}")
+
+
+def _as_encoder(config: Any) -> str:
+    """What a model can be used for that reads text: its vectors, or its scores."""
+    classes = list(getattr(config, "architectures", None) or ())
+    if classes and classes[0].endswith(_OTHER_HEADS):
+        return _ENCODER if classes[0].endswith("ForSequenceClassification") else ""
+    reads = _is_listed("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", config, otherwise=False)
+    return _ENCODER if reads and not getattr(config, "is_encoder_decoder", False) else ""
 
 
 def _has_own_code(config: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lmbridge.errors import EngineStartError
 from lmbridge.messages import Rerank
 from tests.engines.encoder.conftest import FAMILIES, MIXED, alone, apart, driven, save_model, score_alone
 
@@ -52,6 +53,33 @@ def test_packed_as_on_a_gpu(tmp_path: Path, family: str) -> None:
             core.layout._slack = 2.0
             for text, vector in zip(MIXED, await driver.ask_all(MIXED), strict=True):
                 assert apart(vector, alone(folder, text)) <= 1e-5
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("length", "layout"), [(None, "single"), (250, "packed")])
+def test_positions_that_follow_the_longest_text(tmp_path: Path, length: int | None, layout: str) -> None:
+    """A short text would get another vector beside a long one, which the short texts at the start do not show."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 1.2,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 2.0, 4.0, 8.0],
+        "original_max_position_embeddings": 250,
+    }
+    folder = save_model(tmp_path, "qwen3", rope_parameters=rope)
+
+    async def scenario() -> None:
+        async with driven(folder, pooling="lasttoken", max_length=length) as driver:
+            assert driver.layout == layout
+            texts = [*MIXED, *([] if length else ["the cat " * 140])]
+            for text, vector in zip(texts, await driver.ask_all(texts), strict=True):
+                assert apart(vector, alone(folder, text, "lasttoken")) <= 1e-5
+        if length is None:
+            with pytest.raises(EngineStartError, match="longrope positions follow the longest text"):
+                async with driven(folder, pooling="lasttoken", layout="grouped"):
+                    pass
 
     asyncio.run(scenario())
 

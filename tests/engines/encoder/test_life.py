@@ -118,6 +118,27 @@ def test_what_is_no_number_is_told_to_its_caller(bert: str) -> None:
     asyncio.run(scenario())
 
 
+def test_a_vector_of_another_size_is_told_to_its_caller(bert: str) -> None:
+    """It would get into an index of others, or stop the job of all who were in its batch."""
+
+    def shorten(items: Any) -> Any:
+        found = run(items)
+        return found[:, :5] if any(POISON in item.ids for item in items) else found
+
+    async def scenario() -> None:
+        nonlocal run
+        async with driven(bert) as driver:
+            layout: Any = driver.engine._core.layout if driver.engine._core is not None else None
+            run, layout.run = layout.run, shorten
+            good, bad = driver.add("the cat"), driver.add("the poison")
+            assert apart((await good.wait()).value, alone(bert, "the cat")) <= 1e-5
+            assert isinstance((await bad.wait()).error, EngineError)
+            assert "shape (1, 5) for 1 texts; from its start on it was 32" in str(bad.error)
+
+    run: Any = None
+    asyncio.run(scenario())
+
+
 def test_a_broken_device_is_the_end_of_the_engine(bert: str) -> None:
     """Every later text would fail too, one by one, and nobody would start the engine anew."""
     runs = []
@@ -332,6 +353,8 @@ def test_it_takes_turns_and_keeps_them_short(bert: str) -> None:
             assert seen
             assert set(seen) == {1}
             assert party.inside == 0
+            party.seconds = float("inf")  # of one whose neighbours have next to no weight
+            assert len(await driver.ask_all(["cat"] * 20)) == 20
 
     asyncio.run(scenario())
 

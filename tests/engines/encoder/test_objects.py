@@ -10,10 +10,12 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import transformers
 
 from lmbridge import Bridge
-from lmbridge.errors import EngineStartError, InvalidRequestError
-from tests.engines.encoder.conftest import MIXED, add_modules, apart, save_model
+from lmbridge.engines.encoder import EncoderEngine
+from lmbridge.errors import EngineStartError, InvalidRequestError, PromptTooLongError
+from tests.engines.encoder.conftest import MIXED, add_modules, alone, apart, save_model
 
 _WHY = "pip install sentence-transformers; no extra brings it, since lmbridge reads its files without it"
 
@@ -82,8 +84,76 @@ def test_a_ranker_that_cannot_be_taken_apart() -> None:
         assert bridge.stats()["max_batch_size"] == 2
     with pytest.raises(InvalidRequestError, match="no option 'runner'"):
         Bridge(_FakeRanker(), runner="paged")
-    with pytest.raises(EngineStartError), Bridge(_FakeRanker(), layout="packed"):
+    with pytest.raises(EngineStartError, match="no layout of this engine"), Bridge(_FakeRanker(), layout="packed"):
         pass
+
+
+def test_a_score_is_what_the_object_makes_it() -> None:
+    """Scores that the program knows as logits would come out as probabilities, and all large ones as 1."""
+    ranker: Any = _FakeRanker()
+    ranker.activation_fn = torch.nn.Identity()
+    with Bridge(ranker) as bridge:
+        assert [one.score for one in bridge.rerank("cat", ["a dog", "a cat"])] == [2.0, -2.0]
+        assert "identity score" in bridge.describe()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "named"),
+    [
+        ({"max_length": 16}, EngineStartError, "max_length"),
+        ({"pooling": "cls", "layout": "grouped"}, EngineStartError, "pooling and no layout"),
+        ({"dtype": "bfloat16"}, InvalidRequestError, "dtype"),
+        ({"revision": "main"}, InvalidRequestError, "revision"),
+        ({"task": "rerank"}, InvalidRequestError, "task"),
+    ],
+)
+def test_options_that_an_object_cannot_have(options: Any, error: Any, named: str) -> None:
+    """A limit or a type that was asked for would be left out without a word."""
+    with pytest.raises(error, match=named), Bridge(_FakeOfThatPackage(), **options):
+        pass
+
+
+def test_an_object_stays_on_its_device() -> None:
+    """As above; asking for where it is anyway is no mistake."""
+    model: Any = _FakeOfThatPackage()
+    model.device = torch.device("cuda:0")
+    EncoderEngine(model, device="cuda", task="embed", dtype="auto")
+    with pytest.raises(InvalidRequestError, match="device='cpu' does not go with"):
+        EncoderEngine(model, device="cpu")
+
+
+class _FakeWithParts(_FakeOfThatPackage):
+    """Is made of a real model and a tokenizer, and says what these say."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = folder
+        self.auto_model = transformers.AutoModel.from_pretrained(folder)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.prompts = {}
+        self.max_seq_length = 250
+
+    def __iter__(self) -> Any:
+        return iter([self])
+
+    def encode(self, texts: list[str], *args: Any, **options: Any) -> Any:
+        return numpy.stack([alone(self.folder, text, length=self.max_seq_length) for text in texts])
+
+
+_FakeWithParts.__module__, _FakeWithParts.__name__ = "sentence_transformers.fake", "Transformer"
+
+
+def test_an_object_takes_the_options_of_a_folder(bert: str) -> None:
+    """A limit on the length would be left out, and the object be served by its slow methods for it."""
+    model = _FakeWithParts(bert)
+    with Bridge(model) as bridge:
+        assert "packed, mean pooling (none stated), 250 tokens" in bridge.describe()
+    with Bridge(model, max_length=16, pooling="cls", layout="grouped") as bridge:
+        assert "grouped, cls pooling, 16 tokens" in bridge.describe()
+        with pytest.raises(PromptTooLongError):
+            bridge.embed("cat " * 20)
+        found = bridge.embed(MIXED, truncate="end")
+        assert apart(found, [alone(bert, text, "cls", length=16) for text in MIXED]) <= 1e-5
 
 
 @pytest.mark.long

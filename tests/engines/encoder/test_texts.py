@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,10 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from lmbridge import Bridge
 from lmbridge.engines.encoder import EncoderEngine
+from lmbridge.engines.encoder.settings import Module, Settings
+from lmbridge.engines.encoder.vectors import Tail, finished
 from lmbridge.errors import EngineStartError, InvalidRequestError, LMBridgeError, PromptTooLongError
 from lmbridge.messages import Embed, Rerank
 from tests.engines.encoder.conftest import (
@@ -28,6 +34,7 @@ from tests.engines.encoder.conftest import (
     tokenizer,
 )
 
+_OLDEST = "default_activation_function"
 POOLINGS = ("mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens")
 
 
@@ -258,6 +265,8 @@ def test_a_text_of_broken_unicode_is_refused(bert: str) -> None:
         ("layout", "padded"),
         ("self_check", 1),
         ("dtype", "int8"),
+        ("device", "gpu"),
+        ("device", "cuda:one"),
     ],
 )
 def test_options_are_checked_before_anything_is_loaded(bert: str, option: str, value: Any) -> None:
@@ -280,6 +289,96 @@ def test_a_length_that_the_model_does_not_have(tmp_path: Path, bert: str) -> Non
     for folder in (bert, roberta):
         with pytest.raises(EngineStartError, match=f"max_length is {ROOM + 1}, but the model has positions for {ROOM}"):
             asyncio.run(scenario(folder, ROOM + 1))
+
+
+def test_a_length_without_room_for_a_text(bert: str, reranker: str) -> None:
+    """All texts would be cut to their special tokens, which all have the same vector."""
+
+    async def scenario(folder: str, length: int) -> None:
+        async with driven(folder, max_length=length) as driver:
+            job = Embed("cat dog", truncate="end") if folder == bert else Rerank("cat dog", "cat dog")
+            answer = await driver.add(job).wait()
+            assert answer.last is not None
+            assert answer.last.usage is not None
+            assert answer.last.usage.prompt_tokens == length
+
+    for folder, least in ((bert, 3), (reranker, 5)):
+        asyncio.run(scenario(folder, least))
+        with pytest.raises(EngineStartError, match=f"would read {least - 1} tokens of a text, but it needs {least}"):
+            asyncio.run(scenario(folder, least - 1))
+
+
+@pytest.mark.parametrize("place", ["config_sentence_transformers.json", "config.json", "oldest"])
+def test_a_score_is_made_as_the_files_say(reranker: str, tmp_path: Path, place: str) -> None:
+    """A threshold that was found on the model's own scores would mean nothing."""
+    folder = tmp_path / "ranker"
+    shutil.copytree(reranker, folder)
+    name = "torch.nn.modules.linear.Identity"
+    said: Any = {"activation_fn": name}
+    if place != "config_sentence_transformers.json":
+        said = {"sentence_transformers": said} if place == "config.json" else {f"sbert_ce_{_OLDEST}": name}
+        said = json.loads((folder / "config.json").read_text()) | said
+    (folder / place.replace("oldest", "config.json")).write_text(json.dumps(said))
+
+    async def scenario() -> None:
+        async with driven(str(folder)) as driver:
+            assert "rerank, packed, identity score" in driver.engine.describe()
+            for text in MIXED[:3]:
+                score = await driver.ask(Rerank("cat", text))
+                assert abs(1 / (1 + math.exp(-score)) - score_alone(reranker, "cat", text)) <= 1e-5
+
+    asyncio.run(scenario())
+    path = folder / place.replace("oldest", "config.json")
+    path.write_text(path.read_text().replace(name, "mine.Activation"))
+    with pytest.raises(EngineStartError, match=r"makes its scores by mine\.Activation"):
+        asyncio.run(scenario())
+
+
+def test_of_several_labels_the_last_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody would know which of a model's three labels the documents were put in order by."""
+    folder = save_model(tmp_path, head="ForSequenceClassification", num_labels=3)
+
+    async def scenario() -> None:
+        with caplog.at_level(logging.INFO, "lmbridge.loading"):
+            async with driven(folder) as driver:
+                assert "softmax of the last of 3 labels" in driver.engine.describe()
+                score = await driver.ask(Rerank("cat", MIXED[1]))
+                assert abs(score - score_alone(folder, "cat", MIXED[1])) <= 1e-5
+        assert sum("a score is the softmax of the last of 3 labels" in line for line in caplog.messages) == 1
+        with pytest.raises(EngineStartError, match="leave pooling='cls' out"):
+            async with driven(folder, pooling="cls"):
+                pass
+
+    asyncio.run(scenario())
+
+
+def test_a_prompt_that_may_be_mistyped_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A slip in the name of a prompt would make vectors that are a little wrong, for ever."""
+    folder = save_model(tmp_path)
+    add_modules(folder, general={"prompts": {"query": "query: ", "passage": "document: "}})
+
+    async def scenario() -> None:
+        async with driven(folder) as driver:
+            for prompt in ("qeury", "qeury", "query", "passage", "document", "", "a query: ", "the cat."):
+                await driver.ask(Embed("the cat", prompt=prompt))
+
+    asyncio.run(scenario())
+    told = [line for line in caplog.messages if "names no prompt" in line]
+    assert len(told) == 1
+    assert "prompt='qeury'" in told[0]
+    assert "'query', 'passage'" in told[0]
+
+
+def test_vectors_of_any_size_get_length_one() -> None:
+    """A model of large numbers would give zeros, whose cosine with everything is 0."""
+    for size in (1e-30, 1e-20, 1.0, 1e20, 1e37):
+        row = numpy.array([[3 * size, 4 * size]], numpy.float32)
+        (vector,) = finished(row, [(None, True)])
+        assert vector.dtype == numpy.float32
+        assert apart(vector, [0.6, 0.8]) <= 1e-6
+        tail = Tail(Settings(modules=[Module("Normalize", {})]), ("mean",), 2, torch.zeros(1))
+        assert apart(tail(torch.from_numpy(row), torch.tensor([1])), [[0.6, 0.8]]) <= 1e-6
+    assert finished(numpy.zeros((1, 2), numpy.float32), [(None, True)])[0].tolist() == [0, 0]
 
 
 def test_task_and_size_are_known(bert: str, reranker: str, tmp_path: Path) -> None:
@@ -335,3 +434,10 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(LMBridgeError, match="encoder-decoder"):
         asyncio.run(scenario())
+
+
+def test_without_the_engine_name_it_is_told(bert: str, reranker: str) -> None:
+    """Whoever leaves ``engine="encoder"`` out would be told to look for another model."""
+    for folder in (bert, reranker):
+        with pytest.raises(EngineStartError, match="engine='encoder'"), Bridge(folder):
+            pass
