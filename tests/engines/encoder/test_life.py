@@ -121,6 +121,8 @@ def test_what_is_no_number_is_told_to_its_caller(bert: str) -> None:
 def test_a_vector_of_another_size_is_told_to_its_caller(bert: str) -> None:
     """It would get into an index of others, or stop the job of all who were in its batch."""
 
+    run: Any = None
+
     def shorten(items: Any) -> Any:
         found = run(items)
         return found[:, :5] if any(POISON in item.ids for item in items) else found
@@ -135,7 +137,6 @@ def test_a_vector_of_another_size_is_told_to_its_caller(bert: str) -> None:
             assert isinstance((await bad.wait()).error, EngineError)
             assert "shape (1, 5) for 1 texts; from its start on it was 32" in str(bad.error)
 
-    run: Any = None
     asyncio.run(scenario())
 
 

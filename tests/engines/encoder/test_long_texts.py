@@ -131,7 +131,12 @@ def test_long_texts_stand_in_nobodys_way(bert: str) -> None:
             assert core is not None
             begun: list[Any] = []
             encode = core.encoder.encode
-            core.encoder.encode = lambda job: (begun.append(job), encode(job))[1]  # type: ignore[method-assign]
+
+            def noted(job: Any) -> Any:
+                begun.append(job)
+                return encode(job)
+
+            core.encoder.encode = noted  # type: ignore[method-assign]
             listed = [driver.add(long, "list") for _ in range(100)]
             other = driver.add(Embed("the dog " * 5_000, truncate="end"), "somebody")
             short = driver.add("the dog", "third")
