@@ -44,6 +44,13 @@ class Party(Protocol):
     def share(self) -> float | None:
         """For how many seconds a turn should last now, at most; None while nobody else is at work on the device."""
 
+    def pause(self) -> float:
+        """In the midst of a turn, on its thread: let those who wait have theirs first; how many seconds they took."""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a thread of this engine waits for its turn now. Takes no lock."""
+
 
 class _Alone:
     """Nobody else works on the device."""
@@ -53,6 +60,13 @@ class _Alone:
 
     def share(self) -> float | None:
         return None
+
+    def pause(self) -> float:
+        return 0.0
+
+    @property
+    def waiting(self) -> bool:
+        return False
 
 
 class Engine(ABC):

@@ -1,7 +1,7 @@
 """The encoder engine: texts to vectors, and pairs of texts to scores, file by file as a text passes.
 
 1. ``engine`` takes the request; ``encoding`` makes tokens of its text (``prompts`` go before
-   it), and ``pace`` knows how many fit into a turn.
+   it), ``pace`` knows how many fit into a turn, and in ``pauses`` others may go first.
 2. ``layouts`` has the model run over a batch: all texts in one row without padding (``attention`` keeps them apart),
    groups of similar length, or one by one. ``vectors`` pools what comes out and makes it as long as was asked for.
 3. ``core`` is what all of that hangs together by.

@@ -31,6 +31,7 @@ from lmbridge.messages import Delta, Embed, Request, Rerank, Task, Usage
 if TYPE_CHECKING:
     from lmbridge.engines.encoder.core import Core
     from lmbridge.engines.encoder.encoding import Item
+    from lmbridge.engines.encoder.pauses import Pauses
 
 T = TypeVar("T")
 
@@ -128,6 +129,7 @@ class EncoderEngine(Engine):
         self._batcher: Batcher[Item] | None = None
         self._long: Batcher[Request] = Batcher(self._tokenize, max_items=LONG_TEXTS, max_size=LONG_CHARACTERS)
         self._pace = Pace()
+        self._pauses: Pauses | None = None  # there while the model is
         self._steps = 0  # how often the worker thread has begun or ended something
         self._at_work: int | None = None  # the thread that is in the model
         self._dead: BaseException | None = None
@@ -172,16 +174,21 @@ class EncoderEngine(Engine):
         from lmbridge.engines.transformers import library
 
         library.import_library()
+        from lmbridge.engines.encoder.pauses import Pauses
         from lmbridge.engines.encoder.starting import begin
 
         # kept at once: whoever waits for it may be cancelled
         core = self._core = begin(self._options, self._given, self._object_task, self._label)
+        self._pauses = Pauses(core.module, self.party)
         return core
 
     def _unload(self) -> None:
         """On the worker thread."""
         core, self._core = self._core, None
+        pauses, self._pauses = self._pauses, None
         self._given = None
+        if pauses is not None:
+            pauses.close()
         if core is not None:
             from lmbridge.engines.encoder.starting import unload
 
@@ -216,9 +223,14 @@ class EncoderEngine(Engine):
             self._batcher.discard(request_id)
 
     def progress(self, request_id: str) -> int | None:
-        """How much the worker thread has begun and ended so far: whoever waits does so for a batch or a long text."""
+        """How much the worker thread has begun and ended so far: whoever waits does so for a batch or a long text.
+
+        While the engine waits for its turn on the device, which is no fault of its own, it is a clock.
+        """
         batcher = self._batcher
         inside = request_id in self._long or (batcher is not None and request_id in batcher)
+        if inside and self.party.waiting:
+            return time.monotonic_ns()
         return self._steps if inside else None
 
     def where(self) -> str:
@@ -304,10 +316,13 @@ class EncoderEngine(Engine):
         core = self._core
         if core is None:
             raise EngineDeadError("The encoder engine was closed.")
+        pauses = self._pauses
         with self.party.turn():
+            before = pauses.waited if pauses is not None else 0.0
             begun = time.perf_counter()
             values = self._at(functools.partial(core.run, items))
-            self._pace.take(sum(item.size for item in items), time.perf_counter() - begun)
+            others = pauses.waited - before if pauses is not None else 0.0
+            self._pace.take(sum(item.size for item in items), time.perf_counter() - begun - others)
         return values
 
     def _at(self, work: Callable[[], T]) -> T:
@@ -322,8 +337,8 @@ class EncoderEngine(Engine):
 
     def _cap(self) -> int | None:
         """How many tokens fit into the engine's share of the device; None while it is alone there."""
-        share = self.party.share()
-        return None if share is None else self._pace.tokens_in(share)
+        share, pauses = self.party.share(), self._pauses
+        return None if share is None else self._pace.tokens_in(share * (pauses.parts if pauses is not None else 1))
 
     def _die(self, cause: BaseException) -> None:
         """Every later call to the device will fail as well: whoever is inside is lost, and the server is told once."""

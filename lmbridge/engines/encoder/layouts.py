@@ -142,7 +142,7 @@ class Packed(Layout):
         self._starts: torch.Tensor | None = None  # of the texts, while the model is to be told of their first tokens
         self._hook: Any = None
         if tail is None:
-            self._hook = last_layer(model).register_forward_hook(self._first_tokens)
+            self._hook = layers_of(model)[-1].register_forward_hook(self._first_tokens)
         model.set_attn_implementation(attention.NAME)
 
     def close(self) -> None:
@@ -238,8 +238,8 @@ def unbatchable(model: Any, room: int) -> str:
     return f"its {kind} positions follow the longest text (max_length={short} avoids it)" if room > short else ""
 
 
-def last_layer(model: Any) -> Any:
-    """The last of the model's layers.
+def layers_of(model: Any) -> list[Any]:
+    """The model's layers, in the order in which they run.
 
     Raises:
         ValueError: there is no list of as many modules as the model has layers.
@@ -247,7 +247,7 @@ def last_layer(model: Any) -> Any:
     count = model.config.get_text_config().num_hidden_layers
     for module in model.base_model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return module[-1]
+            return list(module)
     raise ValueError("the model has no list of layers")
 
 
