@@ -332,6 +332,13 @@ class RecordingParty:
         finally:
             self.inside -= 1
 
+    def pause(self) -> float:
+        return 0.0
+
+    @property
+    def waiting(self) -> bool:
+        return False
+
     def share(self) -> float | None:
         return self.seconds
 
