@@ -22,6 +22,7 @@ RUNS = [
     ["sampler_cost"],
     ["long_prompt"],
     ["real_model", "--serve", "--profile"],
+    ["device_turns"],
 ]
 
 
