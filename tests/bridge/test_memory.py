@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import threading
 import tracemalloc
 from collections.abc import Callable
@@ -72,7 +73,8 @@ def test_callers_that_are_gone_leave_nothing(come_and_go: Callable[[Bridge, int]
 
     with Bridge(engine) as bridge:
         tracemalloc.start()
-        before = traced(range(500))
-        after = traced(range(500, 500 + count))
+        half = count // 2
+        sizes = [traced(range(500)), traced(range(500, 500 + half)), traced(range(500 + half, 500 + 2 * half))]
         tracemalloc.stop()
-    assert (after - before) / count < 20  # bytes; an account with its pair of queues takes thousands
+    grown = min(after - before for before, after in itertools.pairwise(sizes))  # Python itself may take some, once
+    assert grown / half < 20  # bytes; an account with its pair of queues takes thousands
