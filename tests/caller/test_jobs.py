@@ -294,5 +294,5 @@ def test_a_list_that_its_owner_uses_again_changes_nothing(scripted: Any) -> None
     future = bridge.submit_rerank("quick", documents)
     documents[:] = ["another's", "another's"]
     engine.wait_for(lambda engine: engine.active == 2)
-    engine.step()
+    engine.step(2)  # the first may have gone alone
     assert [ranked.document for ranked in future.result(30)] == ["quick fox", "nothing"]
