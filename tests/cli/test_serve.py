@@ -113,7 +113,7 @@ def streaming(served: Served, content: str = ENDLESS) -> Iterator[http.client.HT
     to.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
     response = to.getresponse()
     assert response.status == 200, response.read()
-    while b'"0 "' not in (line := response.readline()):
+    while b'"0 ' not in (line := response.readline()):
         assert line
     try:
         yield response
