@@ -356,8 +356,9 @@ def test_an_idle_model_is_unloaded(on: Build) -> None:
     running = bridge.submit("one two")
     until(lambda: model.built and model.built[0].active)
     model.built[0].step()
+    other = on(Model("b"), Device(), keep_alive=0.05).start()  # begins to be idle after the call has begun
+    until(lambda: other.state == "unloaded")
     turns(bridge)
-    time.sleep(0.15)  # three times as long as it is kept: nobody announces that it is
     assert bridge.state == "ready"
     model.built[0].step()
     assert running.result(30).text == "one two"

@@ -8,7 +8,7 @@
 
 Before that, ``starting`` brings it together: ``loading`` loads the model as ``options`` say, ``settings`` reads the
 files that sentence-transformers keeps beside it, ``objects`` takes apart what was ``given`` ready-made, and ``proof``
-finds the fastest layout that is right. ``sizes`` tells how large the model will be.
+finds the fastest layout that is right.
 
 Rule: importing this package loads neither torch nor transformers.
 """

@@ -21,9 +21,9 @@ from lmbridge.engines.encoder.encoding import CHARACTERS, cost
 from lmbridge.engines.encoder.given import check_options_of_object, task_of_object
 from lmbridge.engines.encoder.options import EncoderOptions
 from lmbridge.engines.encoder.pace import Pace
-from lmbridge.engines.encoder.sizes import weight_bytes
 from lmbridge.engines.models import announce, find_model
 from lmbridge.engines.standing import where_is
+from lmbridge.engines.transformers.memory import weight_bytes
 from lmbridge.engines.transformers.options import ModelOptions
 from lmbridge.errors import EngineDeadError
 from lmbridge.messages import Delta, Embed, Request, Rerank, Task, Usage
