@@ -81,15 +81,23 @@ def install() -> None:
     AttentionMaskInterface.register(NAME, mask)
 
 
+def chosen(model: Any) -> str | None:
+    """The attention that the model uses, by a name that transformers does not document; None where it has gone."""
+    found: str | None = getattr(model.config, "_attn_implementation", None)
+    return found
+
+
 def is_taken(model: Any) -> bool:
     """Whether the model lets its attention be chosen, so that ours is called at all; it is left as it was."""
-    usual = model.config._attn_implementation
+    usual = chosen(model)
+    if usual is None:
+        return False
     log, silent = logging.getLogger("transformers.modeling_utils"), logging.Filter()
     silent.filter = lambda record: False  # type: ignore[method-assign]  # it warns of what we ask
     log.addFilter(silent)
     try:
         model.set_attn_implementation(NAME)
-        return bool(model.config._attn_implementation == NAME)
+        return chosen(model) == NAME
     except ValueError:
         return False
     finally:

@@ -138,7 +138,7 @@ class Packed(Layout):
         super().__init__(model, tail)
         self._slack = slack or (1.0 if model.device.type == "cpu" else SLACK)
         self._counts_like_roberta = offset is None
-        self._usual = model.config._attn_implementation
+        self._usual = attention.chosen(model)
         self._starts: torch.Tensor | None = None  # of the texts, while the model is to be told of their first tokens
         self._hook: Any = None
         if tail is None:
