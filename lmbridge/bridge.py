@@ -21,7 +21,7 @@ from typing import Any, Literal
 from lmbridge.caller.access import Access
 from lmbridge.caller.account import Account
 from lmbridge.caller.observer import Observer
-from lmbridge.caller.requests import checked_seconds, checked_text
+from lmbridge.caller.requests import checked_flag, checked_seconds, checked_text
 from lmbridge.caller.verbs import Verbs
 from lmbridge.chat import Chat
 from lmbridge.client import Client
@@ -36,7 +36,7 @@ from lmbridge.metrics import Metrics
 from lmbridge.server.lodging import Terms
 from lmbridge.server.swaps import Recipe
 from lmbridge.server.thread import ServerThread
-from lmbridge.values import as_flag, as_int, as_number
+from lmbridge.values import as_int, as_number
 
 _numbers = itertools.count(1)  # for clients without a name
 
@@ -126,7 +126,7 @@ class Bridge(Verbs):
         _check_seconds(timeout=timeout, stall_timeout=stall_timeout, keep_alive=keep_alive)
         if stall_timeout == 0:
             raise InvalidRequestError("stall_timeout=0 lets no engine live; give seconds, or None.", "stall_timeout")
-        terms = Terms(keep_alive, _checked_flag(pin, "pin"), _checked_weight(weight))
+        terms = Terms(keep_alive, checked_flag(pin, "pin"), _checked_weight(weight))
         recipe = _placed(model, engine, engine_options, device)
         metrics = Metrics()
         gate = Gate(max_pending, max_pending_per_client, when_full == "reject", metrics)
@@ -351,13 +351,6 @@ def _placed(model: Any, engine: str, options: dict[str, Any], device: Any) -> Re
     if isinstance(model, (str, Path)) and "device" in inspect.signature(engine_class(engine)).parameters:
         options = {**options, "device": device.name if isinstance(device, Device) else device}
     return dataclasses.replace(_recipe(model, engine, options), device=place)
-
-
-def _checked_flag(value: Any, name: str) -> bool:
-    flag = as_flag(value)
-    if flag is None:
-        raise InvalidRequestError(f"{name} must be True or False, not {value!r}.", name)
-    return flag
 
 
 def _checked_weight(value: Any) -> float:

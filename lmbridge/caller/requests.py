@@ -38,7 +38,7 @@ def make_request(account: Account, prompt: Any, config: GenerationConfig | None,
     client, raw, priority, request_id = account.name, False, 0, None
     if options:
         client = checked_text(options.pop("client", client), "client")
-        raw = _checked_flag(options.pop("raw", raw), "raw")
+        raw = checked_flag(options.pop("raw", raw), "raw")
         priority = _checked_priority(options.pop("priority", priority))
         request_id = options.pop("request_id", None)
     if options or config is not None:
@@ -145,7 +145,8 @@ def _checked_priority(priority: Any) -> int:
     return plain
 
 
-def _checked_flag(value: Any, name: str) -> bool:
+def checked_flag(value: Any, name: str) -> bool:
+    """The option of that name as a bool, or InvalidRequestError."""
     plain = as_flag(value)
     if plain is None:
         raise InvalidRequestError(f"{name} must be True or False, not {value!r}.", name)

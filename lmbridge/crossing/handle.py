@@ -24,6 +24,7 @@ from lmbridge.crossing.endings import closed_error, timeout_error
 from lmbridge.crossing.gate import Gate
 from lmbridge.crossing.status import Status, Verdict
 from lmbridge.crossing.wake_chain import WakeChain
+from lmbridge.engines.thread import loop_behind
 from lmbridge.errors import ForkedError, LMBridgeError, WrongThreadError, fresh
 
 T = TypeVar("T")
@@ -84,7 +85,14 @@ class ServerHandle:
             )
 
     def check_thread(self) -> None:
-        """Raise WrongThreadError on the server thread, which must not block."""
+        """Raise WrongThreadError on the server thread, which must not block, and on the engine's, whose work would wait
+        for itself.
+        """
+        if loop_behind() == self.thread_id is not None:
+            raise WrongThreadError(
+                "This blocking call was made by what the bridge's own engine is computing, which would wait for itself "
+                "forever. Call another bridge there, or this one from another thread."
+            )
         if threading.get_ident() == self.thread_id:
             raise WrongThreadError(
                 "This blocking call was made on the server thread, which would wait for itself forever. "

@@ -13,6 +13,9 @@ from lmbridge.device.ledger import Ledger
 from lmbridge.device.sizes import Limit, device_name
 from lmbridge.device.tenant import Guest, Tenant
 from lmbridge.device.turns import Turns
+from lmbridge.errors import InvalidRequestError
+from lmbridge.log import shown
+from lmbridge.values import as_flag
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,22 @@ class Device:
         name: as torch names it: ``"cpu"``, ``"cuda:0"``.
         memory: what models may have of it, in bytes or as ``"8GB"``, ``"8GiB"`` or ``"80%"``; None: what the device has
             on CUDA, no limit elsewhere.
+        turns: compute one at a time, which keeps a stream's pace beside a large job. False lets all compute at once: on
+            a CPU with cores for each of the models (``torch.set_num_threads``) both get more done, and a stream waits
+            longer now and then.
 
     Raises:
-        InvalidRequestError: either is none of these.
+        InvalidRequestError: one of them is none of these.
     """
 
-    def __init__(self, name: str = "cpu", *, memory: int | str | None = None) -> None:
+    def __init__(self, name: str = "cpu", *, memory: int | str | None = None, turns: bool = True) -> None:
         self.name = device_name(name)
         self._limit = Limit(memory)
         self._limit_known = False
+        flag = as_flag(turns)
+        if flag is None:
+            raise InvalidRequestError(f"turns must be True or False, not {shown(turns)}.", "turns")
+        self._take_turns = flag
         self._begin()
         _devices.add(self)
 
@@ -139,7 +149,7 @@ class Device:
         self._limit_known = True
 
     def _begin(self) -> None:
-        self.turns = Turns()
+        self.turns = Turns(self._take_turns)
         self.ledger = Ledger(self.name)
         self._tenants: weakref.WeakSet[Tenant] = weakref.WeakSet()
         self._limit_known = False

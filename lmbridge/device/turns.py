@@ -27,11 +27,13 @@ MOST_DEBT = 1.0
 """Seconds by which a clock may be ahead of the others': a long prompt is not paid back by a long silence."""
 RECENT = 1.0
 """Seconds for which a lane counts as at work after it has last asked or computed."""
-PART = 0.7
-"""The share of another's usual turn that is taken beside it: what both take together stays below twice as long."""
+PART = 0.5
+"""The share of another's usual turn that is taken beside it. A turn ends with the first pause that is over it, so that
+what both take together stays below twice as long.
+"""
 SLICE = 0.05
 """Seconds of a turn among lanes that all choose for how long they take: there is none to go by."""
-SHORTEST = 0.002
+SHORTEST = 0.0005
 """Seconds below which a turn is not worth its overhead."""
 LATEST = 0.1
 """The weight of the last turn in the moving average of a lane's turns."""
@@ -85,8 +87,8 @@ class Party:
     def pause(self) -> float:
         """In the midst of a turn, on its thread: let those who wait have theirs first; how many seconds that took.
 
-        For what cannot be made shorter, as a batch of one text on a CPU: between two layers of the model, say. It costs
-        next to nothing when nobody waits.
+        For what cannot be made shorter, as a batch of one text on a CPU: between two products of a layer, say. It costs
+        next to nothing when nobody waits, and little while the turn has not lasted for its ``share``.
         """
         return self.turns.pause(self)
 
@@ -134,9 +136,14 @@ class Turn:
 
 
 class Turns:
-    """Hands one device from one thread to the next."""
+    """Hands one device from one thread to the next.
 
-    def __init__(self) -> None:
+    Args:
+        apart: False has nobody wait for anybody.
+    """
+
+    def __init__(self, apart: bool = True) -> None:
+        self._apart = apart
         self._lock = threading.Lock()
         # Guarded by _lock. Should an exception strike between two steps in here, the next who looks sets it right.
         self._holder: Turn | None = None
@@ -173,6 +180,8 @@ class Turns:
             if turn.party.closed:
                 return
             turn.since = lane.seen = monotonic()
+            if not self._apart:
+                return
             clock, due = self._clock, lane.due
             turn.start = clock if due < clock else due if due < clock + MOST_DEBT else clock + MOST_DEBT
             if self._holder is None and not self._line:
@@ -187,17 +196,24 @@ class Turns:
     def end(self, turn: Turn) -> None:
         """It is over, or will not come; more than once does no harm."""
         with self._lock:
-            if self._holder is turn:
+            if not self._apart and turn.since:
+                turn.party.lane.used += monotonic() - turn.since
+                turn.since = 0.0
+            elif self._holder is turn:
                 self._release(turn)
             elif turn in self._line:
                 self._line.remove(turn)
 
     def pause(self, party: Party) -> float:
-        """Hand the party's turn on to those who wait, and take another; seconds until it came."""
+        """Hand the party's turn on to those who wait, if it has lasted long enough, and take another; seconds until it
+        came.
+        """
         turn = self._holder
         if not self._line or turn is None or turn.party is not party or turn.thread != threading.get_ident():
             return 0.0
         began = monotonic()
+        if began - turn.since < (self.share(party.lane) or 0.0):
+            return 0.0
         self.end(turn)
         self.take(turn)
         return monotonic() - began
@@ -215,13 +231,13 @@ class Turns:
     def contended(self, lane: Lane) -> bool:
         """Whether another lane is at work."""
         with self._lock:
-            return bool(self._at_work(lane))
+            return self._apart and bool(self._at_work(lane))
 
     def share(self, lane: Lane) -> float | None:
         """For how many seconds a turn of this lane should last now; None while no other is at work."""
         with self._lock:
             lane.sizes = True
-            others = self._at_work(lane)
+            others = self._at_work(lane) if self._apart else []
         if not others:
             return None
         fixed = [other for other in others if not other.sizes]

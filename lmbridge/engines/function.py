@@ -11,8 +11,9 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from lmbridge.engines.base import Engine, EngineThread, Sink
+from lmbridge.engines.base import Engine, Sink
 from lmbridge.engines.batching import Batcher
+from lmbridge.engines.thread import EngineThread
 from lmbridge.errors import InvalidRequestError
 from lmbridge.log import shown
 from lmbridge.messages import Apply, Request, Task

@@ -19,8 +19,9 @@ from lmbridge.crossing.status import Status
 from lmbridge.device import Device
 from lmbridge.device.sizes import as_size, usual_device
 from lmbridge.device.tenant import Holding, Tenant
-from lmbridge.device.turns import Party
-from lmbridge.engines.base import Engine, EngineThread
+from lmbridge.device.turns import Party, Turns
+from lmbridge.engines.base import Engine
+from lmbridge.engines.thread import EngineThread
 from lmbridge.log import logger, shown
 from lmbridge.server.border import device_said, furnish, name_of
 from lmbridge.server.swaps import Recipe
@@ -52,11 +53,11 @@ class Host(Protocol):
 class Stay:
     """One engine on its device, from before its start to its end. Any thread."""
 
-    def __init__(self, device: Device, holding: Holding) -> None:
+    def __init__(self, device: Device, holding: Holding, turns: Turns) -> None:
         self._device = device
         self._ledger = device.ledger
         self.holding = holding
-        self.party = Party(device.turns, holding.tenant.lane)
+        self.party = Party(turns, holding.tenant.lane)
 
     def loaded(self, engine: Engine) -> None:
         """Take down what the engine holds now that it has started. The server thread."""
@@ -172,7 +173,8 @@ class Lodging:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(news.set)
 
-        stay = Stay(device, Holding(tenant, recipe.label, size or 0, wake))
+        turns = device.turns if _computes_there(engine, recipe) else Turns(False)
+        stay = Stay(device, Holding(tenant, recipe.label, size or 0, wake), turns)
         keep(stay)
         furnish(engine, party=stay.party)
         return size is None or await self._wait_for_room(device, stay.holding, news, unless_stopped, given_up)
@@ -225,6 +227,11 @@ async def _off_the_loop(engine: Engine, recipe: Recipe, unless_stopped: Wait) ->
         if not asking.done():
             asking.cancel()
     return asking.result() if asking.done() and not asking.cancelled() else None
+
+
+def _computes_there(engine: Engine, recipe: Recipe) -> bool:
+    """Whether it is known to: a function that was given no device may wait for the network, or for another bridge."""
+    return recipe.device is not None or _chooses(engine) or type(engine).estimate is not Engine.estimate
 
 
 def _ask(engine: Engine, recipe: Recipe) -> tuple[Device, int | None]:

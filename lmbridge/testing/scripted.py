@@ -10,7 +10,8 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 
-from lmbridge.engines.base import Engine, EngineThread, Sink
+from lmbridge.engines.base import Engine, Sink
+from lmbridge.engines.thread import EngineThread
 from lmbridge.errors import EngineError
 from lmbridge.messages import Delta, FinishReason, GenerationConfig, Prompt, Request, Usage
 

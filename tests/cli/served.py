@@ -13,7 +13,7 @@ from pathlib import Path
 from lmbridge import EngineStartError, Request
 from lmbridge.cli import main
 from lmbridge.engines import ENGINES
-from lmbridge.engines.base import EngineThread
+from lmbridge.engines.thread import EngineThread
 from lmbridge.testing import ScriptedEncoder, ScriptedEngine, prompt_text
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmbridge.device.turns import Party
-from lmbridge.engines.base import Engine, EngineThread, Sink
+from lmbridge.engines.base import Engine, Sink
 from lmbridge.engines.batching import Batcher
+from lmbridge.engines.thread import EngineThread
 from lmbridge.messages import Apply, Request, Task
 
 
@@ -48,7 +49,7 @@ class Products(Engine):
 
     def _cap(self) -> int | None:
         share = self.party.share()
-        parts = self._layers if self._pauses else 1
+        parts = 2 * self._layers if self._pauses else 1
         return None if share is None else max(1, int(share * parts * self._pace))
 
     async def _run(self, items: list[int]) -> Sequence[Any]:
@@ -69,7 +70,7 @@ class Products(Engine):
             rows = torch.ones(sum(items), self.width, device=self.device)
             waited = 0.0
             for number, matrix in enumerate(self._matrices):
-                if number and number % 2 == 0:
+                if number:
                     waited += self._pause()
                 rows = torch.tanh(rows @ matrix)
             rows.sum().item()

@@ -658,11 +658,20 @@ def test_bridges_on_a_device_of_one_name_share_it(on: Build) -> None:
     assert Device.of("cpu") is not Device("cpu")
     bridge = on(Bridge(Model("by name"), device="cpu"))
     bridge.start()
-    other = on(Bridge(ScriptedEngine))
+    other = on(Bridge(ScriptedEngine, device="cpu"))
     other.start()
     for party in (on_device(bridge), on_device(other)):
         assert party.turns is Device.of("cpu").turns
     assert {"by name", "ScriptedEngine"} <= {party.label for party in Device.of("cpu").status().parties}
+
+
+def test_an_engine_that_names_no_device_takes_no_turns(on: Build) -> None:
+    """It may be a function that waits for the network, or for another bridge, and would hold up all the others."""
+    bridge = on(Bridge(ScriptedEngine))
+    bridge.start()
+    with on_device(bridge).turn(), Party(Device.of("cpu").turns, Device.of("cpu").turns.lane(1.0)).turn():
+        pass
+    assert "ScriptedEngine" in {party.label for party in Device.of("cpu").status().parties}
 
 
 def test_the_bundled_model_on_its_device(on: Build) -> None:

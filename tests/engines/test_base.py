@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from lmbridge import Bridge, Delta, Engine, EngineError, GenerationConfig, Request
-from lmbridge.engines import base
-from lmbridge.engines.base import EngineThread
+from lmbridge.engines import base, thread
+from lmbridge.engines.thread import EngineThread
 
 Generate = Callable[[Request], AsyncIterator[Delta]]
 SAID = Delta("a word", [1])
@@ -283,10 +283,10 @@ killed = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExcepti
 
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[EngineThread]:
-    monkeypatch.setattr(base, "LOOK_INTERVAL", 0.01)
-    thread = EngineThread("lmbridge test")
-    yield thread
-    thread.close()
+    monkeypatch.setattr(thread, "LOOK_INTERVAL", 0.01)
+    worker = EngineThread("lmbridge test")
+    yield worker
+    worker.close()
 
 
 def test_whatever_a_call_raises_is_told(worker: EngineThread) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +18,7 @@ from lmbridge import (
     InvalidRequestError,
     RequestTimeoutError,
     UnsupportedTaskError,
+    WrongThreadError,
     function_engine,
 )
 from tests.conftest import until_living
@@ -43,6 +45,28 @@ def test_every_verb() -> None:
         with bridge.client("mine") as client:
             assert client.call("a", timeout=30, priority=2, request_id="own") == "aa"
         assert bridge.describe() == "double (a function)"
+
+
+def test_a_function_that_calls_its_own_bridge_is_told() -> None:
+    """It would wait for itself until the bridge is taken for stalled; another bridge is nobody's business."""
+    asked: list[Any] = []
+
+    def nested(items: list[Any]) -> list[Any]:
+        for ask in asking if 7 in items else []:
+            try:
+                asked.append(ask(1))
+            except WrongThreadError as error:
+                asked.append(str(error))
+        return items
+
+    other, own = Bridge(function_engine(double)), Bridge(function_engine(nested))
+    asking: list[Callable[[Any], Any]] = [own.call, lambda item: own.submit_call(item).result(), other.call]
+    with other, own:
+        assert own.call(7, timeout=30) == 7
+        assert own.call(8, timeout=30) == 8  # and the next are served
+    for told in (asked[0], asked[1]):
+        assert "would wait for itself forever" in told
+    assert asked[2] == 2
 
 
 def test_a_coroutine_function_runs_on_the_loop() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-NAME = "lmbridge_segments"
+NAME = "lmbridge_packed"  # one for the process: another engine's function under the same name would take its place
 _NOT_KNOWN = ("position_bias", "softcap", "s_aux", "head_mask", "block_mask")
 
 

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from lmbridge.engines.base import Engine, EngineThread, Sink
+from lmbridge.engines.base import Engine, Sink
 from lmbridge.engines.batching import Batcher, is_out_of_memory
 from lmbridge.engines.encoder.encoding import CHARACTERS, cost
 from lmbridge.engines.encoder.given import check_options_of_object, task_of_object
@@ -23,6 +23,7 @@ from lmbridge.engines.encoder.options import EncoderOptions
 from lmbridge.engines.encoder.pace import Pace
 from lmbridge.engines.models import announce, find_model
 from lmbridge.engines.standing import where_is
+from lmbridge.engines.thread import EngineThread
 from lmbridge.engines.transformers.memory import weight_bytes
 from lmbridge.engines.transformers.options import ModelOptions
 from lmbridge.errors import EngineDeadError

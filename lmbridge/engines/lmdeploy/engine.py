@@ -19,13 +19,14 @@ import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, ClassVar
 
-from lmbridge.engines.base import Engine, EngineThread, engine_error
+from lmbridge.engines.base import Engine, engine_error
 from lmbridge.engines.lmdeploy.answer import Answer
 from lmbridge.engines.lmdeploy.loading import load, room, vocabulary_size
 from lmbridge.engines.lmdeploy.options import LMDeployOptions
 from lmbridge.engines.lmdeploy.sampling import check_ranges, sampling_fields
 from lmbridge.engines.models import find_model
 from lmbridge.engines.text import Vocabulary
+from lmbridge.engines.thread import EngineThread
 from lmbridge.errors import (
     EngineDeadError,
     InvalidRequestError,

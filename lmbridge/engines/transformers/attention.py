@@ -25,7 +25,7 @@ import torch
 import transformers
 from torch.nn.functional import scaled_dot_product_attention
 
-NAME = "lmbridge_segments"
+NAME = "lmbridge_paged"
 _PLANS = (
     "_lmbridge_plans"  # an attribute of the step's ``cu_seq_lens_k``, so that what is remembered ends with the step
 )

@@ -15,9 +15,10 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lmbridge.engines.base import Engine, EngineThread, Sink, engine_error
+from lmbridge.engines.base import Engine, Sink, engine_error
 from lmbridge.engines.models import announce, find_model
 from lmbridge.engines.text import Piece, TextStream
+from lmbridge.engines.thread import EngineThread
 from lmbridge.engines.transformers.options import ModelOptions
 from lmbridge.engines.transformers.running import Running
 from lmbridge.errors import EngineDeadError, LMBridgeError, UnsupportedOptionError
