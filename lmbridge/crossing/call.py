@@ -127,6 +127,7 @@ class Call:
             whole = deltas[0] if len(deltas) == 1 else join_deltas(deltas)
             outcome.text, outcome.token_ids, outcome.logprobs = whole.text, whole.token_ids, whole.logprobs
             outcome.value = whole.value
+            outcome.prompt_token_ids, outcome.prompt_logprobs = whole.prompt_token_ids, whole.prompt_logprobs
         return outcome
 
     def error(self, outcome: BaseException) -> BaseException:
