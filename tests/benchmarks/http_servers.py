@@ -11,7 +11,7 @@ engine, and once over the bundled model. The client is one loop over raw sockets
   is told, at the worst
 - crowd: with a stream on each of 64 threads, milliseconds until one more request is answered; inf: not in a second
 
-Run: ``python -m tests.benchmarks.http_servers [--servers cheroot,waitress,…] [--streams 64] [--rounds 3]``
+Run: ``python -m tests.benchmarks.http_servers [--servers serve,waitress,…] [--streams 64] [--rounds 3]``
 """
 
 from __future__ import annotations
@@ -113,13 +113,14 @@ def serve_waitress(port: int, threads: int) -> None:
     ).run()  # fmt: skip
 
 
-def serve_cheroot(port: int, threads: int) -> None:
+def serve_ours(port: int, threads: int) -> None:
     from lmbridge.flask.http_server import HttpServer
 
-    HttpServer(create_app(), "127.0.0.1", port, threads, 1 << 20).start()
+    HttpServer(create_app(), "127.0.0.1", port, threads, 1 << 20).open()
+    threading.Event().wait()
 
 
-def serve_plain_cheroot(port: int, threads: int) -> None:
+def serve_cheroot(port: int, threads: int) -> None:
     from cheroot.wsgi import Server
 
     Server(("127.0.0.1", port), create_app(), numthreads=threads, max=threads, request_queue_size=128).start()
@@ -140,8 +141,8 @@ def _become(module: str, *arguments: str) -> None:
 
 
 SERVERS: dict[str, Callable[[int, int], None]] = {
-    "cheroot": serve_cheroot,  # as ``lmbridge serve`` has it
-    "cheroot-plain": serve_plain_cheroot,
+    "serve": serve_ours,  # as ``lmbridge serve`` has it
+    "cheroot": serve_cheroot,
     "waitress": serve_waitress,
     "gunicorn": serve_gunicorn,
     "werkzeug": serve_werkzeug,

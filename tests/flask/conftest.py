@@ -90,7 +90,7 @@ def on_waitress(app: Flask) -> Iterator[str]:
 
 
 @contextmanager
-def on_cheroot(app: Flask) -> Iterator[str]:
+def on_serve(app: Flask) -> Iterator[str]:
     """Serve ``app`` by the server of ``lmbridge serve``."""
     from lmbridge.flask.http_server import HttpServer
 
@@ -126,7 +126,7 @@ def on_gunicorn(folder: Path, source: str) -> Iterator[str]:
             drain.join(10)
 
 
-@pytest.fixture(params=[on_werkzeug, on_waitress, on_cheroot], ids=["werkzeug", "waitress", "cheroot"])
+@pytest.fixture(params=[on_werkzeug, on_waitress, on_serve], ids=["werkzeug", "waitress", "serve"])
 def serve(request: pytest.FixtureRequest) -> Serve:
     found: Serve = request.param
     return found

@@ -17,10 +17,10 @@ from openai import OpenAI
 from lmbridge import Bridge
 from lmbridge.flask import LMBridge
 from lmbridge.flask.openai import blueprint
-from tests.flask.conftest import Ends, on_cheroot, on_gunicorn, on_waitress, on_werkzeug
+from tests.flask.conftest import Ends, on_gunicorn, on_serve, on_waitress, on_werkzeug
 
 CAPITALS = {"France": "Paris", "Japan": "Tokyo", "Peru": "Lima", "Kenya": "Nairobi"}
-SERVERS = {"werkzeug": on_werkzeug, "waitress": on_waitress, "cheroot": on_cheroot}
+SERVERS = {"werkzeug": on_werkzeug, "waitress": on_waitress, "serve": on_serve}
 PATIENCE = 60.0  # seconds after which a test is taken to hang
 GUNICORN = """
     from flask import Flask
@@ -78,7 +78,7 @@ def running(url: str, ended: int) -> int:
         return int(found["running"])
 
 
-@pytest.mark.parametrize("name", ["werkzeug", "gunicorn", "waitress", "cheroot"])
+@pytest.mark.parametrize("name", ["werkzeug", "gunicorn", "waitress", "serve"])
 def test_openai_client(name: str, bridge: Bridge, tmp_path: Path) -> None:
     """Whole answers, streams, a crowd of both, and a stream that is left: the same on each server."""
     with serving(name, bridge, tmp_path) as url, OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60) as client:

@@ -30,7 +30,7 @@ from lmbridge.flask.models import models_of
 from lmbridge.flask.reporting import Reporter
 from lmbridge.flask.testing import scripted_engine
 from tests.conftest import until
-from tests.flask.conftest import Serve, on_cheroot, on_waitress, on_werkzeug
+from tests.flask.conftest import Serve, on_serve, on_waitress, on_werkzeug
 
 PATIENCE = 20.0  # seconds after which a test is taken to hang
 WORDS = "one two three"
@@ -162,7 +162,7 @@ def test_it_streams_over_http(serve: Serve, app: Flask) -> None:
 
 def test_each_part_is_sent_as_it_comes(app: Flask) -> None:
     """A response that waits for the whole answer is no stream."""
-    with scripted_engine(app, manual=True) as engine, on_cheroot(app) as url, open_request(url, "/slow") as client:
+    with scripted_engine(app, manual=True) as engine, on_serve(app) as url, open_request(url, "/slow") as client:
         assert read_until(client, b"begun ").startswith(b"HTTP/1.1 200")
         engine.wait_for(lambda engine: engine.active == 2)
         engine.step()
@@ -259,7 +259,7 @@ def test_what_runs_beside_a_stream_ends_with_it(app: Flask) -> None:
         assert len(engine.aborted) == 1
 
 
-@pytest.mark.parametrize("serving", [on_waitress, on_cheroot])
+@pytest.mark.parametrize("serving", [on_waitress, on_serve])
 def test_a_stream_that_fails_does_not_look_whole(app: Flask, serving: Any) -> None:
     """Half an answer that ends like a whole one would be taken for it: the connection breaks instead."""
     with scripted_engine(app, manual=True) as engine, serving(app) as url, ThreadPoolExecutor(1) as pool:
@@ -272,7 +272,7 @@ def test_a_stream_that_fails_does_not_look_whole(app: Flask, serving: Any) -> No
             answer.result(PATIENCE)
 
 
-@pytest.mark.parametrize("serving", [on_werkzeug, on_waitress, on_cheroot])
+@pytest.mark.parametrize("serving", [on_werkzeug, on_waitress, on_serve])
 def test_a_stream_that_is_too_slow_is_logged(serving: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Servers pass over an OSError in silence, and a deadline is one: the log must say why the answer broke off."""
     app = create_app(LMBRIDGE_TIMEOUT=0.2)
@@ -288,7 +288,7 @@ def test_a_stream_that_is_too_slow_is_logged(serving: Any, caplog: pytest.LogCap
 
 def test_a_stream_that_fails_at_once_is_a_500(app: Flask) -> None:
     """What fails before anything was sent still has a status under ``lmbridge serve``."""
-    with scripted_engine(app) as engine, on_cheroot(app) as url:
+    with scripted_engine(app) as engine, on_serve(app) as url:
         engine.fail(WORDS, ValueError("as told"))
         with pytest.raises(urllib.error.HTTPError) as caught:
             get(f"{url}/generator_expression")
