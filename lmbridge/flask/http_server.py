@@ -44,6 +44,7 @@ BODY_TIME = 60.0  # seconds for all of it
 IDLE_TIME = 30.0  # seconds that a connection is kept open without a request
 READ_TIME = 30.0  # seconds in which a client must take something of its answer; it then counts as gone
 LINGER_TIME = 2.0  # seconds in which what a client still sends is thrown away, so that it reads why it was refused
+LINGER_BYTES = 64 * 1024 * 1024  # that are thrown away so
 LOOK = 1.0  # seconds between two looks at the connections, and at threads that others wait for
 STOP_GRACE = 2.0  # seconds for threads to come home at the end
 
@@ -144,7 +145,7 @@ class HttpServer:
         """Close the connections of those who take too long."""
         for channel in list(self._server.active_channels.values()):
             if channel.is_overdue(now):
-                channel.will_close = True
+                channel.handle_close()
 
     def _on_loop(self, work: Any) -> None:
         with contextlib.suppress(OSError):  # it has ended
@@ -165,7 +166,10 @@ class _Request(HTTPRequestParser):
     """One request as it comes in. What two servers could read in two ways is refused (RFC 9112)."""
 
     def parse_header(self, header_plus: bytes) -> None:
-        names = [line.partition(b":")[0].lower() for line in header_plus.split(b"\r\n")[1:]]
+        lines = header_plus.split(b"\r\n")[1:]
+        names = [line.partition(b":")[0].lower() for line in lines]
+        if any(line.startswith((b" ", b"\t")) for line in lines):
+            raise ParsingError("A header of several lines")
         for name in (b"content-length", b"transfer-encoding", b"host"):
             if names.count(name) > 1:
                 raise ParsingError(f"More than one {name.decode()} header")
@@ -248,14 +252,16 @@ class _Channel(HTTPChannel):
     lingers = False
     _begun = 0.0  # when the first byte of the present request came
     _lingers_until: float | None = None
+    _thrown_away = 0  # bytes
 
     def add_channel(self, map: Any = None) -> None:
         super().add_channel(map)
         server: Any = self.server
         others: dict[int, _Channel] = server.active_channels
         if len(others) > server.room:
-            waiting = [channel for channel in others.values() if not channel.requests and channel is not self]
-            min(waiting, key=_Channel.since, default=self).will_close = True
+            waiting = [channel for channel in others.values() if channel is not self and not channel.requests]
+            if waiting:
+                min(waiting, key=_Channel.since).handle_close()
 
     def since(self) -> float:
         """When it last had nothing to wait for."""
@@ -285,7 +291,9 @@ class _Channel(HTTPChannel):
         if self._lingers_until is None:
             super().handle_read()
         else:
-            self.recv(self.adj.recv_bytes)  # which closes where there is no more
+            self._thrown_away += len(self.recv(self.adj.recv_bytes))  # which closes where there is no more
+            if self._thrown_away > LINGER_BYTES:
+                self.handle_close()
 
     def handle_write(self) -> None:
         last = self.lingers and self.close_when_flushed
