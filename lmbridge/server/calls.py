@@ -22,7 +22,7 @@ from lmbridge.errors import EngineDeadError, EngineError, LMBridgeError, fresh
 from lmbridge.log import logger, shown
 from lmbridge.messages import Delta, Outcome
 from lmbridge.metrics import Metrics
-from lmbridge.server.border import as_own, check_task, flaw
+from lmbridge.server.border import as_own, check_task, flaw, name_of
 from lmbridge.server.place import Place
 from lmbridge.server.turns import Turns
 
@@ -111,7 +111,7 @@ class Calls:
         except LMBridgeError as error:
             self._fail(call, as_own(error, call))
         except BaseException as cause:  # SystemExit too: no engine may take the loop with it
-            self._fail(call, engine_error(f"{engine.name} could not begin the request: {shown(cause)}.", cause))
+            self._fail(call, engine_error(f"{name_of(engine)} could not begin the request: {shown(cause)}.", cause))
         if self.left_behind and call.settle(lost_error(LEFT)):  # whoever took over may not have seen that it began
             self._handle.abort(call)
 
@@ -152,7 +152,7 @@ class Calls:
 
     def _disbelieve(self, place: Place, call: Call, wrong: str) -> None:
         """End a call of which the engine says what no reader could take."""
-        call.settle(EngineError(f"The engine {place.engine.name} said {wrong}; mend the engine."))
+        call.settle(EngineError(f"The engine {name_of(place.engine)} said {wrong}; mend the engine."))
         self.abort(call)
         self.let_go(call)
 

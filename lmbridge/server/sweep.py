@@ -15,6 +15,7 @@ from lmbridge.crossing.endings import forgotten_error, interrupted_error
 from lmbridge.crossing.gate import Gate
 from lmbridge.crossing.handle import ServerHandle
 from lmbridge.log import logger
+from lmbridge.server.border import name_of
 from lmbridge.server.calls import Calls
 from lmbridge.server.clock import LookClock
 from lmbridge.server.inbox import Inbox
@@ -114,7 +115,7 @@ class Sweep:
                 self._end_forgotten(place, self._stall_timeout, now)
 
     def _end_forgotten(self, place: Place, patience: float, now: float) -> None:
-        name = place.engine.name
+        name = name_of(place.engine)
         for call in place.unanswered(patience, now):
             logger.warning("The engine %s does not let go of request %s, which was aborted.", name, call.request.id)
             self._calls.let_go(call)

@@ -19,6 +19,7 @@ from lmbridge.errors import InvalidRequestError, RequestTimeoutError, fresh
 from lmbridge.log import shown
 from lmbridge.metrics import Metrics
 from lmbridge.server import health, watchdog
+from lmbridge.server.border import name_of
 from lmbridge.server.keeper import Keeper
 from lmbridge.server.lodging import Lodging, Terms
 from lmbridge.server.swaps import Recipe, Swap
@@ -196,4 +197,4 @@ def _ask(engine: Engine, question: Callable[[Engine], T]) -> T:
     except Exception:
         raise
     except BaseException as cause:  # an engine that exits must not end whoever asked
-        raise engine_error(f"{engine.name} could not answer: {shown(cause)}.", cause) from cause
+        raise engine_error(f"{name_of(engine)} could not answer: {shown(cause)}.", cause) from cause

@@ -15,6 +15,8 @@ from lmbridge import (
     EngineError,
     EngineStartError,
 )
+from lmbridge.engines.base import Sink
+from lmbridge.messages import Request
 from lmbridge.testing import ScriptedEngine
 from tests.server.workshop import Workshop, turns
 
@@ -124,6 +126,32 @@ def test_a_question_that_makes_the_engine_exit(error: BaseException) -> None:
         with pytest.raises(EngineError, match="could not answer"):
             bridge.stats()
         assert bridge.infer("and on").text == "stats"
+
+
+def test_a_name_that_begins_to_raise() -> None:
+    """Messages say what failed, and need not fail for want of a name."""
+
+    class Nameless(ScriptedEngine):
+        begun = False
+
+        @property
+        def name(self) -> str:  # type: ignore[override]
+            if self.begun:
+                raise ValueError("no name any more")
+            return "named"
+
+        def add_request(self, request: Request, sink: Sink) -> None:
+            self.begun = True
+            raise TypeError("as told")
+
+        def stats(self) -> dict[str, float]:
+            raise SystemExit(3)
+
+    with Bridge(Nameless) as bridge:
+        with pytest.raises(EngineError, match="Nameless could not begin the request"):
+            bridge.infer("hello", timeout=30)
+        with pytest.raises(EngineError, match="Nameless could not answer"):
+            bridge.stats()
 
 
 # --- on_death ---
