@@ -8,7 +8,8 @@ beside the language model, or alone; each has a queue of its own:
 The server answers from its first second: /health and /ready say how far it is
 while the model loads. SIGTERM or Ctrl-C lets running answers finish and
 refuses new ones; a second signal ends at once. Keys may also be given by the
-environment: LMBRIDGE_API_KEYS (separated by commas) and LMBRIDGE_ADMIN_KEY.
+environment, where no list of processes shows them: LMBRIDGE_API_KEYS (separated
+by commas) and LMBRIDGE_ADMIN_KEY.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import gc
 import json
 import logging
 import math
@@ -65,18 +67,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an option of --embed and --rerank, such as device=cpu; may be given again",
     )
     add("--host", default="127.0.0.1", help="the address to listen at (default: 127.0.0.1, this machine only)")
+    add(
+        "--allowed-host",
+        metavar="HOST",
+        type=_host,
+        action="append",
+        default=[],
+        help="a name that clients may call it by, besides localhost, --host and IP addresses; .example.org stands for "
+        "its subdomains too, * for any; may be given again",
+    )
     add("--port", type=_port, default=8000, help="0 takes a free one (default: 8000)")
     add(
         "--threads",
         metavar="N",
         type=_positive,
-        default=128,
-        help="requests at once, waiting ones included (default: 128)",
+        default=512,
+        help="requests at once, waiting ones included (default: 512)",
     )
     add("--api-key", metavar="KEY", action="append", default=[], help="clients must have this key; may be given again")
     add("--api-keys-file", metavar="FILE", help="a file of keys, one a line")
     add("--admin-key", metavar="KEY", help="allows POST /admin/swap with this key")
-    add("--max-pending", metavar="N", type=_positive, help="requests that may wait for the model")
+    add("--allow-remote-code", action="store_true", help="let the admin key load models that run code of their own")
+    add("--max-pending", metavar="N", type=_positive, help="requests that may wait for the model (default: 1024)")
+    add(
+        "--max-pending-per-client",
+        metavar="N",
+        type=_positive,
+        help="how many of them may be of one address, or one API key (default: all)",
+    )
     add("--timeout", metavar="SECONDS", type=_seconds, help="the most that a request may take (default: 600)")
     add("--max-request-bytes", metavar="N", type=_positive, help="of a request's body (default: 4 MiB)")
     add("--heartbeat", metavar="SECONDS", type=_seconds, help="of silence, until a stream says something (default: 5)")
@@ -103,6 +121,15 @@ def _port(text: str) -> int:
     if text.isdecimal() and int(text) <= 65535:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
+
+
+def _host(text: str) -> str:
+    from lmbridge.flask.hosts import allowed_name
+
+    try:
+        return allowed_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _seconds_or_zero(text: str) -> float:
@@ -139,6 +166,8 @@ def run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         complain(_why_not(error, arguments))
         return 1
+    if not models.settings.api_keys:
+        _warn_of_strangers(arguments.host)
     try:
         loaded = _load(models, server.url, signals)
         if loaded:
@@ -157,13 +186,22 @@ def run(arguments: argparse.Namespace) -> int:
 
 def configuration(arguments: argparse.Namespace) -> dict[str, Any]:
     """The app's ``LMBRIDGE_*`` keys; what was not given stays at its default."""
+    from lmbridge.flask.config import KEYS
+    from lmbridge.flask.hosts import host_of
+
     keys = arguments.api_key or os.environ.get("LMBRIDGE_API_KEYS")
+    max_pending = arguments.max_pending or KEYS["LMBRIDGE_MAX_PENDING"].default
     given = {
         "MODELS": _sources(arguments),
         "API_KEYS": keys,
         "API_KEYS_FILE": arguments.api_keys_file,
         "ADMIN_KEY": arguments.admin_key or os.environ.get("LMBRIDGE_ADMIN_KEY"),
-        "MAX_PENDING": arguments.max_pending,
+        "ALLOW_REMOTE_CODE": arguments.allow_remote_code,
+        # An address needs no leave, and none stands for "no check": one name must be there.
+        "ALLOWED_HOSTS": [host_of(arguments.host) or "localhost", *arguments.allowed_host],
+        "MAX_PENDING": max_pending,
+        # All users of a proxy have one address, so that one address may have all places.
+        "MAX_PENDING_PER_CLIENT": arguments.max_pending_per_client or max_pending,
         "TIMEOUT": arguments.timeout,
         "MAX_REQUEST_BYTES": arguments.max_request_bytes,
         "HEARTBEAT": arguments.heartbeat,
@@ -221,6 +259,16 @@ def _why_not(error: OSError, arguments: argparse.Namespace) -> str:
     if os.strerror(errno.EADDRINUSE) in str(error):
         return f"{where}: another program listens there already; choose another one with --port."
     return f"{where}: {error}"
+
+
+def _warn_of_strangers(host: str) -> None:
+    from lmbridge.flask.hosts import is_loopback
+
+    if not is_loopback(host):
+        complain(
+            f"there is no API key, so that whoever reaches {host or 'this machine'} may use the models: set "
+            "LMBRIDGE_API_KEYS or give --api-keys-file FILE, or leave --host out to serve this machine only."
+        )
 
 
 def welcome(url: str, models: Models, page: bool) -> str:
@@ -312,6 +360,9 @@ def _drain(server: HttpServer, front: Front, models: Models, timeout: float) -> 
 
 def _end(server: HttpServer, front: Front, models: Models) -> None:
     """Abort what is left, and give each part a bounded time to end."""
+    # Engines collect garbage as they close, and so does the interpreter at its own end. Each time is 0.2 s with what
+    # torch and transformers keep, and this process needs none of it any more.
+    gc.freeze()
     server.closing = models.draining = True
     closing = threading.Thread(target=models.close, kwargs={"timeout": 0.0}, daemon=True)
     closing.start()

@@ -7,6 +7,7 @@ table ``KEYS`` is the documentation too: docs/http.rst has it.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal, NoReturn
 
 from lmbridge.bridge import Bridge
 from lmbridge.errors import InvalidRequestError
+from lmbridge.flask.hosts import allowed_name
 
 ModelSource = str | Mapping[str, Any] | Bridge
 """Where a served model comes from: a model's name, ``{"model": …, "engine": …, option: value}``, or a Bridge."""
@@ -32,6 +34,8 @@ class Settings:
     heartbeat: float = 5.0
     api_keys: tuple[str, ...] = ()
     admin_key: str | None = None
+    allow_remote_code: bool = False
+    allowed_hosts: tuple[str, ...] = ()
     max_request_bytes: int = 4 * 1024 * 1024
     cors_origins: tuple[str, ...] = ()
     log_prompts: bool = False
@@ -76,6 +80,10 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(text.strip() for text in map(_text, parts) if text.strip()) if parts else ()
 
 
+def _hosts(value: Any) -> tuple[str, ...]:
+    return tuple(map(allowed_name, _texts(value)))
+
+
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError
@@ -89,7 +97,7 @@ def _count(value: Any) -> int:
 
 
 def _seconds(value: Any) -> float:
-    if isinstance(value, bool) or not float(value) > 0:
+    if isinstance(value, bool) or not 0 < float(value) < math.inf:
         raise ValueError
     return float(value)
 
@@ -154,6 +162,16 @@ KEYS: dict[str, Key] = {
         None, _optional(str), "a file's path", "More API keys, one a line; lines that begin with # are comments."
     ),
     "LMBRIDGE_ADMIN_KEY": Key(None, _optional(_text), "a text", "Who may exchange models; none: nobody."),
+    "LMBRIDGE_ALLOW_REMOTE_CODE": Key(
+        False, _flag, "True or False", "Let the admin key load models that run code of their own."
+    ),
+    "LMBRIDGE_ALLOWED_HOSTS": Key(
+        (),
+        _hosts,
+        "a list of host names, such as 'lm.example.org', '.example.org' or '*'",
+        "By which names requests may call the server, besides localhost and IP addresses: ``.example.org`` stands for "
+        "its subdomains too, ``*`` for any; none: no check.",
+    ),
     "LMBRIDGE_MAX_REQUEST_BYTES": Key(4 * 1024 * 1024, _count, "an int >= 1", "The largest body that is read."),
     "LMBRIDGE_CORS_ORIGINS": Key(
         (), _texts, "a list of origins, or '*'", "Whose pages may ask from a browser; none: only the server's own."
@@ -163,8 +181,8 @@ KEYS: dict[str, Key] = {
 
 _AS_THEY_ARE = (
     "LMBRIDGE_TIMEOUT", "LMBRIDGE_MAX_PENDING", "LMBRIDGE_MAX_PENDING_PER_CLIENT", "LMBRIDGE_WHEN_FULL",
-    "LMBRIDGE_STALL_TIMEOUT", "LMBRIDGE_HEARTBEAT", "LMBRIDGE_ADMIN_KEY", "LMBRIDGE_MAX_REQUEST_BYTES",
-    "LMBRIDGE_CORS_ORIGINS", "LMBRIDGE_LOG_PROMPTS",
+    "LMBRIDGE_STALL_TIMEOUT", "LMBRIDGE_HEARTBEAT", "LMBRIDGE_ADMIN_KEY", "LMBRIDGE_ALLOW_REMOTE_CODE",
+    "LMBRIDGE_ALLOWED_HOSTS", "LMBRIDGE_MAX_REQUEST_BYTES", "LMBRIDGE_CORS_ORIGINS", "LMBRIDGE_LOG_PROMPTS",
 )  # fmt: skip
 
 
@@ -177,7 +195,7 @@ def _refuse_unknown(key: str) -> NoReturn:
 def _checked(key: str, value: Any) -> Any:
     try:
         return KEYS[key].read(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise InvalidRequestError(f"{key} must be {KEYS[key].expected}, not {value!r:.80}.", key) from None
 
 

@@ -6,6 +6,7 @@ Rule: knows no app beyond the moment of ``init_app``; what belongs to one app is
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from flask import Flask, Request, Response
 
@@ -13,6 +14,7 @@ from lmbridge import Client, LMBridgeError
 from lmbridge.flask.caller import end_with_requests, request_bridge
 from lmbridge.flask.config import Settings
 from lmbridge.flask.errors import error_response
+from lmbridge.flask.hosts import HostError, check_host
 from lmbridge.flask.models import EXTENSION, Models, current_models
 from lmbridge.flask.sse import Reader, event_stream, first_pieces, plain_payloads
 
@@ -45,9 +47,12 @@ class LMBridge:
         """
         if EXTENSION in app.extensions:
             raise RuntimeError(f"The Flask app {app.name!r} has an lmbridge already; initialise it once.")
-        app.extensions[EXTENSION] = Models(Settings.of(app.config), self._account)
+        models = app.extensions[EXTENSION] = Models(Settings.of(app.config), self._account)
+        if models.settings.allowed_hosts:
+            app.before_request(partial(check_host, models.settings.allowed_hosts))
         end_with_requests(app)
         app.register_error_handler(LMBridgeError, error_response)
+        app.register_error_handler(HostError, error_response)
 
     def bridge(self, name: str | None = None) -> Client:
         """The model of that name, or the default one, as the current HTTP request sees it.

@@ -18,16 +18,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
-from flask import Blueprint, Response, abort, request
+from flask import Blueprint, Flask, Response, abort, request
 from werkzeug.exceptions import HTTPException
+from werkzeug.wsgi import get_input_stream
 
 from lmbridge.bridge import Bridge
 from lmbridge.errors import LMBridgeError
+from lmbridge.flask.answers import count_answers, current_answers
 from lmbridge.flask.errors import http_error
 from lmbridge.flask.keys import bearer, is_known
 from lmbridge.flask.models import Models, current_models
+from lmbridge.flask.openai.fields import parse_object
 from lmbridge.flask.swap import exchange, parse_order
 from lmbridge.metrics import Histogram
 from lmbridge.prometheus import BridgeCollector, mean_batch_size
@@ -35,6 +38,7 @@ from lmbridge.prometheus import BridgeCollector, mean_batch_size
 LOOP_PATIENCE = 60.0  # seconds without a sign of life of a server thread after which it is taken for dead
 
 blueprint = Blueprint("lmbridge_operations", __name__)
+blueprint.record_once(lambda state: count_answers(cast(Flask, state.app)))
 _started = time.monotonic()
 
 
@@ -93,12 +97,13 @@ def _states(models: Models) -> dict[str, dict[str, str]]:
 
 @blueprint.get("/metrics")
 def metrics() -> Response:
-    """What Prometheus scrapes: every model's metrics with the label ``model``, and the process's own."""
+    """What Prometheus scrapes: every model's metrics with the label ``model``, the app's, and the process's own."""
     from prometheus_client import CollectorRegistry, ProcessCollector
     from prometheus_client.exposition import choose_encoder
 
     registry = CollectorRegistry()  # one for each scrape: apps in one process must not share, and it costs little
     registry.register(_ModelsCollector(current_models()))
+    registry.register(current_answers())
     ProcessCollector(registry=registry)
     encode, content_type = choose_encoder(request.headers.get("Accept", ""))
     return Response(encode(registry), content_type=content_type)
@@ -174,9 +179,10 @@ def _sum(histogram: Histogram) -> dict[str, float]:
 @blueprint.post("/admin/swap")
 def swap() -> Response:
     """Exchange a model, and tell how it goes in one JSON object a line; see ``lmbridge.flask.swap``."""
-    models = current_models()
-    _check_admin_key(models.settings.admin_key)
-    order = parse_order(request.get_json(force=True, silent=True), models.default)
+    models, settings = current_models(), current_models().settings
+    _check_admin_key(settings.admin_key)
+    body = get_input_stream(request.environ, max_content_length=settings.max_request_bytes).read()
+    order = parse_order(parse_object(body), models.default, settings.allow_remote_code)
     news = exchange(models.bridge(order.model), order)
     return Response(news, mimetype="application/x-ndjson", headers={"Cache-Control": "no-store"})
 

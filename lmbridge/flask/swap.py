@@ -6,6 +6,7 @@ Rule: knows no request. The bridge does the work, on a thread of its own, so tha
 from __future__ import annotations
 
 import concurrent.futures
+import inspect
 import json
 import threading
 import time
@@ -14,13 +15,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from werkzeug.exceptions import Conflict
+from werkzeug.exceptions import Conflict, Forbidden
 
 from lmbridge.bridge import Bridge
 from lmbridge.errors import EngineError, InvalidRequestError, UnknownEngineError
 from lmbridge.flask.errors import http_error
+from lmbridge.flask.openai.fields import BOOL, OBJECT, TEXT, Fields, Kind, number
+from lmbridge.log import shown
 
 NEWS = 0.5  # seconds between two lines while it goes on
+LONGEST = 86_400  # seconds that an order may wait for what runs
 
 _busy: set[Bridge] = set()  # being exchanged now; added under the lock, discarded in one atomic step
 _lock = threading.Lock()
@@ -46,36 +50,47 @@ class Order:
     timeout: float | None = None
 
 
-_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "model": ((str,), "a text"),
-    "to": ((str,), "a text"),
-    "engine": ((str,), "a text"),
-    "options": ((dict,), "an object"),
-    "overlap": ((bool,), "true or false"),
-    "timeout": ((int, float, type(None)), "seconds or null"),
+_KINDS: dict[str, Kind] = {
+    "model": TEXT,
+    "to": TEXT,
+    "engine": TEXT,
+    "options": OBJECT,
+    "overlap": BOOL,
+    "timeout": number(0, LONGEST),
 }
+_NO_OPTIONS = {*_KINDS, *inspect.signature(Bridge.swap).parameters} - {"device"}  # Bridge.swap's own, such as "self"
+_OWN_ATTENTION = (None, "eager", "sdpa", "flex_attention")  # transformers may fetch any other from the hub, and run it
 
 
-def parse_order(body: Any, default: str) -> Order:
+def parse_order(body: dict[str, Any], default: str, allow_remote_code: bool) -> Order:
     """The order in a request's JSON; without ``model`` it is for the model named ``default``.
 
     Raises:
         InvalidRequestError: it is none; ``param`` names the field at fault.
+        Forbidden: an option runs code that comes with a model, which this server was not told to allow.
     """
-    if not isinstance(body, dict):
-        raise InvalidRequestError('The body must be a JSON object such as {"to": "another-model"}.')
-    for name, value in body.items():
+    for name in body:
         if name not in _KINDS:
             raise InvalidRequestError(f"There is no field {name!r}; the fields are {', '.join(_KINDS)}.", name)
-        kinds, wanted = _KINDS[name]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise InvalidRequestError(f"{name} must be {wanted}.", name)
-    for name in body.get("options", {}):
-        if name in _KINDS:
-            raise InvalidRequestError(f"{name} is no option of an engine; it stands beside options.", name)
-    if not body.get("to"):
+    fields = Fields(body)
+    given = {name: value for name, kind in _KINDS.items() if (value := fields.take(name, kind)) is not None}
+    if not given.get("to"):
         raise InvalidRequestError("to is missing: the model to load.", "to")
-    return Order(**{"model": default, **body})
+    for name, value in given.get("options", {}).items():
+        if name in _NO_OPTIONS:
+            raise InvalidRequestError(f"{name} is no option of an engine; the fields are {', '.join(_KINDS)}.", name)
+        if _runs_code(name, value) and not allow_remote_code:
+            raise Forbidden(
+                f"The option {name}={shown(value)} runs code from outside; for that the server must have been started "
+                "with --allow-remote-code, or with LMBRIDGE_ALLOW_REMOTE_CODE in an app."
+            )
+    return Order(**{"model": default, **given})
+
+
+def _runs_code(option: str, value: Any) -> bool:
+    return bool(option == "trust_remote_code" and value) or (
+        option == "attn_implementation" and value not in _OWN_ATTENTION
+    )
 
 
 def exchange(bridge: Bridge, order: Order) -> Iterator[str]:

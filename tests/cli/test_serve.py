@@ -220,7 +220,7 @@ def test_a_client_that_leaves_frees_its_place() -> None:
     with serving(*arguments) as served:
         with socket.create_connection(served.url.removeprefix("http://").split(":")) as client:
             body = b'{"messages": [{"role": "user", "content": "hello"}], "stream": true}'
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
             client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
             assert client.recv(100).startswith(b"HTTP/1.1 200")
             assert served.model()["running"] == 1
