@@ -87,7 +87,15 @@ def _of_bridge(error: LMBridgeError) -> HttpError:
     if status == 500 and error.retryable:  # a fault that has passed: whoever sends it again may have an answer
         status = 503
     param = error.param if isinstance(error, InvalidRequestError) else None
-    return HttpError(status, str(error), kind, code, param, _headers(error, status))
+    return HttpError(status, _message(error), kind, code, param, _headers(error, status))
+
+
+def _message(error: LMBridgeError) -> str:
+    """A prompt that is too long is told in OpenAI's words: clients know the error by them, and cut the prompt."""
+    if not isinstance(error, PromptTooLongError):
+        return str(error)
+    most = getattr(error, "most", None)  # tokens; not every engine tells
+    return f"This model's maximum context length is {f'{most} tokens' if most else 'exceeded'}. {error}"
 
 
 def _headers(error: LMBridgeError, status: int) -> dict[str, str]:

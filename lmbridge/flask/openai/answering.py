@@ -13,7 +13,7 @@ from lmbridge import Client, InvalidRequestError, LMBridgeError, RequestAbortedE
 from lmbridge.flask.openai.errors import error_payload
 from lmbridge.flask.openai.reading import Call
 from lmbridge.flask.openai.sampling import in_clients_words
-from lmbridge.flask.openai.writing import DONE, Writer, total_usage
+from lmbridge.flask.openai.writing import DONE, Writer, silenced, silenced_delta, total_usage
 from lmbridge.flask.sse import Piece, Reader, first_pieces, pieces
 
 
@@ -39,7 +39,7 @@ class Answering:
             LMBridgeError: the first error; the other answers have been aborted.
         """
         try:
-            responses = self._responses()
+            responses = self._heard(self._responses())
         except InvalidRequestError as error:
             raise self._in_clients_words(error) from None
         return self._writer.whole(responses, total_usage(responses, self._call.n))
@@ -83,10 +83,11 @@ class Answering:
                     yield None
                     continue
                 _check(piece)
-                chunk = self._writer.chunk(*piece)
+                index, delta = piece
+                chunk = self._writer.chunk(index, silenced_delta(delta) if self._call.silent else delta)
                 if chunk is not None:
                     yield chunk
-            responses = _complete(reader)
+            responses = self._heard(_complete(reader))
             if self._call.include_usage:
                 yield self._writer.counts(total_usage(responses, self._call.n))
             yield DONE
@@ -94,6 +95,9 @@ class Answering:
             yield error_payload(self._in_clients_words(error))
         except Exception as error:
             yield error_payload(error)
+
+    def _heard(self, responses: list[Response]) -> list[Response]:
+        return [silenced(response) for response in responses] if self._call.silent else responses
 
     def _in_clients_words(self, error: InvalidRequestError) -> LMBridgeError:
         return in_clients_words(error, self._call.fields, self._call.prompt_name)

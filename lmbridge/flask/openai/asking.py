@@ -13,15 +13,14 @@ from lmbridge.errors import InvalidRequestError, LMBridgeError, PromptTooLongErr
 from lmbridge.flask.caller import request_bridge
 from lmbridge.flask.models import current_models
 from lmbridge.flask.openai import guard
-from lmbridge.flask.openai.fields import TEXT, Fields, Kind, number, parse_object
+from lmbridge.flask.openai.fields import TEXT, Fields, Kind, parse_object
+from lmbridge.flask.openai.table import SECONDS
 from lmbridge.messages import Task
 
 logger = logging.getLogger(__name__)
 
 MAX_ITEMS = 2048  # texts, or documents, of one request
-LONGEST = 10**9  # seconds
 
-_SECONDS = number(0, LONGEST)
 _TRUNCATE = Kind(lambda value: isinstance(value, bool) or value in ("end", "error"), 'true, false, "end" or "error"')
 
 
@@ -46,7 +45,7 @@ class Asked:
         self._settings = models.settings
         self.values = parse_object(guard.read_body(self._settings.max_request_bytes))
         fields = Fields(self.values)
-        limits = (fields.take("timeout", _SECONDS), self._settings.timeout)
+        limits = (fields.take("timeout", SECONDS), self._settings.timeout)
         self.timeout: float | None = min((limit for limit in limits if limit is not None), default=None)
         self.model = models.chosen(fields.take("model", TEXT) or None, task, self.timeout)
 

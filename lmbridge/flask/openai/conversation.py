@@ -20,7 +20,7 @@ ROLES = {  # as clients say it: as templates know it
     "function": "function",
 }
 _TEXT_KEYS = {"text": "text", "refusal": "refusal"}  # type of a part: where its text is
-_KEPT = ("name", "tool_calls", "tool_call_id")  # what a template may look at beside role and content
+_KEPT = ("name", "reasoning_content", "tool_calls", "tool_call_id")  # what a template may look at, too
 
 
 def read_messages(messages: Any) -> list[Message]:

@@ -13,8 +13,17 @@ from typing import Any
 
 from lmbridge import Client, InvalidRequestError, LMBridgeError, Response
 from lmbridge.flask.openai.asking import put_in_clients_words, read_truncate, refuse_too_many
-from lmbridge.flask.openai.fields import BOOL, TEXT, Fields, Kind, integer, is_int
-from lmbridge.flask.openai.sampling import LARGEST_ID
+from lmbridge.flask.openai.fields import (
+    BOOL,
+    LARGEST_ID,
+    TEXT,
+    Fields,
+    Kind,
+    are_ids,
+    integer,
+    is_int,
+    plain_ids,
+)
 
 _ENCODING = Kind(lambda value: value in ("float", "base64"), '"float" or "base64"')
 _DIMENSIONS = integer(1, LARGEST_ID)
@@ -88,20 +97,18 @@ def write_embeddings(responses: Sequence[Response], model: str, as_base64: bool)
 # --- inputs ---
 
 
-def _are_tokens(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(is_int(item) and 0 <= item <= LARGEST_ID for item in value)
-
-
 def _are_inputs(value: object) -> bool:
-    if isinstance(value, str) or _are_tokens(value):
+    if isinstance(value, str) or are_ids(value):
         return True
     if not isinstance(value, list) or not value:
         return False
-    return all(isinstance(item, str) for item in value) or all(map(_are_tokens, value))
+    return all(isinstance(item, str) for item in value) or all(map(are_ids, value))
 
 
 _INPUT = Kind(
-    _are_inputs, "a string, a list of strings, a list of token ids or a list of such lists, with at least one of them"
+    _are_inputs,
+    "a string, a list of strings, a list of token ids or a list of such lists, with at least one of them",
+    plain_ids,
 )
 
 

@@ -16,33 +16,51 @@ from typing import Any, NoReturn
 
 from lmbridge.errors import InvalidRequestError
 
+LARGEST_ID = 2**31 - 1  # of a token, and the largest count of anything
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a field may hold, and how to say so."""
+    """What a field may hold, how to say so, and the plain value of what it holds."""
 
     holds: Callable[[Any], bool]
     expected: str
+    plain: Callable[[Any], Any] = lambda value: value
 
 
 def integer(low: int, high: int) -> Kind:
-    """An int from ``low`` to ``high``; JSON's true and false are none."""
-    return Kind(lambda value: is_int(value) and low <= value <= high, f"an integer from {low} to {high}")
+    """An int from ``low`` to ``high``, as ``is_int`` takes it."""
+    return Kind(lambda value: is_int(value) and low <= value <= high, f"an integer from {low} to {high}", int)
 
 
 def number(low: float, high: float) -> Kind:
     """A finite int or float from ``low`` to ``high``."""
-    return Kind(lambda value: _is_number(value) and low <= value <= high, f"a number from {low:g} to {high:g}")
+    return Kind(lambda value: is_number(value) and low <= value <= high, f"a number from {low:g} to {high:g}")
 
 
 def is_int(value: object) -> bool:
+    """Whether it is a whole number. JSON has one kind of number, so that 20.0 is one too; true and false are none."""
+    if isinstance(value, float):
+        return value.is_integer()
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is a finite number."""
     return is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def are_ids(value: object) -> bool:
+    """Whether it is a list of what may be token ids, with at least one of them."""
+    return isinstance(value, list) and bool(value) and all(is_int(item) and 0 <= item <= LARGEST_ID for item in value)
+
+
+def plain_ids(value: Any) -> Any:
+    """The numbers in a list, or in lists of one, as ints; what else there is stays as it is."""
+    if isinstance(value, list):
+        return [plain_ids(item) for item in value]
+    return int(value) if isinstance(value, float) else value
 
 
 BOOL = Kind(lambda value: isinstance(value, bool), "true or false")
@@ -62,7 +80,7 @@ class Fields:
         return self._values.get(name)
 
     def take(self, name: str, kind: Kind, default: Any = None) -> Any:
-        """The checked value; ``default`` where it was not given.
+        """The checked, plain value; ``default`` where it was not given.
 
         Raises:
             InvalidRequestError: it is not of the kind.
@@ -72,7 +90,7 @@ class Fields:
             return default
         if not kind.holds(value):
             self.refuse(name, kind.expected)
-        return value
+        return kind.plain(value)
 
     def refuse(self, name: str, expected: str) -> NoReturn:
         """Raise InvalidRequestError: the field must be what ``expected`` says."""

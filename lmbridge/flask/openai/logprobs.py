@@ -17,10 +17,14 @@ AskTexts = Callable[[Sequence[int]], list[str]]
 
 
 class TokenTexts:
-    """Each token's own text, asked of the engine once per answer and token."""
+    """Each token's own text, asked of the engine once per answer and token; ``token_id:7`` where it cannot tell.
 
-    def __init__(self, ask: AskTexts) -> None:
-        self._ask = ask
+    Args:
+        as_ids: write all tokens like that.
+    """
+
+    def __init__(self, ask: AskTexts, as_ids: bool = False) -> None:
+        self._ask = _nothing if as_ids else ask
         self._known: dict[int, str] = {}
 
     def learn(self, token_ids: Iterable[int]) -> None:
@@ -30,6 +34,11 @@ class TokenTexts:
             texts = self._ask(new)
             self._known.update((token, text or f"token_id:{token}") for token, text in zip(new, texts, strict=True))
 
+    def joined(self, token_ids: Sequence[int]) -> str:
+        """A text of the tokens' texts; of a character that several tokens share, U+FFFD for each."""
+        self.learn(token_ids)
+        return "".join([self._known[token] for token in token_ids])
+
     def __getitem__(self, token: int) -> str:
         return self._known[token]
 
@@ -37,8 +46,14 @@ class TokenTexts:
 class LogprobsForm(Protocol):
     """One of the two forms."""
 
-    def render(self, index: int, entries: Sequence[Logprobs]) -> dict[str, Any]:
-        """One answer's next places; ``index`` is the answer's."""
+    def render(self, index: int, entries: Sequence[Logprobs], first: int | None = None) -> dict[str, Any]:
+        """One answer's next places.
+
+        Args:
+            index: the answer's.
+            entries: one for each place.
+            first: a token that goes before them, of whose probability nothing is known.
+        """
         ...
 
 
@@ -53,7 +68,7 @@ class ChatLogprobs:
         self._texts = texts
         self._top = top
 
-    def render(self, index: int, entries: Sequence[Logprobs]) -> dict[str, Any]:
+    def render(self, index: int, entries: Sequence[Logprobs], first: int | None = None) -> dict[str, Any]:
         self._texts.learn(token for entry in entries for token in entry)
         return {"content": [self._place(entry) for entry in entries], "refusal": None}
 
@@ -78,13 +93,15 @@ class CompletionLogprobs:
         self._texts = texts
         self._offsets = [0] * answers  # per answer, the characters before its next token
 
-    def render(self, index: int, entries: Sequence[Logprobs]) -> dict[str, Any]:
-        self._texts.learn(token for entry in entries for token in entry)
-        tokens = [self._texts[next(iter(entry))] for entry in entries]
+    def render(self, index: int, entries: Sequence[Logprobs], first: int | None = None) -> dict[str, Any]:
+        before = [] if first is None else [first]
+        self._texts.learn([*before, *(token for entry in entries for token in entry)])
+        tokens = [self._texts[token] for token in [*before, *(next(iter(entry)) for entry in entries)]]
+        unknown = [None] * len(before)
         return {
             "tokens": tokens,
-            "token_logprobs": [_finite(next(iter(entry.values()))) for entry in entries],
-            "top_logprobs": [self._top(entry) for entry in entries],
+            "token_logprobs": [*unknown, *(_finite(next(iter(entry.values()))) for entry in entries)],
+            "top_logprobs": [*unknown, *(self._top(entry) for entry in entries)],
             "text_offset": [self._advance(index, token) for token in tokens],
         }
 
@@ -98,6 +115,10 @@ class CompletionLogprobs:
         offset = self._offsets[index]
         self._offsets[index] += len(token)
         return offset
+
+
+def _nothing(token_ids: Sequence[int]) -> list[str]:
+    return [""] * len(token_ids)
 
 
 def _likeliest(entry: Logprobs) -> list[tuple[int, float]]:

@@ -7,20 +7,17 @@ an InvalidRequestError with ``param`` in the client's own words.
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lmbridge.errors import InvalidRequestError
 from lmbridge.flask.openai.conversation import read_messages
-from lmbridge.flask.openai.fields import BOOL, OBJECT, TEXT, Fields, Kind, integer, is_int
-from lmbridge.flask.openai.sampling import LARGEST_ID, WHAT_FITS, read_config
+from lmbridge.flask.openai.fields import BOOL, Fields, is_int
+from lmbridge.flask.openai.sampling import WHAT_FITS, Body, given_name, read_config
+from lmbridge.flask.openai.table import CHAT, COMPLETIONS, MAX_CHOICES
 from lmbridge.messages import GenerationConfig, Prompt
 
-MAX_CHOICES = 128  # of one request: its prompts times n
-MAX_LOGPROBS = 20
 COMPLETION_TOKENS = 16  # what OpenAI's completions default to; chats go on for as long as they fit
-
-_LOGPROBS = integer(0, MAX_LOGPROBS)
 
 
 @dataclass(frozen=True)
@@ -35,10 +32,13 @@ class Call:
         raw: texts go to the model as they are.
         stream: answer with server-sent events.
         include_usage: end the events with the token counts.
-        echoed: texts to put before the answers to each prompt; empty when nothing is echoed.
+        echo: put the prompt before its answers.
+        silent: leave the answers out; the one token that an engine makes at least is nobody's.
+        token_ids: tell the prompt's and the answers' token ids.
+        tokens_as_ids: write the tokens of log-probabilities as their ids.
     """
 
-    fields: Fields
+    fields: Body
     prompt_name: str
     prompts: list[Prompt]
     config: GenerationConfig
@@ -46,7 +46,10 @@ class Call:
     raw: bool = False
     stream: bool = False
     include_usage: bool = False
-    echoed: list[str] = field(default_factory=list)
+    echo: bool = False
+    silent: bool = False
+    token_ids: bool = False
+    tokens_as_ids: bool = False
 
     @property
     def choices(self) -> list[Prompt]:
@@ -64,40 +67,47 @@ class Call:
 
 def read_chat(values: dict[str, Any], supported: Set[str]) -> Call:
     """A body of ``chat/completions``."""
-    fields = Fields(values)
-    return Call(
-        fields=fields,
-        prompt_name="messages",
-        prompts=[read_messages(fields.get("messages"))],
-        config=read_config(fields, supported, WHAT_FITS, _chat_logprobs(fields)),
-        n=_count(fields, 1),
-        **_manners(fields),
+    body = Body(values, CHAT)
+    if body.value("continue_final_message") and body.value("add_generation_prompt"):
+        body.refuse("continue_final_message", "false where add_generation_prompt is true")
+    config = read_config(
+        body,
+        supported,
+        max_new_tokens=_most_tokens(body, WHAT_FITS),
+        logprobs=_chat_logprobs(body),
+        chat_template_kwargs=_template_variables(body),
     )
+    return Call(body, "messages", [read_messages(body.get("messages"))], config, n=_count(body, 1), **_manners(body))
 
 
 def read_completion(values: dict[str, Any], supported: Set[str]) -> Call:
     """A body of ``completions``."""
-    fields = Fields(values)
-    prompts = _read_prompts(fields)
-    n = _count(fields, len(prompts))
-    _refuse_unsupported(fields, n)
+    body = Body(values, COMPLETIONS)
+    prompts = _read_prompts(body)
+    most, logprobs, echo = _most_tokens(body, COMPLETION_TOKENS), body.value("logprobs"), body.value("echo", False)
+    more: dict[str, Any] = {"max_new_tokens": max(1, most), "logprobs": logprobs if most else None}
+    if echo:
+        more |= _echoing(body, most, logprobs)
+    elif not most:
+        body.refuse(given_name("max_new_tokens", body), "at least 1 where the prompt is not echoed")
     return Call(
-        fields=fields,
-        prompt_name="prompt",
-        prompts=prompts,
-        config=read_config(fields, supported, COMPLETION_TOKENS, fields.take("logprobs", _LOGPROBS)),
-        n=n,
+        body,
+        "prompt",
+        prompts,
+        read_config(body, supported, **more),
+        n=_count(body, len(prompts)),
         raw=isinstance(prompts[0], str),
-        echoed=_echoed(fields, prompts),
-        **_manners(fields),
+        echo=echo,
+        silent=not most,
+        **_manners(body),
     )
 
 
-def _manners(fields: Fields) -> dict[str, Any]:
+def _manners(body: Body) -> dict[str, Any]:
     """How to answer. ``user`` is checked and otherwise ignored: it buys no turns."""
-    fields.take("user", TEXT)
-    stream = fields.take("stream", BOOL, False)
-    options = fields.take("stream_options", OBJECT)
+    body.value("user")
+    stream = body.value("stream", False)
+    options = body.value("stream_options")
     if options and not stream:
         raise InvalidRequestError(
             "stream_options is for streams; set stream to true, or leave it out.", "stream_options"
@@ -105,12 +115,14 @@ def _manners(fields: Fields) -> dict[str, Any]:
     return {
         "stream": stream,
         "include_usage": Fields(options or {}, "stream_options.").take("include_usage", BOOL, False),
+        "token_ids": body.value("return_token_ids", False),
+        "tokens_as_ids": body.value("return_tokens_as_token_ids", False),
     }
 
 
-def _count(fields: Fields, prompts: int) -> int:
+def _count(body: Body, prompts: int) -> int:
     """``n``, such that there are at most MAX_CHOICES answers in all."""
-    n: int = fields.take("n", integer(1, MAX_CHOICES), 1)
+    n: int = body.value("n", 1)
     if n * prompts > MAX_CHOICES:
         raise InvalidRequestError(
             f"One request gets at most {MAX_CHOICES} answers; {prompts} prompts with n = {n} ask for {n * prompts}. "
@@ -120,56 +132,49 @@ def _count(fields: Fields, prompts: int) -> int:
     return n
 
 
-def _chat_logprobs(fields: Fields) -> int | None:
-    wanted = fields.take("logprobs", BOOL, False)
-    top: int | None = fields.take("top_logprobs", _LOGPROBS)
+def _most_tokens(body: Body, default: int) -> int:
+    """The newer name wins where both are given."""
+    older: int = body.value("max_tokens", default)
+    newer: int = body.value("max_completion_tokens", older)
+    return newer
+
+
+# --- chats ---
+
+
+def _chat_logprobs(body: Body) -> int | None:
+    wanted = body.value("logprobs", False)
+    top: int | None = body.value("top_logprobs")
     if top and not wanted:
         raise InvalidRequestError("top_logprobs needs logprobs set to true.", "top_logprobs")
     return (top or 0) if wanted else None
 
 
-# --- prompts of completions ---
+def _template_variables(body: Body) -> dict[str, Any] | None:
+    effort = body.value("reasoning_effort")
+    given: dict[str, Any] = body.value("chat_template_kwargs", {})
+    return {**given, **({} if effort is None else {"reasoning_effort": effort})} or None
 
 
-def _are_tokens(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(is_int(item) and 0 <= item <= LARGEST_ID for item in value)
+# --- completions ---
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-def _are_prompts(value: object) -> bool:
-    if _is_text(value) or _are_tokens(value):
-        return True
-    return isinstance(value, list) and bool(value) and (all(map(_is_text, value)) or all(map(_are_tokens, value)))
-
-
-_PROMPTS = Kind(
-    _are_prompts, "a string, a list of strings, a list of token ids or a list of such lists, none of them empty"
-)
-
-
-def _read_prompts(fields: Fields) -> list[Prompt]:
-    given = fields.take("prompt", _PROMPTS)
+def _read_prompts(body: Body) -> list[Prompt]:
+    given = body.value("prompt")
     if given is None:
         raise InvalidRequestError("prompt is missing.", "prompt")
     single = isinstance(given, str) or is_int(given[0])
     return [given] if single else list(given)
 
 
-def _refuse_unsupported(fields: Fields, n: int) -> None:
-    if fields.get("suffix") not in (None, ""):
-        fields.refuse("suffix", "left out: text cannot be inserted here")
-    if fields.get("best_of") not in (None, n):
-        fields.refuse("best_of", "the same as n: answers are not ranked here")
+def _echoing(body: Body, most: int, logprobs: int | None) -> dict[str, Any]:
+    """The options of a request whose prompt is echoed.
 
-
-def _echoed(fields: Fields, prompts: list[Prompt]) -> list[str]:
-    if not fields.take("echo", BOOL, False):
-        return []
-    if fields.get("logprobs") is not None:
-        fields.refuse("echo", "false beside logprobs: a prompt's own probabilities are not known here")
-    if not all(isinstance(prompt, str) for prompt in prompts):
-        fields.refuse("echo", "false where the prompt is token ids")
-    return [str(prompt) for prompt in prompts]
+    Clients that want the prompt's log-probabilities and one token more cut that token's off the end. Of an answer that
+    ends at once there would be none to cut, so it must not end.
+    """
+    if body.get("truncate_prompt_tokens") is not None:
+        body.refuse("echo", "false beside truncate_prompt_tokens")
+    if logprobs is None:
+        return {}
+    return {"prompt_logprobs": logprobs, **({"ignore_eos": True} if most == 1 else {})}

@@ -9,14 +9,15 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Set
-from typing import Any, NoReturn
+from typing import Any
+from urllib.parse import unquote
 
 from flask import Blueprint, Response
-from werkzeug.exceptions import NotFound
+from werkzeug.exceptions import default_exceptions
 
 from lmbridge.bridge import Bridge
 from lmbridge.flask.models import Models, current_models
-from lmbridge.flask.openai import guard
+from lmbridge.flask.openai import astray, guard
 from lmbridge.flask.openai.answering import Answering
 from lmbridge.flask.openai.asking import Asked
 from lmbridge.flask.openai.embeddings import ask_embeddings, read_embeddings, write_embeddings
@@ -33,19 +34,22 @@ blueprint = Blueprint("lmbridge_openai", __name__, url_prefix="/v1")
 blueprint.before_request(guard.begin)
 blueprint.after_request(guard.finish)
 blueprint.register_error_handler(Exception, error_response)
+for _status in default_exceptions:  # or an app's own handlers of these would go first
+    blueprint.register_error_handler(_status, error_response)
+blueprint.record(astray.install)
 
 
-@blueprint.post("/chat/completions")
+@blueprint.post("/chat/completions", strict_slashes=False)
 def chat_completions() -> Response:
     return _answer(read_chat, _chat_writer)
 
 
-@blueprint.post("/completions")
+@blueprint.post("/completions", strict_slashes=False)
 def completions() -> Response:
     return _answer(read_completion, _completion_writer)
 
 
-@blueprint.post("/embeddings")
+@blueprint.post("/embeddings", strict_slashes=False)
 def embeddings() -> Response:
     asked = Asked("embed")
     call = read_embeddings(asked.values)
@@ -54,7 +58,7 @@ def embeddings() -> Response:
     return _json(write_embeddings(responses, asked.model, call.base64))
 
 
-@blueprint.get("/models")
+@blueprint.get("/models", strict_slashes=False)
 def list_models() -> Response:
     models = current_models()
     return _json({"object": "list", "data": [_model(models, name) for name in models.names()]})
@@ -62,7 +66,9 @@ def list_models() -> Response:
 
 @blueprint.get("/models/<path:name>")
 def show_model(name: str) -> Response:
-    return _json(_model(current_models(), name))
+    """Clients write the slash of ``org/model`` as ``%2F``, which some servers leave as it came."""
+    models = current_models()
+    return _json(_model(models, name if name in models.names() else unquote(name)))
 
 
 # --- their parts ---
@@ -82,16 +88,21 @@ def _answer(read: Callable[[dict[str, Any], Set[str]], Call], make_writer: Calla
 
 def _chat_writer(call: Call, bridge: Bridge, model: str) -> Writer:
     top = call.config.logprobs
-    logprobs = None if top is None else ChatLogprobs(TokenTexts(bridge.token_texts), top)
-    return ChatWriter(*_facts(model), logprobs, call.include_usage)
+    logprobs = None if top is None else ChatLogprobs(TokenTexts(bridge.token_texts, call.tokens_as_ids), top)
+    return ChatWriter(*_facts(model), logprobs, call.include_usage, token_ids=call.token_ids)
 
 
 def _completion_writer(call: Call, bridge: Bridge, model: str) -> Writer:
-    echoed = [text for text in call.echoed for _ in range(call.n)]
     logprobs: LogprobsForm | None = None
-    if call.config.logprobs is not None:
-        logprobs = CompletionLogprobs(TokenTexts(bridge.token_texts), len(call.choices))
-    return CompletionWriter(*_facts(model), logprobs, call.include_usage, echoed)
+    if call.config.logprobs is not None or call.config.prompt_logprobs is not None:
+        logprobs = CompletionLogprobs(TokenTexts(bridge.token_texts, call.tokens_as_ids), len(call.choices))
+    echo = _echo(call.choices, TokenTexts(bridge.token_texts)) if call.echo else None
+    return CompletionWriter(*_facts(model), logprobs, call.include_usage, echo, call.token_ids)
+
+
+def _echo(prompts: list[Any], texts: TokenTexts) -> Callable[[int], str]:
+    """The engine is asked for the texts of token ids once it has answered: before, it may not be loaded."""
+    return lambda index: prompts[index] if isinstance(prompts[index], str) else texts.joined(prompts[index])
 
 
 def _facts(model: str) -> tuple[str, int, str]:
@@ -112,12 +123,6 @@ def _json(value: object) -> Response:
 # --- whatever else is asked for under the prefix gets its error in the envelope too ---
 
 
-def _no_such_route(rest: str = "") -> NoReturn:
-    raise NotFound(
-        "There is no such route here; there are chat/completions, completions, embeddings, models and models/{id}."
-    )
-
-
 for _rule, _name, _method in (
     ("/chat/completions", "chat", "POST"),
     ("/completions", "completion", "POST"),
@@ -127,4 +132,4 @@ for _rule, _name, _method in (
 ):
     guard.refuse_other_methods(blueprint, _rule, f"not_{_name}", _method)
 for _rule, _name in (("/<path:rest>", "nothing"), ("", "root")):
-    guard.refuse(blueprint, _rule, _name, _no_such_route, {*guard.METHODS, "OPTIONS"})
+    guard.refuse(blueprint, _rule, _name, astray.no_such_route, {*guard.METHODS, "OPTIONS"})

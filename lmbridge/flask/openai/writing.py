@@ -7,12 +7,13 @@ answer, because at many streams its cost is paid many thousand times a second.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from lmbridge.flask.openai.logprobs import LogprobsForm
 from lmbridge.flask.sse import usage_object
-from lmbridge.messages import Delta, Logprobs, Response, Usage
+from lmbridge.messages import Delta, Response, Usage
 
 DONE = "[DONE]"
 
@@ -26,12 +27,14 @@ class Writer:
         model: the model's name.
         logprobs: None where none were asked for.
         usage: every chunk says whether it has the token counts; the last one does.
-        echoed: per answer, the text put before it; empty when nothing is echoed.
+        echo: from an answer's index to the text put before it; None where nothing is echoed.
+        token_ids: tell the prompt's and the answers' token ids.
     """
 
     object_name: ClassVar[str]
     chunk_name: ClassVar[str]
     prefix: ClassVar[str]  # of the id
+    prompt_beside_choices: ClassVar[bool]  # where its token ids stand: there is one prompt, or one for each choice
 
     def __init__(
         self,
@@ -40,11 +43,13 @@ class Writer:
         model: str,
         logprobs: LogprobsForm | None = None,
         usage: bool = False,
-        echoed: Sequence[str] = (),
+        echo: Callable[[int], str] | None = None,
+        token_ids: bool = False,
     ) -> None:
         self._facts = {"id": self.prefix + answer_id, "created": created, "model": model}
         self._logprobs = logprobs
-        self._echoed = echoed
+        self._echo = echo
+        self._token_ids = token_ids
         self._begun: set[int] = set()  # answers that have had their first chunk
         facts = _compact({**self._facts, "object": self.chunk_name})[:-1]
         no_usage = '"usage":null,' if usage else ""
@@ -55,30 +60,37 @@ class Writer:
 
     def whole(self, responses: Sequence[Response], usage: Usage) -> dict[str, Any]:
         """One object with all answers."""
-        choices = [
-            {
-                "index": index,
-                **self._said(self._echo(index) + response.text),
-                "logprobs": self._probabilities(index, response.logprobs),
-                "finish_reason": response.finish_reason,
-            }
-            for index, response in enumerate(responses)
-        ]
-        return {**self._facts, "object": self.object_name, "choices": choices, "usage": usage_object(usage)}
+        choices = [self._choice(index, response) for index, response in enumerate(responses)]
+        of_prompt = self._of_prompt(responses[0]) if self.prompt_beside_choices else {}
+        usages = usage_object(usage)
+        return {**self._facts, "object": self.object_name, "choices": choices, **of_prompt, "usage": usages}
+
+    def _choice(self, index: int, response: Response) -> dict[str, Any]:
+        of_prompt = {} if self.prompt_beside_choices else self._of_prompt(response)
+        return {
+            "index": index,
+            **self._said(self._echoed(index) + response.text),
+            "logprobs": self._probabilities(index, response),
+            "finish_reason": response.finish_reason,
+            **of_prompt,
+            **({"token_ids": response.token_ids} if self._token_ids else {}),
+        }
 
     # --- chunks ---
 
     def chunk(self, index: int, delta: Delta) -> str | None:
         """What a delta of an answer adds; None when that is nothing a client could see."""
         first = index not in self._begun
-        if not (first or delta.text or delta.logprobs or delta.finish_reason):
+        tokens = self._token_ids and delta.token_ids
+        if not (first or delta.text or delta.logprobs or delta.finish_reason or tokens):
             return None
         self._begun.add(index)
-        text = self._echo(index) + delta.text if first else delta.text
+        text = self._echoed(index) + delta.text if first else delta.text
         said = self._piece(json.dumps(text), first)
-        logprobs = _compact(self._probabilities(index, delta.logprobs)) if delta.logprobs else "null"
+        logprobs = _compact(self._probabilities(index, delta)) if delta.logprobs or delta.prompt_logprobs else "null"
         reason = f'"{delta.finish_reason}"' if delta.finish_reason else "null"
-        return f'{self._head}{index},{said},"logprobs":{logprobs},"finish_reason":{reason}}}]}}'
+        in_choice, beside = self._ids(delta, first) if self._token_ids else ("", "")
+        return f'{self._head}{index},{said},"logprobs":{logprobs},"finish_reason":{reason}{in_choice}}}]{beside}}}'
 
     def counts(self, usage: Usage) -> str:
         """The last chunk, with the token counts."""
@@ -96,13 +108,27 @@ class Writer:
 
     # --- parts ---
 
-    def _echo(self, index: int) -> str:
-        return self._echoed[index] if self._echoed else ""
+    def _echoed(self, index: int) -> str:
+        return "" if self._echo is None else self._echo(index)
 
-    def _probabilities(self, index: int, entries: Sequence[Logprobs] | None) -> dict[str, Any] | None:
-        if self._logprobs is None or entries is None:
+    def _probabilities(self, index: int, said: Response | Delta) -> dict[str, Any] | None:
+        """Of what is new, and before it of an echoed prompt, whose first token has none."""
+        if self._logprobs is None:
             return None
-        return self._logprobs.render(index, entries)
+        if said.prompt_logprobs is not None and said.prompt_token_ids is not None:
+            known = [entry for entry in said.prompt_logprobs[1:] if entry is not None]
+            return self._logprobs.render(index, [*known, *(said.logprobs or ())], said.prompt_token_ids[0])
+        return None if said.logprobs is None else self._logprobs.render(index, said.logprobs)
+
+    def _of_prompt(self, said: Response | Delta) -> dict[str, Any]:
+        ids = said.prompt_token_ids
+        return {"prompt_token_ids": None if ids is None else list(ids)} if self._token_ids else {}
+
+    def _ids(self, delta: Delta, first: bool) -> tuple[str, str]:
+        """The ends of a chunk's choice and of the chunk, which hold token ids."""
+        of_prompt = "," + _compact(self._of_prompt(delta))[1:-1] if first else ""
+        of_answer = f',"token_ids":{_compact(delta.token_ids)}'
+        return (of_answer, of_prompt) if self.prompt_beside_choices else (of_prompt + of_answer, "")
 
 
 class ChatWriter(Writer):
@@ -111,6 +137,7 @@ class ChatWriter(Writer):
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
     prefix = "chatcmpl-"
+    prompt_beside_choices = True
 
     def _said(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
@@ -126,6 +153,7 @@ class CompletionWriter(Writer):
     object_name = "text_completion"
     chunk_name = "text_completion"
     prefix = "cmpl-"
+    prompt_beside_choices = False
 
     def _said(self, text: str) -> dict[str, Any]:
         return {"text": text}
@@ -144,3 +172,14 @@ def total_usage(responses: Sequence[Response], n: int) -> Usage:
         prompt_tokens=sum(response.usage.prompt_tokens for response in responses[::n]),
         completion_tokens=sum(response.usage.completion_tokens for response in responses),
     )
+
+
+def silenced(response: Response) -> Response:
+    """The response without its answer, which nobody has asked for."""
+    usage = Usage(prompt_tokens=response.usage.prompt_tokens)
+    return replace(response, text="", token_ids=[], logprobs=None, finish_reason="length", usage=usage)
+
+
+def silenced_delta(delta: Delta) -> Delta:
+    """The delta without what it adds to an answer that nobody has asked for."""
+    return replace(delta, text="", token_ids=[], logprobs=None, finish_reason="length" if delta.finish_reason else None)

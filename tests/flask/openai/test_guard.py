@@ -60,7 +60,6 @@ def envelope(response: TestResponse) -> dict[str, Any]:
         ("GET", "/v1", 404),
         ("GET", "/v1/", 404),
         ("POST", "/v1/nothing", 404),
-        ("GET", "/v1/models/", 404),
         ("GET", "/v1/models/none/such", 404),
         ("DELETE", "/v1/chat/completions/extra", 404),
         ("OPTIONS", "/v1/nothing", 404),

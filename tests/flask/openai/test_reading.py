@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from lmbridge import GenerationConfig, InvalidRequestError
 from lmbridge.errors import PromptTooLongError, UnsupportedOptionError
 from lmbridge.flask.openai.fields import parse_object
-from lmbridge.flask.openai.reading import MAX_CHOICES, Call, read_chat, read_completion
+from lmbridge.flask.openai.reading import Call, read_chat, read_completion
 from lmbridge.flask.openai.sampling import WHAT_FITS, in_clients_words
+from lmbridge.flask.openai.table import CHAT, COMPLETIONS, MAX_CHOICES
 
 ALL = frozenset(GenerationConfig().__dict__)
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -83,10 +84,17 @@ def test_fields_reach_the_engine_by_its_names() -> None:
     config = chat(
         max_tokens=9, temperature=0.5, top_p=0.9, top_k=5, min_p=0.1, repetition_penalty=1.1, seed=3, stop=["a", "b"],
         stop_token_ids=[4], ignore_eos=True, skip_special_tokens=False, logprobs=True, top_logprobs=2,
+        frequency_penalty=-1.5, presence_penalty=2, logit_bias={"7": -100, "0": 0.5}, min_tokens=3,
+        include_stop_str_in_output=True, truncate_prompt_tokens=8, return_token_ids=True, reasoning_effort="low",
+        chat_template_kwargs={"enable_thinking": False}, add_generation_prompt=False, continue_final_message=True,
     ).config  # fmt: skip
     assert config == GenerationConfig(
         max_new_tokens=9, temperature=0.5, top_p=0.9, top_k=5, min_p=0.1, repetition_penalty=1.1, random_seed=3,
         stop_words=["a", "b"], stop_token_ids=[4], ignore_eos=True, skip_special_tokens=False, logprobs=2,
+        frequency_penalty=-1.5, presence_penalty=2, logit_bias={7: -100, 0: 0.5}, min_new_tokens=3,
+        include_stop_str_in_output=True, truncate_prompt_tokens=8, return_prompt_token_ids=True,
+        chat_template_kwargs={"enable_thinking": False, "reasoning_effort": "low"}, add_generation_prompt=False,
+        continue_final_message=True,
     )  # fmt: skip
 
 
@@ -107,6 +115,10 @@ def test_values_that_ask_for_nothing_are_none() -> None:
         "temperature": None, "top_p": 1, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "stop": [],
         "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "n": 1, "logprobs": False, "tools": [],
         "response_format": {"type": "text"}, "seed": None, "modalities": ["text"], "user": "u", "best_of": None,
+        "min_tokens": 0, "include_stop_str_in_output": False, "add_generation_prompt": True, "tool_choice": "auto",
+        "continue_final_message": False, "chat_template_kwargs": {}, "ignore_eos": False, "skip_special_tokens": True,
+        "return_token_ids": False, "spaces_between_special_tokens": True, "truncation_side": "left", "echo": False,
+        "thinking_token_budget": -1, "add_special_tokens": False, "length_penalty": 1.0, "use_beam_search": False,
     }  # fmt: skip
     assert read_chat({"messages": HELLO, **neutral}, frozenset({"max_new_tokens"})).config.given() == ["max_new_tokens"]
 
@@ -138,15 +150,38 @@ IMPOSSIBLE: dict[str, list[Any]] = {
     "repetition_penalty": [0, -1, 1e-300, 1e300],
     "seed": [1.5, "x", True, 2**63, -(2**63) - 1, 10**100],
     "stop": ["", [""], 1, {}, ["x"] * 100, "x" * 2000, [None], [["x"]]],
-    "stop_token_ids": ["x", [-1], [1.0], [2**31], list(range(1000)), [True]],
+    "stop_token_ids": ["x", [-1], [1.5], [2**31], list(range(1000)), [True]],
     "ignore_eos": [1, "yes"],
     "skip_special_tokens": [0],
-    "n": [0, -1, 1.0, "2", MAX_CHOICES + 1, 10**20, True],
+    "n": [0, -1, 1.5, "2", MAX_CHOICES + 1, 10**20, True],
     "stream": [1, "true", []],
     "user": [1, {}],
-    "frequency_penalty": [0.1, "x", True],
-    "presence_penalty": [-2],
-    "logit_bias": [{"50256": -100}, "x"],
+    "frequency_penalty": [2.1, "x", True],
+    "presence_penalty": [-2.1],
+    "logit_bias": [
+        {"50256": -101},
+        "x",
+        {"a": 1},
+        {"-1": 1},
+        {"2147483648": 1},
+        {"1": True},
+        {"1.0": 1},
+        {"²": 1},
+        [[1, 2]],
+    ],
+    "min_tokens": [-1, 0.5, True, 2**31],
+    "include_stop_str_in_output": [1],
+    "truncate_prompt_tokens": [0, -1, 1.5],
+    "return_token_ids": ["yes"],
+    "return_tokens_as_token_ids": [1],
+    "best_of": [2],
+    "suffix": ["x"],
+    "prompt_logprobs": [1],
+    "add_special_tokens": [1],
+    "spaces_between_special_tokens": [False, 1],
+    "truncation_side": ["right"],
+    "enable_thinking": [True],
+    "tool_choice": ["required", {"type": "function"}],
     "response_format": [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}, "text", {}],
     "tools": [[{"type": "function"}], "x"],
     "functions": [[{}]],
@@ -164,6 +199,32 @@ def test_impossible_values_are_named(read: Any, name: str, value: Any) -> None:
     assert name in str(error)
 
 
+@pytest.mark.parametrize("name", ["continue_final_message", "add_generation_prompt", "top_logprobs"])
+def test_what_only_chats_have(name: str) -> None:
+    """A completion has no template and no last message: a field about them cannot be honoured there."""
+    assert refused(completion, **{name: True}).param == name
+
+
+def test_what_contradicts_itself() -> None:
+    """Fields that exclude each other are refused by the client's names for them."""
+    assert refused(chat, continue_final_message=True, add_generation_prompt=True).param == "continue_final_message"
+    error = refused(chat, min_tokens=6, max_tokens=5)
+    assert (error.param, str(error)) == ("min_tokens", "min_tokens must be at most max_tokens, which is 5, not 6.")
+    assert refused(completion, min_tokens=17).param == "min_tokens"
+    assert refused(chat, chat_template_kwargs={"tokenize": True}).param == "chat_template_kwargs"
+    assert refused(chat, echo=True).param == "echo"
+
+
+def test_whole_numbers_may_have_a_point() -> None:
+    """JSON has one kind of number, and some clients write 20.0 where they mean 20."""
+    whole = chat(max_tokens=20.0, n=2.0, top_k=5.0, seed=7.0, stop_token_ids=[4.0], min_tokens=2.0)
+    assert whole.n == 2
+    same = chat(max_tokens=20, n=2, top_k=5, seed=7, stop_token_ids=[4], min_tokens=2)
+    assert repr(whole.config) == repr(same.config)  # 20.0 equals 20, but no engine should be handed it
+    assert json.dumps(completion(prompt=[[1.0, 2], [3]]).prompts) == "[[1, 2], [3]]"
+    assert json.dumps(completion(prompt=[1.0, 2]).prompts) == "[[1, 2]]"
+
+
 def test_tools_that_must_not_be_used_may_be_there() -> None:
     """``tool_choice: "none"`` forbids what cannot be done anyway; ``required`` cannot be honoured."""
     tools = [{"type": "function", "function": {"name": "f"}}]
@@ -172,14 +233,19 @@ def test_tools_that_must_not_be_used_may_be_there() -> None:
     assert refused(chat, tool_choice="required").param == "tool_choice"
 
 
+def test_a_fields_range_is_told_in_the_clients_words() -> None:
+    """What only the engine can see, such as an id beyond its vocabulary, is told by the client's name too."""
+    error = in_clients_words(InvalidRequestError("…", "min_new_tokens"), chat(min_tokens=3).fields, "messages")
+    assert isinstance(error, InvalidRequestError)
+    assert error.param == "min_tokens"
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=8,
 )
-FIELDS = sorted(
-    {*IMPOSSIBLE, "logprobs", "top_logprobs", "messages", "prompt", "stream_options", "echo", "best_of", "x"}
-)
+FIELDS = sorted({*CHAT, *COMPLETIONS, "prompt", "stream_options", "x"})
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON), st.sampled_from([read_chat, read_completion]))
@@ -234,12 +300,24 @@ def test_malformed_prompts(prompt: Any) -> None:
 
 
 def test_what_completions_cannot_do() -> None:
-    """Insertion, ranking, and a prompt's own probabilities would be wrong answers if they were left out."""
+    """Insertion and ranking would be wrong answers if they were left out."""
     assert refused(completion, suffix="x").param == "suffix"
     assert refused(completion, best_of=3).param == "best_of"
-    assert refused(completion, echo=True, logprobs=1).param == "echo"
-    assert refused(completion, echo=True, prompt=[1]).param == "echo"
-    assert completion(suffix="", best_of=2, n=2, echo=True).echoed == ["Hello"]
+    assert completion(suffix="", best_of=2, n=2, echo=True).echo
+
+
+def test_echo() -> None:
+    """With log-probabilities the prompt's are asked for, and with no token to make one is made that nobody gets."""
+    plain, scored = completion(echo=True), completion(echo=True, logprobs=3)
+    assert (plain.echo, plain.config.prompt_logprobs) == (True, None)
+    assert (scored.config.logprobs, scored.config.prompt_logprobs, scored.config.ignore_eos) == (3, 3, False)
+    alone = completion(echo=True, logprobs=3, max_tokens=0)
+    assert (alone.silent, alone.config.max_new_tokens, alone.config.prompt_logprobs) == (True, 1, 3)
+    assert alone.config.logprobs is None
+    assert completion(echo=True, logprobs=0, max_tokens=1).config.ignore_eos
+    assert refused(completion, max_tokens=0).param == "max_tokens"
+    assert refused(chat, max_tokens=0).param == "max_tokens"
+    assert refused(completion, echo=True, truncate_prompt_tokens=5).param == "echo"
 
 
 def test_logprobs_of_both_forms() -> None:
@@ -269,14 +347,14 @@ def test_messages_become_one_text_each() -> None:
     messages = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "extra": 1},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [{"id": "1"}]},
         {"role": "tool", "content": "4", "tool_call_id": "1"},
     ]
     assert read_chat({"messages": messages}, ALL).prompts == [
         [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": "ab"},
-            {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]},
+            {"role": "assistant", "content": "", "reasoning_content": "Hm.", "tool_calls": [{"id": "1"}]},
             {"role": "tool", "content": "4", "tool_call_id": "1"},
         ]
     ]
@@ -294,7 +372,21 @@ def test_messages_become_one_text_each() -> None:
         ([{"role": ["user"], "content": "x"}], "messages[0].role"),
         ([{"role": "user"}], "messages[0].content"),
         ([{"role": "user", "content": 5}], "messages[0].content"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "messages[0].content[0]"),
+        *(
+            ([{"role": "user", "content": [{"type": "text", "text": "What?"}, part]}], "messages[0].content[1]")
+            for part in (
+                {"type": "image_url", "image_url": {"url": "x"}},
+                {"type": "image_url", "image_url": {"url": "x"}, "text": "hidden"},
+                {"type": "input_image", "image_url": "x"},
+                {"type": "image", "image": "x"},
+                {"type": "input_audio", "input_audio": {"data": "x", "format": "wav"}},
+                {"type": "audio_url", "audio_url": {"url": "x"}},
+                {"type": "video_url", "video_url": {"url": "x"}},
+                {"type": "file", "file": {"file_id": "x"}},
+                {"image_url": {"url": "x"}},
+            )
+        ),
+        ([{"role": "assistant", "audio": {"id": "x"}}], "messages[0].content"),
         ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "messages[0].content[0]"),
         ([{"role": "user", "content": ["x"]}], "messages[0].content[0]"),
         ([{"role": "user", "content": [{"type": []}]}], "messages[0].content[0]"),
@@ -318,6 +410,9 @@ def test_malformed_messages(messages: Any, param: str) -> None:
         ("logprobs", {"logprobs": True}, "logprobs"),
         ("logprobs", {"logprobs": True, "top_logprobs": 1}, "top_logprobs"),
         ("top_k", {"top_k": 4}, "top_k"),
+        ("min_new_tokens", {"min_tokens": 4}, "min_tokens"),
+        ("return_prompt_token_ids", {"return_token_ids": True}, "return_token_ids"),
+        ("chat_template_kwargs", {"reasoning_effort": "low"}, "reasoning_effort"),
     ],
 )
 def test_what_the_engine_cannot_do_has_the_clients_name(field: str, given: dict[str, Any], param: str) -> None:

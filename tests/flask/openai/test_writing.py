@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from openai.types import Completion
@@ -13,6 +15,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from lmbridge import Delta, Response, Timings, Usage
 from lmbridge.flask.openai.logprobs import UNLIKELY, ChatLogprobs, CompletionLogprobs, TokenTexts
 from lmbridge.flask.openai.writing import ChatWriter, CompletionWriter, Writer, total_usage
+from lmbridge.messages import PromptLogprobs, join_deltas
 
 TEXTS = {1: "He", 2: "llo", 3: "\N{REPLACEMENT CHARACTER}", 4: ""}
 ENTRIES = [{1: -0.5, 2: -1.0}, {2: -2.0, 1: -0.25, 3: -math.inf}, {4: -3.0}]
@@ -49,7 +52,7 @@ def test_chat_chunks_join_to_the_text(texts: list[str], model: str, index: int) 
 @given(st.lists(st.text(), min_size=1), st.text())
 def test_completion_chunks_begin_with_the_echo(texts: list[str], echo: str) -> None:
     """An echoed prompt stands once, before the first text of its answer."""
-    writer = CompletionWriter("a1", 7, "demo", echoed=["", echo])
+    writer = CompletionWriter("a1", 7, "demo", echo=["", echo].__getitem__)
     chunks = streamed(writer, [Delta(text) for text in texts], 1)
     assert "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks) == echo + "".join(texts)
 
@@ -92,11 +95,62 @@ def test_whole_chat() -> None:
 
 def test_whole_completion() -> None:
     """OpenAI's own type reads a whole completion, its echo first."""
-    writer = CompletionWriter("a1", 7, "demo", CompletionLogprobs(token_texts(), 1), echoed=["Say: "])
+    writer = CompletionWriter("a1", 7, "demo", CompletionLogprobs(token_texts(), 1), echo=["Say: "].__getitem__)
     read = Completion.model_validate_json(json.dumps(writer.whole([response("Hello")], Usage(3, 4)), allow_nan=False))
     assert (read.id, read.object, read.choices[0].text) == ("cmpl-a1", "text_completion", "Say: Hello")
     assert read.choices[0].logprobs is not None
     assert read.choices[0].logprobs.text_offset == [0, 2, 5]
+
+
+PROMPT_ENTRIES: PromptLogprobs = [None, {2: -1.5, 1: -0.5}]
+
+
+def scored_delta(index: int) -> Delta:
+    delta = Delta("xyz"[index], [index + 1], [ENTRIES[index]], "length" if index == 2 else None)
+    return delta if index else replace(delta, prompt_token_ids=[1, 2], prompt_logprobs=PROMPT_ENTRIES)
+
+
+@pytest.mark.parametrize("token_ids", [False, True])
+def test_an_echo_with_logprobs_streams_as_it_is_whole(token_ids: bool) -> None:
+    """The prompt's tokens come first and once, the first of them with null; the offsets go on through the answer."""
+
+    def writer() -> CompletionWriter:
+        form = CompletionLogprobs(token_texts(), 1)
+        return CompletionWriter("a1", 7, "demo", form, echo=["Hello"].__getitem__, token_ids=token_ids)
+
+    joined = join_deltas([scored_delta(index) for index in range(3)])
+    said = replace(
+        response(joined.text), token_ids=joined.token_ids, prompt_token_ids=[1, 2], prompt_logprobs=PROMPT_ENTRIES
+    )
+    whole = writer().whole([said], Usage(2, 3))["choices"][0]
+    chunks = [json.loads(chunk)["choices"][0] for chunk in streamed(writer(), [scored_delta(i) for i in range(3)])]
+    assert whole["text"] == "Helloxyz" == "".join(chunk["text"] for chunk in chunks)
+    assert whole["logprobs"]["tokens"] == ["He", "llo", "He", "llo", "token_id:4"]
+    assert whole["logprobs"]["token_logprobs"] == [None, -1.5, -0.5, -2.0, -3.0]
+    assert whole["logprobs"]["top_logprobs"][:2] == [None, {"He": -0.5, "llo": -1.5}]
+    assert whole["logprobs"]["text_offset"] == [0, 2, 5, 7, 10]
+    for name, values in whole["logprobs"].items():
+        assert values == [value for chunk in chunks for value in chunk["logprobs"][name]]
+    ids = [chunk.get("token_ids") for chunk in chunks]
+    assert (whole.get("token_ids"), ids) == (([1, 2, 3], [[1], [2], [3]]) if token_ids else (None, [None] * 3))
+    assert [chunk.get("prompt_token_ids") for chunk in chunks] == [[1, 2] if token_ids else None, None, None]
+
+
+def test_a_chats_token_ids() -> None:
+    """The prompt's stand beside the choices, in a stream with each choice's first chunk; the answer's in its choice."""
+    writer = ChatWriter("a1", 7, "demo", token_ids=True)
+    whole = writer.whole([replace(response("x"), token_ids=[3], prompt_token_ids=[1, 2])], Usage(2, 1))
+    assert (whole["prompt_token_ids"], whole["choices"][0]["token_ids"]) == ([1, 2], [3])
+    deltas = [Delta("x", [3], prompt_token_ids=[1, 2]), Delta("", [4]), Delta(finish_reason="stop")]
+    chunks = [json.loads(chunk) for chunk in streamed(writer, deltas)]
+    assert [chunk.get("prompt_token_ids") for chunk in chunks] == [[1, 2], None, None]
+    assert [chunk["choices"][0]["token_ids"] for chunk in chunks] == [[3], [4], []]
+
+
+def test_tokens_as_ids() -> None:
+    """Tokens whose texts are no text of their own can be told apart by their ids."""
+    texts = TokenTexts(lambda token_ids: [TEXTS[token] for token in token_ids], as_ids=True)
+    assert CompletionLogprobs(texts, 1).render(0, ENTRIES[:1])["tokens"] == ["token_id:1"]
 
 
 def test_part_of_a_character_has_no_bytes() -> None:

@@ -1,0 +1,288 @@
+"""The fields of chats and completions: what each may hold, and what becomes of it.
+
+Rule: data only, one table for each of the two routes. Whoever reads a body takes its fields by it, and the table in the
+documentation is written from it. A field that would change the answer and that nothing here can honour is refused by
+name; one that would not is tolerated, known or unknown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lmbridge.flask.openai.fields import BOOL, LARGEST_ID, OBJECT, TEXT, Kind, are_ids, integer, number, plain_ids
+
+Fate = Literal["served", "refused", "ignored"]
+
+MAX_CHOICES = 128  # of one request: its prompts times n
+MAX_LOGPROBS = 20
+MAX_STOPS = 32  # each is looked for in every new piece of text, on the server's thread
+MAX_STOP_LENGTH = 1000  # characters
+MAX_STOP_TOKENS = 64
+MAX_BIASES = 1024
+LONGEST = 10**9  # seconds
+GREEDY = 1e-5  # temperatures below are 0: scores divided by them would overflow
+
+_TOKEN_ID = re.compile(r"[0-9]{1,10}")
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field.
+
+    Attributes:
+        name: the client's.
+        kind: what it may hold; of one that is refused, what asks for nothing.
+        note: its default, and what else there is to know.
+        option: the field of GenerationConfig that it becomes; None for what is done here, whatever the engine.
+        neutral: values that ask for nothing.
+        convert: from the client's value to GenerationConfig's; None where that takes other fields too.
+    """
+
+    name: str
+    kind: Kind
+    note: str = ""
+    fate: Fate = "served"
+    option: str | None = None
+    neutral: tuple[Any, ...] = ()
+    convert: Callable[[Any], Any] | None = None
+
+
+# --- what fields hold ---
+
+
+def _is_stop(value: object) -> bool:
+    words = [value] if isinstance(value, str) else value
+    return (
+        isinstance(words, list)
+        and len(words) <= MAX_STOPS
+        and all(isinstance(word, str) and 0 < len(word) <= MAX_STOP_LENGTH for word in words)
+    )
+
+
+def _is_bias(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and len(value) <= MAX_BIASES
+        and all(_TOKEN_ID.fullmatch(token) and int(token) <= LARGEST_ID for token in value)
+        and all(map(number(-100, 100).holds, value.values()))
+    )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _are_prompts(value: object) -> bool:
+    if _is_text(value) or are_ids(value):
+        return True
+    return isinstance(value, list) and bool(value) and (all(map(_is_text, value)) or all(map(are_ids, value)))
+
+
+STOP = Kind(_is_stop, f"a string or a list of at most {MAX_STOPS} strings, each of 1 to {MAX_STOP_LENGTH:,} characters")
+STOP_IDS = Kind(
+    lambda value: value == [] or (are_ids(value) and len(value) <= MAX_STOP_TOKENS),
+    f"a list of at most {MAX_STOP_TOKENS} token ids",
+    plain_ids,
+)
+BIAS = Kind(_is_bias, f'an object of at most {MAX_BIASES:,} token ids to numbers from -100 to 100: {{"50256": -100}}')
+PROMPTS = Kind(
+    _are_prompts,
+    "a string, a list of strings, a list of token ids or a list of such lists, none of them empty",
+    plain_ids,
+)
+MESSAGES = Kind(lambda value: isinstance(value, list) and bool(value), "a list of at least one message")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+EFFORT = Kind(lambda value: value in EFFORTS, f"one of {', '.join(EFFORTS)}")
+COUNT = integer(1, MAX_CHOICES)
+TOKENS = integer(1, LARGEST_ID)
+TOKENS_OR_NONE = integer(0, LARGEST_ID)
+LOGPROBS = integer(0, MAX_LOGPROBS)
+PENALTY = number(-2, 2)
+SECONDS = number(0, LONGEST)
+
+
+def _nothing(hint: str) -> Kind:
+    return Kind(lambda value: value in (False, 0, "", [], {}), f"left out: {hint}")
+
+
+def _only(value: object, expected: str) -> Kind:
+    """That value, and of numbers and flags only the one or the other: to Python 1 is True."""
+    return Kind(lambda given: given == value and isinstance(given, bool) == isinstance(value, bool), expected)
+
+
+_NOTHING = _nothing("it is not supported here")
+_PLAIN_TEXT = Kind(
+    lambda value: isinstance(value, dict) and value.get("type") == "text",
+    'left out or {"type": "text"}: other formats are not supported here',
+)
+_ONLY_TEXT = _only(["text"], 'left out or ["text"]: this server answers with text')
+
+# --- what is served ---
+
+
+def _in_engine(
+    name: str, kind: Kind, option: str, note: str, *neutral: Any, convert: Callable[[Any], Any] = lambda value: value
+) -> Field:
+    return Field(name, kind, note, option=option, neutral=neutral, convert=convert)
+
+
+_SAMPLING = (
+    _in_engine(
+        "temperature", number(0, 2), "temperature", "1; values below 0.00001 are 0, the most likely token",
+        convert=lambda value: 0 if value < GREEDY else value,
+    ),
+    _in_engine("top_p", number(0, 1), "top_p", "1", 1, convert=lambda value: max(value, 1e-9)),
+    _in_engine("top_k", integer(-1, LARGEST_ID), "top_k", "-1; -1 and 0 are all", -1, 0),
+    _in_engine("min_p", number(0, 1), "min_p", "0", 0),
+    _in_engine("repetition_penalty", number(0.01, 100), "repetition_penalty", "1", 1),
+    _in_engine("frequency_penalty", PENALTY, "frequency_penalty", "0", 0),
+    _in_engine("presence_penalty", PENALTY, "presence_penalty", "0", 0),
+    _in_engine(
+        "logit_bias", BIAS, "logit_bias", "none", {},
+        convert=lambda value: {int(token): float(bias) for token, bias in value.items()},
+    ),
+    _in_engine(
+        "seed", integer(-(2**63), 2**63 - 1), "random_seed",
+        "none. The answers of one request draw with seed, seed + 1, …", convert=lambda value: value % 2**63,
+    ),
+    _in_engine(
+        "stop", STOP, "stop_words", "none", [],
+        convert=lambda value: [value] if isinstance(value, str) else value,
+    ),
+    _in_engine("stop_token_ids", STOP_IDS, "stop_token_ids", "none", []),
+    _in_engine("include_stop_str_in_output", BOOL, "include_stop_str_in_output", "false", False),
+    _in_engine("ignore_eos", BOOL, "ignore_eos", "false", False),
+    _in_engine("min_tokens", TOKENS_OR_NONE, "min_new_tokens", "0; at most max_tokens", 0),
+    _in_engine("skip_special_tokens", BOOL, "skip_special_tokens", "true", True),
+    _in_engine("truncate_prompt_tokens", TOKENS, "truncate_prompt_tokens", "none; keeps the prompt's last tokens"),
+    _in_engine(
+        "return_token_ids", BOOL, "return_prompt_token_ids",
+        "false; prompt_token_ids in the answer (completions: in each choice), token_ids in each choice, the ending "
+        "token left out. In streams prompt_token_ids comes with a choice's first chunk", False,
+    ),
+)  # fmt: skip
+_MANNERS = (
+    Field("n", COUNT, f"1; prompts times n is at most {MAX_CHOICES}"),
+    Field("stream", BOOL, "false"),
+    Field(
+        "stream_options", OBJECT,
+        "none; of it include_usage: a last chunk without choices has the token counts. Other members have no effect",
+    ),
+    Field("return_tokens_as_token_ids", BOOL, "false; tokens of log-probabilities are written as token_id:7"),
+    Field("timeout", SECONDS, "LMBRIDGE_TIMEOUT, which bounds it too"),
+)  # fmt: skip
+_CHAT = (
+    Field("model", TEXT, "the app's first model that generates text"),
+    Field(
+        "messages", MESSAGES,
+        "roles system, developer (= system), user, assistant, tool, function; the model's template decides which it "
+        "takes. Content is a string or a list of text parts, which are joined",
+    ),
+    Field("max_tokens", TOKENS, "what fits into the model's context", option="max_new_tokens"),
+    Field("max_completion_tokens", TOKENS, "as max_tokens, over which it wins", option="max_new_tokens"),
+    *_SAMPLING,
+    Field("logprobs", BOOL, "false", option="logprobs"),
+    Field("top_logprobs", LOGPROBS, "0; needs logprobs", option="logprobs"),
+    Field("chat_template_kwargs", OBJECT, "none; variables for the chat template", option="chat_template_kwargs"),
+    Field(
+        "reasoning_effort", EFFORT, "none; a variable for the chat template, which may not look at it",
+        option="chat_template_kwargs",
+    ),
+    _in_engine(
+        "add_generation_prompt", BOOL, "add_generation_prompt", "true, and false with continue_final_message", True
+    ),
+    _in_engine(
+        "continue_final_message", BOOL, "continue_final_message",
+        "false; the answer goes on with the last message. Not with add_generation_prompt", False,
+    ),
+    *_MANNERS,
+)  # fmt: skip
+_COMPLETIONS = (
+    _CHAT[0],
+    Field("prompt", PROMPTS, "goes to the model as it is, without a chat template"),
+    Field("max_tokens", TOKENS_OR_NONE, "16; 0 with echo only", option="max_new_tokens"),
+    Field("max_completion_tokens", TOKENS_OR_NONE, "as max_tokens, over which it wins", option="max_new_tokens"),
+    *_SAMPLING,
+    Field("logprobs", LOGPROBS, "none", option="logprobs"),
+    Field(
+        "echo", BOOL,
+        "false; any engine without logprobs. With them the prompt's tokens have theirs too, but for the first; with "
+        "max_tokens 1 a token that would end the answer is listed as well. max_tokens 0 gives the prompt alone. Not "
+        "with truncate_prompt_tokens",
+        option="prompt_logprobs",
+    ),
+    *_MANNERS,
+)  # fmt: skip
+
+# --- what would be a wrong answer if it were ignored ---
+
+
+def _refused(kind: Kind, *names: str, note: str = "") -> tuple[Field, ...]:
+    return tuple(Field(name, kind, note, "refused") for name in names)
+
+
+_REFUSED = (
+    *_refused(_NOTHING, "tools", note="unless tool_choice is none"),
+    *_refused(_NOTHING, "tool_choice", note="other than none and auto"),
+    *_refused(_NOTHING, "functions", note="unless function_call is none"),
+    *_refused(_NOTHING, "function_call", note="other than none and auto"),
+    *_refused(_PLAIN_TEXT, "response_format", note='other than {"type": "text"}'),
+    *_refused(_ONLY_TEXT, "modalities", note='other than ["text"]'),
+    *_refused(_nothing("text cannot be inserted here"), "suffix"),
+    *_refused(_nothing("answers are not ranked here"), "best_of", note="other than n"),
+    *_refused(_NOTHING, "audio", "moderation", "web_search_options"),
+    *_refused(
+        _NOTHING,
+        "allowed_token_ids", "bad_words", "cache_salt", "chat_template", "documents", "ec_transfer_params",
+        "guided_choice", "guided_grammar", "guided_json", "guided_regex", "kv_transfer_params", "logits_processors",
+        "logprob_token_ids", "prompt_embeds", "prompt_logprobs", "repetition_detection", "return_prompt_text",
+        "structured_outputs", "use_beam_search", "vllm_xargs", "watermarking",
+    ),
+    *_refused(_only(True, "true or left out: it is not supported here"), "spaces_between_special_tokens", note="false"),
+    *_refused(_only("left", '"left" or left out: the last tokens are kept here'), "truncation_side", note="right"),
+    *_refused(_only(-1, "-1 or left out: it is not supported here"), "thinking_token_budget", note="other than -1"),
+    # names of other servers for what is served here
+    *_refused(_nothing('send chat_template_kwargs {"enable_thinking": …} instead'), "enable_thinking"),
+    *_refused(_nothing("send max_tokens instead"), "max_new_tokens"),
+    *_refused(_nothing("send min_tokens instead"), "min_new_tokens"),
+    *_refused(_nothing("send repetition_penalty instead"), "repeat_penalty"),
+)  # fmt: skip
+_REFUSED_IN_CHATS = (
+    *_refused(_nothing("only completions have it"), "echo"),
+    *_refused(_only(False, "false or left out: the chat template adds them"), "add_special_tokens", note="true"),
+)
+_FOR_CHATS = _nothing("only chats have it")
+_REFUSED_IN_COMPLETIONS = (
+    *_refused(_FOR_CHATS, "chat_template_kwargs", "reasoning_effort", "add_generation_prompt"),
+    *_refused(_FOR_CHATS, "continue_final_message", "top_logprobs"),
+    *_refused(_only(True, "true or left out: the tokenizer decides"), "add_special_tokens", note="false"),
+)
+
+# --- what changes no answer ---
+
+_ANYTHING = Kind(lambda value: True, "anything")
+_IGNORED = (
+    Field("user", TEXT, "checked; whose turn a request takes is the API key's, or the address'", "ignored"),
+    *(
+        Field(name, _ANYTHING, "", "ignored")
+        for name in (
+            "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
+            "prompt_cache_retention", "safety_identifier", "service_tier", "store", "verbosity",
+            # vLLM's
+            "guided_decoding_backend", "include_reasoning", "length_penalty", "media_io_kwargs", "mm_processor_kwargs",
+            "priority", "request_id", "return_mm_kwargs", "return_token_offsets", "routed_experts_prompt_start",
+            "session_id", "stream_interval",
+        )
+    ),
+)  # fmt: skip
+
+
+def _table(fields: Iterable[Field]) -> dict[str, Field]:
+    return {field.name: field for field in fields}
+
+
+CHAT = _table([*_CHAT, *_REFUSED, *_REFUSED_IN_CHATS, *_IGNORED])
+COMPLETIONS = _table([*_COMPLETIONS, *_REFUSED, *_REFUSED_IN_COMPLETIONS, *_IGNORED])
