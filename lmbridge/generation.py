@@ -26,8 +26,8 @@ _OPENAI_NAMES = {
 }
 _TEMPLATE_NAMES = (
     "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length", "messages",
-    "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize", "tokenizer_kwargs",
-    "truncation",
+    "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens", "self",
+    "tokenize", "tokenizer_kwargs", "truncation",
 )  # fmt: skip
 """What a template's own variables may not be called: it would change how the prompt is made of its text."""
 _MOST_BIASES = 1024

@@ -26,6 +26,7 @@ _PREFIX = f"req-{secrets.token_hex(3)}"
 _LONGEST = threading.TIMEOUT_MAX / 2  # seconds; a lock waits no longer, not even for math.inf
 _MOST_URGENT = 1_000_000  # it is added to seconds that were waited, and both have to fit into a float
 _DEFAULT_CONFIG = GenerationConfig()  # never handed out: engines get it, and engines do not write
+_ANY_PROMPT = [{"role": "user", "content": "x"}]  # one that every option goes with
 
 
 def make_request(account: Account, prompt: Any, config: GenerationConfig | None, options: CallOptions) -> Request:
@@ -43,6 +44,7 @@ def make_request(account: Account, prompt: Any, config: GenerationConfig | None,
         request_id = options.pop("request_id", None)
     if options or config is not None:
         config = _merge(config, options)
+        _check_template(config, prompt, raw)
     now = time.monotonic()
     return Request(
         new_id() if request_id is None else checked_text(request_id, "request_id"),
@@ -81,7 +83,7 @@ def make_list(
     name = options.pop("request_id", None)
     if name is not None:
         name = checked_text(name, "request_id")
-    shared = make_request(account, "x", None, _copy(options))  # what is wrong with the options is wrong for all
+    shared = make_request(account, _ANY_PROMPT, None, _copy(options))  # what is wrong with the options is wrong for all
     made: list[Request | LMBridgeError] = []
     for index, (prompt, one) in enumerate(zip(prompts, configs, strict=True)):
         try:
@@ -112,6 +114,24 @@ def _merge(config: GenerationConfig | None, overrides: Any) -> GenerationConfig:
             "config",
         )
     return config.merged(overrides)
+
+
+def _check_template(config: GenerationConfig, prompt: Any, raw: bool) -> None:
+    """Refuse what is for the chat template where the prompt goes without one, or is no conversation."""
+    begins, goes_on = config.add_generation_prompt is not None, config.continue_final_message
+    if not (begins or goes_on or config.chat_template_kwargs):
+        return
+    checked = check_prompt(prompt)
+    if isinstance(checked[0], dict):
+        return
+    if begins or goes_on:
+        name = "continue_final_message" if goes_on else "add_generation_prompt"
+        raise InvalidRequestError(f"{name} is for a conversation; give messages, or leave it out.", name)
+    if raw or not isinstance(checked, str):
+        raise InvalidRequestError(
+            "chat_template_kwargs are for a chat template, and this prompt goes without one; leave them out.",
+            "chat_template_kwargs",
+        )
 
 
 def checked_seconds(value: Any, name: str = "timeout") -> float:

@@ -120,17 +120,23 @@ class Detokenizer:
 class StopWords:
     """Looks for stop words in a text that arrives in pieces.
 
+    Args:
+        keep: the word that was found is part of what is shown.
+
     The word that is complete first wins, so that the outcome does not depend on how the text was cut into pieces;
     of two that end together, the longer one.
     """
 
-    def __init__(self, words: Iterable[str]) -> None:
+    def __init__(self, words: Iterable[str], keep: bool = False) -> None:
         self._words = list(words)
+        self._keep = keep
         self._held = ""
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """The text that can be shown: nothing of a stop word, nor of what may become one, nor after one."""
+        """The text that can be shown: nothing of a stop word that is not kept, nor of what may become a stop word, nor
+        after one.
+        """
         if self.stopped:
             return ""
         text = self._held + text
@@ -138,7 +144,8 @@ class StopWords:
         if found:
             self.stopped = True
             self._held = ""
-            return text[: min(found)[1]]
+            end, start = min(found)
+            return text[: end if self._keep else start]
         keep = len(text) - max((_overlap(text, word) for word in self._words), default=0)
         self._held = text[keep:]
         return text[:keep]
@@ -175,13 +182,24 @@ class TextStream:
 
     While a text is held back because it may become a stop word, so are its tokens. When it did, the tokens shown are
     those with any of their text before the stop word; the last may hold the word's beginning too.
+
+    Args:
+        keep_stop_word: the stop word, and the tokens with any of its text, belong to the answer.
+        least: stop words are looked for in what comes after so many tokens.
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, stop_words: Sequence[str] | None = None, skip_special_tokens: bool = True
+        self,
+        vocabulary: Vocabulary,
+        stop_words: Sequence[str] | None = None,
+        skip_special_tokens: bool = True,
+        *,
+        keep_stop_word: bool = False,
+        least: int = 0,
     ) -> None:
         self._detokenizer = Detokenizer(vocabulary, skip_special_tokens)
-        self._stop_words = StopWords(stop_words) if stop_words else None
+        self._stop_words = StopWords(stop_words, keep_stop_word) if stop_words else None
+        self._unscanned = least  # how many more tokens stop words are not looked for in
         self._starts: list[int] = []  # where the text of each token not shown begins; only with stop words
         self._length = 0  # characters detokenised
         self._shown = 0  # characters handed out
@@ -194,6 +212,7 @@ class TextStream:
         for token_id in token_ids:
             self._starts.append(self._length)
             text += self._scan(self._detokenizer.push(token_id), self._stop_words)
+            self._unscanned -= 1
             if self._stop_words.stopped:
                 break
         return Piece(text, self._release(), self._stop_words.stopped)
@@ -210,7 +229,8 @@ class TextStream:
 
     def _scan(self, text: str, stop_words: StopWords) -> str:
         self._length += len(text)
-        text = stop_words.push(text)
+        if self._unscanned <= 0:
+            text = stop_words.push(text)
         self._shown += len(text)
         return text
 

@@ -16,13 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmbridge.engines.transformers import choosing
-from lmbridge.engines.transformers.choosing import OPEN_END, Choice, Parts, choose
-from lmbridge.engines.transformers.sampling import Plan, Sampler, uniform
+from lmbridge.engines.transformers.choosing import OPEN_END, Changes, Choice, Parts, choose
+from lmbridge.engines.transformers.plan import Plan, uniform
+from lmbridge.engines.transformers.sampling import Sampler
 from lmbridge.messages import GenerationConfig
 
 VOCABULARY = 500
 HEAD = 64
 SIZES = [VOCABULARY, 3072, 20_001]
+NOTHING = Changes(*[torch.empty(0)] * 3)  # what is not looked at
 
 
 def plan(prompt: Sequence[int] = (), **fields: Any) -> Plan:
@@ -98,7 +100,7 @@ def drawn(raw: torch.Tensor, made: Plan, numbers: Sequence[float]) -> torch.Tens
     rows, parts = arguments([made], raw.shape[-1])
     head = raw.shape[-1] if parts.head else 0
     moment = torch.tensor([(number, -1) for number in numbers], dtype=torch.double)
-    return choose(raw, rows.expand(len(raw), -1), moment, raw, parts._replace(head=head)).tokens
+    return choose(raw, rows.expand(len(raw), -1), moment, NOTHING, parts._replace(head=head)).tokens
 
 
 MIXED: list[dict[str, Any]] = [
@@ -203,7 +205,7 @@ def test_rows_without_filters_do_not_ask_for_a_second_try() -> None:
     rows, parts = arguments(plans, VOCABULARY)
     assert 0 < parts.head < VOCABULARY
     moment = torch.tensor([(0.5, -1)] * 3, dtype=torch.double)
-    assert choose(scores(3), rows, moment, scores(3), parts).enough.tolist() == [True] * 3
+    assert choose(scores(3), rows, moment, NOTHING, parts).enough.tolist() == [True] * 3
 
 
 def test_a_flat_row_among_others_gets_what_it_gets_from_the_whole_vocabulary() -> None:
@@ -530,19 +532,22 @@ def test_a_request_that_is_gone_is_not_kept() -> None:
 # --------------------------------------------------------------------------------------------------- one tensor program
 
 
-def recorded(size: int) -> tuple[list[torch.Tensor], Parts]:
+def recorded(size: int) -> tuple[list[Any], Parts]:
     """The arguments of a step in which every part of the program has something to do."""
-    kinds = [*MIXED, {"do_sample": False, "logprobs": 4}, {"repetition_penalty": 1.3, "random_seed": 4}]
+    kinds = [*MIXED, {"do_sample": False, "logprobs": 4}, {"frequency_penalty": 0.4, "logit_bias": {3: 2.0}}]
+    kinds += [{"repetition_penalty": 1.3, "random_seed": 4}]
     plans = [plan(range(row), **{"random_seed": row, **fields}) for row, fields in enumerate(kinds)]
     rows, parts = arguments(plans, size)
     moment = torch.tensor([(made.number(), -1) for made in plans], dtype=torch.double)
     moment[3, 1] = 9
     factors = torch.ones(len(plans), size)
     factors[-1, :50] = 1.3
-    return [scores(len(plans), size=size), rows, moment, factors], parts
+    biases, counts = torch.zeros(len(plans), size), torch.zeros(len(plans), size)
+    biases[-2, 3], counts[-2, 5:9] = 2.0, 1.0
+    return [scores(len(plans), size=size), rows, moment, Changes(biases, factors, counts)], parts
 
 
-def run(tensors: Sequence[torch.Tensor], parts: Parts, program: Any = choose) -> Choice:
+def run(tensors: Sequence[Any], parts: Parts, program: Any = choose) -> Choice:
     """The program as it is, or compiled."""
     found: Choice = program(*tensors, parts)
     return found
@@ -574,7 +579,7 @@ def test_the_program_is_exported_whole(head: int) -> None:
     parts = parts._replace(head=head)
 
     class Step(torch.nn.Module):
-        def forward(self, *tensors: torch.Tensor) -> Choice:
+        def forward(self, *tensors: Any) -> Choice:
             return run(tensors, parts)
 
     exported = torch.export.export(Step(), tuple(tensors)).module()

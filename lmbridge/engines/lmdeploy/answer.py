@@ -20,7 +20,13 @@ class Answer:
 
     def __init__(self, config: GenerationConfig, vocabulary: Vocabulary, prompt_tokens: int) -> None:
         self.stopped = False
-        self._stream = TextStream(vocabulary, config.stop_words, config.skip_special_tokens)
+        self._stream = TextStream(
+            vocabulary,
+            config.stop_words,
+            config.skip_special_tokens,
+            keep_stop_word=config.include_stop_str_in_output,
+            least=config.min_new_tokens or 0,
+        )
         self._stop_ids = own_stop_ids(config)
         self._most_likely = config.logprobs
         self._prompt_tokens = prompt_tokens

@@ -33,7 +33,7 @@ from lmbridge.errors import (
     LMBridgeError,
     PromptTooLongError,
 )
-from lmbridge.messages import Delta, GenerationConfig, Message, Request
+from lmbridge.messages import Delta, Message, Request
 
 CLOSE_TIMEOUT = 3.0
 """Seconds to wait at the end for each of: LMDeploy's requests, their aborts, its main loop."""
@@ -65,7 +65,13 @@ class LMDeployEngine(Engine):
     """
 
     name: ClassVar[str] = "lmdeploy"
-    supports: ClassVar[frozenset[str]] = frozenset(GenerationConfig().__dict__)
+    supports: ClassVar[frozenset[str]] = frozenset(
+        {
+            "max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_p", "top_k", "min_p",
+            "repetition_penalty", "random_seed", "stop_words", "include_stop_str_in_output", "stop_token_ids",
+            "ignore_eos", "skip_special_tokens", "logprobs",
+        }
+    )  # fmt: skip
 
     def __init__(
         self,

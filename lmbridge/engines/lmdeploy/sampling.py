@@ -21,6 +21,11 @@ def check_ranges(config: GenerationConfig) -> None:
         raise InvalidRequestError(
             f"temperature must be at most {HOTTEST} with LMDeploy, not {config.temperature!r}.", param="temperature"
         )
+    if config.min_new_tokens and config.ignore_eos and config.stop_token_ids:
+        raise InvalidRequestError(
+            "min_new_tokens and ignore_eos together leave LMDeploy no stop_token_ids; leave one of the three out.",
+            param="min_new_tokens",
+        )
 
 
 def sampling_fields(config: GenerationConfig, template_stops: Sequence[int]) -> dict[str, Any]:
@@ -31,6 +36,7 @@ def sampling_fields(config: GenerationConfig, template_stops: Sequence[int]) -> 
     """
     fields: dict[str, Any] = {
         "max_new_tokens": config.max_new_tokens,
+        "min_new_tokens": config.min_new_tokens,
         "ignore_eos": config.ignore_eos,
         "skip_special_tokens": config.skip_special_tokens,
         "random_seed": config.random_seed,

@@ -18,9 +18,9 @@ import torch
 
 GREEDY, DRAWN, FILTERED = 0.0, 1.0, 2.0
 """How a row gets its token: the most likely one, one of all, one of those that the filters leave."""
-SETTINGS = ("temperature", "top_k", "top_p", "min_p", "penalty", "kind")
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "penalty", "frequency", "presence", "kind")
 """The columns of the settings. A row without top_k has 0 there, one without top_p has 1."""
-TOP_K, TOP_P, PENALTY = map(SETTINGS.index, ("top_k", "top_p", "penalty"))
+PENALTY, FREQUENCY, PRESENCE = map(SETTINGS.index, ("penalty", "frequency", "presence"))
 OPEN_END = 1 - 2.0**-52
 """The largest uniform number. It is so far below 1 that its product with a total is below the total."""
 
@@ -35,7 +35,9 @@ class Parts(NamedTuple):
         limits: some row has top_k.
         cuts: some row has top_p.
         open: some row has top_p without top_k.
+        bias: some row has tokens whose scores are raised, lowered or barred.
         penalty: some row has a repetition penalty.
+        counts: some row has a frequency or presence penalty.
         logprobs: how many of the most likely tokens to report beside the chosen one; -1 reports none at all.
     """
 
@@ -45,8 +47,25 @@ class Parts(NamedTuple):
     limits: bool = False
     cuts: bool = False
     open: bool = False
+    bias: bool = False
     penalty: bool = False
+    counts: bool = False
     logprobs: int = -1
+
+
+class Changes(NamedTuple):
+    """What is done to scores first. Each is (rows, vocabulary), single precision, and not looked at where its part is
+    off.
+
+    Attributes:
+        biases: added; minus infinity bars a token.
+        factors: the repetition penalty at tokens seen, 1 elsewhere.
+        counts: how often the answer has each token.
+    """
+
+    biases: torch.Tensor
+    factors: torch.Tensor
+    counts: torch.Tensor
 
 
 class Choice(NamedTuple):
@@ -66,21 +85,20 @@ class Choice(NamedTuple):
 
 
 def choose(
-    scores: torch.Tensor, settings: torch.Tensor, moment: torch.Tensor, factors: torch.Tensor, parts: Parts
+    scores: torch.Tensor, settings: torch.Tensor, moment: torch.Tensor, changes: Changes, parts: Parts
 ) -> Choice:
     """The next token of each row.
 
     Args:
         scores: (rows, vocabulary), single precision, as the model gave them; not changed.
-        settings: (rows, 6), double precision, see ``SETTINGS``.
+        settings: (rows, 8), double precision, see ``SETTINGS``.
         moment: (rows, 2), double precision: a uniform number from 0 to ``OPEN_END``; the token that is forced, or -1.
-        factors: (rows, vocabulary), single precision: the repetition penalty at tokens seen, 1 elsewhere. Not
-            looked at where ``parts.penalty`` is off.
+        changes: of these rows.
     """
-    tokens, enough = _pick(penalized(scores, factors) if parts.penalty else scores, settings, moment[:, :1], parts)
+    tokens, enough = _pick(changed(scores, settings, changes, parts), settings, moment[:, :1], parts)
     forced = moment[:, 1].long()
     tokens = torch.where(forced >= 0, forced, tokens)
-    return Choice(tokens, enough, *_explain(scores, tokens, parts.logprobs))
+    return Choice(tokens, enough, *explain(scores, tokens, parts.logprobs))
 
 
 def _pick(
@@ -108,14 +126,28 @@ def _pick(
     return tokens, enough
 
 
-def _explain(scores: torch.Tensor, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The chosen tokens and the ``count`` most likely ones, and their log-probabilities. Nothing if it is negative."""
+def explain(scores: torch.Tensor, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """These tokens and the ``count`` most likely ones, and their log-probabilities. Nothing if it is negative."""
     if count < 0:
         return tokens.new_empty(len(tokens), 0), scores.new_empty(len(tokens), 0, dtype=torch.double)
     size = scores.shape[-1]
     listed = torch.cat([tokens.clamp(max=size - 1).unsqueeze(-1), _leading(scores, min(count, size))[1]], -1)
     total = scores.amax(-1, keepdim=True).double() + spread(scores.softmax(-1)).log()
     return listed, scores.gather(-1, listed) - total
+
+
+def changed(scores: torch.Tensor, settings: torch.Tensor, changes: Changes, parts: Parts) -> torch.Tensor:
+    """The scores that tokens are chosen by: biases, then the repetition penalty, then those that count, as vLLM has
+    them. A row that asks for nothing keeps its scores to the last bit.
+    """
+    if parts.bias:
+        scores = scores + changes.biases
+    if parts.penalty:
+        scores = penalized(scores, changes.factors)
+    if parts.counts:
+        frequency, presence = (settings[:, column].unsqueeze(-1).to(scores.dtype) for column in (FREQUENCY, PRESENCE))
+        scores = scores - frequency * changes.counts - presence * changes.counts.clamp(max=1)
+    return scores
 
 
 def penalized(scores: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:

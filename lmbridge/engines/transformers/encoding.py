@@ -19,7 +19,7 @@ from typing import Any
 
 from lmbridge.engines.transformers.length import LengthBound, length_bound
 from lmbridge.errors import InvalidRequestError, PromptTooLongError
-from lmbridge.messages import Message, Prompt
+from lmbridge.messages import GenerationConfig, Message, Prompt
 
 INLINE_CHARACTERS = 8_000
 """A prompt of up to this many characters (see ``characters``) is tokenised at once; it takes a few milliseconds."""
@@ -32,8 +32,13 @@ RENDERED_MESSAGES = 256
 """And up to this many messages: about one millisecond."""
 
 
+_USUAL = GenerationConfig()
+
+
 class PromptEncoder:
     """Turns strings, conversations and token ids into the ids a model is given.
+
+    Of a request's config it reads what the chat template is given, and ``truncate_prompt_tokens``.
 
     Args:
         tokenizer: a tokenizer of transformers.
@@ -52,7 +57,7 @@ class PromptEncoder:
             self._backend.no_padding()
             self._bound = length_bound(self._backend)
 
-    def at_once(self, prompt: Prompt, raw: bool = False) -> list[int] | None:
+    def at_once(self, prompt: Prompt, raw: bool = False, config: GenerationConfig = _USUAL) -> list[int] | None:
         """``encode`` where that takes milliseconds; None where another thread should do it.
 
         A prompt that cannot fit is refused here, if that can be told within milliseconds.
@@ -60,15 +65,17 @@ class PromptEncoder:
         Raises:
             InvalidRequestError, PromptTooLongError: as ``encode``.
         """
-        if self._is_short(prompt):
-            return self.encode(prompt, raw)
+        if self._is_short(prompt, config):
+            return self.encode(prompt, raw, config)
+        if config.truncate_prompt_tokens is not None:
+            return None
         if self._bound is not None and self._is_rendered_at_once(prompt, raw, self._bound):
-            text = self.text(prompt, raw)
+            text = self.text(prompt, raw, config)
             if isinstance(text, str):
                 self.refuse_long(text)
         return None
 
-    def encode(self, prompt: Prompt, raw: bool = False) -> list[int]:
+    def encode(self, prompt: Prompt, raw: bool = False, config: GenerationConfig = _USUAL) -> list[int]:
         """The token ids of ``prompt``: at least one, and so few that there is room for one more.
 
         A string becomes one user message of a chat where the tokenizer has a chat template, unless ``raw``.
@@ -79,28 +86,32 @@ class PromptEncoder:
             PromptTooLongError: there is no room for it and one more token. A text that cannot fit because of its
                 length alone is not tokenised.
         """
-        text = self.text(prompt, raw)
+        text, most = self.text(prompt, raw, config), config.truncate_prompt_tokens
         if not isinstance(text, str):
-            ids = self._given(text)
+            ids = self._given(text if most is None else text[-most:])
         else:
-            self.refuse_long(text)
-            ids = self._tokenize(text, add_special_tokens=self._is_bare(prompt, raw))
+            if most is None:
+                self.refuse_long(text)
+            ids = self._tokenize(text, self._is_bare(prompt, raw), most)
         if not ids:
             raise _invalid("The prompt is empty: the tokenizer makes no token of it. Give it some text.")
         return ids
 
-    def text(self, prompt: Prompt, raw: bool = False) -> str | Sequence[Any]:
+    def text(self, prompt: Prompt, raw: bool = False, config: GenerationConfig = _USUAL) -> str | Sequence[Any]:
         """What is to be tokenised, with the chat template around it; of token ids, these ids.
 
         Raises:
             InvalidRequestError: the prompt is of no known kind, or is refused by the chat template.
         """
+        if self._is_bare(prompt, raw):
+            self._refuse_variables(config)
+            return prompt
         if isinstance(prompt, str):
-            return prompt if self._is_bare(prompt, raw) else self._chat([{"role": "user", "content": prompt}])
+            return self._chat([{"role": "user", "content": prompt}], config)
         if not isinstance(prompt, Sequence):
             raise _invalid(f"A prompt is a string, a list of messages or a list of token ids, not {_short(prompt)}.")
         if prompt and isinstance(prompt[0], Mapping):
-            return self._chat([_plain(message) for message in prompt])
+            return self._chat([_plain(message) for message in prompt], config)
         return prompt
 
     def refuse_long(self, text: str) -> None:
@@ -115,10 +126,18 @@ class PromptEncoder:
         if fewest >= self._room:
             raise self._too_long(f"{len(text)} characters, and so at least {fewest} tokens")
 
-    def _is_short(self, prompt: Any) -> bool:
+    def _refuse_variables(self, config: GenerationConfig) -> None:
+        if config.chat_template_kwargs:
+            raise InvalidRequestError(
+                "chat_template_kwargs are for a chat template, and this prompt goes without one; leave them out.",
+                param="chat_template_kwargs",
+            )
+
+    def _is_short(self, prompt: Any, config: GenerationConfig) -> bool:
         if _is_ids(prompt):
             return len(prompt) <= INLINE_IDS or len(prompt) >= self._room
-        return characters(prompt, INLINE_CHARACTERS) <= INLINE_CHARACTERS
+        variables = characters(config.chat_template_kwargs, INLINE_CHARACTERS) if config.chat_template_kwargs else 0
+        return variables + characters(prompt, INLINE_CHARACTERS) <= INLINE_CHARACTERS
 
     def _is_bare(self, prompt: Prompt, raw: bool) -> bool:
         """Whether it is a string for the model as it is."""
@@ -130,32 +149,39 @@ class PromptEncoder:
             return True
         return bound.longest * self._room <= _rendered_length(prompt) <= RENDERED_CHARACTERS
 
-    def _chat(self, messages: list[Message]) -> str:
+    def _chat(self, messages: list[Message], config: GenerationConfig) -> str:
         if not self._tokenizer.chat_template:
             raise _invalid("The model has no chat template, so that it takes no messages; give it a string.")
         try:
-            return self._render_calls(messages)
+            return self._render_calls(messages, config)
         except Exception as cause:  # a template is a program of the model's author, and may raise anything
             raise _invalid(f"The model's chat template refused the messages: {cause}") from cause
 
-    def _render_calls(self, messages: list[Message]) -> str:
+    def _render_calls(self, messages: list[Message], config: GenerationConfig) -> str:
         """Most templates want the arguments of a tool call as a mapping; some join them to a string as they came."""
         parsed = [_with_parsed_arguments(message) for message in messages]
         try:
-            return self._render(parsed)
+            return self._render(parsed, config)
         except Exception as first:
             if all(new is old for new, old in zip(parsed, messages, strict=True)):
                 raise
             try:
-                return self._render(messages)
+                return self._render(messages, config)
             except Exception:
                 raise first from None
 
-    def _render(self, messages: list[Message]) -> str:
-        text: str = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    def _render(self, messages: list[Message], config: GenerationConfig) -> str:
+        going_on, begins = config.continue_final_message, config.add_generation_prompt
+        text: str = self._tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=not going_on if begins is None else begins,
+            continue_final_message=going_on,
+            tokenize=False,
+            **(config.chat_template_kwargs or {}),
+        )
         return text
 
-    def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
+    def _tokenize(self, text: str, add_special_tokens: bool, most: int | None) -> list[int]:
         try:
             if self._backend is None:
                 encoded = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
@@ -167,8 +193,9 @@ class PromptEncoder:
             raise _invalid(f"The prompt is not valid Unicode text: {cause}") from cause
         except Exception as cause:  # tokenizers raises nothing more precise
             raise _invalid(f"The model's tokenizer refused the prompt: {cause}") from cause
-        self._refuse_count(len(encoded))
-        ids = list(encoded if self._backend is None else encoded.ids)
+        count = len(encoded) if most is None else min(len(encoded), most)
+        self._refuse_count(count)
+        ids = list(encoded if self._backend is None else encoded.ids)[-count:]
         for token in self._unknown(ids):
             raise _invalid(self._missing_row(token))
         return ids

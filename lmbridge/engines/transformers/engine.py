@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmbridge.engines.base import Engine, Sink, engine_error
 from lmbridge.engines.models import announce, find_model
-from lmbridge.engines.text import Piece, TextStream
+from lmbridge.engines.text import Piece
 from lmbridge.engines.thread import EngineThread
 from lmbridge.engines.transformers.options import ModelOptions
 from lmbridge.engines.transformers.running import Running
@@ -51,7 +51,8 @@ class TransformersEngine(Engine):
         num_blocks: pages in the cache, instead of ``cache_share``.
         threads: how many threads torch uses for a step on a CPU, for this engine only; by default one for a model of
             fewer than 4 million parameters, else torch's own choice.
-        cuda_graphs: let transformers record steps as CUDA graphs; requests for logprobs are refused then.
+        cuda_graphs: let transformers record steps as CUDA graphs; requests for logprobs and prompt_logprobs are
+            refused then.
         trust_remote_code: run code that comes with the model.
         revision: branch, tag or commit on the hub.
     """
@@ -201,7 +202,7 @@ class TransformersEngine(Engine):
         """
         core = self._alive()
         running = self._new_running(request, sink, core)
-        token_ids = core.encoder.at_once(request.prompt, request.raw)
+        token_ids = core.encoder.at_once(request.prompt, request.raw, request.config)
         if token_ids is not None:
             try:
                 self._submit(running, token_ids)
@@ -228,8 +229,9 @@ class TransformersEngine(Engine):
 
     def check(self, request: Request) -> None:
         super().check(request)
-        if self._options.cuda_graphs and request.config.logprobs is not None:
-            raise UnsupportedOptionError("logprobs need an engine with cuda_graphs=False.", param="logprobs")
+        for name in ("logprobs", "prompt_logprobs"):
+            if self._options.cuda_graphs and getattr(request.config, name) is not None:
+                raise UnsupportedOptionError(f"{name} need an engine with cuda_graphs=False.", param=name)
 
     def progress(self, request_id: str) -> int | None:
         """How many steps the request was part of, those of reading its prompt included; a clock while that is
@@ -281,8 +283,8 @@ class TransformersEngine(Engine):
     def _new_running(self, request: Request, sink: Sink, core: Core) -> Running:
         config = core.with_defaults(request.config)
         stop_ids = frozenset(config.stop_token_ids or ()) | (frozenset() if config.ignore_eos else core.eos)
-        stream = TextStream(core.vocabulary, config.stop_words, config.skip_special_tokens)
-        return Running(f"{request.id}#{next(self._numbers)}", request, sink, stream, stop_ids, core.plan(config))
+        plan = core.plan(config, stop_ids)
+        return Running(f"{request.id}#{next(self._numbers)}", request, sink, core.stream(config), stop_ids, plan)
 
     def _remember(self, running: Running) -> None:
         self._requests[running.key] = running
@@ -292,8 +294,10 @@ class TransformersEngine(Engine):
         """A long prompt. The request may be aborted while the worker thread is at it, or before."""
 
         def encode() -> list[int] | None:
-            wanted = running.key in self._requests and self._core is not None
-            return self._alive().encoder.encode(running.request.prompt, running.request.raw) if wanted else None
+            if running.key not in self._requests or self._core is None:
+                return None
+            request = running.request
+            return self._alive().encoder.encode(request.prompt, request.raw, request.config)
 
         try:
             token_ids = await self._thread.run(encode, while_awaited=True)
@@ -308,6 +312,7 @@ class TransformersEngine(Engine):
         core = self._alive()
         running.prompt_tokens = len(token_ids)
         running.plan.prompt = token_ids
+        running.tells_prompt = running.request.config.return_prompt_token_ids or running.plan.reading is not None
         self._remember(running)
         budget = min(running.request.config.max_new_tokens, core.runner.room - len(token_ids))
         core.runner.add(running.key, token_ids, budget, sorted(running.stop_ids), running.plan)
@@ -317,7 +322,10 @@ class TransformersEngine(Engine):
     def _on_tokens(self, key: str, tokens: Sequence[int], finished: bool) -> None:
         self._tokens += 1
         running = self._requests.get(key)
-        if running is not None:
+        if running is not None and running.plan.failure is not None:
+            self._cancel(running)
+            self._on_failure(key, running.plan.failure)
+        elif running is not None:
             try:
                 self._advance(running, tokens, finished)
             except Exception as cause:  # this answer's text or its sink; the others go on
@@ -368,7 +376,9 @@ class TransformersEngine(Engine):
     def _on_failure(self, key: str, error: BaseException) -> None:
         running = self._requests.get(key)
         if running is not None:
-            self._fail(running, engine_error(f"The engine failed this request: {error!r}.", error))
+            if not isinstance(error, LMBridgeError):
+                error = engine_error(f"The engine failed this request: {error!r}.", error)
+            self._fail(running, error)
 
     def _on_end(self, error: BaseException) -> None:
         """The runner cannot go on: whoever is inside is lost, and the server is told once.

@@ -70,12 +70,13 @@ SAMPLER = {
 ``tensors_required``."""
 
 SAMPLER_MEMBERS = {
+    "transformers:PreTrainedConfig": ("_attn_implementation",),
     f"{_BATCHING}.requests:RequestState": (
         "logit_processor_kwargs", "_eos_token_ids", "remaining_prefill_tokens",
     ),
     f"{_BATCHING}.requests:FutureRequestState": ("state", "has_new_token"),
 }  # fmt: skip
-"""And what the processors read of a request, or change."""
+"""And what the processors read of a request, or change, and of the model when a prompt is read beside the batch."""
 
 ATTENTION = {
     "transformers:AttentionInterface.register": ("key", "value"),
@@ -119,6 +120,12 @@ def check_manager(manager: Any) -> None:
     """Raise EngineStartError unless the manager that was made has its processors where we put ours."""
     if type(getattr(manager, "logit_processor", None)) is not find(_PROCESSORS):
         _refuse(["ContinuousBatchingManager.logit_processor"])
+
+
+def attention_of(model: Any) -> str | None:
+    """The name of what the model attends with now; None where it has no choice."""
+    name: str | None = getattr(model.config, "_attn_implementation", None)
+    return name
 
 
 def attention_fits() -> bool:

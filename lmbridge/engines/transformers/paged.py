@@ -24,6 +24,8 @@ import transformers
 from lmbridge.engines.transformers import attention, library, processor
 from lmbridge.engines.transformers.memory import cached_per_token
 from lmbridge.engines.transformers.options import ModelOptions
+from lmbridge.engines.transformers.plan import Plan
+from lmbridge.engines.transformers.reading import Reader
 from lmbridge.engines.transformers.runner import (
     NO_LIMIT,
     Listener,
@@ -36,7 +38,7 @@ from lmbridge.engines.transformers.runner import (
     thread_count,
     use_threads,
 )
-from lmbridge.engines.transformers.sampling import Plan, Sampler
+from lmbridge.engines.transformers.sampling import Sampler
 from lmbridge.engines.transformers.sizes import SAFETY, CacheSizes
 
 WATCH = 0.25
@@ -77,7 +79,8 @@ class PagedRunner(Runner):
         self._refused: float | None = None  # since when the manager takes no requests
         self._timer: asyncio.TimerHandle | None = None
         sizes = CacheSizes(model, options)
-        self.page = sizes.page
+        self.page, self._chunk = sizes.page, sizes.chunk
+        self._reader = Reader(model, library.attention_of(model))
         self._manager = self._build(sizes, options, own_attention)
         self.room, self.capacity = sizes.room, sizes.blocks * sizes.page
         self._witness = Witness(model)
@@ -163,7 +166,7 @@ class PagedRunner(Runner):
         self._witness.close()
         self._plans.clear()
         if ended:
-            self._manager = self._model = None
+            self._forget()
         else:
             threading.Thread(target=self._let_go, name="lmbridge late end", daemon=True).start()
         return ended
@@ -173,7 +176,11 @@ class PagedRunner(Runner):
         while self._manager.is_running():
             time.sleep(WATCH)
         still(self)
+        self._forget()
+
+    def _forget(self) -> None:
         self._manager = self._model = None
+        self._reader.close()
 
     # ---------------------------------------------------------------------------------------------------- server thread
 
@@ -257,7 +264,7 @@ class PagedRunner(Runner):
             manager = self._model.init_continuous_batching(generation_config=neutral, continuous_batching_config=config)
             if own_attention:
                 attention.install(self._model)
-            processor.install(manager, self._sampler, self._enter)
+            processor.install(manager, self._sampler, self._enter, self._read)
             manager.warmup()  # makes the cache here rather than in its thread, so that a lack of memory is told at once
         return manager
 
@@ -265,6 +272,15 @@ class PagedRunner(Runner):
         """On the generation thread, before its first step."""
         threading.current_thread().name = "lmbridge generation"
         use_threads(self._threads)
+
+    def _read(self, plan: Plan, rest: bool) -> None:
+        """On the generation thread: as much of the plan's prompt as a step reads, or the rest of it."""
+        if plan.reading is None or not plan.reading.unread(plan.prompt):
+            return
+        try:
+            self._reader.read(plan.reading, plan.prompt, None if rest else self._chunk)
+        except Exception as error:  # the others' step need not fail for it
+            plan.reading.fail(error)
 
 
 def unfit(model: Any, options: ModelOptions) -> str:

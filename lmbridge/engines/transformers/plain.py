@@ -19,6 +19,8 @@ import torch
 import transformers
 
 from lmbridge.engines.transformers.options import ModelOptions
+from lmbridge.engines.transformers.plan import Plan
+from lmbridge.engines.transformers.reading import Reader
 from lmbridge.engines.transformers.runner import (
     NO_LIMIT,
     Listener,
@@ -31,7 +33,7 @@ from lmbridge.engines.transformers.runner import (
     thread_count,
     use_threads,
 )
-from lmbridge.engines.transformers.sampling import Plan, Sampler
+from lmbridge.engines.transformers.sampling import Sampler
 
 CHUNK = 256
 """Tokens of a long prompt in one run, unless asked for otherwise."""
@@ -67,6 +69,7 @@ class PlainRunner(Runner):
         self._keeps_rope = rope_kind(model) == "dynamic"
         if rope_kind(model) in ("dynamic", "longrope"):
             self.chunk = None  # its factor follows the end of what is read at once
+        self._reader = Reader(model, pieces=self.chunk is not None)
         self._turns = _Turns(CHECKED_REQUESTS if options.self_check else 0)
         self._interleaved = interleaved
         self._jobs: dict[str, _Job] = {}  # server thread only
@@ -127,6 +130,7 @@ class PlainRunner(Runner):
         self._witness.close()
         self._jobs.clear()
         self._model = None
+        self._reader.close()
         return ended
 
     # ----------------------------------------------------------------------------------------------- a request's thread
@@ -149,6 +153,8 @@ class PlainRunner(Runner):
             self._tell(self._on_failure, job, error)
 
     def _generate(self, job: _Job) -> None:
+        if job.plan.reading is not None:
+            self._reader.read(job.plan.reading, job.prompt)
         with torch.inference_mode():
             ids = torch.tensor([job.prompt], device=self._model.device)
             self._model.generate(

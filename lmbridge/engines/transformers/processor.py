@@ -16,23 +16,28 @@ from typing import Any
 import torch
 
 from lmbridge.engines.transformers import library
-from lmbridge.engines.transformers.sampling import Plan, Sampler
+from lmbridge.engines.transformers.plan import Plan
+from lmbridge.engines.transformers.sampling import Sampler
 from lmbridge.messages import GenerationConfig
 
+Read = Callable[[Plan, bool], None]
+"""Read some of a plan's prompt beside the batch, or all that is left of it."""
 
-def install(manager: Any, sampler: Sampler, entering: Callable[[], None]) -> None:
+
+def install(manager: Any, sampler: Sampler, entering: Callable[[], None], read: Read) -> None:
     """Have ``sampler`` choose the manager's tokens. Between making the manager and warming it up.
 
     Each request must be added with its ``plan`` as an argument of that name.
 
     Args:
         entering: called once on the generation thread, before its first step.
+        read: called between two steps for each plan of the next whose prompt's log-probabilities are asked for.
 
     Raises:
         EngineStartError: the manager keeps its processors elsewhere.
     """
     library.check_manager(manager)
-    manager.logit_processor = _Processors(sampler, entering)
+    manager.logit_processor = _Processors(sampler, entering, read)
 
 
 class _Processors:
@@ -44,8 +49,9 @@ class _Processors:
 
     tensors_required = 0
 
-    def __init__(self, sampler: Sampler, entering: Callable[[], None]) -> None:
+    def __init__(self, sampler: Sampler, entering: Callable[[], None], read: Read) -> None:
         self._sampler = sampler
+        self._read = read
         self._entering: Callable[[], None] | None = entering
         self._nobody = Plan(GenerationConfig())  # of requests that transformers makes up to record a step
 
@@ -73,6 +79,8 @@ class _Processors:
                 plans.append(plan)
             if plan.end is not None:
                 _end(request, plan.end)
+            elif plan.reading is not None:
+                self._read(plan, request.has_new_token)
         self._sampler.prepare(plans)
         return arg_storage
 

@@ -24,7 +24,7 @@ import torch
 from lmbridge.engines.base import Party
 from lmbridge.engines.standing import where_is
 from lmbridge.engines.transformers.options import ModelOptions
-from lmbridge.engines.transformers.sampling import Plan
+from lmbridge.engines.transformers.plan import Plan
 
 EXIT_GRACE = 5.0
 """Seconds that the end of the process waits for a model that is loading, or for a step under way."""

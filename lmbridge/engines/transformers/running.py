@@ -14,7 +14,7 @@ from lmbridge.engines.text import Piece, TextStream
 from lmbridge.messages import Delta, FinishReason, Request, Usage
 
 if TYPE_CHECKING:
-    from lmbridge.engines.transformers.sampling import Plan
+    from lmbridge.engines.transformers.plan import Plan
 
 
 @dataclass(slots=True)
@@ -27,6 +27,7 @@ class Running:
         plan: how its tokens are chosen, and their log-probabilities.
         tokens: all tokens generated so far.
         told: how many of them the sink was told of; the text of the others is not settled, or they end the answer.
+        tells_prompt: the next delta is to tell the prompt's tokens.
     """
 
     key: str
@@ -38,6 +39,7 @@ class Running:
     prompt_tokens: int = 0
     tokens: list[int] = field(default_factory=list)
     told: int = 0
+    tells_prompt: bool = False
 
     def take(self, tokens: Sequence[int], finished: bool) -> tuple[Piece, bool]:
         """Take in all tokens generated so far, and tell what may be shown and whether the last is one that ends it."""
@@ -48,10 +50,21 @@ class Running:
     def delta(self, piece: Piece, reason: FinishReason | None) -> Delta:
         """The piece with the tokens that belong to it."""
         start, self.told = self.told, self.told + piece.tokens
-        return Delta(
+        delta = Delta(
             piece.text,
             self.tokens[start : self.told],
             self.plan.logprobs[start : self.told] if self.plan.wants_logprobs is not None else None,
             reason,
             Usage(self.prompt_tokens, len(self.tokens)) if reason else None,
         )
+        if self.tells_prompt:
+            self._tell_prompt(delta)
+        return delta
+
+    def _tell_prompt(self, delta: Delta) -> None:
+        """An answer that is given up before its first token has read nothing."""
+        self.tells_prompt = False
+        plan = self.plan
+        delta.prompt_token_ids = list(plan.prompt)
+        if plan.reading is not None and not plan.reading.unread(plan.prompt):
+            delta.prompt_logprobs = plan.reading.entries

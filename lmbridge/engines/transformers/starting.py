@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from lmbridge.engines.text import Vocabulary
+from lmbridge.engines.text import TextStream, Vocabulary
 from lmbridge.engines.transformers import library
 from lmbridge.engines.transformers.encoding import PromptEncoder
 from lmbridge.engines.transformers.loading import Loaded, free_memory, load, with_defaults
 from lmbridge.engines.transformers.options import ModelOptions
 from lmbridge.engines.transformers.paged import PagedRunner, unfit
 from lmbridge.engines.transformers.plain import PlainRunner
+from lmbridge.engines.transformers.plan import Plan
 from lmbridge.engines.transformers.proof import Proof
 from lmbridge.engines.transformers.runner import Runner, context_of, loading
-from lmbridge.engines.transformers.sampling import Plan
-from lmbridge.errors import EngineStartError
+from lmbridge.errors import EngineStartError, InvalidRequestError
 from lmbridge.messages import GenerationConfig
 
 logger = logging.getLogger("lmbridge")
@@ -45,11 +45,16 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Core:
-    """A model on its runner, and what a request needs of them."""
+    """A model on its runner, and what a request needs of them.
+
+    Attributes:
+        size: how many tokens the model has a score for.
+    """
 
     runner: Runner
     encoder: PromptEncoder
     vocabulary: Vocabulary
+    size: int
     eos: frozenset[int]
     defaults: dict[str, Any]
     device: str
@@ -63,9 +68,30 @@ class Core:
         """The request's settings, with the model author's where it samples and gives none."""
         return with_defaults(config, self.defaults)
 
-    def plan(self, config: GenerationConfig) -> Plan:
-        """How the request's tokens are to be chosen."""
-        return Plan(config)
+    def plan(self, config: GenerationConfig, stop_ids: frozenset[int]) -> Plan:
+        """How the request's tokens are to be chosen.
+
+        Raises:
+            InvalidRequestError: it has a bias for a token that the model does not have.
+        """
+        unknown = next((token for token in config.logit_bias or () if token >= self.size), None)
+        if unknown is not None:
+            raise InvalidRequestError(
+                f"logit_bias names the token {unknown}, which the model does not have; its ids are from 0 to "
+                f"{self.size - 1}.",
+                param="logit_bias",
+            )
+        return Plan(config, barred=stop_ids)
+
+    def stream(self, config: GenerationConfig) -> TextStream:
+        """How the request's tokens become text."""
+        return TextStream(
+            self.vocabulary,
+            config.stop_words,
+            config.skip_special_tokens,
+            keep_stop_word=config.include_stop_str_in_output,
+            least=config.min_new_tokens or 0,
+        )
 
     def free_share(self, held: Sequence[int]) -> float:
         """The share of the cache that is free while requests hold so many tokens each."""
@@ -118,6 +144,7 @@ class Start:
             runner,
             PromptEncoder(loaded.tokenizer, size, runner.room),
             Vocabulary(loaded.tokenizer),
+            loaded.model.get_output_embeddings().weight.shape[0],
             loaded.eos,
             loaded.defaults,
             str(loaded.model.device),
