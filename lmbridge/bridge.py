@@ -277,9 +277,11 @@ class Bridge(Verbs):
         return frozenset() if engine is None else engine.supports
 
     def tasks(self) -> frozenset[Task]:
-        """What the engine does (``generate``, ``embed``, …); empty while there is none. Never blocks."""
-        engine = self._server_thread.engine
-        return frozenset() if engine is None else engine.tasks
+        """What the engine does (``generate``, ``embed``, …), or the last one did; empty before the first.
+
+        Never blocks.
+        """
+        return self._server_thread.status.tasks
 
     def describe(self) -> str:
         """The model, its engine and how it runs there; the model alone while there is no engine. Never blocks."""

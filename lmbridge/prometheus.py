@@ -111,7 +111,8 @@ class BridgeCollector:
 class DeviceCollector:
     """A device's metrics for a registry of prometheus_client: ``REGISTRY.register(DeviceCollector(Device.of("cpu")))``.
 
-    Each carries the label ``device``; the seconds also ``model``, of which several bridges of one label make one.
+    Each carries the label ``device``; the seconds and bytes of a model also ``model``, of which several bridges of one
+    label make one.
 
     Args:
         device: what to report.
@@ -138,8 +139,12 @@ class DeviceCollector:
         """The metrics as they are now."""
         status = self._device.status()
         if status.memory is not None:
-            yield self._gauge("memory_bytes", "Memory that models may have.", status.memory)
-        yield self._gauge("reserved_bytes", "Memory that models hold, or are about to.", status.reserved)
+            yield self._gauge("memory_bytes", "Memory that models may have.", {"": status.memory})
+        yield self._gauge("reserved_bytes", "Memory that models hold, or are about to.", {"": status.reserved})
+        held: dict[str, float] = {}
+        for party in status.parties:
+            held[party.label] = held.get(party.label, 0.0) + party.bytes
+        yield self._gauge("model_bytes", "Memory that a model holds, or is about to.", held, "model")
         yield self._counter("loads", "Models that were loaded.", {"": status.loads})
         yield self._counter("unloads", "Models unloaded for others, or for being idle.", {"": status.unloads})
         seconds: dict[str, float] = {}
@@ -147,16 +152,17 @@ class DeviceCollector:
             seconds[party.label] = seconds.get(party.label, 0.0) + party.seconds
         yield self._counter("seconds", "Time for which a model has had the device.", seconds, "model")
 
-    def _gauge(self, name: str, text: str, value: float) -> Any:
-        family = self._core.GaugeMetricFamily(f"lmbridge_device_{name}", text, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), value)
-        return family
+    def _gauge(self, *what: Any) -> Any:
+        return self._family(self._core.GaugeMetricFamily, *what)
 
-    def _counter(self, name: str, text: str, values: Mapping[str, float], label: str = "") -> Any:
-        names = [*self._labels, *([label] if label else [])]
-        family = self._core.CounterMetricFamily(f"lmbridge_device_{name}", text, labels=names)
-        for value, count in values.items():
-            family.add_metric([*self._labels.values(), *([value] if label else [])], count)
+    def _counter(self, *what: Any) -> Any:
+        return self._family(self._core.CounterMetricFamily, *what)
+
+    def _family(self, kind: Any, name: str, text: str, values: Mapping[str, float], label: str = "") -> Any:
+        """A family with one number, or one for each value of a further label."""
+        family = kind(f"lmbridge_device_{name}", text, labels=[*self._labels, *([label] if label else [])])
+        for value, number in values.items():
+            family.add_metric([*self._labels.values(), *([value] if label else [])], number)
         return family
 
 

@@ -24,7 +24,7 @@ from lmbridge.crossing.endings import closed_error, timeout_error
 from lmbridge.crossing.gate import Gate
 from lmbridge.crossing.status import Status, Verdict
 from lmbridge.crossing.wake_chain import WakeChain
-from lmbridge.engines.thread import loop_behind
+from lmbridge.engines.thread import give_way, loop_behind
 from lmbridge.errors import ForkedError, LMBridgeError, WrongThreadError, fresh
 
 T = TypeVar("T")
@@ -88,11 +88,14 @@ class ServerHandle:
         """Raise WrongThreadError on the server thread, which must not block, and on the engine's, whose work would wait
         for itself.
         """
-        if loop_behind() == self.thread_id is not None:
+        behind = loop_behind()
+        if behind is not None and behind == self.thread_id:
             raise WrongThreadError(
                 "This blocking call was made by what the bridge's own engine is computing, which would wait for itself "
                 "forever. Call another bridge there, or this one from another thread."
             )
+        if behind is not None:
+            give_way()
         if threading.get_ident() == self.thread_id:
             raise WrongThreadError(
                 "This blocking call was made on the server thread, which would wait for itself forever. "

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lmbridge.errors import LMBridgeError
+from lmbridge.messages import Task
 
 State = Literal["new", "starting", "ready", "restarting", "unloaded", "draining", "failed", "closed"]
 
@@ -69,6 +70,7 @@ class Status:
         ending: close() was called; while calls are finished the state stays ``draining``, whatever the engine does.
         ready: told when the engine is there or has failed for good; another takes its place when that changes.
         deaths: monotonic times; outlive a server thread that was replaced.
+        tasks: what the last engine that was loaded does; known also while it is unloaded.
     """
 
     state: State = "new"
@@ -77,13 +79,15 @@ class Status:
     ending: bool = False
     ready: Verdict = field(default_factory=Verdict)
     deaths: deque[float] = field(default_factory=deque)
+    tasks: frozenset[Task] = frozenset()
 
     def loading(self, reason: str = "") -> None:
         """There is no engine, and one is being loaded."""
         self._be("starting", reason)
 
-    def loaded(self) -> None:
+    def loaded(self, tasks: frozenset[Task]) -> None:
         """An engine serves."""
+        self.tasks = tasks
         self._be("ready", "")
         if self.ready.error is not None:
             self.ready = Verdict()

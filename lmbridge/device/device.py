@@ -28,7 +28,7 @@ class PartyStatus:
         bytes: of the device's memory that its models hold, or are about to; 0 where that is not known.
         pinned: others never unload it.
         weight: how much of the device it gets beside others.
-        seconds: for which it has had the device; ``share``: of all the time for which anybody has had it, 0 to 1.
+        seconds: for which it has had the device; ``share``: of what all of these have had, 0 to 1.
     """
 
     label: str
@@ -42,7 +42,7 @@ class PartyStatus:
 
 @dataclass(frozen=True)
 class DeviceStatus:
-    """What ``device.status()`` says.
+    """What ``device.status()`` says of the bridges that are not closed.
 
     Attributes:
         name: as torch names it.
@@ -52,6 +52,7 @@ class DeviceStatus:
         parties: the bridges that have or had a model there, loaded or not.
         loading: the label of the model that is loading; None when none is.
         loads, unloads: models loaded so far, and unloaded for others or for being idle.
+        computing: the label of the model that has the device at the moment; None when none has, or takes turns.
     """
 
     name: str
@@ -62,6 +63,7 @@ class DeviceStatus:
     loading: str | None
     loads: int
     unloads: int
+    computing: str | None = None
 
 
 class Device:
@@ -104,7 +106,7 @@ class Device:
         """Who is there, who holds what, and who computes. Waits for nobody."""
         self.find_limit(only_if_cheap=True)
         limit, reserved = self.ledger.limit, self.ledger.reserved
-        tenants = list(self._tenants)
+        tenants = [tenant for tenant in self._tenants if tenant.guest.state != "closed"]
         used = [(tenant, self.turns.used(tenant.lane)) for tenant in tenants]
         total = sum(seconds for _, seconds in used) or 1.0
         parties = [
@@ -128,6 +130,7 @@ class Device:
             self.ledger.loading,
             self.ledger.loads,
             self.ledger.unloads,
+            next((tenant.guest.label for tenant in tenants if self.turns.has(tenant.lane)), None),
         )
 
     def __repr__(self) -> str:

@@ -84,11 +84,14 @@ class Ledger:
             self._end_loading(holding)
             self.loads += 1
             over = 0 if self.limit is None else self._sum() - self.limit
+            leaving = self._who_could_leave(holding, over) if over > 0 else []
         if over > 0:
             logger.warning(
                 "Models hold %s more of %s than it is to give; %s turned out to need %s.",
                 in_words(over), self._name, holding.label, in_words(holding.size),
             )  # fmt: skip
+        for tenant in leaving:
+            tenant.guest.ask_to_unload(f"{holding.label} needs more memory than was estimated")
         self.stir()
 
     def passes(self, holding: Holding) -> None:
@@ -225,7 +228,7 @@ class Ledger:
         wanted -= sum(other.size for other in self._held if other.passing)
         idle: dict[Tenant, float] = {}
         for other in self._held:
-            if not other.tenant.pinned and other.tenant is not holding.tenant and not other.passing:
+            if other.size and not other.tenant.pinned and other.tenant is not holding.tenant and not other.passing:
                 with contextlib.suppress(Exception):
                     since = other.tenant.guest.idle_since
                     if since is not None:

@@ -165,6 +165,11 @@ class Turns:
             now = monotonic() - holder.since if holder is not None and holder.party.lane is lane else 0.0
             return lane.used + now
 
+    def has(self, lane: Lane) -> bool:
+        """Whether it is this lane's turn. Takes no lock."""
+        holder = self._holder
+        return holder is not None and holder.party.lane is lane
+
     def line(self) -> list[Turn]:
         """Those who wait."""
         return self._line[:]

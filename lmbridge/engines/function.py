@@ -6,6 +6,7 @@ thread, a coroutine function on the server's loop.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 
 from lmbridge.engines.base import Engine, Sink
 from lmbridge.engines.batching import Batcher
-from lmbridge.engines.thread import EngineThread
+from lmbridge.engines.thread import EngineThread, giving_way
 from lmbridge.errors import InvalidRequestError
 from lmbridge.log import shown
 from lmbridge.messages import Apply, Request, Task
@@ -99,8 +100,10 @@ class FunctionEngine(Engine):
 
     def _call(self, items: list[Any]) -> Sequence[Any]:
         """On the engine's thread."""
-        with self.party.turn():
-            results = self._function(items)
+        with contextlib.ExitStack() as turn:
+            turn.enter_context(self.party.turn())
+            with giving_way(turn.close):
+                results = self._function(items)
         if inspect.isawaitable(results):
             raise TypeError("it returned an awaitable; make it `async def`, so that it runs on the loop")
         return _listed(results)

@@ -11,7 +11,7 @@ import functools
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar, cast
 
 from lmbridge.log import logger, shown
@@ -28,6 +28,23 @@ def loop_behind() -> int | None:
     """The ident of the thread whose loop waits for what this thread is at; None where this is no engine's thread."""
     ident: int | None = getattr(_here, "loop", None)
     return ident
+
+
+@contextlib.contextmanager
+def giving_way(end: Callable[[], object]) -> Iterator[None]:
+    """Have ``end`` called, in this block on an engine's thread, before that waits for somebody else."""
+    _here.end = end
+    try:
+        yield
+    finally:
+        _here.end = None
+
+
+def give_way() -> None:
+    """This thread is about to wait, for another bridge say: what it holds of a device is for others."""
+    end: Callable[[], object] | None = getattr(_here, "end", None)
+    if end is not None:
+        end()
 
 
 class EngineThread:

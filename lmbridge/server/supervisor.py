@@ -164,7 +164,7 @@ class Supervisor:
     def _install(self, place: Place) -> Place:
         """Give the place to an engine."""
         self._rest.end()
-        self._status.loaded()
+        self._status.loaded(place.engine.tasks)
         self._rest.serves(self.recipe)
         self._calls.install(place)
         return place

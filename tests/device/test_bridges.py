@@ -25,6 +25,7 @@ from lmbridge import (
     EngineStartError,
     InvalidRequestError,
     RequestTimeoutError,
+    function_engine,
 )
 from lmbridge.device.turns import Party
 from lmbridge.testing import ScriptedEngine
@@ -663,6 +664,18 @@ def test_bridges_on_a_device_of_one_name_share_it(on: Build) -> None:
     for party in (on_device(bridge), on_device(other)):
         assert party.turns is Device.of("cpu").turns
     assert {"by name", "ScriptedEngine"} <= {party.label for party in Device.of("cpu").status().parties}
+
+
+def test_a_function_that_calls_a_bridge_of_its_device(on: Build) -> None:
+    """It would hold the device, and wait for a model that waits for the device."""
+    device = Device()
+    inner = on(Bridge(function_engine(lambda items: [2 * item for item in items]), device=device))
+    outer = on(Bridge(function_engine(lambda items: [inner.call(item) + 1 for item in items]), device=device))
+    assert outer.map([1, 2, 3], timeout=20) == [3, 5, 7]
+    assert sorted(party.state for party in device.status().parties) == ["ready", "ready"]
+    assert device.status().computing is None
+    outer.close()
+    assert len(device.status().parties) == 1
 
 
 def test_an_engine_that_names_no_device_takes_no_turns(on: Build) -> None:
