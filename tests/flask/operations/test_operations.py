@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
+import math
+import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,12 +21,16 @@ from werkzeug.test import TestResponse
 
 from lmbridge import Bridge, EngineStartError
 from lmbridge.engines import ENGINES
+from lmbridge.engines.transformers import TransformersEngine
 from lmbridge.flask import LMBridge, operations
 from lmbridge.flask.models import models_of
+from lmbridge.flask.serving import create_app
 from lmbridge.flask.swap import Order, exchange
+from lmbridge.prometheus import ENGINE_COUNTERS, ENGINE_GAUGES
 from lmbridge.testing import ScriptedEngine
 
 PATIENCE = 30.0
+HTTP_PAGE = Path(__file__).parents[3] / "docs" / "http.rst"
 gates: dict[str, threading.Event] = {}  # by model: an engine waits for its own while it loads
 
 
@@ -172,6 +181,19 @@ def test_metrics_in_the_newer_format(app: Flask) -> None:
     assert answer.text.endswith("# EOF\n")
 
 
+def test_the_table_of_metrics_has_what_is_exported() -> None:
+    """Who writes an alert looks a name up in docs/http.rst, and finds all there are with their kinds."""
+    app = create_app({"LMBRIDGE_MODEL": "demo"})
+    bridge_of(app, "demo").infer("Hello", max_new_tokens=2)
+    text = app.test_client().get("/metrics").text
+    models_of(app).close()
+    exported = dict(re.findall(r"^# TYPE (lmbridge_\w+) (\w+)$", text, re.MULTILINE))
+    exported |= {f"lmbridge_engine_{name}_total": "counter" for name in ENGINE_COUNTERS}
+    exported |= {f"lmbridge_engine_{name}": "gauge" for name in ENGINE_GAUGES}
+    rows = re.findall(r"^(``lmbridge_.*``) +(counter|gauge|histogram) ", HTTP_PAGE.read_text(), re.MULTILINE)
+    assert {name: kind for names, kind in rows for name in re.findall(r"lmbridge_\w+", names)} == exported
+
+
 def test_status(app: Flask) -> None:
     """The page's numbers, which agree with what the bridge has answered; nothing is loaded by looking."""
     client = app.test_client()
@@ -278,7 +300,8 @@ def test_a_swap_that_cannot_begin(app: Flask, monkeypatch: pytest.MonkeyPatch) -
     ("body", "status", "word"),
     [
         ([], 400, "object"),
-        ("to", 400, "object"),
+        ('"to"', 400, "object"),
+        ("", 400, "JSON"),
         ({}, 400, "to"),
         ({"to": ""}, 400, "to"),
         ({"to": 3}, 400, "to"),
@@ -289,6 +312,19 @@ def test_a_swap_that_cannot_begin(app: Flask, monkeypatch: pytest.MonkeyPatch) -
         ({"to": "two", "engine": "named", "options": {"overlap": False}}, 400, "overlap"),
         ({"to": "two", "engine": "named", "overlap": "yes"}, 400, "overlap"),
         ({"to": "two", "engine": "named", "timeout": True}, 400, "timeout"),
+        ({"to": "two", "engine": "named", "timeout": -1}, 400, "timeout"),
+        ({"to": "two", "engine": "named", "timeout": 10**400}, 400, "timeout"),
+        ({"to": "two", "engine": "named", "timeout": float("nan")}, 400, "NaN"),
+        ({"to": "two", "engine": "named", "timeout": -math.inf}, 400, "Infinity"),
+        ('{"to": "two", "engine": "named", "timeout": 1e999}', 400, "timeout"),
+        ('{"to": "two", "engine": "named", "timeout": ' + "9" * 5000 + "}", 400, "JSON"),
+        ('{"to": ' + "[" * 100_000, 400, "nests too deeply"),
+        (b'{"to": "\xff"}', 400, "UTF-8"),
+        (b'{"to": "\\ud800"}', 400, "surrogate"),
+        *(
+            ({"to": "two", "engine": "named", "options": {name: 1}}, 400, name)
+            for name in ("self", "engine_options", "args", "kwargs", "cls", "name", "start_gate", "__class__", "device")
+        ),
         ({"to": "two", "engine": "named", "model": "second"}, 404, "second"),
         ({"to": "two", "what": 1}, 400, "what"),
         ({"to": "./no-such-folder"}, 404, "no-such-folder"),
@@ -297,7 +333,8 @@ def test_a_swap_that_cannot_begin(app: Flask, monkeypatch: pytest.MonkeyPatch) -
 def test_wrong_orders(app: Flask, body: Any, status: int, word: str) -> None:
     """What is wrong with an order is told by the status, by name, and nothing is exchanged."""
     bridge_of(app).start()
-    answer = ask(app.test_client(), body)
+    data = body if isinstance(body, (bytes, str)) else json.dumps(body)
+    answer = app.test_client().post("/admin/swap", data=data, headers={"Authorization": "Bearer root"})
     assert answer.status_code == status
     assert word in told(answer)["error"]
     assert bridge_of(app).infer("still").text == "one"
@@ -308,9 +345,13 @@ JSON = strategies.recursive(
     lambda inner: strategies.lists(inner, max_size=3) | strategies.dictionaries(strategies.text(), inner, max_size=3),
     max_leaves=6,
 )
+OPTIONS = [*inspect.signature(Bridge.swap).parameters, *inspect.signature(TransformersEngine).parameters]
 ORDERS = strategies.fixed_dictionaries(
-    {"engine": strategies.just("named") | JSON.filter(lambda value: value != "transformers")},
-    optional=dict.fromkeys(("model", "to", "options", "overlap", "timeout", "else"), JSON),
+    {"engine": strategies.just("named") | JSON.filter(lambda value: value not in ("transformers", None))},
+    optional={
+        **dict.fromkeys(("model", "to", "overlap", "timeout", "else"), JSON),
+        "options": JSON | strategies.dictionaries(strategies.sampled_from(OPTIONS), JSON),
+    },
 )
 
 
@@ -336,3 +377,31 @@ def test_swap_needs_the_admin_key(app: Flask) -> None:
     for key in ("", "roo", "root2", "rööt"):
         assert ask(client, {"to": "two"}, key).status_code == 401
     assert client.post("/admin/swap", json={"to": "two"}, headers={"Authorization": "Basic root"}).status_code == 401
+
+
+REMOTE = [("trust_remote_code", True), ("trust_remote_code", "yes"), ("attn_implementation", "someone/kernel:run")]
+
+
+@pytest.mark.parametrize(("option", "value"), [*REMOTE, ("attn_implementation", "flash_attention_2")])
+def test_an_admin_key_loads_no_code(app: Flask, option: str, value: Any) -> None:
+    """Whoever has the key exchanges models and does not become the server's user, unless the server was told so."""
+    order = {"to": "./no-such-folder", "options": {option: value}}
+    for engine in ("transformers", "encoder", "lmdeploy"):
+        answer = ask(app.test_client(), {**order, "engine": engine})
+        assert (answer.status_code, "--allow-remote-code" in told(answer)["error"]) == (403, True)
+    open_app = build(LMBRIDGE_ADMIN_KEY="root", LMBRIDGE_ALLOW_REMOTE_CODE=True)
+    assert ask(open_app.test_client(), order).status_code == 404
+    models_of(open_app).close()
+
+
+def test_harmless_options_need_no_leave(app: Flask) -> None:
+    """What says no to code, or names an attention that transformers brings, is an option like any other."""
+    for options in ({"trust_remote_code": False}, {"attn_implementation": "eager"}, {"attn_implementation": None}):
+        answer = ask(app.test_client(), {"to": "./no-such-folder", "options": options})
+        assert answer.status_code == 404
+
+
+def test_an_order_is_read_no_further_than_any_body(app: Flask) -> None:
+    """An order without end must not fill the memory."""
+    app.extensions["lmbridge"].settings = dataclasses.replace(models_of(app).settings, max_request_bytes=1000)
+    assert ask(app.test_client(), {"to": "x" * 1000}).status_code == 413
