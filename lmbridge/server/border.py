@@ -114,9 +114,9 @@ _DOES: dict[Task, str] = {
     "call": "call a function (call, map)",
 }
 _WANTS: dict[Task, str] = {
-    "generate": "a bridge with a language model",
-    "embed": "a bridge with an embedding model: Bridge(model, engine='encoder')",
-    "rerank": "a bridge with a reranking model: Bridge(model, engine='encoder')",
+    "generate": "a language model",
+    "embed": "an embedding model (engine='encoder'; --embed on the command line)",
+    "rerank": "a reranking model (engine='encoder', with task='rerank'; --rerank on the command line)",
     "call": "Bridge(function_engine(your_function))",
 }
 

@@ -57,6 +57,8 @@ def read_tei(values: dict[str, Any]) -> RerankCall:
     if "documents" in values and "texts" not in values:
         return read_cohere(values)
     fields = Fields(values)
+    if "documents" in values:
+        raise InvalidRequestError("Send texts or documents, not both.", "documents")
     fields.take("raw_scores", _NO_RAW_SCORES)
     fields.take("truncation_direction", _RIGHT)
     return RerankCall(
@@ -64,7 +66,7 @@ def read_tei(values: dict[str, Any]) -> RerankCall:
         query=_query(fields),
         documents=_documents(fields, "texts", TEXT),
         top_n=fields.take("top_n", _TOP),
-        with_documents=fields.take("return_text", BOOL, False),
+        with_documents=fields.take("return_text", BOOL, False) or fields.take("return_documents", BOOL, False),
         truncate=read_truncate(fields, "end"),
     )
 

@@ -57,6 +57,8 @@ def _answer(read: Callable[[dict[str, Any]], RerankCall], write: Write) -> Respo
         responses = asked.client.rerank(call.query, call.documents, details=True, **options)
     except LMBridgeError as error:
         at_query = isinstance(error, InvalidRequestError) and error.param == "query"
+        if at_query:  # of which there is one, whichever document it came with
+            error.index = None
         put_in_clients_words(error, "query" if at_query else call.field, ("query",))
         raise
     tokens = sum(response.usage.prompt_tokens for response in responses)
