@@ -277,12 +277,14 @@ def test_the_cohere_client(address: str) -> None:
 def test_litellm(address: str, provider: str) -> None:
     """litellm in each of the dialects that it speaks: the order, and the documents where they were asked for."""
     litellm = pytest.importorskip("litellm", reason=LITELLM)
+    with_documents = provider != "infinity"  # it wants them as plain strings, where the others want objects
     answer = litellm.rerank(
-        model=f"{provider}/ranker", query=QUERY, documents=DOCUMENTS, return_documents=True, top_n=2,
+        model=f"{provider}/ranker", query=QUERY, documents=DOCUMENTS, return_documents=with_documents, top_n=2,
         api_base=address, api_key="none", timeout=PATIENCE,
     )  # fmt: skip
     assert [(one["index"], one["relevance_score"]) for one in answer.results] == BEST_FIRST[:2]
-    assert answer.results[0]["document"]["text"] == "the red fox"
+    if with_documents:
+        assert answer.results[0]["document"]["text"] == "the red fox"
 
 
 @pytest.mark.long

@@ -17,18 +17,14 @@ Write = Callable[[RerankCall, Sequence[Ranked], str, int], Any]
 """From a call, its ranking, the model's name and the tokens read to JSON."""
 
 
-def cohere_writer(version: str, plain: bool = False) -> Write:
-    """What writes answers for Cohere's clients of that version of its API, and for Jina's and vLLM's.
-
-    Args:
-        plain: documents are repeated as texts rather than objects, as infinity's clients read them.
-    """
+def cohere_writer(version: str) -> Write:
+    """What writes answers for Cohere's clients of that version of its API, and for Jina's, vLLM's and infinity's."""
 
     def write(call: RerankCall, ranking: Sequence[Ranked], model: str, tokens: int) -> dict[str, Any]:
         return {
             "id": f"rerank-{secrets.token_hex(12)}",
             "model": model,
-            "results": [_result(call, ranked, plain) for ranked in ranking],
+            "results": [_result(call, ranked) for ranked in ranking],
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
             "meta": {"api_version": {"version": version}, "tokens": {"input_tokens": tokens, "output_tokens": 0}},
         }
@@ -36,19 +32,18 @@ def cohere_writer(version: str, plain: bool = False) -> Write:
     return write
 
 
-def _result(call: RerankCall, ranked: Ranked, plain: bool) -> dict[str, Any]:
+def _result(call: RerankCall, ranked: Ranked) -> dict[str, Any]:
     result: dict[str, Any] = {"index": ranked.index, "relevance_score": ranked.score}
     if call.with_documents:
         given = call.documents[ranked.index]
-        document = given if isinstance(given, dict) else {"text": given}
-        result["document"] = document["text"] if plain else document
+        result["document"] = given if isinstance(given, dict) else {"text": given}
     return result
 
 
 def write_tei(call: RerankCall, ranking: Sequence[Ranked], model: str, tokens: int) -> Any:
-    """For text-embeddings-inference's clients; for those that sent ``documents``, as for infinity's."""
+    """For text-embeddings-inference's clients; for those that sent ``documents``, as for Cohere's."""
     if call.field == "documents":
-        return cohere_writer("1", plain=True)(call, ranking, model, tokens)
+        return cohere_writer("1")(call, ranking, model, tokens)
     results = []
     for ranked in ranking:
         text = {"text": call.documents[ranked.index]} if call.with_documents else {}
