@@ -113,10 +113,8 @@ class AccessLog:
             return start_response(line, headers, exc_info)
 
         def log() -> None:
-            path = quote(environ["PATH_INFO"], encoding="latin-1")  # without the query, and without line ends
-            seconds = time.monotonic() - began
-            access.info(
-                "%s %s %s %s %.3f s", environ.get("REMOTE_ADDR", "-"), environ["REQUEST_METHOD"], path, status, seconds
-            )
+            sent = (environ.get("REMOTE_ADDR", "-"), environ["REQUEST_METHOD"], environ["PATH_INFO"])
+            who, method, path = (quote(text, safe="/:", encoding="latin-1") for text in sent)  # without line ends
+            access.info("%s %s %s %s %.3f s", who, method, path, status, time.monotonic() - began)
 
         return ClosingIterator(self._app(environ, start), log)

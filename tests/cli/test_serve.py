@@ -45,11 +45,12 @@ class Served:
                 return line
         pytest.fail(f"it ended before it said {text!r}: {''.join(self.printed)}")
 
-    def ask(self, method: str, path: str, body: Any = None, key: str | None = None) -> Answer:
+    def ask(self, method: str, path: str, body: Any = None, key: str | None = None, **headers: str) -> Answer:
         """The answer to one request, on a connection of its own."""
         with contextlib.closing(http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=PATIENCE)) as to:
-            headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-            to.request(method, path, None if body is None else json.dumps(body), headers)
+            headers |= {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+            data = body if body is None or isinstance(body, (str, Iterator)) else json.dumps(body)
+            to.request(method, path, data, headers)
             response = to.getresponse()
             return Answer(response.status, dict(response.headers), response.read().decode())
 

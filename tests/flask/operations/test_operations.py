@@ -24,7 +24,7 @@ from lmbridge.engines import ENGINES
 from lmbridge.engines.transformers import TransformersEngine
 from lmbridge.flask import LMBridge, operations
 from lmbridge.flask.models import models_of
-from lmbridge.flask.serving import create_app
+from lmbridge.flask.serving import AccessLog, create_app
 from lmbridge.flask.swap import Order, exchange
 from lmbridge.prometheus import ENGINE_COUNTERS, ENGINE_GAUGES
 from lmbridge.testing import ScriptedEngine
@@ -405,3 +405,12 @@ def test_an_order_is_read_no_further_than_any_body(app: Flask) -> None:
     """An order without end must not fill the memory."""
     app.extensions["lmbridge"].settings = dataclasses.replace(models_of(app).settings, max_request_bytes=1000)
     assert ask(app.test_client(), {"to": "x" * 1000}).status_code == 413
+
+
+def test_the_access_log_has_a_line_an_answer(app: Flask, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither a method nor an address that a proxy passes on, nor a path, can end a line of the log or colour it."""
+    app.wsgi_app = AccessLog(app.wsgi_app)  # type: ignore[method-assign]
+    with caplog.at_level("INFO", "lmbridge.access"):
+        forged = {"REMOTE_ADDR": "::1\nforged", "REQUEST_METHOD": "\x1b[31m"}
+        app.test_client().get("/he%0Aalth", environ_overrides=forged).close()
+    assert re.fullmatch(r"::1%0Aforged %1B%5B31m /he%0Aalth 40\d \d\.\d{3} s", caplog.messages[0])
