@@ -13,17 +13,12 @@ from hypothesis import strategies as st
 from werkzeug.test import TestResponse
 
 from lmbridge import Bridge
+from lmbridge.flask.openai.table import CHAT, COMPLETIONS
 from lmbridge.testing import ScriptedEngine
 from tests.flask.openai.conftest import build_app
 
 ROUTES = ("/v1/chat/completions", "/v1/completions")
-FIELDS = (
-    "model", "messages", "prompt", "n", "stop", "seed", "max_tokens", "max_completion_tokens", "temperature", "top_p",
-    "top_k", "min_p", "logprobs", "top_logprobs", "stream", "stream_options", "user", "echo", "suffix", "best_of",
-    "response_format", "tools", "tool_choice", "logit_bias", "frequency_penalty", "presence_penalty",
-    "repetition_penalty", "stop_token_ids", "ignore_eos", "skip_special_tokens", "timeout", "modalities", "audio",
-    "functions", "function_call", "metadata", "unknown",
-)  # fmt: skip
+FIELDS = sorted({*CHAT, *COMPLETIONS, "unknown"})
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text()
     | st.sampled_from([10**30, -(10**30), "", "\x00", "\ud800", "a" * 10_000, 1e308, 5e-324, -0.0, 2**63, 2**31])
@@ -111,7 +106,10 @@ def test_any_values(app: FlaskClient, route: str, fields: dict[str, Any], comple
             "stop": st.text(min_size=1, max_size=5) | st.lists(st.text(min_size=1), max_size=4), "n": st.integers(1, 3),
             "stop_token_ids": st.lists(st.integers(0, 2**31 - 1), max_size=5), "ignore_eos": st.booleans(),
             "logprobs": st.integers(0, 20), "prompt": st.text(min_size=1) | st.lists(st.integers(0, 5000), min_size=1),
-            "stream": st.booleans(),
+            "stream": st.booleans(), "echo": st.booleans(), "max_tokens": st.integers(1, 4), "min_tokens": st.just(1),
+            "frequency_penalty": st.floats(-2, 2), "presence_penalty": st.floats(-2, 2),
+            "logit_bias": st.dictionaries(st.integers(0, 3071).map(str), st.floats(-100, 100), max_size=5),
+            "return_token_ids": st.booleans(), "include_stop_str_in_output": st.booleans(),
         },
     )
 )  # fmt: skip
@@ -119,6 +117,9 @@ def test_any_values(app: FlaskClient, route: str, fields: dict[str, Any], comple
 @example({"top_p": 5e-324, "min_p": 1.0, "logprobs": 0})
 @example({"prompt": "a\x00b", "stop": "\x00"})
 @example({"stop_token_ids": [2**31 - 1], "top_k": 2**31 - 1})
+@example({"echo": True, "logprobs": 20, "prompt": [3071], "max_tokens": 0, "stream": True})
+@example({"logit_bias": {str(token): -100 for token in range(1024)}, "frequency_penalty": -2, "max_tokens": 4})
+@example({"truncate_prompt_tokens": 2**31 - 1, "min_tokens": 4, "stop": "a"})
 def test_extremes_reach_the_model(real: FlaskClient, fields: dict[str, Any]) -> None:
     """What is possible but extreme goes through the real model's sampling without breaking it."""
     judge(real, post(real, ROUTES[1], json.dumps({**GOOD, **fields}).encode()))

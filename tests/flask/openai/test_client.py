@@ -212,6 +212,8 @@ def test_prompts_too_long(client: OpenAI, stream: bool) -> None:
         )
     assert caught.value.code == "context_length_exceeded"
     assert caught.value.param == "messages"
+    assert "This model's maximum context length is" in caught.value.message  # litellm, for one, knows it by these words
+    assert "1024" in caught.value.message
 
 
 def test_errors_are_the_clients_classes(client: OpenAI) -> None:

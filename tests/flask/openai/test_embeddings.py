@@ -108,9 +108,11 @@ def test_encodings_are_equal(client: OpenAI) -> None:
 
 
 def test_dimensions(client: OpenAI) -> None:
-    """Fewer dimensions come as asked; more than the model has is the field's fault, not a text's."""
+    """Fewer dimensions come as asked, also as 3.0; more than the model has is the field's fault, not a text's."""
     answer = client.embeddings.create(model="encoder", input=["a", "b"], dimensions=3)
     assert [len(one.embedding) for one in answer.data] == [3, 3]
+    same = client.embeddings.create(model="encoder", input=["a", "b"], extra_body={"dimensions": 3.0})
+    assert same.data == answer.data
     with pytest.raises(openai.BadRequestError) as caught:
         client.embeddings.create(model="encoder", input=["a", "b"], dimensions=9)
     assert caught.value.param == "dimensions"
