@@ -310,6 +310,8 @@ def test_logs() -> None:
         (("--drain-timeout", "soon"), 2, ["--drain-timeout", "soon"]),
         (("--timeout", "0"), 2, ["--timeout", "more than 0"]),
         (("--heartbeat", "inf"), 2, ["--heartbeat", "inf"]),
+        (("--allowed-host", "https://a.example"), 2, ["--allowed-host", "https://a.example"]),
+        (("--max-pending-per-client", "none"), 2, ["--max-pending-per-client", "none"]),
     ],
 )
 def test_mistakes(run: Run, arguments: tuple[str, ...], status: int, words: list[str]) -> None:
