@@ -13,19 +13,23 @@ from collections.abc import Callable, Sequence
 from lmbridge.engines.base import Engine, Sink
 from lmbridge.engines.thread import EngineThread
 from lmbridge.errors import EngineError
-from lmbridge.messages import Delta, FinishReason, GenerationConfig, Prompt, Request, Usage
+from lmbridge.messages import Delta, FinishReason, GenerationConfig, Logprobs, Prompt, Request, Usage
 
 Script = Callable[[Request], Sequence[str]]
 
 SLICE = 0.5  # seconds between two looks of a start that waits at its gate; an engine that was closed waits no longer
+_FIRST_WORD, _LIKELY = 1000, 2000  # token ids
 STEP_PATIENCE = 10.0  # seconds within which a loop that is not blocked makes the steps it is told to
 
 
 def echo(request: Request) -> list[str]:
     """The default script: the words of the prompt, in pieces that join to it."""
-    text = prompt_text(request.prompt)
-    words = text.split(" ")
-    return [word if place == 0 else f" {word}" for place, word in enumerate(words)]
+    return _words_of(prompt_text(request.prompt))
+
+
+def _words_of(text: str) -> list[str]:
+    """The words of a text, all but the first with the space before them."""
+    return [word if place == 0 else f" {word}" for place, word in enumerate(text.split(" "))]
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -41,6 +45,10 @@ class ScriptedEngine(Engine):
 
     Steps follow each other as fast as the loop runs, or ``step_time`` seconds apart; with ``manual=True`` only
     ``step()`` makes one, which stands for time that passes on demand.
+
+    Each word of a prompt is a token, with an id from 1000 on that stays the same; ``truncate_prompt_tokens`` keeps the
+    last of them. ``prompt_logprobs`` are scripted: the n-th token after the first has -n, and the likely ones beside
+    it, from 2000 on, have -0.1, -0.2, and so on.
 
     Args:
         script: from a request to the pieces of its answer; each piece counts as one token.
@@ -84,6 +92,7 @@ class ScriptedEngine(Engine):
         self._failing: dict[str, BaseException] = {}  # by prompt; cues of any thread, each one atomic step; as the next
         self._refusing: dict[str, BaseException] = {}
         self._forgetting: set[str] = set()
+        self._words: dict[str, int] = {}  # their token ids; server thread only
         self._active: dict[str, _Work] = {}  # server thread only, as are the next three
         self._stepping = False
         self._stalled = False
@@ -166,7 +175,9 @@ class ScriptedEngine(Engine):
         text = prompt_text(request.prompt)
         if text in self._refusing:
             raise self._refusing.pop(text)
-        self._active[request.id] = _Work(text, sink, list(self._script(request)), request.config.max_new_tokens)
+        work = _Work(text, sink, list(self._script(request)), request.config.max_new_tokens)
+        self._active[request.id] = work
+        work.prompt = self._prompt(request)
         self._tell(lambda: self.started.append(request.id))
         self._step_later()
 
@@ -178,6 +189,11 @@ class ScriptedEngine(Engine):
         if work is not None:
             self._tell(lambda: self.aborted.append(request_id))
             work.finish("abort")
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """The words of prompts seen so far; "" for other tokens."""
+        words = {token: word for word, token in self._words.items()}
+        return [words.get(token, "") for token in token_ids]
 
     def stats(self) -> dict[str, float]:
         return {
@@ -191,6 +207,23 @@ class ScriptedEngine(Engine):
         self._active.clear()
         self._doorman.close()
         self._tell(lambda: setattr(self, "closed", True))
+
+    def _prompt(self, request: Request) -> tuple[list[int], list[Logprobs | None] | None] | None:
+        """The prompt's tokens and their scripted log-probabilities, where they are asked for."""
+        config = request.config
+        if config.prompt_logprobs is None and not config.return_prompt_token_ids:
+            return None
+        tokens = self._tokens(request.prompt)[-(config.truncate_prompt_tokens or 0) :]
+        if config.prompt_logprobs is None:
+            return tokens, None
+        likely = {_LIKELY + place: -(place + 1) / 10 for place in range(config.prompt_logprobs)}
+        return tokens, [{token: -float(place), **likely} if place else None for place, token in enumerate(tokens)]
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str) and isinstance(prompt[0], int):
+            return [token for token in prompt if isinstance(token, int)]
+        words = _words_of(prompt_text(prompt))
+        return [self._words.setdefault(word, _FIRST_WORD + len(self._words)) for word in words]
 
     # --- stepping, on the server thread ---
 
@@ -246,6 +279,7 @@ class _Work:
         self._pieces = pieces
         self._limit = limit
         self._said = 0
+        self.prompt: tuple[list[int], list[Logprobs | None] | None] | None = None  # to be told with the first delta
 
     def advance(self) -> bool:
         """Say the next piece; whether that was the last one."""
@@ -253,14 +287,20 @@ class _Work:
         self._said += 1
         complete = self._said >= len(self._pieces)
         if not complete and self._said < self._limit:
-            self.sink(Delta(piece, [self._said]))
+            self.say(Delta(piece, [self._said]))
             return False
         self.finish("stop" if complete else "length", piece, [self._said])
         return True
 
     def finish(self, reason: FinishReason, text: str = "", token_ids: list[int] | None = None) -> None:
         usage = Usage(prompt_tokens=len(self.text.split()), completion_tokens=self._said)
-        self.sink(Delta(text, token_ids or [], finish_reason=reason, usage=usage))
+        self.say(Delta(text, token_ids or [], finish_reason=reason, usage=usage))
+
+    def say(self, delta: Delta) -> None:
+        if self.prompt is not None:
+            delta.prompt_token_ids, delta.prompt_logprobs = self.prompt
+            self.prompt = None
+        self.sink(delta)
 
 
 def _wait_here(event: threading.Event) -> None:
