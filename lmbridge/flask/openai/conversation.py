@@ -21,6 +21,11 @@ ROLES = {  # as clients say it: as templates know it
 }
 _TEXT_KEYS = {"text": "text", "refusal": "refusal"}  # type of a part: where its text is
 _KEPT = ("name", "reasoning_content", "tool_calls", "tool_call_id")  # what a template may look at, too
+_REFUSED = {  # would change the prompt
+    "audio": "it is not supported here",
+    "function_call": "send tool_calls instead",
+    "prefix": "send continue_final_message instead",
+}
 
 
 def read_messages(messages: Any) -> list[Message]:
@@ -40,6 +45,9 @@ def _read_message(message: Any, path: str) -> Message:
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise _wrong(f"{path}.role", f"one of {', '.join(ROLES)}", role)
+    for key, hint in _REFUSED.items():
+        if message.get(key):
+            raise _wrong(f"{path}.{key}", f"left out ({hint})", message[key])
     kept = {key: message[key] for key in _KEPT if message.get(key) is not None}
     return {"role": ROLES[role], "content": _content(message, path), **kept}
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from lmbridge.messages import Logprobs
 
 UNLIKELY = -9999.0  # OpenAI's word for a probability of nothing
+AT_ONCE = 1000  # tokens: the engine looks them up where it also makes everybody's next ones
 
 AskTexts = Callable[[Sequence[int]], list[str]]
 
@@ -28,11 +29,12 @@ class TokenTexts:
         self._known: dict[int, str] = {}
 
     def learn(self, token_ids: Iterable[int]) -> None:
-        """Ask for those that are not known yet, all in one."""
+        """Ask for those that are not known yet, as few times as may be."""
         new = list(dict.fromkeys(token for token in token_ids if token not in self._known))
-        if new:
-            texts = self._ask(new)
-            self._known.update((token, text or f"token_id:{token}") for token, text in zip(new, texts, strict=True))
+        for start in range(0, len(new), AT_ONCE):
+            asked = new[start : start + AT_ONCE]
+            texts = self._ask(asked)
+            self._known.update((token, text or f"token_id:{token}") for token, text in zip(asked, texts, strict=True))
 
     def joined(self, token_ids: Sequence[int]) -> str:
         """A text of the tokens' texts; of a character that several tokens share, U+FFFD for each."""

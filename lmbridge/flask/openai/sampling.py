@@ -74,12 +74,12 @@ def refuse_unanswerable(body: Body) -> None:
         if body.get(choice) == "none":
             excused.add(tools)
         elif body.get(choice) not in (None, "auto") and not body.get(tools):
-            body.refuse(choice, '"none" or left out: tools are not supported here')
+            body.refuse(choice, '"none" or left out (tools are not supported here)')
     for field in body.table.values():
         if field.fate == "refused" and field.name not in excused:
             body.value(field.name)
     if body.get("best_of") not in (None, body.value("n", 1)):
-        body.refuse("best_of", "the same as n: answers are not ranked here")
+        body.refuse("best_of", "the same as n (answers are not ranked here)")
 
 
 # --- errors in the client's words ---

@@ -105,7 +105,7 @@ SECONDS = number(0, LONGEST)
 
 
 def _nothing(hint: str) -> Kind:
-    return Kind(lambda value: value in (False, 0, "", [], {}), f"left out: {hint}")
+    return Kind(lambda value: value in (False, 0, "", [], {}), f"left out ({hint})")
 
 
 def _only(value: object, expected: str) -> Kind:
@@ -116,9 +116,9 @@ def _only(value: object, expected: str) -> Kind:
 _NOTHING = _nothing("it is not supported here")
 _PLAIN_TEXT = Kind(
     lambda value: isinstance(value, dict) and value.get("type") == "text",
-    'left out or {"type": "text"}: other formats are not supported here',
+    'left out or {"type": "text"} (other formats are not supported here)',
 )
-_ONLY_TEXT = _only(["text"], 'left out or ["text"]: this server answers with text')
+_ONLY_TEXT = _only(["text"], 'left out or ["text"] (this server answers with text)')
 
 # --- what is served ---
 
@@ -241,9 +241,11 @@ _REFUSED = (
         "logprob_token_ids", "prompt_embeds", "prompt_logprobs", "repetition_detection", "return_prompt_text",
         "structured_outputs", "use_beam_search", "vllm_xargs", "watermarking",
     ),
-    *_refused(_only(True, "true or left out: it is not supported here"), "spaces_between_special_tokens", note="false"),
-    *_refused(_only("left", '"left" or left out: the last tokens are kept here'), "truncation_side", note="right"),
-    *_refused(_only(-1, "-1 or left out: it is not supported here"), "thinking_token_budget", note="other than -1"),
+    *_refused(
+        _only(True, "true or left out (it is not supported here)"), "spaces_between_special_tokens", note="false"
+    ),
+    *_refused(_only("left", '"left" or left out (the last tokens are kept here)'), "truncation_side", note="right"),
+    *_refused(_only(-1, "-1 or left out (it is not supported here)"), "thinking_token_budget", note="other than -1"),
     # names of other servers for what is served here
     *_refused(_nothing('send chat_template_kwargs {"enable_thinking": …} instead'), "enable_thinking"),
     *_refused(_nothing("send max_tokens instead"), "max_new_tokens"),
@@ -252,13 +254,13 @@ _REFUSED = (
 )  # fmt: skip
 _REFUSED_IN_CHATS = (
     *_refused(_nothing("only completions have it"), "echo"),
-    *_refused(_only(False, "false or left out: the chat template adds them"), "add_special_tokens", note="true"),
+    *_refused(_only(False, "false or left out (the chat template adds them)"), "add_special_tokens", note="true"),
 )
 _FOR_CHATS = _nothing("only chats have it")
 _REFUSED_IN_COMPLETIONS = (
     *_refused(_FOR_CHATS, "chat_template_kwargs", "reasoning_effort", "add_generation_prompt"),
     *_refused(_FOR_CHATS, "continue_final_message", "top_logprobs"),
-    *_refused(_only(True, "true or left out: the tokenizer decides"), "add_special_tokens", note="false"),
+    *_refused(_only(True, "true or left out (the tokenizer decides)"), "add_special_tokens", note="false"),
 )
 
 # --- what changes no answer ---

@@ -386,7 +386,9 @@ def test_messages_become_one_text_each() -> None:
                 {"image_url": {"url": "x"}},
             )
         ),
-        ([{"role": "assistant", "audio": {"id": "x"}}], "messages[0].content"),
+        ([{"role": "assistant", "audio": {"id": "x"}}], "messages[0].audio"),
+        ([{"role": "assistant", "content": "", "function_call": {"name": "f"}}], "messages[0].function_call"),
+        ([*HELLO, {"role": "assistant", "content": "Hi", "prefix": True}], "messages[1].prefix"),
         ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "messages[0].content[0]"),
         ([{"role": "user", "content": ["x"]}], "messages[0].content[0]"),
         ([{"role": "user", "content": [{"type": []}]}], "messages[0].content[0]"),
