@@ -338,3 +338,74 @@ def test_context_variables_reach_the_engine(scripted: Scripted) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(ask, ["ann", "bob", "cyd"])) == ["ann", "bob", "cyd"]
+
+
+# ----------------------------------------------------------------------------------------- what belongs to the prompt
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"frequency_penalty": 2.1}, "frequency_penalty"),
+        ({"presence_penalty": -3}, "presence_penalty"),
+        ({"logit_bias": {"7": 1.0}}, "logit_bias"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias"),
+        ({"logit_bias": {1: 101}}, "logit_bias"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "logit_bias"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {1: 2}}, "chat_template_kwargs"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"return_prompt_token_ids": 1}, "return_prompt_token_ids"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(scripted: Scripted, fields: dict[str, Any], param: str) -> None:
+    """A client's mistake would change the answer in a way that nobody asked for."""
+    bridge, engine = scripted()
+    with pytest.raises(InvalidRequestError, match=param) as refused:
+        bridge.infer([{"role": "user", "content": "hi"}], **fields)
+    assert refused.value.param == param
+    assert engine.started == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "raw", "fields", "param"),
+    [
+        ("hi", False, {"continue_final_message": True}, "continue_final_message"),
+        ([1, 2], False, {"add_generation_prompt": False}, "add_generation_prompt"),
+        ([1, 2], False, {"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
+        ("hi", True, {"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
+    ],
+)
+def test_what_is_for_a_conversation_goes_with_one(
+    scripted: Scripted, prompt: Any, raw: bool, fields: dict[str, Any], param: str
+) -> None:
+    """A switch of the chat template would be ignored where no template is used."""
+    bridge, _ = scripted()
+    with pytest.raises(InvalidRequestError) as refused:
+        bridge.infer(prompt, raw=raw, **fields)
+    assert refused.value.param == param
+    with pytest.raises(InvalidRequestError):
+        bridge.infer([prompt], raw=raw, **fields)
+    chat = [{"role": "user", "content": "hi"}]
+    assert [answer.text for answer in bridge.infer([chat, chat], **fields)] == ["hi", "hi"]
+
+
+def test_a_prompt_comes_with_its_answer_once(scripted: Scripted) -> None:
+    """A client that asks for the prompt's tokens or log-probabilities would lose them among an answer's many pieces."""
+    bridge, _ = scripted()
+    text = " ".join(f"word{number}" for number in range(300))  # more deltas than are kept apart
+    response = bridge.infer(text, prompt_logprobs=1, truncate_prompt_tokens=3)
+    assert response.text == text
+    assert response.prompt_token_ids is not None
+    assert response.prompt_logprobs is not None
+    _, second, third = response.prompt_token_ids
+    assert list(response.prompt_logprobs) == [None, {second: -1.0, 2000: -0.1}, {third: -2.0, 2000: -0.1}]
+    stream = bridge.stream(text, return_prompt_token_ids=True, truncate_prompt_tokens=1)
+    told = [delta.prompt_token_ids for delta in stream]
+    assert told[0] == stream.response.prompt_token_ids == [third]
+    assert set(told[1:]) <= {None}
+    assert stream.response.prompt_logprobs is None
+    assert bridge.infer("x").prompt_token_ids is None
