@@ -130,7 +130,7 @@ class Bridge(Verbs):
         recipe = _placed(model, engine, engine_options, device)
         metrics = Metrics()
         gate = Gate(max_pending, max_pending_per_client, when_full == "reject", metrics)
-        self._device = device
+        self._device, self._engine = device, engine
         self._server_thread = ServerThread(recipe, gate, metrics, stall_timeout, terms)
         self._access = Access(self._server_thread.server, self._server_thread.handle, timeout)
         self._threads = threading.local()  # .account: the thread's own, dropped when the thread ends
@@ -165,7 +165,7 @@ class Bridge(Verbs):
     def swap(
         self,
         model: Model,
-        engine: str = "transformers",
+        engine: str | None = None,
         *,
         overlap: bool = True,
         timeout: float | None = None,
@@ -175,7 +175,8 @@ class Bridge(Verbs):
         """Exchange the model; blocks until the new one serves, and no request fails. Ctrl-C takes back one not begun.
 
         Args:
-            model, engine, engine_options: as for the Bridge itself.
+            model, engine_options: as for the Bridge itself.
+            engine: likewise; None: the one that the bridge has had.
             overlap: load the new model beside the old one, which needs memory for both; what runs finishes on the old
                 one. False holds new requests back, lets what runs finish, frees the old model and loads the new one.
             timeout: with ``overlap=False``, seconds for what runs to finish.
@@ -189,8 +190,10 @@ class Bridge(Verbs):
             BridgeClosedError: the bridge was closed meanwhile.
         """
         _check_seconds(timeout=timeout)
+        engine = self._engine if engine is None else engine
         recipe = _placed(model, engine, engine_options, self._device if device is None else device)
         self._server_thread.swap(recipe, overlap, timeout)
+        self._engine = engine
 
     def __enter__(self) -> Bridge:
         try:

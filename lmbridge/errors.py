@@ -73,7 +73,11 @@ class UnsupportedTaskError(InvalidRequestError):
 
 
 class PromptTooLongError(InvalidRequestError):
-    """The prompt has more tokens than the engine has room for."""
+    """The prompt has more tokens than the engine has room for; ``most`` is how many, where the engine tells."""
+
+    def __init__(self, message: str = "", param: str | None = None, most: int | None = None) -> None:
+        super().__init__(message, param)
+        self.most = most
 
 
 class ModelNotFoundError(LMBridgeError, LookupError):

@@ -94,8 +94,8 @@ def _message(error: LMBridgeError) -> str:
     """A prompt that is too long is told in OpenAI's words: clients know the error by them, and cut the prompt."""
     if not isinstance(error, PromptTooLongError):
         return str(error)
-    most = getattr(error, "most", None)  # tokens; not every engine tells
-    return f"This model's maximum context length is {f'{most} tokens' if most else 'exceeded'}. {error}"
+    most = f"{error.most} tokens" if error.most else "exceeded"  # not every engine tells
+    return f"This model's maximum context length is {most}. {error}"
 
 
 def _headers(error: LMBridgeError, status: int) -> dict[str, str]:

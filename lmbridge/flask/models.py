@@ -151,6 +151,12 @@ class Models:
         if "model" not in options:
             raise InvalidRequestError(f"LMBRIDGE_MODELS: {name!r} names no 'model'.", "LMBRIDGE_MODELS")
         settings = self.settings
+        for option in ("timeout", "max_pending", "max_pending_per_client", "when_full", "stall_timeout"):
+            if option in options:
+                raise InvalidRequestError(
+                    f"LMBRIDGE_MODELS: {option} of {name!r} is one for all models; set LMBRIDGE_{option.upper()}.",
+                    "LMBRIDGE_MODELS",
+                )
         model, engine = options.pop("model"), options.pop("engine", "transformers")
         bridge = Bridge(
             model,

@@ -37,14 +37,14 @@ class Order:
     Attributes:
         model: the name it is served under, which stays.
         to: the new model: a folder, a hub id, or ``demo``.
-        engine, options: what runs it, and how.
+        engine, options: what runs it, None: what runs the old one; and how.
         overlap: load it beside the old one, which needs memory for both.
         timeout: without overlap, seconds for what runs to finish.
     """
 
     model: str
     to: str
-    engine: str = "transformers"
+    engine: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     overlap: bool = True
     timeout: float | None = None

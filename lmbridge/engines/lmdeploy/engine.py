@@ -328,6 +328,7 @@ class LMDeployEngine(Engine):
                 f"The prompt has {count} tokens; there is room for {self._room}, one of them for the answer. Shorten "
                 "it, or raise max_context or cache_share where the model allows it.",
                 param="prompt",
+                most=self._room,
             )
         prepared.gen_config.max_new_tokens = min(prepared.gen_config.max_new_tokens, self._room - count)
 

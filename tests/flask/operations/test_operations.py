@@ -222,11 +222,11 @@ def news(answer: TestResponse) -> list[dict[str, Any]]:
 
 
 def test_swap(app: Flask) -> None:
-    """The model changes under its name; news come while it loads, and no request fails meanwhile."""
+    """The model changes under its name, on the engine that it had, with news meanwhile; no request fails."""
     bridge, client = bridge_of(app), app.test_client()
     bridge.start()
     gate = gates["two"] = threading.Event()
-    answer = ask(client, {"model": "first", "to": "two", "engine": "named"})
+    answer = ask(client, {"model": "first", "to": "two"})
     lines = answer.iter_encoded()
     first = json.loads(next(lines))
     assert (first["outcome"], first["model"], first["to"], first["state"]) == ("pending", "first", "two", "ready")
@@ -327,7 +327,7 @@ def test_a_swap_that_cannot_begin(app: Flask, monkeypatch: pytest.MonkeyPatch) -
         ),
         ({"to": "two", "engine": "named", "model": "second"}, 404, "second"),
         ({"to": "two", "what": 1}, 400, "what"),
-        ({"to": "./no-such-folder"}, 404, "no-such-folder"),
+        ({"to": "./no-such-folder", "engine": "transformers"}, 404, "no-such-folder"),
     ],
 )
 def test_wrong_orders(app: Flask, body: Any, status: int, word: str) -> None:
@@ -390,15 +390,15 @@ def test_an_admin_key_loads_no_code(app: Flask, option: str, value: Any) -> None
         answer = ask(app.test_client(), {**order, "engine": engine})
         assert (answer.status_code, "--allow-remote-code" in told(answer)["error"]) == (403, True)
     open_app = build(LMBRIDGE_ADMIN_KEY="root", LMBRIDGE_ALLOW_REMOTE_CODE=True)
-    assert ask(open_app.test_client(), order).status_code == 404
+    assert ask(open_app.test_client(), {**order, "engine": "transformers"}).status_code == 404
     models_of(open_app).close()
 
 
 def test_harmless_options_need_no_leave(app: Flask) -> None:
     """What says no to code, or names an attention that transformers brings, is an option like any other."""
     for options in ({"trust_remote_code": False}, {"attn_implementation": "eager"}, {"attn_implementation": None}):
-        answer = ask(app.test_client(), {"to": "./no-such-folder", "options": options})
-        assert answer.status_code == 404
+        order = {"to": "./no-such-folder", "engine": "transformers", "options": options}
+        assert ask(app.test_client(), order).status_code == 404
 
 
 def test_an_order_is_read_no_further_than_any_body(app: Flask) -> None:
