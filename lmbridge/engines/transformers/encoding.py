@@ -240,7 +240,7 @@ class PromptEncoder:
             f"The prompt has {size}; there is room for {self._room}, one of them for the answer. "
             "Shorten it, or raise max_context or cache_share where the model allows it.",
             param="prompt",
-            most=self._room,
+            most=int(self._room),
         )
 
 
