@@ -24,7 +24,7 @@ from lmbridge.messages import GenerationConfig
 VOCABULARY = 500
 HEAD = 64
 SIZES = [VOCABULARY, 3072, 20_001]
-NOTHING = Changes(*[torch.empty(0)] * 3)  # what is not looked at
+NOTHING = Changes(*[torch.empty(0)] * len(Changes._fields))  # what is not looked at
 
 
 def plan(prompt: Sequence[int] = (), **fields: Any) -> Plan:
@@ -544,7 +544,7 @@ def recorded(size: int) -> tuple[list[Any], Parts]:
     factors[-1, :50] = 1.3
     biases, counts = torch.zeros(len(plans), size), torch.zeros(len(plans), size)
     biases[-2, 3], counts[-2, 5:9] = 2.0, 1.0
-    return [scores(len(plans), size=size), rows, moment, Changes(biases, factors, counts)], parts
+    return [scores(len(plans), size=size), rows, moment, NOTHING._replace(biases=biases, factors=factors, counts=counts)], parts
 
 
 def run(tensors: Sequence[Any], parts: Parts, program: Any = choose) -> Choice:
@@ -596,7 +596,8 @@ def test_a_recorded_step_serves_later_requests() -> None:
     buffers, parts = sampler.buffers(4), sampler.parts
     kinds: list[dict[str, Any]] = [MIXED[3], {"temperature": 2.0}, {"repetition_penalty": 2.0}, MIXED[6]]
     kinds += [{"do_sample": False}, MIXED[1], {"min_p": 0.2, "repetition_penalty": 1.5}]
-    for seed in range(6):
+    kinds += [{"frequency_penalty": 2.0, "presence_penalty": 1.0}, {"do_sample": False, "logit_bias": {5: 90}}]
+    for seed in range(9):
         kinds = [*kinds[1:], kinds[0]]
         raw = scores(4, seed)
         mine, others = ([plan([3, 4], **{"random_seed": seed, **fields}) for fields in kinds[:4]] for _ in range(2))

@@ -77,28 +77,30 @@ class Reader:
         if not reading.entries:
             self._refuse_long(prompt)
             reading.entries.append(None)
-        start = len(reading.entries) - 1
-        end = len(prompt) - 1 if most is None else min(start + most, len(prompt) - 1)
+        end = len(prompt) if most is None else len(reading.entries) + most
         with self._own_attention(), torch.inference_mode():
-            while start < end:
-                start = self._run(reading, prompt, start)
+            while len(reading.entries) < min(end, len(prompt)):
+                self._run(reading, prompt)
+        if not reading.unread(prompt):
+            reading.cache = None
 
-    def _run(self, reading: Reading, prompt: Sequence[int], start: int) -> int:
-        """One run of the model; up to where it has read."""
-        last = len(prompt) - 1
-        stop = min(start + AT_ONCE, last) if self._pieces else last
+    def _run(self, reading: Reading, prompt: Sequence[int]) -> None:
+        """One run of the model. It reads the last token too, though nothing follows: some models' positions depend on
+        how long the whole is.
+        """
+        start, whole = len(reading.entries) - 1, len(prompt)
+        stop = min(start + AT_ONCE, whole) if self._pieces else whole
         device = self._model.device
         ids = torch.tensor([prompt[start:stop]], device=device)
-        if stop - start == last:
+        if stop - start == whole:
             output = self._model(input_ids=ids, use_cache=False)
         else:
             output = self._model(input_ids=ids, past_key_values=reading.cache, use_cache=True)
-            reading.cache = output.past_key_values if stop < last else None
+            reading.cache = output.past_key_values
         following = torch.tensor(prompt[start + 1 : stop + 1], device=device)
-        listed, logprobs = explain(output.logits[0].float(), following, reading.likely)
+        listed, logprobs = explain(output.logits[0, : len(following)].float(), following, reading.likely)
         found = zip(listed.tolist(), logprobs.tolist(), strict=True)
         reading.entries += [dict(zip(tokens, values, strict=True)) for tokens, values in found]
-        return stop
 
     def _refuse_long(self, prompt: Sequence[int]) -> None:
         size = self._model.get_output_embeddings().weight.shape[0]
