@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from lmbridge.errors import InvalidRequestError
+from lmbridge.grammar import Grammar, read_grammar
 from lmbridge.values import as_flag, as_int, as_list, as_number
 
 _OPENAI_NAMES = {
@@ -61,6 +62,8 @@ class Overrides(TypedDict, total=False):
     continue_final_message: bool
     prompt_logprobs: int | None
     return_prompt_token_ids: bool
+    response_format: Mapping[str, Any] | None
+    grammar: str | Mapping[str, Any] | None
 
 
 @dataclass
@@ -100,6 +103,11 @@ class GenerationConfig:
         prompt_logprobs: per token of the prompt but the first, its own log-probability and those of this many most
             likely tokens, from 0 to 20.
         return_prompt_token_ids: tell the prompt's token ids; ``prompt_logprobs`` tells them, too.
+        response_format: what form the answer has, as OpenAI's API has it: ``{"type": "json_schema", "json_schema":
+            {"schema": …}}``, ``{"type": "json_object"}`` or ``{"type": "text"}``. Each token is chosen among those that
+            keep to it; an answer that ``max_new_tokens`` cuts off is not whole.
+        grammar: the same for ``{"json": schema}``, ``{"regex": "…"}``, ``{"choice": ["…", …]}`` or ``{"lark": "…"}``; a
+            string is a Lark grammar. llama.cpp's notation (GBNF) is read, too.
     """
 
     max_new_tokens: int = 512
@@ -126,6 +134,8 @@ class GenerationConfig:
     continue_final_message: bool = False
     prompt_logprobs: int | None = None
     return_prompt_token_ids: bool = False
+    response_format: Mapping[str, Any] | None = None
+    grammar: str | Mapping[str, Any] | None = None
 
     def __new__(cls, *args: object, **fields: object) -> GenerationConfig:
         _refuse_unknown(fields)
@@ -139,6 +149,17 @@ class GenerationConfig:
         if self.do_sample is None:
             return any(getattr(self, name) is not None for name in _SAMPLING_FIELDS)
         return self.do_sample
+
+    @property
+    def form(self) -> Grammar | None:
+        """What form the answer must have; None where that is open.
+
+        Raises:
+            InvalidRequestError: ``response_format`` or ``grammar`` is malformed, or both say something.
+        """
+        if self.response_format is None and self.grammar is None:
+            return None
+        return read_grammar(self.response_format, self.grammar)
 
     def merged(self, overrides: Overrides) -> GenerationConfig:
         """A checked copy with ``overrides`` applied over it; its numbers, flags and lists are plain ones of its own.
@@ -173,6 +194,11 @@ class GenerationConfig:
                 "give one of them.",
                 param="continue_final_message",
             )
+
+        form = self.form
+        if form is not None and (self.ignore_eos or self.min_new_tokens):
+            name = "ignore_eos" if self.ignore_eos else "min_new_tokens"
+            raise InvalidRequestError(f"{name} would have the answer go on beyond its {form.param}: give one.", name)
 
     def given(self) -> list[str]:
         """The names of the fields that differ from their defaults."""
@@ -241,6 +267,11 @@ def _biases(value: object) -> dict[int, float] | None:
     return plain if good else None  # type: ignore[return-value]
 
 
+def _form(value: object) -> object:
+    """A copy, which its caller cannot change any more; what it says is read together with the other one."""
+    return dict(value) if isinstance(value, Mapping) else value
+
+
 def _variables(value: object) -> dict[str, Any] | None:
     """A template's variables; what would change how the prompt is made of its text is refused by name."""
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
@@ -283,6 +314,8 @@ _KINDS: dict[str, tuple[_Reader, str]] = {
     "continue_final_message": (as_flag, "True or False"),
     "prompt_logprobs": (_int(0, 20), "an int from 0 to 20 or None"),
     "return_prompt_token_ids": (as_flag, "True or False"),
+    "response_format": (_form, "a dict or None"),
+    "grammar": (_form, "a string, a dict or None"),
 }
 _FIELD_NAMES.update(dict.fromkeys(f.name for f in dataclasses.fields(GenerationConfig)))
 _DEFAULTS: dict[str, object] = {}

@@ -296,5 +296,7 @@ def _exits_unreported() -> Iterator[None]:
 _GIVEN: dict[str, object] = {
     "do_sample": True, "temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "repetition_penalty": 1.1,
     "random_seed": 1, "stop_words": ["x"], "stop_token_ids": [1], "ignore_eos": True, "skip_special_tokens": False,
-    "logprobs": 1, "max_new_tokens": 2,
+    "logprobs": 1, "max_new_tokens": 2, "frequency_penalty": 0.5, "presence_penalty": 0.5, "logit_bias": {1: 1.0},
+    "min_new_tokens": 1, "include_stop_str_in_output": True, "truncate_prompt_tokens": 5, "prompt_logprobs": 1,
+    "return_prompt_token_ids": True, "response_format": {"type": "json_object"}, "grammar": {"regex": "a"},
 }  # fmt: skip

@@ -544,7 +544,8 @@ def recorded(size: int) -> tuple[list[Any], Parts]:
     factors[-1, :50] = 1.3
     biases, counts = torch.zeros(len(plans), size), torch.zeros(len(plans), size)
     biases[-2, 3], counts[-2, 5:9] = 2.0, 1.0
-    return [scores(len(plans), size=size), rows, moment, NOTHING._replace(biases=biases, factors=factors, counts=counts)], parts
+    changes = NOTHING._replace(biases=biases, factors=factors, counts=counts)
+    return [scores(len(plans), size=size), rows, moment, changes], parts
 
 
 def run(tensors: Sequence[Any], parts: Parts, program: Any = choose) -> Choice:

@@ -69,7 +69,7 @@ class LMDeployEngine(Engine):
         {
             "max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_p", "top_k", "min_p",
             "repetition_penalty", "random_seed", "stop_words", "include_stop_str_in_output", "stop_token_ids",
-            "ignore_eos", "skip_special_tokens", "logprobs",
+            "ignore_eos", "skip_special_tokens", "logprobs", "response_format", "grammar",
         }
     )  # fmt: skip
 

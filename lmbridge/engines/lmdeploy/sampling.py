@@ -6,10 +6,12 @@ and stops at any token that contains one) and stop tokens beside ``ignore_eos`` 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from lmbridge.errors import InvalidRequestError
+from lmbridge.errors import InvalidRequestError, UnsupportedOptionError
+from lmbridge.grammar import Grammar
 from lmbridge.messages import GenerationConfig
 
 HOTTEST = 2.0
@@ -21,11 +23,28 @@ def check_ranges(config: GenerationConfig) -> None:
         raise InvalidRequestError(
             f"temperature must be at most {HOTTEST} with LMDeploy, not {config.temperature!r}.", param="temperature"
         )
+    response_format(config.form)
     if config.min_new_tokens and config.ignore_eos and config.stop_token_ids:
         raise InvalidRequestError(
             "min_new_tokens and ignore_eos together leave LMDeploy no stop_token_ids; leave one of the three out.",
             param="min_new_tokens",
         )
+
+
+def response_format(form: Grammar | None) -> dict[str, Any] | None:
+    """What form the answer must have; of texts to choose from an expression is made.
+
+    Raises:
+        UnsupportedOptionError: LMDeploy knows no such grammars.
+    """
+    if form is None:
+        return None
+    if form.kind == "json":
+        return {"type": "json_schema", "json_schema": {"name": "answer", "schema": form.value}}
+    if form.kind == "lark":
+        raise UnsupportedOptionError("LMDeploy follows JSON schemas, regular expressions and choices.", form.param)
+    pattern = form.value if form.kind == "regex" else "|".join(map(re.escape, form.value))
+    return {"type": "regex_schema", "regex_schema": pattern}
 
 
 def sampling_fields(config: GenerationConfig, template_stops: Sequence[int]) -> dict[str, Any]:
@@ -40,6 +59,7 @@ def sampling_fields(config: GenerationConfig, template_stops: Sequence[int]) -> 
         "ignore_eos": config.ignore_eos,
         "skip_special_tokens": config.skip_special_tokens,
         "random_seed": config.random_seed,
+        "response_format": response_format(config.form),
         "logprobs": None if config.logprobs is None else max(1, config.logprobs),  # 0 would give none at all
         **_choice_of_token(config),
     }

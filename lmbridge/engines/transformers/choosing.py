@@ -38,6 +38,7 @@ class Parts(NamedTuple):
         bias: some row has tokens whose scores are raised, lowered or barred.
         penalty: some row has a repetition penalty.
         counts: some row has a frequency or presence penalty.
+        grammars: some row follows a grammar.
         logprobs: how many of the most likely tokens to report beside the chosen one; -1 reports none at all.
     """
 
@@ -50,22 +51,25 @@ class Parts(NamedTuple):
     bias: bool = False
     penalty: bool = False
     counts: bool = False
+    grammars: bool = False
     logprobs: int = -1
 
 
 class Changes(NamedTuple):
-    """What is done to scores first. Each is (rows, vocabulary), single precision, and not looked at where its part is
-    off.
+    """What is done to scores first. Each is (rows, vocabulary) and not looked at where its part is off; numbers are in
+    single precision.
 
     Attributes:
         biases: added; minus infinity bars a token.
         factors: the repetition penalty at tokens seen, 1 elsewhere.
         counts: how often the answer has each token.
+        barred: whether a row's grammar leaves a token out.
     """
 
     biases: torch.Tensor
     factors: torch.Tensor
     counts: torch.Tensor
+    barred: torch.Tensor
 
 
 class Choice(NamedTuple):
@@ -147,6 +151,8 @@ def changed(scores: torch.Tensor, settings: torch.Tensor, changes: Changes, part
     if parts.counts:
         frequency, presence = (settings[:, column].unsqueeze(-1).to(scores.dtype) for column in (FREQUENCY, PRESENCE))
         scores = scores - frequency * changes.counts - presence * changes.counts.clamp(max=1)
+    if parts.grammars:
+        scores = scores.masked_fill(changes.barred, -torch.inf)
     return scores
 
 

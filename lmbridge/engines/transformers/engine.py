@@ -181,6 +181,8 @@ class TransformersEngine(Engine):
             task.cancel()
         self._requests.clear()
         self._keys.clear()
+        if self._core is not None:
+            self._core.grammars.close()
         self._core = None
         self._proved = False
         start, self._start = self._start, None
@@ -202,7 +204,8 @@ class TransformersEngine(Engine):
         """
         core = self._alive()
         running = self._new_running(request, sink, core)
-        token_ids = core.encoder.at_once(request.prompt, request.raw, request.config)
+        form = request.config.form
+        token_ids = None if form else core.encoder.at_once(request.prompt, request.raw, request.config)
         if token_ids is not None:
             try:
                 self._submit(running, token_ids)
@@ -229,9 +232,9 @@ class TransformersEngine(Engine):
 
     def check(self, request: Request) -> None:
         super().check(request)
-        for name in ("logprobs", "prompt_logprobs"):
+        for name in ("logprobs", "prompt_logprobs", "response_format", "grammar"):
             if self._options.cuda_graphs and getattr(request.config, name) is not None:
-                raise UnsupportedOptionError(f"{name} need an engine with cuda_graphs=False.", param=name)
+                raise UnsupportedOptionError(f"{name} asks for an engine with cuda_graphs=False.", param=name)
 
     def progress(self, request_id: str) -> int | None:
         """How many steps the request was part of, those of reading its prompt included; a clock while that is
@@ -291,13 +294,16 @@ class TransformersEngine(Engine):
         self._keys[running.request.id] = running.key
 
     async def _encode_and_submit(self, running: Running) -> None:
-        """A long prompt. The request may be aborted while the worker thread is at it, or before."""
+        """A long prompt, or a grammar. The request may be aborted while the worker thread is at it, or before."""
 
         def encode() -> list[int] | None:
             if running.key not in self._requests or self._core is None:
                 return None
-            request = running.request
-            return self._alive().encoder.encode(request.prompt, request.raw, request.config)
+            request, core = running.request, self._alive()
+            form = request.config.form
+            if form is not None:
+                running.plan.guide = core.grammars.guide(form)
+            return core.encoder.encode(request.prompt, request.raw, request.config)
 
         try:
             token_ids = await self._thread.run(encode, while_awaited=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lmbridge.engines.transformers.choosing import Changes, Parts
+from lmbridge.engines.transformers.guides import bar
 from lmbridge.engines.transformers.plan import Plan
 
 
@@ -19,7 +20,7 @@ class Layers:
     """The changes of all rows.
 
     Args:
-        static: make every tensor at once, 12 bytes per row and token together.
+        static: make every tensor at once, 13 bytes per row and token together.
     """
 
     def __init__(self, rows: int, size: int, device: torch.device, static: bool) -> None:
@@ -27,7 +28,8 @@ class Layers:
         self._biases = _Biases(rows, width, device)
         self._factors = _Factors(rows, width, device)
         self._counts = _Counts(rows, width, device)
-        self._all = (self._biases, self._factors, self._counts)
+        self._barred = _Barred(rows, width, device)
+        self._all = (self._biases, self._factors, self._counts, self._barred)
         self._size = size
 
     def rows(self, count: int) -> Changes:
@@ -38,6 +40,11 @@ class Layers:
         """Give each row the changes of its new plan; a plan that has left its row takes its own along."""
         for layer in self._all:
             layer.seat(before, plans, self._size)
+
+    def bar(self, plans: Sequence[Plan | None]) -> None:
+        """Leave out what the grammars of these rows' plans do not allow next."""
+        guided = [(plan.guide, row) for row, plan in enumerate(plans) if plan is not None and plan.guide is not None]
+        bar([guide for guide, _ in guided], [row for _, row in guided], self._barred.values)
 
     def note(self, tokens: torch.Tensor, penalties: torch.Tensor, parts: Parts) -> None:
         """Keep what was chosen.
@@ -57,7 +64,7 @@ class _Layer:
     """One kind of change. What a plan has left is kept in its ``left`` under the layer's name."""
 
     name: str
-    neutral = 0.0
+    neutral: float = 0.0
 
     def __init__(self, rows: int, width: int, device: torch.device) -> None:
         self._rows, self._device = rows, device
@@ -152,6 +159,19 @@ class _Biases(_Layer):
         plan = _at(plans, row)
         lifted = plan is not None and plan.position == plan.least
         return lifted or super()._changes(before, plans, row)
+
+
+class _Barred(_Layer):
+    """The tokens that a row's grammar does not allow next; filled before each choice."""
+
+    name = "barred"
+    neutral = False
+
+    def wanted(self, plan: Plan) -> bool:
+        return plan.guide is not None
+
+    def leave(self, plan: Plan, row: torch.Tensor) -> None:
+        """The guide keeps it."""
 
 
 def _at(plans: Sequence[Plan | None], row: int) -> Plan | None:

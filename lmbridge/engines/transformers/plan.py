@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lmbridge.engines.transformers.choosing import DRAWN, FILTERED, GREEDY
+from lmbridge.engines.transformers.guides import Guide
 from lmbridge.engines.transformers.reading import Reading
 from lmbridge.messages import GenerationConfig, Logprobs
 
@@ -57,6 +58,7 @@ class Plan:
         end: if not None, the token that comes next, whatever else is asked. Set by the server thread to end a request.
         left: generation thread only: the changes to the scores of a request that is left out of steps for a while.
         reading: the prompt's own log-probabilities where asked for.
+        guide: what holds the answer to a grammar, if anything; set before the request is handed on.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Plan:
         self.end: int | None = None
         self.left: dict[str, torch.Tensor] = {}
         self.reading = None if config.prompt_logprobs is None else Reading(config.prompt_logprobs)
+        self.guide: Guide | None = None
         self._stream = _mix(self.seed & _MASK)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
@@ -90,13 +93,16 @@ class Plan:
     @property
     def needed(self) -> bool:
         """Whether the request differs from taking the most likely token."""
-        changed = self.penalty != 1.0 or self.counts or self.biased
+        changed = self.penalty != 1.0 or self.counts or self.biased or self.guide is not None
         return self.samples or changed or self.wants_logprobs is not None
 
     @property
     def failure(self) -> Exception | None:
-        """Why there will be no log-probabilities of its prompt."""
-        return None if self.reading is None else self.reading.failure
+        """Why it cannot go on: there will be no log-probabilities of its prompt, or no more masks of its grammar."""
+        for part in (self.reading, self.guide):
+            if part is not None and part.failure is not None:
+                return part.failure
+        return None
 
     @property
     def counts(self) -> bool:

@@ -35,7 +35,7 @@ class Sampler:
         """
         Args:
             rows: the most plans that a step is prepared for.
-            static: run every part in every step but log-probabilities, on tensors made at once (12 bytes per row and
+            static: run every part in every step but log-probabilities, on tensors made at once (13 bytes per row and
                 token for biases and penalties), as a CUDA graph needs that replays what it has recorded.
         """
         device = torch.device(device)
@@ -43,7 +43,7 @@ class Sampler:
         self._device = torch.device("cpu") if device.type == "mps" else device  # it has no double precision
         self._size = vocabulary_size
         self._static = static
-        self._every = Parts(True, True, vocabulary_size, True, True, True, True, True, True)
+        self._every = Parts(True, True, vocabulary_size, True, True, True, True, True, True, True)
         self.parts = self._every if static else Parts()
         self._seats: list[weakref.ref[Plan]] = []  # whose settings the rows hold
         self._needed = self._ending = False
@@ -87,7 +87,11 @@ class Sampler:
         Returns:
             (rows,), on the device of ``scores``.
         """
+        plans = [seat() for seat in self._seats] if self.parts.grammars else []
+        self._layers.bar(plans)
         choice = self.compute(scores)
+        if self.parts.grammars:
+            _tell_guides(plans, choice.tokens.tolist())
         if self.parts.logprobs >= 0:
             self._note(choice)
         return choice.tokens.to(scores.device)
@@ -141,6 +145,17 @@ class Sampler:
                 plan.logprobs.append(dict(zip(tokens[:count], logprobs[:count], strict=True)))
 
 
+def _tell_guides(plans: Sequence[Plan | None], tokens: Sequence[int]) -> None:
+    """Which tokens were chosen; the guides work out what may follow while the model runs."""
+    told = [
+        (plan.guide, token)
+        for plan, token in zip(plans, tokens, strict=False)
+        if plan is not None and plan.guide is not None and plan.end is None
+    ]
+    if told:
+        told[0][0].home.chosen([guide for guide, _ in told], [token for _, token in told])
+
+
 def _parts(plans: Sequence[Plan], size: int, on_cpu: bool) -> Parts:
     """What these plans need. The head is the whole vocabulary, but on a CPU a smaller one is tried first."""
     drawn = [plan for plan in plans if plan.samples]
@@ -157,6 +172,7 @@ def _parts(plans: Sequence[Plan], size: int, on_cpu: bool) -> Parts:
         bias=any(plan.biased for plan in plans),
         penalty=any(plan.penalty != 1.0 for plan in plans),
         counts=any(plan.counts for plan in plans),
+        grammars=any(plan.guide is not None for plan in plans),
         logprobs=max((-1 if plan.wants_logprobs is None else plan.wants_logprobs for plan in plans), default=-1),
     )
 
@@ -170,7 +186,7 @@ def _choose_on_cpu(
     """As many rows at once as fit the caches, if any part makes tensors as large as the scores."""
     rows, size = scores.shape
     many = max(_AT_ONCE // size, 1)
-    changed = parts.bias or parts.penalty or parts.counts
+    changed = parts.bias or parts.penalty or parts.counts or parts.grammars
     if rows <= many or not (parts.drawn or parts.open or changed or parts.logprobs >= 0):
         return _choose_until_enough(scores, settings, moment, changes, parts)
     several = []

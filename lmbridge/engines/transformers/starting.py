@@ -18,6 +18,7 @@ from typing import Any
 from lmbridge.engines.text import TextStream, Vocabulary
 from lmbridge.engines.transformers import library
 from lmbridge.engines.transformers.encoding import PromptEncoder
+from lmbridge.engines.transformers.guides import Grammars
 from lmbridge.engines.transformers.loading import Loaded, free_memory, load, with_defaults
 from lmbridge.engines.transformers.options import ModelOptions
 from lmbridge.engines.transformers.paged import PagedRunner, unfit
@@ -49,6 +50,7 @@ class Core:
 
     Attributes:
         size: how many tokens the model has a score for.
+        grammars: those that answers may have to follow.
     """
 
     runner: Runner
@@ -57,6 +59,7 @@ class Core:
     size: int
     eos: frozenset[int]
     defaults: dict[str, Any]
+    grammars: Grammars
     device: str
     dtype: str
 
@@ -139,14 +142,17 @@ class Start:
         assert loaded is not None
         with loading():
             runner = self._runner = attempt.build(loaded.model, self._options)
-        size = loaded.model.get_input_embeddings().weight.shape[0]
+        known, size = (get().weight.shape[0] for get in (
+            loaded.model.get_input_embeddings, loaded.model.get_output_embeddings
+        ))  # fmt: skip
         return Core(
             runner,
-            PromptEncoder(loaded.tokenizer, size, runner.room),
+            PromptEncoder(loaded.tokenizer, known, runner.room),
             Vocabulary(loaded.tokenizer),
-            loaded.model.get_output_embeddings().weight.shape[0],
+            size,
             loaded.eos,
             loaded.defaults,
+            Grammars(loaded.tokenizer, size, loaded.eos),
             str(loaded.model.device),
             str(loaded.model.dtype).removeprefix("torch."),
         )

@@ -52,12 +52,19 @@ def read_config(body: Body, supported: Set[str], **more: Any) -> GenerationConfi
             continue
         value = body.value(field.name)
         if value is not None and value not in field.neutral:
+            if field.option == "grammar" and "grammar" in overrides:
+                body.refuse(field.name, "left out: another field says already what form the answer has")
             overrides[field.option] = field.convert(value)
     overrides.update(more)
     if overrides.get("min_new_tokens", 0) > overrides["max_new_tokens"]:
         most = given_name("max_new_tokens", body)
         body.refuse("min_tokens", f"at most {most}, which is {overrides['max_new_tokens']}")
-    return GenerationConfig().merged(_typed(overrides))
+    try:
+        return GenerationConfig().merged(_typed(overrides))
+    except InvalidRequestError as error:
+        option = error.param or ""
+        name = given_name(option, body)
+        raise InvalidRequestError(str(error).replace(option, name, 1), name) from None
 
 
 def _typed(overrides: dict[str, Any]) -> Overrides:

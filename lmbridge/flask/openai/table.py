@@ -81,6 +81,36 @@ def _are_prompts(value: object) -> bool:
     return isinstance(value, list) and bool(value) and (all(map(_is_text, value)) or all(map(are_ids, value)))
 
 
+def _is_format(value: object) -> bool:
+    return isinstance(value, dict) and value.get("type") in ("text", "json_object", "json_schema")
+
+
+_FORMS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "json": lambda schema: {"json": schema},
+    "json_object": lambda wanted: {"json": {"type": "object"}},
+    "regex": lambda pattern: {"regex": pattern},
+    "choice": lambda texts: {"choice": texts},
+    "grammar": lambda text: {"lark": text},
+}
+"""vLLM's names of what an answer may have to follow, to GenerationConfig's ``grammar``."""
+
+
+def _forms(value: dict[str, Any]) -> list[str]:
+    return [name for name in _FORMS if value.get(name) not in (None, False)]
+
+
+def _is_one_form(value: object) -> bool:
+    return isinstance(value, dict) and len(_forms(value)) == 1 and not value.get("structural_tag")
+
+
+def _form_of(value: dict[str, Any]) -> dict[str, Any]:
+    (name,) = _forms(value)
+    return _FORMS[name](value[name])
+
+
+FORMAT = Kind(_is_format, 'an object of type "text", "json_object" or "json_schema"')
+ONE_FORM = Kind(_is_one_form, f"an object with one of {', '.join(_FORMS)}")
+GIVEN = Kind(lambda value: True, "a grammar")  # what is wrong with one is found where it is read
 STOP = Kind(_is_stop, f"a string or a list of at most {MAX_STOPS} strings, each of 1 to {MAX_STOP_LENGTH:,} characters")
 STOP_IDS = Kind(
     lambda value: value == [] or (are_ids(value) and len(value) <= MAX_STOP_TOKENS),
@@ -114,10 +144,6 @@ def _only(value: object, expected: str) -> Kind:
 
 
 _NOTHING = _nothing("it is not supported here")
-_PLAIN_TEXT = Kind(
-    lambda value: isinstance(value, dict) and value.get("type") == "text",
-    'left out or {"type": "text"} (other formats are not supported here)',
-)
 _ONLY_TEXT = _only(["text"], 'left out or ["text"] (this server answers with text)')
 
 # --- what is served ---
@@ -158,6 +184,20 @@ _SAMPLING = (
     _in_engine("min_tokens", TOKENS_OR_NONE, "min_new_tokens", "0; at most max_tokens", 0),
     _in_engine("skip_special_tokens", BOOL, "skip_special_tokens", "true", True),
     _in_engine("truncate_prompt_tokens", TOKENS, "truncate_prompt_tokens", "none; keeps the prompt's last tokens"),
+    _in_engine(
+        "response_format", FORMAT, "response_format",
+        '{"type": "text"}; {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": …}}: the '
+        "answer is JSON that the schema describes, if max_tokens lets it end", {"type": "text"},
+    ),
+    _in_engine(
+        "structured_outputs", ONE_FORM, "grammar",
+        "none; vLLM's: one of json (a schema), regex, choice (a list), grammar (Lark or GBNF), json_object",
+        convert=_form_of,
+    ),
+    *(
+        _in_engine(f"guided_{name}", GIVEN, "grammar", f"none; as {name} of structured_outputs", convert=_FORMS[name])
+        for name in ("json", "regex", "choice", "grammar")
+    ),
     _in_engine(
         "return_token_ids", BOOL, "return_prompt_token_ids",
         "false; prompt_token_ids in the answer (completions: in each choice), token_ids in each choice, the ending "
@@ -229,7 +269,6 @@ _REFUSED = (
     *_refused(_NOTHING, "tool_choice", note="other than none and auto"),
     *_refused(_NOTHING, "functions", note="unless function_call is none"),
     *_refused(_NOTHING, "function_call", note="other than none and auto"),
-    *_refused(_PLAIN_TEXT, "response_format", note='other than {"type": "text"}'),
     *_refused(_ONLY_TEXT, "modalities", note='other than ["text"]'),
     *_refused(_nothing("text cannot be inserted here"), "suffix"),
     *_refused(_nothing("answers are not ranked here"), "best_of", note="other than n"),
@@ -237,9 +276,9 @@ _REFUSED = (
     *_refused(
         _NOTHING,
         "allowed_token_ids", "bad_words", "cache_salt", "chat_template", "documents", "ec_transfer_params",
-        "guided_choice", "guided_grammar", "guided_json", "guided_regex", "kv_transfer_params", "logits_processors",
+        "kv_transfer_params", "logits_processors",
         "logprob_token_ids", "prompt_embeds", "prompt_logprobs", "repetition_detection", "return_prompt_text",
-        "structured_outputs", "use_beam_search", "vllm_xargs", "watermarking",
+        "use_beam_search", "vllm_xargs", "watermarking",
     ),
     *_refused(
         _only(True, "true or left out (it is not supported here)"), "spaces_between_special_tokens", note="false"

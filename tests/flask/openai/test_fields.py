@@ -80,6 +80,8 @@ SAMPLES: dict[str, Any] = {
     "include_stop_str_in_output": True, "min_tokens": 1, "skip_special_tokens": False, "truncate_prompt_tokens": 5,
     "return_token_ids": True, "chat_template_kwargs": {"x": 1}, "reasoning_effort": "low",
     "add_generation_prompt": False, "continue_final_message": True, "logprobs": True, "top_logprobs": 1, "echo": True,
+    "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}, "guided_json": {"type": "object"},
+    "guided_regex": "a", "guided_choice": ["a"], "guided_grammar": 'start: "a"',
 }  # fmt: skip
 NEEDED: dict[str, dict[str, Any]] = {"top_logprobs": {"logprobs": True}, "echo": {"logprobs": 0}}
 

@@ -182,11 +182,14 @@ IMPOSSIBLE: dict[str, list[Any]] = {
     "truncation_side": ["right"],
     "enable_thinking": [True],
     "tool_choice": ["required", {"type": "function"}],
-    "response_format": [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}, "text", {}],
+    "response_format": [{"type": "xml"}, {"type": "json_schema", "json_schema": {}}, "text", {}],
     "tools": [[{"type": "function"}], "x"],
     "functions": [[{}]],
     "modalities": [["text", "audio"]],
-    "guided_json": [{"type": "object"}],
+    "guided_json": ["no JSON", 3],
+    "guided_choice": [[], "x", [1]],
+    "guided_regex": [3, ""],
+    "structured_outputs": [{}, {"json": {}, "regex": "a"}, {"structural_tag": "x", "regex": "a"}, "a"],
 }
 
 

@@ -1,0 +1,101 @@
+"""What form an answer must have, read from ``response_format`` and ``grammar`` in OpenAI's and vLLM's words.
+
+Rule: plain data, any thread. Whether a grammar can be followed is the engine's to say.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lmbridge.errors import InvalidRequestError
+from lmbridge.values import as_list
+
+Kind = Literal["json", "regex", "choice", "lark"]
+_FORMATS = '{"type": "json_schema", "json_schema": {"schema": …}}, {"type": "json_object"} or {"type": "text"}'
+_GRAMMARS = '{"json": schema}, {"regex": "…"}, {"choice": ["…", …]}, {"lark": "…"}, or the text of a Lark grammar'
+_MOST_CHOICES = 10_000
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must be.
+
+    Attributes:
+        kind: ``json``: JSON that a schema describes; ``regex``: a match; ``choice``: one of several texts; ``lark``: a
+            sentence of a Lark grammar.
+        value: the schema (a dict, or a bool), the expression, the texts, the grammar.
+        param: the field that it came in.
+    """
+
+    kind: Kind
+    value: Any
+    param: str
+
+
+def read_grammar(response_format: object, grammar: object) -> Grammar | None:
+    """The form that these two ask for; None where they leave it open.
+
+    Raises:
+        InvalidRequestError: one of them is malformed, or both are given.
+    """
+    wanted = None if response_format is None else _of_format(response_format)
+    if grammar is None:
+        return wanted
+    if wanted is not None:
+        raise InvalidRequestError("response_format and grammar both say what form the answer has: give one.", "grammar")
+    return _of_grammar(grammar)
+
+
+def _of_format(value: object) -> Grammar | None:
+    kind = value.get("type") if isinstance(value, Mapping) else None
+    if not isinstance(value, Mapping) or kind not in ("text", "json_object", "json_schema"):
+        raise _wrong("response_format", _FORMATS, value)
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return Grammar("json", {"type": "object"}, "response_format")
+    described = value.get("json_schema")
+    if not isinstance(described, Mapping) or "schema" not in described:
+        raise _wrong("response_format", _FORMATS, value)
+    return _json(described["schema"], "response_format")
+
+
+def _of_grammar(value: object) -> Grammar:
+    if isinstance(value, str):
+        value = {"lark": value}
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise _wrong("grammar", _GRAMMARS, value)
+    ((kind, asked),) = value.items()
+    if kind == "json":
+        return _json(asked, "grammar")
+    if kind == "choice":
+        texts = as_list(asked)
+        if not texts or len(texts) > _MOST_CHOICES or not all(isinstance(text, str) and text for text in texts):
+            raise _wrong("grammar", f"a list of 1 to {_MOST_CHOICES:,} texts that are not empty, as its choice", asked)
+        return Grammar("choice", tuple(texts), "grammar")
+    if kind in ("regex", "lark") and isinstance(asked, str) and asked:
+        return Grammar(kind, asked, "grammar")
+    raise _wrong("grammar", _GRAMMARS, value)
+
+
+def _json(schema: object, param: str) -> Grammar:
+    if isinstance(schema, str):  # as vLLM's clients may send it
+        try:
+            schema = json.loads(schema)
+        except ValueError as cause:
+            raise InvalidRequestError(f"The schema in {param} is no JSON: {cause}.", param) from None
+    if not isinstance(schema, (Mapping, bool)):
+        raise _wrong(param, "with a JSON schema: an object", schema)
+    try:
+        plain = json.loads(json.dumps(schema, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as cause:
+        raise InvalidRequestError(f"The schema in {param} is nothing that JSON can hold: {cause}.", param) from None
+    return Grammar("json", plain, param)
+
+
+def _wrong(param: str, expected: str, value: object) -> InvalidRequestError:
+    return InvalidRequestError(f"{param} must be {expected}, not {reprlib.repr(value)}.", param)

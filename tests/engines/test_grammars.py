@@ -1,0 +1,209 @@
+"""Answers that follow a grammar, by the bundled model on both runners, which knows nothing of JSON."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jsonschema
+import pytest
+
+from lmbridge import Bridge, GenerationConfig, InvalidRequestError, RequestAbortedError
+from lmbridge.engines.transformers import TransformersEngine
+from tests.conftest import until
+
+QUESTION = "What is the capital of France?"
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 130},
+        "tags": {"type": "array", "items": {"enum": ["a", "b", None]}, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
+
+
+@pytest.fixture(scope="module", params=["paged", "plain"])
+def bridge(request: pytest.FixtureRequest) -> Iterator[Bridge]:
+    with Bridge("demo", runner=request.param) as bridge:
+        yield bridge
+
+
+def is_valid(text: str, schema: Any) -> bool:
+    jsonschema.validate(json.loads(text), schema)
+    return True
+
+
+@pytest.mark.parametrize("temperature", [0, 1, 2])
+def test_a_schema(bridge: Bridge, temperature: float) -> None:
+    """The answer parses and validates, whatever the model would have said."""
+    answer = bridge.infer("Who?", response_format=FORMAT, temperature=temperature, random_seed=1)
+    assert answer.finish_reason == "stop"
+    assert is_valid(answer.text, PERSON)
+
+
+def test_any_object(bridge: Bridge) -> None:
+    """Without a schema it is an object at least, or the beginning of one that was cut off."""
+    answer = bridge.infer("Who?", response_format={"type": "json_object"}, temperature=1, random_seed=3)
+    assert answer.text.startswith("{")
+    if answer.finish_reason == "stop":
+        assert isinstance(json.loads(answer.text), dict)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "pattern"),
+    [
+        ({"regex": r"[a-c]{3}-[0-9]{2}"}, r"[a-c]{3}-[0-9]{2}"),
+        ({"choice": ["yes", "no", 'may"be\n', "ünî"]}, r'yes|no|may"be\n|ünî'),
+        ('start: "a" "b"~2..4 "c"', r"ab{2,4}c"),
+        ({"lark": 'start: "x" | "y"'}, "x|y"),
+        ('root ::= "p" ("q" | "r")', "p[qr]"),
+        ({"json": '{"enum": [1, 2]}'}, "1|2"),
+        ({"json": True}, r"(?s).*"),
+    ],
+)
+def test_other_grammars(bridge: Bridge, grammar: Any, pattern: str) -> None:
+    """Expressions, choices and grammars are followed to their end."""
+    answer = bridge.infer("Say it", grammar=grammar, temperature=1, random_seed=5, max_new_tokens=100)
+    assert re.fullmatch(pattern, answer.text)
+
+
+def test_beside_others(bridge: Bridge) -> None:
+    """A grammar is one request's: those without get what they get alone, and those with one the same as alone."""
+    plain = bridge.infer(QUESTION).text
+    alone = [bridge.infer("Who?", grammar={"json": PERSON}, temperature=1, random_seed=seed).text for seed in range(8)]
+
+    def ask(number: int) -> bool:
+        if number % 2:
+            return bridge.infer(QUESTION).text == plain
+        seed = number // 2 % 8
+        answer = bridge.infer("Who?", grammar={"json": PERSON}, temperature=1, random_seed=seed, logprobs=2)
+        assert answer.logprobs is not None
+        assert len(answer.logprobs) == len(answer.token_ids)
+        return answer.text == alone[seed] and is_valid(answer.text, PERSON)
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(ask, range(32)))
+
+
+def test_with_all_that_changes_scores(bridge: Bridge) -> None:
+    """Penalties, biases and filters choose among what the grammar allows."""
+    for options in (
+        {"repetition_penalty": 1.5, "frequency_penalty": 1.0, "presence_penalty": -1.0},
+        {"logit_bias": dict.fromkeys(range(0, 3000, 3), -100.0)},
+        {"top_k": 1},
+        {"temperature": 1.5, "top_p": 0.1, "min_p": 0.5},
+    ):
+        answer = bridge.infer("Who?", grammar={"json": PERSON}, random_seed=2, **options)
+        assert is_valid(answer.text, PERSON), options
+
+
+def test_an_answer_that_is_cut(bridge: Bridge) -> None:
+    """It says that it is: half a JSON is not told as a whole one."""
+    answer = bridge.infer("Who?", response_format=FORMAT, max_new_tokens=4)
+    assert answer.finish_reason == "length"
+    assert answer.text.startswith('{"name"')
+
+
+def test_streams_and_aborts(bridge: Bridge) -> None:
+    """A stream's pieces are the whole answer, and one that is left leaves nothing behind."""
+    whole = bridge.infer("Who?", response_format=FORMAT).text
+    with bridge.stream("Who?", response_format=FORMAT) as stream:
+        assert "".join(delta.text for delta in stream) == whole
+    endless = {"json": {"type": "string", "minLength": 100_000}}
+    future = bridge.submit("Who?", grammar=endless, max_new_tokens=900)
+    until(lambda: any(request.state == "running" for request in bridge.requests()))
+    bridge.abort(future.request_id)
+    with pytest.raises(RequestAbortedError):
+        future.result(30)
+    until(lambda: bridge.stats()["in_flight"] == 0)
+    assert bridge.infer("Who?", response_format=FORMAT).text == whole
+
+
+@pytest.mark.parametrize(
+    ("grammar", "words"),
+    [
+        ({"regex": "(("}, "regular expression cannot be followed.*unclosed group"),
+        ('start: "a" nothing', "grammar cannot be followed.*unknown name"),
+        ({"json": {"type": "nope"}}, "JSON schema cannot be followed.*nope"),
+        ({"json": {"$ref": "#/not/there"}}, "JSON schema cannot be followed.*/not/there"),
+    ],
+)
+def test_what_cannot_be_followed(bridge: Bridge, grammar: Any, words: str) -> None:
+    """It is refused with the place at fault, and alone."""
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(bridge.infer, QUESTION)
+        with pytest.raises(InvalidRequestError, match=words) as caught:
+            bridge.infer("Say it", grammar=grammar)
+        assert caught.value.param == "grammar"
+        assert other.result(30).text
+
+
+def test_with_cuda_graphs_there_are_none() -> None:
+    """Steps that are replayed from a recording ask nobody what may come next."""
+    with pytest.raises(InvalidRequestError, match="response_format asks for an engine with cuda_graphs=False"):
+        engine = TransformersEngine("demo", cuda_graphs=True)
+        with Bridge(engine) as bridge:
+            bridge.infer("Who?", response_format=FORMAT)
+
+
+# --- any schema ---
+
+
+def any_schema(rng: random.Random, depth: int = 0) -> dict[str, Any]:
+    """A schema whose values are short."""
+    kinds = ["string", "integer", "number", "boolean", "enum", "pattern"] + ["object", "array", "anyOf"] * (depth < 2)
+    kind = rng.choice(kinds) if depth else "object"
+    if kind == "string":
+        return {"type": "string", "maxLength": rng.randint(0, 6)}
+    if kind in ("integer", "number"):
+        return {"type": "integer", "minimum": rng.randint(-5, 0), "maximum": rng.randint(1, 2000)}
+    if kind == "enum":
+        return {"enum": rng.sample(["a", "b\n", 'c"', 1, 2.5, None, True, "é", {}, []], rng.randint(1, 5))}
+    if kind == "pattern":
+        return {"type": "string", "pattern": rng.choice([r"^[a-z]{1,4}$", r"^\d{3}-\d{2}$", "^(on|off)$"])}
+    if kind == "array":
+        low = rng.randint(0, 2)
+        items = any_schema(rng, depth + 1)
+        return {"type": "array", "items": items, "minItems": low, "maxItems": low + rng.randint(0, 2)}
+    if kind == "anyOf":
+        return {"anyOf": [any_schema(rng, depth + 1) for _ in range(rng.randint(1, 3))]}
+    if kind == "object":
+        names = rng.sample(["name", "a b", "ü", "x-1", "list", "nested", "_"], rng.randint(1, 4))
+        return {
+            "type": "object",
+            "properties": {name: any_schema(rng, depth + 1) for name in names},
+            "required": [name for name in names if rng.random() < 0.7],
+            "additionalProperties": False,
+        }
+    return {"type": kind}
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.long)])
+def test_any_schema_and_any_prompt(count: int) -> None:
+    """Whatever the schema and the prompt, at temperature 1 what ends by itself is valid."""
+    rng = random.Random(count)
+    schemas = [any_schema(rng) for _ in range(count)]
+    prompts = ["".join(rng.choices("abc xyz?!{}[]\"", k=rng.randint(1, 40))) for _ in range(count)]
+    bridge = Bridge("demo")
+
+    def ask(number: int) -> str:
+        config = GenerationConfig(
+            max_new_tokens=400, temperature=1.0, random_seed=number,
+            response_format={"type": "json_schema", "json_schema": {"schema": schemas[number]}},
+        )  # fmt: skip
+        answer = bridge.infer(prompts[number], config)
+        if answer.finish_reason == "stop":
+            assert is_valid(answer.text, schemas[number])
+        return str(answer.finish_reason)
+
+    with bridge, ThreadPoolExecutor(32) as pool:
+        ends = list(pool.map(ask, range(count)))
+    assert ends.count("stop") > 0.95 * count
