@@ -60,7 +60,10 @@ def test_orders_that_are_attacks() -> None:
         assert served.chat("hello").status == 200
     with serving(*GATED, "--allow-remote-code", "--admin-key", "root") as served:
         answer = served.ask(
-            "POST", "/admin/swap", {"to": "./no-such-folder", "options": {"trust_remote_code": True}}, "root"
+            "POST",
+            "/admin/swap",
+            {"to": "./no-such-folder", "engine": "transformers", "options": {"trust_remote_code": True}},
+            "root",
         )
         assert (answer.status, "no-such-folder" in answer.text) == (404, True)
 

@@ -5,10 +5,10 @@ Rule: pure functions of the client's JSON. What is no text is refused rather tha
 
 from __future__ import annotations
 
-import reprlib
 from typing import Any
 
 from lmbridge.errors import InvalidRequestError
+from lmbridge.flask.openai.fields import as_json
 from lmbridge.messages import Message
 
 ROLES = {  # as clients say it: as templates know it
@@ -72,4 +72,4 @@ def _part_text(part: Any, path: str) -> str:
 
 
 def _wrong(path: str, expected: str, value: object) -> InvalidRequestError:
-    return InvalidRequestError(f"{path} must be {expected}, not {reprlib.repr(value)}.", path)
+    return InvalidRequestError(f"{path} must be {expected}, not {as_json(value)}.", path)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -17,6 +16,7 @@ from typing import Any, NoReturn
 from lmbridge.errors import InvalidRequestError
 
 LARGEST_ID = 2**31 - 1  # of a token, and the largest count of anything
+_SHOWN = 80  # characters of a wrong value
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -68,6 +68,12 @@ TEXT = Kind(lambda value: isinstance(value, str), "a string")
 OBJECT = Kind(lambda value: isinstance(value, dict), "an object")
 
 
+def as_json(value: object) -> str:
+    """What a client sent, as it sent it, but for the middle of what is long."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}…{text[-_SHOWN // 4 :]}"
+
+
 class Fields:
     """The fields of one object. ``path`` stands before their names in errors."""
 
@@ -95,7 +101,7 @@ class Fields:
     def refuse(self, name: str, expected: str) -> NoReturn:
         """Raise InvalidRequestError: the field must be what ``expected`` says."""
         param = self._path + name
-        raise InvalidRequestError(f"{param} must be {expected}, not {reprlib.repr(self._values.get(name))}.", param)
+        raise InvalidRequestError(f"{param} must be {expected}, not {as_json(self._values.get(name))}.", param)
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
@@ -112,7 +118,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as cause:  # bad UTF-8 and integers of thousands of digits are ValueErrors
         raise InvalidRequestError(f"The request's body is not valid JSON: {_reason(cause)}.") from None
     if not isinstance(value, dict):
-        raise InvalidRequestError(f"The request's body must be a JSON object, not {reprlib.repr(value)}.")
+        raise InvalidRequestError(f"The request's body must be a JSON object, not {as_json(value)}.")
     return value
 
 

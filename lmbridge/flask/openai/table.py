@@ -157,7 +157,7 @@ def _in_engine(
 
 _SAMPLING = (
     _in_engine(
-        "temperature", number(0, 2), "temperature", "1; values below 0.00001 are 0, the most likely token",
+        "temperature", number(0, 2), "temperature", "1; values below 0.00001 are 0, the most likely token", 1,
         convert=lambda value: 0 if value < GREEDY else value,
     ),
     _in_engine("top_p", number(0, 1), "top_p", "1", 1, convert=lambda value: max(value, 1e-9)),
@@ -277,7 +277,7 @@ _REFUSED = (
         _NOTHING,
         "allowed_token_ids", "bad_words", "cache_salt", "chat_template", "documents", "ec_transfer_params",
         "kv_transfer_params", "logits_processors",
-        "logprob_token_ids", "prompt_embeds", "prompt_logprobs", "repetition_detection", "return_prompt_text",
+        "logprob_token_ids", "prompt_embeds", "repetition_detection", "return_prompt_text",
         "use_beam_search", "vllm_xargs", "watermarking",
     ),
     *_refused(
@@ -285,6 +285,7 @@ _REFUSED = (
     ),
     *_refused(_only("left", '"left" or left out (the last tokens are kept here)'), "truncation_side", note="right"),
     *_refused(_only(-1, "-1 or left out (it is not supported here)"), "thinking_token_budget", note="other than -1"),
+    *_refused(Kind(lambda value: False, "left out (use echo with logprobs)"), "prompt_logprobs"),
     # names of other servers for what is served here
     *_refused(_nothing('send chat_template_kwargs {"enable_thinking": …} instead'), "enable_thinking"),
     *_refused(_nothing("send max_tokens instead"), "max_new_tokens"),

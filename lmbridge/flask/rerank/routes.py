@@ -25,17 +25,17 @@ blueprint.before_request(guard.begin)
 blueprint.after_request(guard.finish)
 
 
-@blueprint.post("/v1/rerank")
+@blueprint.post("/v1/rerank", strict_slashes=False)
 def rerank_v1() -> Response:
     return _answer(read_cohere, cohere_writer("1"))
 
 
-@blueprint.post("/v2/rerank")
+@blueprint.post("/v2/rerank", strict_slashes=False)
 def rerank_v2() -> Response:
     return _answer(read_cohere, cohere_writer("2"))
 
 
-@blueprint.post("/rerank")
+@blueprint.post("/rerank", strict_slashes=False)
 def rerank_tei() -> Response:
     return _answer(read_tei, write_tei)
 

@@ -18,7 +18,7 @@ from tests.flask.openai.test_fields import FRANCE
 class Person(BaseModel):
     name: str = Field(max_length=8)
     kind: Literal["cat", "dog"]
-    ages: list[int] = Field(max_length=2)
+    ages: list[Literal[1, 2, 30]] = Field(max_length=2)
 
 
 @pytest.fixture
