@@ -26,6 +26,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -354,7 +355,10 @@ def _drain(server: HttpServer, front: Front, models: Models, timeout: float) -> 
     if front.inside:
         print(f"Answers that are finishing: {front.inside}, for {timeout:g} s at most; a second signal ends at once.")
         sys.stdout.flush()
-    if not front.wait_until_empty(timeout):
+    end = time.monotonic() + timeout
+    if front.wait_until_empty(timeout):
+        server.wait_until_sent(end - time.monotonic())
+    else:
         print(f"Answers that were not finished and are aborted: {front.inside}", flush=True)
 
 

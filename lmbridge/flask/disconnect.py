@@ -41,14 +41,24 @@ def watch(environ: Mapping[str, Any], on_gone: OnGone) -> Callable[[], None]:
     sock = next((environ[key] for key in SOCKETS if key in environ), None)
     if not hasattr(select, "epoll"):
         return _nothing
-    end: Callable[[], None] | None = None
-    while end is None:  # a watcher that has ended is followed by another
-        if asked is not None:
-            end = _watcher().ask(asked, told)
-        elif sock is not None:
-            end = _watcher().watch(sock.fileno(), told)
-        else:
-            end = _nothing
+    ends = []
+    if asked is not None:
+        ends.append(_begin(lambda watcher: watcher.ask(asked, told)))
+    if sock is not None:
+        ends.append(_begin(lambda watcher: watcher.watch(sock.fileno(), told)))
+
+    def end() -> None:
+        for each in ends:
+            each()
+
+    return end
+
+
+def _begin(watch: Callable[[_Watcher], Callable[[], None] | None]) -> Callable[[], None]:
+    """Begin a watch; a watcher that has ended is followed by another."""
+    end = None
+    while end is None:
+        end = watch(_watcher())
     return end
 
 
@@ -81,6 +91,7 @@ class _Watcher:
             except FileExistsError:
                 self._sockets.setdefault(fd, []).append(on_gone)
             except (OSError, ValueError):  # closed already
+                _tell(on_gone)
                 return _nothing
             self._see_that_it_runs()
         return lambda: self._drop(fd, [on_gone])

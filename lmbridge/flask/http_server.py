@@ -2,9 +2,9 @@
 
 Rule: HTTP and threads only; nothing of models and Flask is known here. One thread, "lmbridge http", reads all
 connections; a request is given to a thread of the pool once all of it has come, so that whoever sends slowly, or
-nothing, holds none. What waitress does not document, and is leant on here, is bounded in setup.cfg:
-``create_server``, a server's ``active_channels``, ``channel_class``, ``maintenance``, ``run`` and ``trigger``, and the
-classes that are derived from below, with their names.
+nothing, holds none.
+
+What is derived from below, and what of it is overridden, waitress does not document: setup.cfg bounds its version.
 """
 
 from __future__ import annotations
@@ -13,19 +13,23 @@ import concurrent.futures
 import contextlib
 import json
 import logging
+import re
 import resource
 import socket
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from lmbridge.errors import MissingDependencyError
 
 try:
+    from waitress import receiver
+    from waitress.adjustments import Adjustments
     from waitress.channel import HTTPChannel
     from waitress.parser import HTTPRequestParser, ParsingError
-    from waitress.server import create_server
+    from waitress.server import TcpWSGIServer
     from waitress.task import ErrorTask, WSGITask
 except ImportError as error:
     raise MissingDependencyError("lmbridge serve needs: pip install 'waitress >= 3.0.1, < 3.1'") from error
@@ -37,16 +41,25 @@ logger = logging.getLogger("lmbridge.http")
 
 BACKLOG = 1024  # connections that may wait to be accepted
 CONNECTIONS = 1000  # open at once; beyond, whoever has sent no whole request for the longest makes room
-OTHER_FILES = 200  # that the process may want to open
+FILES = 3  # that a connection may take: its socket, and a large body and answer
+OTHER_FILES = 100  # that the process may want to open
 HEAD_LIMIT = 64 * 1024  # bytes
 HEAD_TIME = 10.0  # seconds for the head of a request, from its first byte
 BODY_TIME = 60.0  # seconds for all of it
 IDLE_TIME = 30.0  # seconds that a connection is kept open without a request
 READ_TIME = 30.0  # seconds in which a client must take something of its answer; it then counts as gone
+SEND_BUFFER = 128 * 1024  # bytes that the kernel keeps of an answer: of more, a slow reader's progress would not show
 LINGER_TIME = 2.0  # seconds in which what a client still sends is thrown away, so that it reads why it was refused
 LINGER_BYTES = 64 * 1024 * 1024  # that are thrown away so
 LOOK = 1.0  # seconds between two looks at the connections, and at threads that others wait for
 STOP_GRACE = 2.0  # seconds for threads to come home at the end
+
+_FIRST_LINE = re.compile(rb"[A-Z]{1,20} [^ ]+ HTTP/1\.[01]")
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+# A line of a chunk's size that ends in a line feed of its own is one to waitress; some proxies take it for two.
+receiver.ONLY_HEXDIG_RE = re.compile(rb"[0-9a-fA-F]{1,16}\Z")  # type: ignore[attr-defined]
+receiver.CHUNK_EXT_RE = re.compile(receiver.CHUNK_EXT_RE.pattern.removesuffix(b"$") + rb"\Z")  # type: ignore[attr-defined]
 
 
 class HttpServer:
@@ -62,7 +75,8 @@ class HttpServer:
     def __init__(self, app: WSGIApplication, host: str, port: int, threads: int, max_body: int) -> None:
         self.bind_addr = (host, port)
         self._app, self._threads, self._max_body = app, threads, max_body
-        self._server: Any = None
+        self._pause = threading.Event()  # never set
+        self._listener: _Listener | None = None
         self._closing = self._ended = False
 
     @property
@@ -73,8 +87,8 @@ class HttpServer:
     @closing.setter
     def closing(self, closing: bool) -> None:
         self._closing = closing
-        if self._server is not None:
-            self._server.closing = closing
+        if self._listener is not None:
+            self._listener.closing = closing
 
     @property
     def url(self) -> str:
@@ -98,89 +112,109 @@ class HttpServer:
         bound.result(0)
         self._thread = thread
 
+    def wait_until_sent(self, timeout: float) -> bool:
+        """Whether all answers have gone out within ``timeout`` seconds."""
+        end, listener = time.monotonic() + timeout, self._listener
+        while listener is not None and listener.is_sending():
+            if time.monotonic() >= end:
+                return False
+            self._pause.wait(min(0.05, timeout))
+        return True
+
     def close(self) -> None:
         """Take no more connections, and give running responses a moment."""
         self._ended = True
-        if self._server is None:
+        listener = self._listener
+        if listener is None:
             return
-        self._on_loop(self._stop_listening)
-        self._server.task_dispatcher.shutdown(timeout=STOP_GRACE)
-        self._on_loop(self._hang_up)
+        self._on_loop(listener.stop_listening)
+        listener.task_dispatcher.shutdown(timeout=STOP_GRACE)
+        self._on_loop(listener.hang_up)
         self._thread.join(STOP_GRACE)
 
     # --- the thread that reads ---
 
     def _run(self, bound: Future[None]) -> None:
         try:
-            self._server = self._bind()
+            self._listener = listener = self._bind()
         except BaseException as error:
             bound.set_exception(error)
             return
         bound.set_result(None)
         while not self._ended:
             try:
-                self._server.run()
+                listener.run()
             except BaseException:
                 logger.exception("The look at the connections failed; it goes on.")
 
-    def _bind(self) -> Any:
+    def _bind(self) -> _Listener:
         host, port = self.bind_addr
         family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listening = socket.create_server((host, port), family=family, backlog=BACKLOG)
         self.bind_addr = (host, listening.getsockname()[1])
-        server: Any = create_server(
-            self._app, sockets=[listening], threads=self._threads, ident="lmbridge", server_name=host, backlog=BACKLOG,
+        settings = Adjustments(
+            sockets=[listening], threads=self._threads, ident="lmbridge", server_name=host, backlog=BACKLOG,
             connection_limit=2 * CONNECTIONS, cleanup_interval=LOOK, asyncore_use_poll=True, log_socket_errors=False,
             max_request_header_size=HEAD_LIMIT, max_request_body_size=self._max_body + 1,
             clear_untrusted_proxy_headers=False,
         )  # fmt: skip
-        server.channel_class = _Channel
-        server.maintenance = self._look_after
-        server.closing = self._closing
-        server.room = min(CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OTHER_FILES)
+        settings.socket_options = [*settings.socket_options, (socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)]
+        where = (listening.family, listening.type, listening.proto, listening.getsockname())
+        listener = _Listener(self._app, _sock=listening, bind_socket=False, sockinfo=where, adj=settings)
+        listener.closing = self._closing
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # that all threads are taken is nothing to warn of
-        return server
+        return listener
 
-    def _look_after(self, now: float) -> None:
-        """Close the connections of those who take too long."""
-        for channel in list(self._server.active_channels.values()):
-            if channel.is_overdue(now):
-                channel.handle_close()
-
-    def _on_loop(self, work: Any) -> None:
+    def _on_loop(self, work: Callable[[], None]) -> None:
         with contextlib.suppress(OSError):  # it has ended
-            self._server.trigger.pull_trigger(work)
-
-    def _stop_listening(self) -> None:
-        self._server.accepting = False
-        self._server.socket.close()
-        self._server.del_channel()
-
-    def _hang_up(self) -> None:
-        for channel in list(self._server.active_channels.values()):
-            channel.handle_close()
-        self._server.trigger.close()
+            self._listener.trigger.pull_trigger(work)  # type: ignore[union-attr]
 
 
 class _Request(HTTPRequestParser):
     """One request as it comes in. What two servers could read in two ways is refused (RFC 9112)."""
 
     def parse_header(self, header_plus: bytes) -> None:
-        lines = header_plus.split(b"\r\n")[1:]
-        names = [line.partition(b":")[0].lower() for line in lines]
-        if any(line.startswith((b" ", b"\t")) for line in lines):
-            raise ParsingError("A header of several lines")
-        for name in (b"content-length", b"transfer-encoding", b"host"):
-            if names.count(name) > 1:
+        first, *lines = header_plus.split(b"\r\n")
+        if not _FIRST_LINE.fullmatch(first):
+            raise ParsingError("The request line is invalid")
+        head = {name: values for name, values in _values(lines).items() if name in _ONCE}
+        for name, values in head.items():
+            if len(values) > 1:
                 raise ParsingError(f"More than one {name.decode()} header")
-        chunked = b"transfer-encoding" in names
-        if chunked and b"content-length" in names:
+        _check_length(head, first.endswith(b"1.1"))
+        # waitress's own expressions take minutes for a line of many spaces
+        kept = [name + colon + value.strip(b" \t") for name, colon, value in (line.partition(b":") for line in lines)]
+        try:
+            super().parse_header(b"\r\n".join([first, *kept]))
+        except ValueError as cause:
+            raise ParsingError("The request is invalid") from cause
+
+
+_ONCE = (b"content-length", b"transfer-encoding", b"host")
+
+
+def _values(lines: list[bytes]) -> dict[bytes, list[bytes]]:
+    """Each header's values by its name in lower case."""
+    found: dict[bytes, list[bytes]] = {}
+    for line in lines:
+        if line.startswith((b" ", b"\t")):
+            raise ParsingError("A header of several lines")
+        name, _, value = line.partition(b":")
+        found.setdefault(name.lower(), []).append(value.strip(b" \t"))
+    return found
+
+
+def _check_length(head: dict[bytes, list[bytes]], newer: bool) -> None:
+    """Raise ParsingError unless it is clear where the request ends, and for whom it is."""
+    if b"transfer-encoding" in head:
+        if b"content-length" in head:
             raise ParsingError("Both content-length and transfer-encoding")
-        super().parse_header(header_plus)
-        if chunked and self.version != "1.1":
+        if not newer:
             raise ParsingError("Transfer-encoding is of HTTP/1.1")
-        if self.version == "1.1" and b"host" not in names:
-            raise ParsingError("The host header is missing")
+        if head[b"transfer-encoding"][0].lower() != b"chunked":
+            raise ParsingError("Of transfer encodings there is chunked only")
+    if newer and b"host" not in head:
+        raise ParsingError("The host header is missing")
 
 
 class _Refusal(ErrorTask):
@@ -214,7 +248,6 @@ class _Answer(WSGITask):
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
-        environ.pop("waitress.client_disconnected", None)
         environ["lmbridge.socket"] = self.channel.socket  # ``disconnect`` watches it
         return environ
 
@@ -246,26 +279,24 @@ class _Channel(HTTPChannel):
             is reset, and the client may never see why.
     """
 
+    server: Any
+    request: Any
+    socket: Any
+
     parser_class = _Request
     task_class = _Answer
     error_task_class = _Refusal
     lingers = False
     _begun = 0.0  # when the first byte of the present request came
+    _answered = 0.0  # when the last answer had been made
     _lingers_until: float | None = None
     _thrown_away = 0  # bytes
 
-    def add_channel(self, map: Any = None) -> None:
-        super().add_channel(map)
-        server: Any = self.server
-        others: dict[int, _Channel] = server.active_channels
-        if len(others) > server.room:
-            waiting = [channel for channel in others.values() if channel is not self and not channel.requests]
-            if waiting:
-                min(waiting, key=_Channel.since).handle_close()
+    # --- time ---
 
     def since(self) -> float:
-        """When it last had nothing to wait for."""
-        return self._begun if self.request is not None else self.last_activity
+        """When the client last had nothing to do but to send."""
+        return self.last_activity if self.request is None else max(self._begun, self._answered)
 
     def is_overdue(self, now: float) -> bool:
         """Whether the client takes too long, with whatever it is at."""
@@ -274,26 +305,61 @@ class _Channel(HTTPChannel):
         if self.requests or self.total_outbufs_len:
             return bool(self.total_outbufs_len) and now - self.last_activity > READ_TIME
         if self.request is None:
-            return now - self.last_activity > IDLE_TIME
-        return now - self._begun > (BODY_TIME if self.request.headers_finished else HEAD_TIME)
+            return now - self.since() > IDLE_TIME
+        return now - self.since() > (BODY_TIME if self.request.headers_finished else HEAD_TIME)
+
+    def service(self) -> None:
+        super().service()
+        self._answered = time.time()
+
+    def write_soon(self, data: Any) -> int:
+        if not self.total_outbufs_len:  # nothing waited for the client, whenever something last did
+            self.last_activity = time.time()
+        written: int = super().write_soon(data)
+        return written
+
+    # --- what the loop asks and does ---
+
+    def readable(self) -> bool:
+        if self.socket is None:  # closed a moment ago, in the same look at all
+            return False
+        return self._lingers_until is not None or bool(super().readable())
+
+    def writable(self) -> bool:
+        return self.socket is not None and bool(super().writable())
 
     def received(self, data: bytes) -> bool:
         before = self.request
         taken: bool = super().received(data)
         if self.request is not before:
             self._begun = time.time()
+        chunks = self.request.body_rcv if self.request is not None else None
+        if len(getattr(chunks, "trailer", b"")) + len(getattr(chunks, "control_line", b"")) > HEAD_LIMIT:
+            self.handle_close()
         return taken
 
-    def readable(self) -> bool:
-        return self._lingers_until is not None or bool(super().readable())
+    def send_continue(self) -> None:
+        """With requests_lock held, by any thread; the loop's sends it. Of a request that has come whole, or was
+        refused, nothing more is wanted.
+        """
+        self.request.expect_continue = False
+        if self.request.completed:
+            return
+        with self.outbuf_lock:
+            self.outbufs[-1].append(_CONTINUE)
+            self.current_outbuf_count += len(_CONTINUE)
+            self.total_outbufs_len += len(_CONTINUE)
+            self.sent_continue = True
 
     def handle_read(self) -> None:
         if self._lingers_until is None:
+            before = self.last_activity
             super().handle_read()
-        else:
-            self._thrown_away += len(self.recv(self.adj.recv_bytes))  # which closes where there is no more
-            if self._thrown_away > LINGER_BYTES:
-                self.handle_close()
+            self.last_activity = max(before, self._answered)  # that something comes is no activity: empty lines may
+            return
+        self._thrown_away += len(self.recv(self.adj.recv_bytes))  # which closes where there is no more
+        if self._thrown_away > LINGER_BYTES:
+            self.handle_close()
 
     def handle_write(self) -> None:
         last = self.lingers and self.close_when_flushed
@@ -305,5 +371,56 @@ class _Channel(HTTPChannel):
         elif last and self.connected:
             self._lingers_until = time.time() + LINGER_TIME
             with contextlib.suppress(OSError):
-                connected: Any = self.socket
-                connected.shutdown(socket.SHUT_WR)
+                self.socket.shutdown(socket.SHUT_WR)
+
+    def handle_expt(self) -> None:
+        """A byte out of band, which HTTP does not know."""
+        self.handle_close()
+
+
+class _Listener(TcpWSGIServer):
+    """The socket that listens, and all connections of it.
+
+    Attributes:
+        closing: each connection is closed after its next response.
+    """
+
+    channel_class = _Channel
+    closing = False
+    active_channels: Any
+    trigger: Any
+    task_dispatcher: Any
+    socket: Any
+
+    def maintenance(self, now: float) -> None:
+        """Close the connections of those who take too long, and of some where there are too many."""
+        for channel in list(self.active_channels.values()):
+            if channel.is_overdue(now):
+                channel.handle_close()
+
+    def handle_accept(self) -> None:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        room = max(1, min(CONNECTIONS, (limit - OTHER_FILES) // FILES))
+        if len(self.active_channels) >= room:
+            waiting = [channel for channel in self.active_channels.values() if not channel.requests]
+            if waiting:
+                min(waiting, key=_Channel.since).handle_close()
+        super().handle_accept()
+
+    def handle_error(self) -> None:
+        """What failed was one connection's matter."""
+        logger.exception("A connection could not be taken.")
+
+    def is_sending(self) -> bool:
+        """Whether answers are made, or wait for their clients. Any thread."""
+        return any(channel.requests or channel.total_outbufs_len for channel in list(self.active_channels.values()))
+
+    def stop_listening(self) -> None:
+        self.accepting = False
+        self.socket.close()
+        self.del_channel()
+
+    def hang_up(self) -> None:
+        for channel in list(self.active_channels.values()):
+            channel.handle_close()
+        self.trigger.close()

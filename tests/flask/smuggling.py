@@ -35,6 +35,17 @@ SHAPES: dict[str, bytes] = {
     "chunks twice": head("Transfer-Encoding: chunked", "Transfer-Encoding: identity") + b"0\r\n\r\n" + HIDDEN,
     "chunks that are not last": head("Transfer-Encoding: chunked, identity") + b"0\r\n\r\n" + HIDDEN,
     "an unknown encoding": head("Transfer-Encoding: xchunked") + b"0\r\n\r\n" + HIDDEN,
+    "an empty encoding": head("Transfer-Encoding:") + HIDDEN,
+    "an encoding of nothing": head("Transfer-Encoding: ,") + HIDDEN,
+    "chunked twice over": head("Transfer-Encoding: chunked, chunked") + b"0\r\n\r\n" + HIDDEN,
+    "a line feed in a chunk's size": chunk("5\n"),
+    "a line feed in a chunk's extension": chunk("5;a\n"),
+    "another version": b"GET /asked HTTP/9.9\r\nHost: localhost\r\n\r\n",
+    "no version": b"GET /asked\r\nHost: localhost\r\n\r\n",
+    "an address without end": b"GET http://[ HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "a length of 5,000 digits": head("Content-Length: " + "1" * 5000),
+    "65,000 spaces": head("X:" + " " * 65_000 + "\0", method="GET"),
+    "60,000 digits": b"GET http://" + b"1" * 60_000 + b" X\r\nHost: localhost\r\n\r\n",
     "chunks of HTTP/1.0": head("Transfer-Encoding: chunked", "Connection: keep-alive", version="1.0")
     + b"0\r\n\r\n"
     + HIDDEN,

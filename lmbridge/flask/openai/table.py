@@ -219,7 +219,7 @@ _CHAT = (
     Field(
         "messages", MESSAGES,
         "roles system, developer (= system), user, assistant, tool, function; the model's template decides which it "
-        "takes. Content is a string or a list of text parts, which are joined",
+        "takes. Content is a string or a list of text parts, which are joined with nothing between",
     ),
     Field("max_tokens", TOKENS, "what fits into the model's context", option="max_new_tokens"),
     Field("max_completion_tokens", TOKENS, "as max_tokens, over which it wins", option="max_new_tokens"),
