@@ -10,6 +10,7 @@ A client that closes its sending half and waits for the answer looks as if it ha
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import select
@@ -21,6 +22,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 SOCKETS = ("werkzeug.socket", "gunicorn.socket", "lmbridge.socket")  # where servers put theirs into the environ
+CLOSED_HERE = "lmbridge.closed_here"  # a list of what the server calls when it closes the connection itself
 IDLE = 1.0  # seconds
 ASKED_EVERY = 0.25  # seconds between two questions to servers that have to be asked
 # What the kernel is to report, once: of a socket that was closed here and lives on in a child it would tell for ever.
@@ -44,6 +46,10 @@ def watch(environ: Mapping[str, Any], on_gone: OnGone) -> Callable[[], None]:
     ends = []
     if asked is not None:
         ends.append(_begin(lambda watcher: watcher.ask(asked, told)))
+    if (hooks := environ.get(CLOSED_HERE)) is not None:
+        hook = functools.partial(_tell, told)
+        hooks.append(hook)
+        ends.append(functools.partial(_unhook, hooks, hook))
     if sock is not None:
         ends.append(_begin(lambda watcher: watcher.watch(sock.fileno(), told)))
 
@@ -52,6 +58,11 @@ def watch(environ: Mapping[str, Any], on_gone: OnGone) -> Callable[[], None]:
             each()
 
     return end
+
+
+def _unhook(hooks: list[Callable[[], None]], hook: Callable[[], None]) -> None:
+    with contextlib.suppress(ValueError):
+        hooks.remove(hook)
 
 
 def _begin(watch: Callable[[_Watcher], Callable[[], None] | None]) -> Callable[[], None]:

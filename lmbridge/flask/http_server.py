@@ -248,7 +248,9 @@ class _Answer(WSGITask):
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
-        environ["lmbridge.socket"] = self.channel.socket  # ``disconnect`` watches it
+        environ.pop("waitress.client_disconnected", None)  # the socket itself tells sooner, and costs less
+        environ["lmbridge.socket"] = self.channel.socket  # ``disconnect`` watches it, and leaves word for our own close
+        environ["lmbridge.closed_here"] = self.channel.closed_here
         return environ
 
     def execute(self) -> None:
@@ -277,6 +279,7 @@ class _Channel(HTTPChannel):
     Attributes:
         lingers: what comes after the response is thrown away for a while: closed with something unread, a connection
             is reset, and the client may never see why.
+        closed_here: called when the connection is closed by this side.
     """
 
     server: Any
@@ -291,6 +294,10 @@ class _Channel(HTTPChannel):
     _answered = 0.0  # when the last answer had been made
     _lingers_until: float | None = None
     _thrown_away = 0  # bytes
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.closed_here: list[Callable[[], None]] = []  # appended to and taken from by any thread, in atomic steps
+        super().__init__(*args, **kwargs)
 
     # --- time ---
 
@@ -372,6 +379,11 @@ class _Channel(HTTPChannel):
             self._lingers_until = time.time() + LINGER_TIME
             with contextlib.suppress(OSError):
                 self.socket.shutdown(socket.SHUT_WR)
+
+    def handle_close(self) -> None:
+        super().handle_close()
+        for tell in list(self.closed_here):
+            tell()
 
     def handle_expt(self) -> None:
         """A byte out of band, which HTTP does not know."""

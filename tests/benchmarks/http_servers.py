@@ -368,7 +368,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         servers = {}
         for name in arguments.servers.split(","):
-            if importlib.util.find_spec(name.partition("-")[0]):
+            if name == "serve" or importlib.util.find_spec(name):
                 servers[name] = stack.enter_context(running(name, arguments.threads))
             else:
                 print(f"{name} is left out: it is not installed")
