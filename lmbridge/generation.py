@@ -5,6 +5,7 @@ Rule: plain data, any thread; no engine is known here. Which fields an engine ho
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import reprlib
@@ -269,7 +270,10 @@ def _biases(value: object) -> dict[int, float] | None:
 
 def _form(value: object) -> object:
     """A copy, which its caller cannot change any more; what it says is read together with the other one."""
-    return dict(value) if isinstance(value, Mapping) else value
+    try:
+        return copy.deepcopy(dict(value)) if isinstance(value, Mapping) else value
+    except Exception:  # of what a schema cannot hold
+        return None
 
 
 def _variables(value: object) -> dict[str, Any] | None:

@@ -12,7 +12,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from lmbridge import Bridge, GenerationConfig, InvalidRequestError, RequestAbortedError
+from lmbridge import Bridge, GenerationConfig, InvalidRequestError, RequestAbortedError, UnsupportedOptionError
+from lmbridge.engines.lmdeploy.sampling import check_ranges, sampling_fields
 from lmbridge.engines.transformers import TransformersEngine
 from tests.conftest import until
 
@@ -191,7 +192,7 @@ def test_any_schema_and_any_prompt(count: int) -> None:
     """Whatever the schema and the prompt, at temperature 1 what ends by itself is valid."""
     rng = random.Random(count)
     schemas = [any_schema(rng) for _ in range(count)]
-    prompts = ["".join(rng.choices("abc xyz?!{}[]\"", k=rng.randint(1, 40))) for _ in range(count)]
+    prompts = ["".join(rng.choices('abc xyz?!{}[]"', k=rng.randint(1, 40))) for _ in range(count)]
     bridge = Bridge("demo")
 
     def ask(number: int) -> str:
@@ -207,3 +208,54 @@ def test_any_schema_and_any_prompt(count: int) -> None:
     with bridge, ThreadPoolExecutor(32) as pool:
         ends = list(pool.map(ask, range(count)))
     assert ends.count("stop") > 0.95 * count
+
+
+# --- what is asked for, before any engine hears of it ---
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"response_format": "json"}, "response_format", "json_schema"),
+        ({"response_format": {"type": "xml"}}, "response_format", "json_object"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format", "json_schema"),
+        ({"grammar": {}}, "grammar", "regex"),
+        ({"grammar": {"regex": "a", "choice": ["a"]}}, "grammar", "regex"),
+        ({"grammar": {"choice": []}}, "grammar", "texts that are not empty"),
+        ({"grammar": {"json": "{"}}, "grammar", "no JSON"),
+        ({"grammar": {"json": {"minimum": float("nan")}}}, "grammar", "nothing that JSON can hold"),
+        ({"grammar": {"json": 3}}, "grammar", "a JSON schema"),
+        ({"grammar": "start: /a/", "response_format": {"type": "json_object"}}, "grammar", "give one"),
+        ({"grammar": {"regex": "a"}, "ignore_eos": True}, "ignore_eos", "give one"),
+        ({"grammar": {"regex": "a"}, "min_new_tokens": 2}, "min_new_tokens", "give one"),
+    ],
+)
+def test_what_is_no_grammar(fields: Any, param: str, words: str) -> None:
+    """It is told where it is given, with what would be one."""
+    with pytest.raises(InvalidRequestError, match=words) as caught:
+        GenerationConfig().merged(fields)
+    assert caught.value.param == param
+
+
+def test_a_schema_is_the_requests_own() -> None:
+    """Changing it after the call changes nothing, and text is no grammar."""
+    schema: dict[str, Any] = {"type": "object"}
+    config = GenerationConfig(grammar={"json": schema}).merged({})
+    schema["type"] = "array"
+    form = config.form
+    assert form is not None
+    assert form.value == {"type": "object"}
+    assert GenerationConfig(response_format={"type": "text"}).form is None
+
+
+def test_in_the_words_of_lmdeploy() -> None:
+    """Its engine follows schemas and expressions; texts to choose from become one, and what it cannot is refused."""
+
+    def words(**fields: Any) -> Any:
+        return sampling_fields(GenerationConfig(**fields), ())["response_format"]
+
+    assert words() is None
+    assert words(grammar={"choice": ["a.b", "c"]}) == {"type": "regex_schema", "regex_schema": r"a\.b|c"}
+    assert words(response_format={"type": "json_object"})["json_schema"]["schema"] == {"type": "object"}
+    with pytest.raises(UnsupportedOptionError, match="LMDeploy follows"):
+        check_ranges(GenerationConfig(grammar='start: "a"'))
