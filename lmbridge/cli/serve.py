@@ -216,7 +216,7 @@ def _sources(arguments: argparse.Namespace) -> dict[str, Any]:
     """Each model by the name it is served under, the language model first.
 
     Raises:
-        InvalidRequestError: two have one name.
+        InvalidRequestError: two have one name, or an option is for a model that is not served.
     """
     from lmbridge.flask.config import served_name
 
@@ -226,6 +226,10 @@ def _sources(arguments: argparse.Namespace) -> dict[str, Any]:
         model = arguments.model or "demo"
         source = {"model": model, "engine": arguments.engine, **dict(arguments.options)}
         sources.append((arguments.name or served_name(model), source))
+    elif arguments.name:
+        raise InvalidRequestError("--name is the language model's, and none is served; leave it out.")
+    if arguments.encoder_option and not (arguments.embed or arguments.rerank):
+        raise InvalidRequestError("--encoder-option is for --embed and --rerank; give one of them, or use --option.")
     if arguments.embed:  # what kind it is, is its own to say, so that a reranker is noticed
         sources.append((served_name(arguments.embed), {**encoder, "model": arguments.embed}))
     if arguments.rerank:
@@ -233,7 +237,8 @@ def _sources(arguments: argparse.Namespace) -> dict[str, Any]:
     names = [name for name, _ in sources]
     for name in names:
         if names.count(name) > 1:
-            raise InvalidRequestError(f"Two models would be called {name!r}; give the first another name with --name.")
+            way = "give the language model another one with --name" if arguments.model else "rename one of the folders"
+            raise InvalidRequestError(f"Two models would be called {name!r}; {way}.")
     return dict(sources)
 
 
