@@ -137,8 +137,8 @@ def test_refusal_is_shown_in_the_api_s_words(visit: Open) -> None:
     page = visit()
     page.get_by_label("Temperature").fill("hot")
     ask(page, "What is the capital of France?")
-    expect(page.get_by_role("alert").filter(has_text="'hot'")).to_have_text(
-        "temperature must be a number from 0 to 2, not 'hot'."
+    expect(page.get_by_role("alert").filter(has_text='"hot"')).to_have_text(
+        'temperature must be a number from 0 to 2, not "hot".'
     )
     expect(page.get_by_label("Temperature")).to_have_attribute("aria-invalid", "true")
     page.get_by_label("Temperature").fill("0")
