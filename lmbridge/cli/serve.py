@@ -23,6 +23,7 @@ import logging
 import math
 import os
 import queue
+import resource
 import signal
 import sys
 import threading
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 SUMMARY = "serve models over HTTP: OpenAI's API, a page, metrics"
 SPARE_THREADS = 8  # beside those for answers, so that probes and refusals are answered in any crowd
 ENCODER = "encoder"  # the engine of embedding and reranking models
+FILES = 16_384  # that the server may open, where the system allows so many
 FLUSH = 1.0  # seconds for the last bytes of aborted answers
 
 
@@ -154,6 +156,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     quiet_libraries()
     log_to_stderr(arguments)
+    allow_files()
     app = create_app(configuration(arguments), page=not arguments.no_page)
     models = models_of(app)
     front = Front(app.wsgi_app, arguments.threads)
@@ -183,6 +186,15 @@ def run(arguments: argparse.Namespace) -> int:
         # interpreter's own end would wait for it, or crash under it.
         os._exit(0)
     return 0
+
+
+def allow_files() -> None:
+    """Let the process open as many files as it may: each connection is one, and a large body another."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if most == resource.RLIM_INFINITY else min(FILES, most)
+    if now != resource.RLIM_INFINITY and now < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def configuration(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -41,6 +41,7 @@ logger = logging.getLogger("lmbridge.http")
 
 BACKLOG = 1024  # connections that may wait to be accepted
 CONNECTIONS = 1000  # open at once; beyond, whoever has sent no whole request for the longest makes room
+GRACE = 1.0  # seconds in which whoever has just connected, or begun to send, need not make room
 FILES = 3  # that a connection may take: its socket, and a large body and answer
 OTHER_FILES = 100  # that the process may want to open
 HEAD_LIMIT = 64 * 1024  # bytes
@@ -414,7 +415,8 @@ class _Listener(TcpWSGIServer):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         room = max(1, min(CONNECTIONS, (limit - OTHER_FILES) // FILES))
         if len(self.active_channels) >= room:
-            waiting = [channel for channel in self.active_channels.values() if not channel.requests]
+            late = time.time() - GRACE
+            waiting = [each for each in self.active_channels.values() if not each.requests and each.since() <= late]
             if waiting:
                 min(waiting, key=_Channel.since).handle_close()
         super().handle_accept()

@@ -266,6 +266,7 @@ def test_a_full_house_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(hello) as (server, address), contextlib.ExitStack() as stack:
         inner: Any = server._listener
         monkeypatch.setattr(lmbridge.flask.http_server, "CONNECTIONS", 20)
+        monkeypatch.setattr(lmbridge.flask.http_server, "GRACE", 0.0)
         slow = [stack.enter_context(client) for client in dripping(address, 40)]
         with connect(address) as other:
             other.request("GET", "/")
