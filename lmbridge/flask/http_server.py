@@ -391,6 +391,12 @@ class _Channel(HTTPChannel):
         self.handle_close()
 
 
+def _room() -> int:
+    """For how many connections there is room."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return CONNECTIONS if files == resource.RLIM_INFINITY else max(1, min(CONNECTIONS, (files - OTHER_FILES) // FILES))
+
+
 class _Listener(TcpWSGIServer):
     """The socket that listens, and all connections of it.
 
@@ -412,9 +418,7 @@ class _Listener(TcpWSGIServer):
                 channel.handle_close()
 
     def handle_accept(self) -> None:
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        room = max(1, min(CONNECTIONS, (limit - OTHER_FILES) // FILES))
-        if len(self.active_channels) >= room:
+        if len(self.active_channels) >= _room():
             late = time.time() - GRACE
             waiting = [each for each in self.active_channels.values() if not each.requests and each.since() <= late]
             if waiting:
