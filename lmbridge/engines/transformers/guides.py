@@ -8,9 +8,11 @@ llguidance knows the grammars and the model's tokens; nothing here looks into ei
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -161,8 +163,9 @@ def bar(guides: Sequence[Guide], rows: Sequence[int], barred: torch.Tensor) -> N
     Args:
         rows: of ``barred``, which is (rows, vocabulary): one for each guide.
     """
+    end = time.monotonic() + PATIENCE
     for guide in guides:
-        if not guide.ready.wait(PATIENCE):
+        if not guide.ready.wait(max(0.0, end - time.monotonic())):
             guide.fail(TimeoutError("its mask did not come"))
     well = [(guide, row) for guide, row in zip(guides, rows, strict=True) if guide.failure is None]
     for guide, row in zip(guides, rows, strict=True):
@@ -192,6 +195,14 @@ class _Worker:
             self._thread = threading.Thread(target=_work, args=(self._jobs,), name="lmbridge grammars", daemon=True)
             self._thread.start()
         self._jobs.put(job)
+        if self._closed:  # meanwhile: the thread may have ended before it came to this one
+            self._do_the_rest()
+
+    def _do_the_rest(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if (job := self._jobs.get_nowait()) is not None:
+                    job()
 
     def close(self) -> None:
         """End the thread once it has done what it was given. Any thread."""

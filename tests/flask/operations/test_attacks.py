@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-import lmbridge.flask.http_server
 from lmbridge.flask.disconnect import watch
+from lmbridge.flask.http_server import connections
+from lmbridge.flask.http_server import server as http_server
 from tests.conftest import until
 from tests.flask.conftest import on_gunicorn
 from tests.flask.operations.test_http_server import PATIENCE, connect, hello, serving
@@ -60,8 +61,8 @@ class Asked:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody has more than a moment for anything."""
     for name in ("HEAD_TIME", "BODY_TIME", "IDLE_TIME", "READ_TIME", "LINGER_TIME"):
-        monkeypatch.setattr(lmbridge.flask.http_server, name, 0.2)
-    monkeypatch.setattr(lmbridge.flask.http_server, "LOOK", 0)
+        monkeypatch.setattr(connections, name, 0.2)
+    monkeypatch.setattr(http_server, "LOOK", 0)
 
 
 def is_closed(client: socket.socket) -> bool:
@@ -265,8 +266,8 @@ def test_a_full_house_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever holds all connections open, and asks nothing, does not keep out those who ask."""
     with serving(hello) as (server, address), contextlib.ExitStack() as stack:
         inner: Any = server._listener
-        monkeypatch.setattr(lmbridge.flask.http_server, "CONNECTIONS", 20)
-        monkeypatch.setattr(lmbridge.flask.http_server, "GRACE", 0.0)
+        monkeypatch.setattr(connections, "CONNECTIONS", 20)
+        monkeypatch.setattr(connections, "GRACE", 0.0)
         slow = [stack.enter_context(client) for client in dripping(address, 40)]
         with connect(address) as other:
             other.request("GET", "/")
@@ -327,6 +328,6 @@ def test_an_idle_server_ends_at_once() -> None:
         assert client.getresponse().read() == b"hello"
         before = time.monotonic()
         server.close()
-        assert time.monotonic() - before < lmbridge.flask.http_server.STOP_GRACE  # it waited for nobody
+        assert time.monotonic() - before < http_server.STOP_GRACE  # it waited for nobody
         with pytest.raises(ConnectionError):
             socket.create_connection(address, 1).recv(1)
