@@ -6,7 +6,6 @@ Rule: imported before anything is derived, so that another waitress is refused b
 from __future__ import annotations
 
 import re
-
 from typing import Any
 
 from lmbridge.errors import MissingDependencyError

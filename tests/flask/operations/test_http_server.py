@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import socket
 import struct
+import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -211,3 +212,10 @@ def test_places() -> None:
     leave.start()
     assert front.wait_until_empty(PATIENCE)
     leave.join()
+
+
+def test_another_waitress_is_refused_by_name() -> None:
+    """What it lacks is told at the start, and not by the first client that needs it."""
+    code = "from waitress.channel import HTTPChannel as c; del c.send_continue; import lmbridge.flask.http_server"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+    assert "MissingDependencyError: This waitress has no HTTPChannel.send_continue." in done.stderr
