@@ -182,7 +182,8 @@ def test_a_hanging_step_is_noticed(workshop: Workshop) -> None:
         begun = bridge.submit(STORY)
         assert isinstance(begun.exception(60), EngineDeadError)
         assert bridge.infer("What is 2 + 3?", timeout=60).text == "2 + 3 = 5."
-        release.set()
+        release.set()  # and the thread that was left behind ends while there is a loop to hear of it
+        until(lambda: not any(thread.name == "lmbridge late end" for thread in threading.enumerate()))
 
 
 def test_close_with_work_in_flight(workshop: Workshop) -> None:
