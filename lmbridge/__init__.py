@@ -42,7 +42,7 @@ if TYPE_CHECKING:
         UnsupportedTaskError,
         WrongThreadError,
     )
-    from lmbridge.messages import Delta, GenerationConfig, Ranked, Request, Response, Timings, Usage
+    from lmbridge.messages import Delta, GenerationConfig, Ranked, Request, Response, Timings, ToolCall, Usage
 
 __version__ = "0.1.0"
 
@@ -62,7 +62,7 @@ _HOMES = {
     "caller.stream_group": ("StreamGroup",),
     "caller.gathered": ("Gathered",),
     "engines.function": ("FunctionEngine", "function_engine"),
-    "messages": ("Delta", "GenerationConfig", "Ranked", "Request", "Response", "Timings", "Usage"),
+    "messages": ("Delta", "GenerationConfig", "Ranked", "Request", "Response", "Timings", "ToolCall", "Usage"),
     "caller.async_streams": ("AsyncStream",),
     "caller.observer": ("Observer",),
     "caller.streams": ("Stream",),
@@ -75,8 +75,8 @@ __all__ = [
     "FunctionEngine", "Gathered", "GenerationConfig", "Health", "InvalidRequestError", "LMBridgeError",
     "MissingDependencyError", "ModelNotFoundError", "Observer", "PartyStatus", "PromptTooLongError", "QueueFullError",
     "Ranked", "Request", "RequestAbortedError", "RequestInfo", "RequestTimeoutError", "Response", "ResponseFuture",
-    "Stream", "StreamGroup", "Timings", "UnknownEngineError", "UnsupportedEnvironmentError", "UnsupportedOptionError",
-    "UnsupportedTaskError", "Usage", "WrongThreadError", "function_engine",
+    "Stream", "StreamGroup", "Timings", "ToolCall", "UnknownEngineError", "UnsupportedEnvironmentError",
+    "UnsupportedOptionError", "UnsupportedTaskError", "Usage", "WrongThreadError", "function_engine",
 ]  # fmt: skip
 
 

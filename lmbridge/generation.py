@@ -10,12 +10,13 @@ import dataclasses
 import math
 import reprlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from lmbridge.errors import InvalidRequestError
 from lmbridge.grammar import Grammar, read_grammar
+from lmbridge.tools import MOST_TOOLS, TOOL_CHOICES, Calling, read_calling, read_choice, read_tools
 from lmbridge.values import as_flag, as_int, as_list, as_number
 
 _OPENAI_NAMES = {
@@ -65,6 +66,10 @@ class Overrides(TypedDict, total=False):
     return_prompt_token_ids: bool
     response_format: Mapping[str, Any] | None
     grammar: str | Mapping[str, Any] | None
+    tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool
+    separate_reasoning: bool
 
 
 @dataclass
@@ -109,6 +114,14 @@ class GenerationConfig:
             keep to it; an answer that ``max_new_tokens`` cuts off is not whole.
         grammar: the same for ``{"json": schema}``, ``{"regex": "…"}``, ``{"choice": ["…", …]}`` or ``{"lark": "…"}``; a
             string is a Lark grammar. llama.cpp's notation (GBNF) is read, too.
+        tools: functions that the model may call, in OpenAI's form or as Python functions, whose type hints and
+            docstrings say the same; ``Response.tool_calls`` has the calls. At most 128.
+        tool_choice: ``"auto"`` (the default) leaves it to the model, ``"required"`` has it call at least one,
+            ``"none"`` keeps the tools from it, and ``{"type": "function", "function": {"name": "…"}}`` has it call that
+            one.
+        parallel_tool_calls: it may call several at once.
+        separate_reasoning: give what a reasoning model thinks before its answer apart, as ``Response.reasoning``; with
+            ``tools`` it always is.
     """
 
     max_new_tokens: int = 512
@@ -137,6 +150,10 @@ class GenerationConfig:
     return_prompt_token_ids: bool = False
     response_format: Mapping[str, Any] | None = None
     grammar: str | Mapping[str, Any] | None = None
+    tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None = None
+    tool_choice: str | Mapping[str, Any] | None = None
+    parallel_tool_calls: bool = True
+    separate_reasoning: bool = False
 
     def __new__(cls, *args: object, **fields: object) -> GenerationConfig:
         _refuse_unknown(fields)
@@ -161,6 +178,19 @@ class GenerationConfig:
         if self.response_format is None and self.grammar is None:
             return None
         return read_grammar(self.response_format, self.grammar)
+
+    @property
+    def calling(self) -> Calling | None:
+        """What the answer may call, or must; None where nothing is to be called.
+
+        Raises:
+            InvalidRequestError: tools or tool_choice are malformed, or do not go together.
+        """
+        if self.tools is None and self.tool_choice is None:
+            return None
+        tools = None if self.tools is None else read_tools(self.tools)
+        choice = None if self.tool_choice is None else read_choice(self.tool_choice)
+        return read_calling(tools, choice, self.parallel_tool_calls)
 
     def merged(self, overrides: Overrides) -> GenerationConfig:
         """A checked copy with ``overrides`` applied over it; its numbers, flags and lists are plain ones of its own.
@@ -196,7 +226,14 @@ class GenerationConfig:
                 param="continue_final_message",
             )
 
-        form = self.form
+        form, calling = self.form, self.calling
+        if form is not None and calling is not None and calling.required:
+            raise InvalidRequestError(
+                f"tool_choice asks for calls and {form.param} for another form: give one.", form.param
+            )
+        if calling is not None and calling.required and (self.ignore_eos or self.min_new_tokens):
+            name = "ignore_eos" if self.ignore_eos else "min_new_tokens"
+            raise InvalidRequestError(f"{name} would have the answer go on beyond its calls: give one.", name)
         if form is not None and (self.ignore_eos or self.min_new_tokens):
             name = "ignore_eos" if self.ignore_eos else "min_new_tokens"
             raise InvalidRequestError(f"{name} would have the answer go on beyond its {form.param}: give one.", name)
@@ -320,6 +357,10 @@ _KINDS: dict[str, tuple[_Reader, str]] = {
     "return_prompt_token_ids": (as_flag, "True or False"),
     "response_format": (_form, "a dict or None"),
     "grammar": (_form, "a string, a dict or None"),
+    "tools": (read_tools, f"a list of at most {MOST_TOOLS} tools, or None"),
+    "tool_choice": (read_choice, f"{TOOL_CHOICES}, or None"),
+    "parallel_tool_calls": (as_flag, "True or False"),
+    "separate_reasoning": (as_flag, "True or False"),
 }
 _FIELD_NAMES.update(dict.fromkeys(f.name for f in dataclasses.fields(GenerationConfig)))
 _DEFAULTS: dict[str, object] = {}

@@ -5,6 +5,7 @@ Rule: no thread, no queue and no engine is known here. Times are seconds on the 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from lmbridge.errors import LMBridgeError
 from lmbridge.generation import GenerationConfig as GenerationConfig
 from lmbridge.generation import Overrides as Overrides
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
 
 Task = Literal["generate", "embed", "rerank", "call"]
 """What an engine may do with a request."""
@@ -152,6 +153,40 @@ class Timings:
 
 
 @dataclass(slots=True)
+class ToolCall:
+    """A function that the model calls, or in a stream a piece of such a call.
+
+    Attributes:
+        index: the call's place in the answer, from 0.
+        id: unique; answered by a message ``{"role": "tool", "tool_call_id": id, "content": "…"}``. Of a call's pieces
+            only the first has it, as the name.
+        name: of one of the request's tools, unless the model made it up.
+        arguments: JSON as the model wrote it, which may be cut off or wrong; of a piece what is new.
+    """
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+    def parsed(self) -> dict[str, Any]:
+        """The arguments of a whole call.
+
+        Raises:
+            ValueError: the model wrote none that are JSON, or no object.
+        """
+        arguments = json.loads(self.arguments or "{}")
+        if not isinstance(arguments, dict):
+            raise ValueError(f"the arguments of {self.name} are no JSON object: {self.arguments}")
+        return arguments
+
+    def message(self) -> Message:
+        """A whole call as it stands in the ``tool_calls`` of an assistant's message."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+@dataclass(slots=True)
 class Delta:
     """What one or more engine steps added to an answer.
 
@@ -166,6 +201,8 @@ class Delta:
         prompt_token_ids: set on the first delta where asked for: the tokens that the model has read.
         prompt_logprobs: set on the first delta where asked for: one entry per token of the prompt; the first token,
             which nothing comes before, has None.
+        reasoning: new text of what the model thinks before its answer, where that is given apart.
+        tool_calls: pieces of calls; those of one call have one ``index``.
     """
 
     text: str = ""
@@ -177,6 +214,8 @@ class Delta:
     value: Any = None
     prompt_token_ids: Sequence[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    reasoning: str = ""
+    tool_calls: Sequence[ToolCall] = ()
 
 
 @dataclass(slots=True)
@@ -186,7 +225,8 @@ class Response:
     Attributes:
         text: the answer.
         token_ids: its token ids, the ending token left out.
-        finish_reason: ``stop`` (the model or a stop word ended it), ``length`` (no room left), ``abort``.
+        finish_reason: ``stop`` (the model or a stop word ended it), ``length`` (no room left), ``tool_calls`` (it calls
+            functions), ``abort``.
         usage: token counts.
         timings: seconds.
         logprobs: one entry per token id when asked for, else None.
@@ -194,6 +234,8 @@ class Response:
         value: what a job gave: a vector, a score, or what a function made of an item.
         prompt_token_ids: the tokens that the model has read, where asked for.
         prompt_logprobs: one entry per token of the prompt where asked for; that of the first token is None.
+        reasoning: what the model thought before its answer, where that is given apart.
+        tool_calls: the functions that it calls.
     """
 
     text: str
@@ -206,6 +248,17 @@ class Response:
     value: Any = None
     prompt_token_ids: Sequence[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    reasoning: str = ""
+    tool_calls: Sequence[ToolCall] = ()
+
+    def message(self) -> Message:
+        """The answer as the conversation's next message."""
+        message: Message = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [call.message() for call in self.tool_calls]
+        return message
 
 
 Outcome = Response | BaseException
@@ -228,4 +281,18 @@ def join_deltas(deltas: Sequence[Delta]) -> Delta:
     return Delta(
         text, token_ids, logprobs, last.finish_reason, last.usage, last.error, last.value,
         first.prompt_token_ids, first.prompt_logprobs,
+        "".join([delta.reasoning for delta in deltas]), _joined_calls(deltas),
     )  # fmt: skip
+
+
+def _joined_calls(deltas: Sequence[Delta]) -> Sequence[ToolCall]:
+    pieces = [piece for delta in deltas for piece in delta.tool_calls]
+    if len(pieces) < 2:
+        return pieces
+    calls: dict[int, list[ToolCall]] = {}
+    for piece in pieces:
+        calls.setdefault(piece.index, []).append(piece)
+    return [
+        ToolCall(index, of_call[0].id, of_call[0].name, "".join([piece.arguments for piece in of_call]))
+        for index, of_call in calls.items()
+    ]

@@ -126,7 +126,7 @@ class Call:
         if deltas:
             whole = deltas[0] if len(deltas) == 1 else join_deltas(deltas)
             outcome.text, outcome.token_ids, outcome.logprobs = whole.text, whole.token_ids, whole.logprobs
-            outcome.value = whole.value
+            outcome.value, outcome.reasoning, outcome.tool_calls = whole.value, whole.reasoning, whole.tool_calls
             outcome.prompt_token_ids, outcome.prompt_logprobs = whole.prompt_token_ids, whole.prompt_logprobs
         return outcome
 

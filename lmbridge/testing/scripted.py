@@ -9,13 +9,14 @@ import asyncio
 import functools
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from lmbridge.engines.base import Engine, Sink
 from lmbridge.engines.thread import EngineThread
 from lmbridge.errors import EngineError
 from lmbridge.messages import Delta, FinishReason, GenerationConfig, Logprobs, Prompt, Request, Usage
 
-Script = Callable[[Request], Sequence[str]]
+Script = Callable[[Request], Sequence[str | Delta]]
 
 SLICE = 0.5  # seconds between two looks of a start that waits at its gate; an engine that was closed waits no longer
 _FIRST_WORD, _LIKELY = 1000, 2000  # token ids
@@ -51,7 +52,8 @@ class ScriptedEngine(Engine):
     it, from 2000 on, have -0.1, -0.2, and so on.
 
     Args:
-        script: from a request to the pieces of its answer; each piece counts as one token.
+        script: from a request to the pieces of its answer; each piece counts as one token. A piece that is a Delta may
+            hold reasoning and tool calls; an answer with calls ends with ``tool_calls``.
         manual: make steps only on ``step()``.
         step_time: seconds between steps otherwise.
         start_error: raised by ``start``.
@@ -273,28 +275,30 @@ class ScriptedEngine(Engine):
 class _Work:
     """One request inside the scripted engine."""
 
-    def __init__(self, text: str, sink: Sink, pieces: list[str], limit: int) -> None:
+    def __init__(self, text: str, sink: Sink, pieces: list[str | Delta], limit: int) -> None:
         self.text = text
         self.sink = sink
-        self._pieces = pieces
+        self._pieces = [Delta(piece) if isinstance(piece, str) else piece for piece in pieces]
+        self._calls = any(piece.tool_calls for piece in self._pieces)
         self._limit = limit
         self._said = 0
         self.prompt: tuple[list[int], list[Logprobs | None] | None] | None = None  # to be told with the first delta
 
     def advance(self) -> bool:
         """Say the next piece; whether that was the last one."""
-        piece = self._pieces[self._said] if self._said < len(self._pieces) else ""
+        piece = self._pieces[self._said] if self._said < len(self._pieces) else Delta()
         self._said += 1
+        piece = replace(piece, token_ids=[self._said])
         complete = self._said >= len(self._pieces)
         if not complete and self._said < self._limit:
-            self.say(Delta(piece, [self._said]))
+            self.say(piece)
             return False
-        self.finish("stop" if complete else "length", piece, [self._said])
+        self.finish(("tool_calls" if self._calls else "stop") if complete else "length", piece)
         return True
 
-    def finish(self, reason: FinishReason, text: str = "", token_ids: list[int] | None = None) -> None:
+    def finish(self, reason: FinishReason, last: Delta | None = None) -> None:
         usage = Usage(prompt_tokens=len(self.text.split()), completion_tokens=self._said)
-        self.say(Delta(text, token_ids or [], finish_reason=reason, usage=usage))
+        self.say(replace(last or Delta(), finish_reason=reason, usage=usage))
 
     def say(self, delta: Delta) -> None:
         if self.prompt is not None:

@@ -7,6 +7,7 @@ has it, so that a list keeps its other answers; what ends the caller's wait for 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from lmbridge import messages
 from lmbridge.compat.lmdeploy.messages import Response
@@ -37,11 +38,16 @@ def whole(response: messages.Response, index: int = 0) -> Response:
         text=response.text,
         generate_token_len=len(response.token_ids),
         input_token_len=response.usage.prompt_tokens,
-        finish_reason=response.finish_reason,
+        finish_reason=_reason(response.finish_reason),
         token_ids=response.token_ids,
         logprobs=response.logprobs,
         index=index,
     )
+
+
+def _reason(reason: messages.FinishReason) -> Literal["stop", "length", "error", "abort"]:
+    """Calls of tools end an answer there as the model's own end does."""
+    return "stop" if reason == "tool_calls" else reason
 
 
 def answer(result: messages.Response | BaseException, index: int = 0) -> Response:
@@ -85,7 +91,8 @@ class Parts:
             yield self.error(delta.error)
         elif delta.finish_reason is not None:
             usage = delta.usage or messages.Usage()
-            yield Response("", self._tokens, usage.prompt_tokens, delta.finish_reason, index=self._index)
+            reason = _reason(delta.finish_reason)
+            yield Response("", self._tokens, usage.prompt_tokens, reason, index=self._index)
 
     def error(self, error: LMBridgeError) -> Response:
         """As ``failed``; its text was handed out already."""
