@@ -278,17 +278,17 @@ class _Work:
     def __init__(self, text: str, sink: Sink, pieces: list[str | Delta], limit: int) -> None:
         self.text = text
         self.sink = sink
-        self._pieces = [Delta(piece) if isinstance(piece, str) else piece for piece in pieces]
-        self._calls = any(piece.tool_calls for piece in self._pieces)
+        self._pieces = pieces
+        self._calls = any(piece.tool_calls for piece in pieces if isinstance(piece, Delta))
         self._limit = limit
         self._said = 0
         self.prompt: tuple[list[int], list[Logprobs | None] | None] | None = None  # to be told with the first delta
 
     def advance(self) -> bool:
         """Say the next piece; whether that was the last one."""
-        piece = self._pieces[self._said] if self._said < len(self._pieces) else Delta()
+        given = self._pieces[self._said] if self._said < len(self._pieces) else ""
         self._said += 1
-        piece = replace(piece, token_ids=[self._said])
+        piece = Delta(given, [self._said]) if isinstance(given, str) else replace(given, token_ids=[self._said])
         complete = self._said >= len(self._pieces)
         if not complete and self._said < self._limit:
             self.say(piece)
