@@ -9,11 +9,11 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lmbridge import Client, InvalidRequestError, LMBridgeError, RequestAbortedError, Response, StreamGroup
+from lmbridge import Client, Delta, InvalidRequestError, LMBridgeError, RequestAbortedError, Response, StreamGroup
 from lmbridge.flask.openai.errors import error_payload
 from lmbridge.flask.openai.reading import Call
 from lmbridge.flask.openai.sampling import in_clients_words
-from lmbridge.flask.openai.writing import DONE, Writer, silenced, silenced_delta, total_usage
+from lmbridge.flask.openai.writing import DONE, Writer, silenced, silenced_delta, total_usage, without_reasoning
 from lmbridge.flask.sse import Piece, Reader, first_pieces, pieces
 
 
@@ -84,7 +84,7 @@ class Answering:
                     continue
                 _check(piece)
                 index, delta = piece
-                chunk = self._writer.chunk(index, silenced_delta(delta) if self._call.silent else delta)
+                chunk = self._writer.chunk(index, self._heard_delta(delta))
                 if chunk is not None:
                     yield chunk
             responses = self._heard(_complete(reader))
@@ -97,7 +97,14 @@ class Answering:
             yield error_payload(error)
 
     def _heard(self, responses: list[Response]) -> list[Response]:
-        return [silenced(response) for response in responses] if self._call.silent else responses
+        if self._call.silent:
+            return [silenced(response) for response in responses]
+        return responses if self._call.reasoning else [without_reasoning(response) for response in responses]
+
+    def _heard_delta(self, delta: Delta) -> Delta:
+        if self._call.silent:
+            return silenced_delta(delta)
+        return delta if self._call.reasoning else without_reasoning(delta)
 
     def _in_clients_words(self, error: InvalidRequestError) -> LMBridgeError:
         return in_clients_words(error, self._call.fields, self._call.prompt_name)

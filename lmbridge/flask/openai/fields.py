@@ -74,6 +74,11 @@ def as_json(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}…{text[-_SHOWN // 4 :]}"
 
 
+def wrong(path: str, expected: str, value: object) -> InvalidRequestError:
+    """The error of a value that is not what it must be; ``path`` is where the client wrote it."""
+    return InvalidRequestError(f"{path} must be {expected}, not {as_json(value)}.", path)
+
+
 class Fields:
     """The fields of one object. ``path`` stands before their names in errors."""
 
@@ -100,8 +105,7 @@ class Fields:
 
     def refuse(self, name: str, expected: str) -> NoReturn:
         """Raise InvalidRequestError: the field must be what ``expected`` says."""
-        param = self._path + name
-        raise InvalidRequestError(f"{param} must be {expected}, not {as_json(self._values.get(name))}.", param)
+        raise wrong(self._path + name, expected, self._values.get(name))
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class Call:
         include_usage: end the events with the token counts.
         echo: put the prompt before its answers.
         silent: leave the answers out; the one token that an engine makes at least is nobody's.
+        reasoning: tell what the model thinks before its answers.
         token_ids: tell the prompt's and the answers' token ids.
         tokens_as_ids: write the tokens of log-probabilities as their ids.
     """
@@ -48,6 +49,7 @@ class Call:
     include_usage: bool = False
     echo: bool = False
     silent: bool = False
+    reasoning: bool = True
     token_ids: bool = False
     tokens_as_ids: bool = False
 
@@ -70,14 +72,24 @@ def read_chat(values: dict[str, Any], supported: Set[str]) -> Call:
     body = Body(values, CHAT)
     if body.value("continue_final_message") and body.value("add_generation_prompt"):
         body.refuse("continue_final_message", "false where add_generation_prompt is true")
+    told = body.value("include_reasoning", True)
     config = read_config(
         body,
         supported,
         max_new_tokens=_most_tokens(body, WHAT_FITS),
         logprobs=_chat_logprobs(body),
         chat_template_kwargs=_template_variables(body),
+        separate_reasoning="separate_reasoning" in supported or not told,
     )
-    return Call(body, "messages", [read_messages(body.get("messages"))], config, n=_count(body, 1), **_manners(body))
+    return Call(
+        body,
+        "messages",
+        [read_messages(body.get("messages"))],
+        config,
+        n=_count(body, 1),
+        reasoning=told,
+        **_manners(body),
+    )
 
 
 def read_completion(values: dict[str, Any], supported: Set[str]) -> Call:

@@ -16,10 +16,12 @@ from lmbridge.errors import (
     UnsupportedTaskError,
 )
 from lmbridge.flask.openai.fields import LARGEST_ID, Fields
+from lmbridge.flask.openai.functions import drop_idle
 from lmbridge.flask.openai.table import Field
 from lmbridge.messages import GenerationConfig, Overrides
 
 TEMPERATURE = 1.0  # OpenAI's default
+BY_DEFAULT = ("temperature", "separate_reasoning")  # GenerationConfig's fields that are set though nobody gave them
 WHAT_FITS = LARGEST_ID  # tokens; the engine ends an answer where the model's context does
 
 
@@ -56,6 +58,7 @@ def read_config(body: Body, supported: Set[str], **more: Any) -> GenerationConfi
                 body.refuse(field.name, "left out: another field says already what form the answer has")
             overrides[field.option] = field.convert(value)
     overrides.update(more)
+    drop_idle(overrides)
     if overrides.get("min_new_tokens", 0) > overrides["max_new_tokens"]:
         most = given_name("max_new_tokens", body)
         body.refuse("min_tokens", f"at most {most}, which is {overrides['max_new_tokens']}")
@@ -72,16 +75,10 @@ def _typed(overrides: dict[str, Any]) -> Overrides:
 
 
 def refuse_unanswerable(body: Body) -> None:
-    """Raise InvalidRequestError, naming the field, for what would change the answer and cannot be honoured.
-
-    Tools may stand in a request that forbids their use; otherwise the model would never hear of them.
-    """
-    excused = {"best_of", "tool_choice", "function_call"}  # of these some values ask for nothing beside others
-    for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
-        if body.get(choice) == "none":
-            excused.add(tools)
-        elif body.get(choice) not in (None, "auto") and not body.get(tools):
-            body.refuse(choice, '"none" or left out (tools are not supported here)')
+    """Raise InvalidRequestError, naming the field, for what would change the answer and cannot be honoured."""
+    excused = {"best_of"}  # of these some values ask for nothing beside others
+    if body.get("function_call") == "none":
+        excused.add("functions")
     for field in body.table.values():
         if field.fate == "refused" and field.name not in excused:
             body.value(field.name)
@@ -95,7 +92,7 @@ def refuse_unanswerable(body: Body) -> None:
 def in_clients_words(error: InvalidRequestError, body: Body, prompt: str) -> LMBridgeError:
     """The error with OpenAI's name for the field at fault, where the bridge or its engine found the fault.
 
-    The default temperature is nobody's fault: what the engine knows was not known yet while it was loading.
+    What is asked for by default is nobody's fault: what the engine knows was not known yet while it was loading.
 
     Args:
         prompt: what the prompt is called in this request: ``messages`` or ``prompt``.
@@ -108,10 +105,11 @@ def in_clients_words(error: InvalidRequestError, body: Body, prompt: str) -> LMB
         return error
     if error.param is None:
         return error
-    error.param = name = given_name(error.param, body)
+    option = error.param
+    error.param = name = given_name(option, body)
     if not isinstance(error, UnsupportedOptionError):
         return error
-    if name == "temperature" and body.get(name) is None:
+    if option in BY_DEFAULT and body.get(name) is None:
         return EngineStartError("The model was still being loaded; send the request again.")
     return UnsupportedOptionError(f"{name} is not supported by the engine of this model; leave it out.", name)
 

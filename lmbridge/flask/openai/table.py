@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lmbridge.flask.openai.fields import BOOL, LARGEST_ID, OBJECT, TEXT, Kind, are_ids, integer, number, plain_ids
+from lmbridge.flask.openai.functions import read_functions
+from lmbridge.tools import MOST_TOOLS, read_choice
 
 Fate = Literal["served", "refused", "ignored"]
 
@@ -110,6 +112,14 @@ def _form_of(value: dict[str, Any]) -> dict[str, Any]:
 
 FORMAT = Kind(_is_format, 'an object of type "text", "json_object" or "json_schema"')
 ONE_FORM = Kind(_is_one_form, f"an object with one of {', '.join(_FORMS)}")
+TOOLS = Kind(
+    lambda value: isinstance(value, list) and len(value) <= MOST_TOOLS,
+    f'a list of at most {MOST_TOOLS} objects {{"type": "function", "function": …}}',
+)
+CHOICE = Kind(
+    lambda value: read_choice(value) is not None,
+    'none, auto, required, {"type": "function", "function": {"name": …}}, or an object of type allowed_tools',
+)
 GIVEN = Kind(lambda value: True, "a grammar")  # what is wrong with one is found where it is read
 STOP = Kind(_is_stop, f"a string or a list of at most {MAX_STOPS} strings, each of 1 to {MAX_STOP_LENGTH:,} characters")
 STOP_IDS = Kind(
@@ -144,6 +154,7 @@ def _only(value: object, expected: str) -> Kind:
 
 
 _NOTHING = _nothing("it is not supported here")
+_NO_CHOICE = Kind(lambda value: value in ("none", "auto"), '"none" or left out (there is nothing to call here)')
 _ONLY_TEXT = _only(["text"], 'left out or ["text"] (this server answers with text)')
 
 # --- what is served ---
@@ -231,6 +242,21 @@ _CHAT = (
         "reasoning_effort", EFFORT, "none; a variable for the chat template, which may not look at it",
         option="chat_template_kwargs",
     ),
+    Field(
+        "include_reasoning", BOOL,
+        "true; reasoning_content in the answer has what a reasoning model thinks, unless this is false",
+        option="separate_reasoning",
+    ),
+    _in_engine(
+        "tools", TOOLS, "tools", "none; functions that the model may call", [], convert=read_functions
+    ),
+    _in_engine(
+        "tool_choice", CHOICE, "tool_choice",
+        "auto; none keeps the tools from the model, required and a function's name have it call", "auto",
+    ),
+    _in_engine(
+        "parallel_tool_calls", BOOL, "parallel_tool_calls", "true; false: at most one call in an answer", True
+    ),
     _in_engine(
         "add_generation_prompt", BOOL, "add_generation_prompt", "true, and false with continue_final_message", True
     ),
@@ -265,10 +291,8 @@ def _refused(kind: Kind, *names: str, note: str = "") -> tuple[Field, ...]:
 
 
 _REFUSED = (
-    *_refused(_NOTHING, "tools", note="unless tool_choice is none"),
-    *_refused(_NOTHING, "tool_choice", note="other than none and auto"),
-    *_refused(_NOTHING, "functions", note="unless function_call is none"),
-    *_refused(_NOTHING, "function_call", note="other than none and auto"),
+    *_refused(_nothing("send tools instead"), "functions", note="unless function_call is none"),
+    *_refused(_NO_CHOICE, "function_call", note="other than none and auto"),
     *_refused(_ONLY_TEXT, "modalities", note='other than ["text"]'),
     *_refused(_nothing("text cannot be inserted here"), "suffix"),
     *_refused(_nothing("answers are not ranked here"), "best_of", note="other than n"),
@@ -299,27 +323,32 @@ _REFUSED_IN_CHATS = (
 _FOR_CHATS = _nothing("only chats have it")
 _REFUSED_IN_COMPLETIONS = (
     *_refused(_FOR_CHATS, "chat_template_kwargs", "reasoning_effort", "add_generation_prompt"),
-    *_refused(_FOR_CHATS, "continue_final_message", "top_logprobs"),
+    *_refused(_FOR_CHATS, "continue_final_message", "top_logprobs", "tools"),
+    *_refused(_NO_CHOICE, "tool_choice", note="other than none and auto"),
     *_refused(_only(True, "true or left out (the tokenizer decides)"), "add_special_tokens", note="false"),
 )
 
 # --- what changes no answer ---
 
 _ANYTHING = Kind(lambda value: True, "anything")
+
+
+def _ignored(*names: str) -> tuple[Field, ...]:
+    return tuple(Field(name, _ANYTHING, "", "ignored") for name in names)
+
+
 _IGNORED = (
     Field("user", TEXT, "checked; whose turn a request takes is the API key's, or the address'", "ignored"),
-    *(
-        Field(name, _ANYTHING, "", "ignored")
-        for name in (
-            "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
-            "prompt_cache_retention", "safety_identifier", "service_tier", "store", "verbosity",
-            # vLLM's
-            "guided_decoding_backend", "include_reasoning", "length_penalty", "media_io_kwargs", "mm_processor_kwargs",
-            "priority", "request_id", "return_mm_kwargs", "return_token_offsets", "routed_experts_prompt_start",
-            "session_id", "stream_interval",
-        )
+    *_ignored(
+        "metadata", "prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+        "safety_identifier", "service_tier", "store", "verbosity",
+        # vLLM's
+        "guided_decoding_backend", "length_penalty", "media_io_kwargs", "mm_processor_kwargs", "priority",
+        "request_id", "return_mm_kwargs", "return_token_offsets", "routed_experts_prompt_start", "session_id",
+        "stream_interval",
     ),
 )  # fmt: skip
+_IGNORED_IN_COMPLETIONS = _ignored("include_reasoning", "parallel_tool_calls")
 
 
 def _table(fields: Iterable[Field]) -> dict[str, Field]:
@@ -327,4 +356,4 @@ def _table(fields: Iterable[Field]) -> dict[str, Field]:
 
 
 CHAT = _table([*_CHAT, *_REFUSED, *_REFUSED_IN_CHATS, *_IGNORED])
-COMPLETIONS = _table([*_COMPLETIONS, *_REFUSED, *_REFUSED_IN_COMPLETIONS, *_IGNORED])
+COMPLETIONS = _table([*_COMPLETIONS, *_REFUSED, *_REFUSED_IN_COMPLETIONS, *_IGNORED, *_IGNORED_IN_COMPLETIONS])

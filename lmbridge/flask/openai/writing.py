@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from lmbridge.flask.openai.logprobs import LogprobsForm
 from lmbridge.flask.sse import usage_object
-from lmbridge.messages import Delta, Response, Usage
+from lmbridge.messages import Delta, Response, ToolCall, Usage
 
 DONE = "[DONE]"
+
+Said = TypeVar("Said", Response, Delta)
 
 
 class Writer:
@@ -69,7 +71,7 @@ class Writer:
         of_prompt = {} if self.prompt_beside_choices else self._of_prompt(response)
         return {
             "index": index,
-            **self._said(self._echoed(index) + response.text),
+            **self._said(self._echoed(index) + response.text, response),
             "logprobs": self._probabilities(index, response),
             "finish_reason": response.finish_reason,
             **of_prompt,
@@ -81,16 +83,17 @@ class Writer:
     def chunk(self, index: int, delta: Delta) -> str | None:
         """What a delta of an answer adds; None when that is nothing a client could see."""
         first = index not in self._begun
-        tokens = self._token_ids and delta.token_ids
-        if not (first or delta.text or delta.logprobs or delta.finish_reason or tokens):
+        tokens = self._token_ids and (delta.token_ids or delta.prompt_token_ids)
+        said = delta.text or delta.reasoning or delta.tool_calls or delta.logprobs or delta.finish_reason or tokens
+        if not said and not (first and self._echo):
             return None
         self._begun.add(index)
         text = self._echoed(index) + delta.text if first else delta.text
-        said = self._piece(json.dumps(text), first)
+        piece = self._piece(text, first, delta)
         logprobs = _compact(self._probabilities(index, delta)) if delta.logprobs or delta.prompt_logprobs else "null"
         reason = f'"{delta.finish_reason}"' if delta.finish_reason else "null"
         in_choice, beside = self._ids(delta, first) if self._token_ids else ("", "")
-        return f'{self._head}{index},{said},"logprobs":{logprobs},"finish_reason":{reason}{in_choice}}}]{beside}}}'
+        return f'{self._head}{index},{piece},"logprobs":{logprobs},"finish_reason":{reason}{in_choice}}}]{beside}}}'
 
     def counts(self, usage: Usage) -> str:
         """The last chunk, with the token counts."""
@@ -98,12 +101,12 @@ class Writer:
 
     # --- what chats and completions say differently ---
 
-    def _said(self, text: str) -> dict[str, Any]:
-        """The part of a choice that holds its whole text."""
+    def _said(self, text: str, response: Response) -> dict[str, Any]:
+        """The part of a choice that holds its whole text, and what else was said."""
         raise NotImplementedError
 
-    def _piece(self, text: str, first: bool) -> str:
-        """The part of a chunk that holds its text, which is JSON already."""
+    def _piece(self, text: str, first: bool, delta: Delta) -> str:
+        """The part of a chunk that holds its text, and what else the delta says, as JSON."""
         raise NotImplementedError
 
     # --- parts ---
@@ -139,12 +142,17 @@ class ChatWriter(Writer):
     prefix = "chatcmpl-"
     prompt_beside_choices = True
 
-    def _said(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def _said(self, text: str, response: Response) -> dict[str, Any]:
+        message = {**response.message(), "refusal": None}
+        if not text and response.tool_calls:
+            message["content"] = None
+        return {"message": message}
 
-    def _piece(self, text: str, first: bool) -> str:
+    def _piece(self, text: str, first: bool, delta: Delta) -> str:
+        if not text or delta.reasoning or delta.tool_calls:
+            return f'"delta":{_compact(_parts(text, first, delta))}'
         role = '"role":"assistant",' if first else ""
-        return f'"delta":{{{role}"content":{text}}}'
+        return f'"delta":{{{role}"content":{json.dumps(text)}}}'
 
 
 class CompletionWriter(Writer):
@@ -155,11 +163,30 @@ class CompletionWriter(Writer):
     prefix = "cmpl-"
     prompt_beside_choices = False
 
-    def _said(self, text: str) -> dict[str, Any]:
+    def _said(self, text: str, response: Response) -> dict[str, Any]:
         return {"text": text}
 
-    def _piece(self, text: str, first: bool) -> str:
-        return f'"text":{text}'
+    def _piece(self, text: str, first: bool, delta: Delta) -> str:
+        return f'"text":{json.dumps(text)}'
+
+
+def _parts(text: str, first: bool, delta: Delta) -> dict[str, Any]:
+    """A chunk's delta that is not text alone. Where there is no content none is written, so that none is read."""
+    parts: dict[str, Any] = {"role": "assistant", "content": None} if first else {}
+    if text or (first and delta.finish_reason):
+        parts["content"] = text
+    if delta.reasoning:
+        parts["reasoning_content"] = delta.reasoning
+    if delta.tool_calls:
+        parts["tool_calls"] = [_call_piece(call) for call in delta.tool_calls]
+    return parts
+
+
+def _call_piece(call: ToolCall) -> dict[str, Any]:
+    """The first piece of a call has what names it."""
+    if call.id:
+        return {"index": call.index, **call.message()}
+    return {"index": call.index, "function": {"arguments": call.arguments}}
 
 
 def _compact(value: object) -> str:
@@ -172,6 +199,11 @@ def total_usage(responses: Sequence[Response], n: int) -> Usage:
         prompt_tokens=sum(response.usage.prompt_tokens for response in responses[::n]),
         completion_tokens=sum(response.usage.completion_tokens for response in responses),
     )
+
+
+def without_reasoning(said: Said) -> Said:
+    """A response, or a delta, without what the model thought."""
+    return replace(said, reasoning="") if said.reasoning else said
 
 
 def silenced(response: Response) -> Response:

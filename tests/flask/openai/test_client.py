@@ -227,7 +227,7 @@ def test_errors_are_the_clients_classes(client: OpenAI) -> None:
         client.chat.completions.create(model="gpt-4o", messages=FRANCE)
     assert missing.value.code == "model_not_found"
     with pytest.raises(APIStatusError) as template:
-        client.chat.completions.create(model="demo", messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}])
+        client.chat.completions.create(model="demo", messages=[{"role": "function", "content": "x", "name": "f"}])
     assert template.value.status_code == 400
 
 

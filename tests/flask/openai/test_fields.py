@@ -74,6 +74,7 @@ def test_how_a_conversation_is_put(client: OpenAI) -> None:
     assert tell(client, chat_template_kwargs={"enable_thinking": False}) == tell(client, reasoning_effort="low")
 
 
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
 SAMPLES: dict[str, Any] = {
     "temperature": 0.5, "top_p": 0.5, "top_k": 5, "min_p": 0.5, "repetition_penalty": 1.5, "frequency_penalty": 1,
     "presence_penalty": 1, "logit_bias": {"1": 1}, "seed": 1, "stop": "x", "stop_token_ids": [1], "ignore_eos": True,
@@ -82,8 +83,12 @@ SAMPLES: dict[str, Any] = {
     "add_generation_prompt": False, "continue_final_message": True, "logprobs": True, "top_logprobs": 1, "echo": True,
     "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}, "guided_json": {"type": "object"},
     "guided_regex": "a", "guided_choice": ["a"], "guided_grammar": 'start: "a"',
+    "include_reasoning": False, "tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False,
 }  # fmt: skip
-NEEDED: dict[str, dict[str, Any]] = {"top_logprobs": {"logprobs": True}, "echo": {"logprobs": 0}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "top_logprobs": {"logprobs": True}, "echo": {"logprobs": 0}, "tool_choice": {"tools": TOOLS},
+    "parallel_tool_calls": {"tools": TOOLS},
+}  # fmt: skip
 
 
 class _Plain(ScriptedEngine):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lmbridge import GenerationConfig, InvalidRequestError
-from lmbridge.errors import PromptTooLongError, UnsupportedOptionError
+from lmbridge.errors import EngineStartError, PromptTooLongError, UnsupportedOptionError
 from lmbridge.flask.openai.fields import parse_object
 from lmbridge.flask.openai.reading import Call, read_chat, read_completion
 from lmbridge.flask.openai.sampling import WHAT_FITS, in_clients_words
@@ -94,13 +95,13 @@ def test_fields_reach_the_engine_by_its_names() -> None:
         frequency_penalty=-1.5, presence_penalty=2, logit_bias={7: -100, 0: 0.5}, min_new_tokens=3,
         include_stop_str_in_output=True, truncate_prompt_tokens=8, return_prompt_token_ids=True,
         chat_template_kwargs={"enable_thinking": False, "reasoning_effort": "low"}, add_generation_prompt=False,
-        continue_final_message=True,
+        continue_final_message=True, separate_reasoning=True,
     )  # fmt: skip
 
 
 def test_defaults_are_openais() -> None:
     """Nothing given: temperature 1; a chat goes on while it fits, a completion for 16 tokens."""
-    assert chat().config == GenerationConfig(max_new_tokens=WHAT_FITS, temperature=1.0)
+    assert chat().config == GenerationConfig(max_new_tokens=WHAT_FITS, temperature=1.0, separate_reasoning=True)
     assert completion().config == GenerationConfig(max_new_tokens=16, temperature=1.0)
 
 
@@ -116,6 +117,7 @@ def test_values_that_ask_for_nothing_are_none() -> None:
         "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "n": 1, "logprobs": False, "tools": [],
         "response_format": {"type": "text"}, "seed": None, "modalities": ["text"], "user": "u", "best_of": None,
         "min_tokens": 0, "include_stop_str_in_output": False, "add_generation_prompt": True, "tool_choice": "auto",
+        "parallel_tool_calls": False, "include_reasoning": True,
         "continue_final_message": False, "chat_template_kwargs": {}, "ignore_eos": False, "skip_special_tokens": True,
         "return_token_ids": False, "spaces_between_special_tokens": True, "truncation_side": "left", "echo": False,
         "thinking_token_budget": -1, "add_special_tokens": False, "length_penalty": 1.0, "use_beam_search": False,
@@ -140,6 +142,7 @@ def test_negative_seeds_are_seeds() -> None:
     assert chat(seed=-1).config.random_seed != chat(seed=-2).config.random_seed
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
 IMPOSSIBLE: dict[str, list[Any]] = {
     "max_tokens": [0, -1, 1.5, "9", True, 10**30, [], {}],
     "max_completion_tokens": [0, "x"],
@@ -181,10 +184,11 @@ IMPOSSIBLE: dict[str, list[Any]] = {
     "spaces_between_special_tokens": [False, 1],
     "truncation_side": ["right"],
     "enable_thinking": [True],
-    "tool_choice": ["required", {"type": "function"}],
+    "tool_choice": ["sometimes", {"type": "function"}, {"type": "custom", "custom": {"name": "f"}}],
     "response_format": [{"type": "xml"}, {"type": "json_schema", "json_schema": {}}, "text", {}],
-    "tools": [[{"type": "function"}], "x"],
+    "tools": [[{"type": "function", "function": {}}], "x", [TOOL] * 129],
     "functions": [[{}]],
+    "function_call": ["f", {"name": "f"}],
     "modalities": [["text", "audio"]],
     "guided_json": ["no JSON", 3],
     "guided_choice": [[], "x", [1]],
@@ -228,12 +232,78 @@ def test_whole_numbers_may_have_a_point() -> None:
     assert json.dumps(completion(prompt=[1.0, 2]).prompts) == "[[1, 2]]"
 
 
-def test_tools_that_must_not_be_used_may_be_there() -> None:
-    """``tool_choice: "none"`` forbids what cannot be done anyway; ``required`` cannot be honoured."""
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    assert chat(tools=tools, tool_choice="none").prompts
-    assert refused(chat, tools=tools, tool_choice="required").param == "tools"
-    assert refused(chat, tool_choice="required").param == "tool_choice"
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [TOOL], "tool_choice": "none"},
+        {"tools": []},
+        {"parallel_tool_calls": False},
+        {"functions": [{}], "function_call": "none"},
+    ],
+)
+def test_tools_that_must_not_be_used_are_no_demand(fields: dict[str, Any]) -> None:
+    """An engine without tools serves clients that forbid their use, or say how to call what is not there."""
+    config = read_chat({"messages": HELLO, **fields}, frozenset({"max_new_tokens"})).config
+    assert config.given() == ["max_new_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "names", "required"),
+    [
+        (None, ["f", "g"], False),
+        ("auto", ["f", "g"], False),
+        ("required", ["f", "g"], True),
+        ({"type": "function", "function": {"name": "g"}}, ["g"], True),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [TOOL]}}, ["f"], False),
+    ],
+)
+def test_tools(choice: Any, names: list[str], required: bool) -> None:
+    """What may be called, and what must, reaches the engine as the client said it."""
+    second = {"type": "function", "function": {"name": "g", "strict": True}}
+    calling = chat(tools=[TOOL, second], tool_choice=choice, parallel_tool_calls=False).config.calling
+    assert calling is not None
+    assert [tool["function"]["name"] for tool in calling.tools] == names
+    assert (calling.required, calling.parallel) == (required, False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"tools": [TOOL, {"type": "custom", "custom": {"name": "f"}}]}, "tools[1].type", r"tools\[1\].type.*custom"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "web_search"),
+        ({"tools": [{"function": {"name": "f"}}]}, "tools[0].type", "null"),
+        ({"tools": ["f"]}, "tools[0]", "object"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "name"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools", r"tools\[0\].function.name"),
+        ({"tools": [TOOL, TOOL]}, "tools", r"tools\[1\]"),
+        ({"tool_choice": "required"}, "tools", "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "h"}}}, "tool_choice", "'h'"),
+        ({"tools": [TOOL], "tool_choice": "required", "ignore_eos": True}, "ignore_eos", "calls"),
+        ({"tools": [TOOL], "tool_choice": "required", "guided_regex": "a"}, "guided_regex", "tool_choice"),
+    ],
+)
+def test_malformed_tools(fields: dict[str, Any], param: str, words: str) -> None:
+    """The place of the fault is in the message, and a kind of tool that would run elsewhere is refused by its name."""
+    error = refused(chat, **fields)
+    assert error.param == param
+    assert re.search(words, str(error))
+
+
+def test_reasoning_is_asked_for_where_it_can_be_told_apart() -> None:
+    """Chats ask for it unless the engine cannot; who must not see it is refused where it would be in the text."""
+    able = frozenset({"max_new_tokens"})
+    assert chat().config.separate_reasoning
+    assert not read_chat({"messages": HELLO}, able).config.separate_reasoning
+    assert not completion().config.separate_reasoning
+    hidden = read_chat({"messages": HELLO, "include_reasoning": False}, able)
+    assert (hidden.reasoning, hidden.config.separate_reasoning) == (False, True)
+
+
+@pytest.mark.parametrize("option", ["temperature", "separate_reasoning"])
+def test_what_nobody_asked_for_is_nobodys_fault(option: str) -> None:
+    """What is set by default and the engine turns out not to know is told as a fault of the moment."""
+    error = in_clients_words(UnsupportedOptionError("…", option), chat().fields, "messages")
+    assert isinstance(error, EngineStartError)
 
 
 def test_a_fields_range_is_told_in_the_clients_words() -> None:
@@ -345,20 +415,31 @@ def test_stream_options() -> None:
 # --- conversations ---
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+
+
+def calling(*calls: Any, role: str = "assistant") -> list[Any]:
+    return [*HELLO, {"role": role, "content": None if role == "assistant" else "x", "tool_calls": list(calls)}]
+
+
 def test_messages_become_one_text_each() -> None:
     """Lists of text parts are joined, the developer is the system, and what a template may look at is kept."""
     messages = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "extra": 1},
-        {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [{"id": "1"}]},
-        {"role": "tool", "content": "4", "tool_call_id": "1"},
+        {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [{**CALL, "index": 0}]},
+        {"role": "tool", "content": [{"type": "text", "text": "4"}], "tool_call_id": "1", "name": "f"},
+        {"role": "assistant", "content": "4", "tool_calls": None, "reasoning": "So."},
+        {"role": "assistant", "refusal": "No.", "tool_calls": [], "reasoning_content": ""},
     ]
     assert read_chat({"messages": messages}, ALL).prompts == [
         [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": "ab"},
-            {"role": "assistant", "content": "", "reasoning_content": "Hm.", "tool_calls": [{"id": "1"}]},
-            {"role": "tool", "content": "4", "tool_call_id": "1"},
+            {"role": "assistant", "content": "", "reasoning_content": "Hm.", "tool_calls": [CALL]},
+            {"role": "tool", "content": "4", "tool_call_id": "1", "name": "f"},
+            {"role": "assistant", "content": "4", "reasoning_content": "So."},
+            {"role": "assistant", "content": "No."},
         ]
     ]
 
@@ -393,6 +474,18 @@ def test_messages_become_one_text_each() -> None:
         ([{"role": "assistant", "content": "", "function_call": {"name": "f"}}], "messages[0].function_call"),
         ([*HELLO, {"role": "assistant", "content": "Hi", "prefix": True}], "messages[1].prefix"),
         ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "messages[0].content[0]"),
+        (calling("f"), "messages[1].tool_calls[0]"),
+        (calling({**CALL, "type": "custom"}), "messages[1].tool_calls[0].type"),
+        (calling(CALL, {**CALL, "id": None}), "messages[1].tool_calls[1].id"),
+        (calling({"id": "1"}), "messages[1].tool_calls[0].function"),
+        (calling({**CALL, "function": {"arguments": "{}"}}), "messages[1].tool_calls[0].function.name"),
+        (calling({**CALL, "function": {"name": "f", "arguments": {}}}), "messages[1].tool_calls[0].function.arguments"),
+        (calling(CALL, role="user"), "messages[1].tool_calls"),
+        ([{"role": "assistant", "content": "x", "tool_calls": CALL}], "messages[0].tool_calls"),
+        ([{"role": "assistant", "content": "x", "reasoning": {"x": 1}}], "messages[0].reasoning"),
+        ([{"role": "tool", "content": "4"}], "messages[0].tool_call_id"),
+        ([{"role": "tool", "content": "4", "tool_call_id": 1}], "messages[0].tool_call_id"),
+        ([{"role": "tool", "tool_call_id": "1"}], "messages[0].content"),
         ([{"role": "user", "content": ["x"]}], "messages[0].content[0]"),
         ([{"role": "user", "content": [{"type": []}]}], "messages[0].content[0]"),
     ],

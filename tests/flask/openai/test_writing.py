@@ -58,9 +58,13 @@ def test_completion_chunks_begin_with_the_echo(texts: list[str], echo: str) -> N
 
 
 def test_only_what_can_be_seen_is_sent() -> None:
-    """A delta without text sends no chunk, except as the first or the last one of its answer."""
+    """A delta that says nothing sends no chunk, and a chunk without text has no content that clients would join."""
     writer = ChatWriter("a1", 7, "demo")
-    assert len(streamed(writer, [Delta(), Delta(), Delta("x"), Delta(), Delta(finish_reason="stop")])) == 3
+    chunks = streamed(writer, [Delta(), Delta(), Delta("x"), Delta(), Delta(finish_reason="stop")])
+    deltas = [json.loads(chunk)["choices"][0]["delta"] for chunk in chunks]
+    assert deltas == [{"role": "assistant", "content": "x"}, {}]
+    (empty,) = streamed(ChatWriter("a1", 7, "demo"), [Delta(), Delta(finish_reason="stop")])
+    assert json.loads(empty)["choices"][0]["delta"] == {"role": "assistant", "content": ""}
 
 
 def test_counts_come_in_a_chunk_without_choices() -> None:
