@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from flask import Response
@@ -68,8 +69,9 @@ def _frames(reader: Reader, payloads: Iterator[str | None]) -> Iterator[bytes]:
 def plain_payloads(reader: Reader, first: list[Piece | None], heartbeat: float) -> Iterator[str | None]:
     """The events of ``LMBridge.stream_response``: texts, then how it ended.
 
-    ``{"text": "…"}`` as it comes, with ``"index"`` where several answers are streamed; at the end of each
-    ``{"finish_reason": "…", "usage": {…}}``, or ``{"error": "…", "type": "…"}``.
+    ``{"reasoning": "…"}``, ``{"text": "…"}`` and ``{"tool_calls": [{"index", "id", "name", "arguments"}]}``, whose
+    pieces join as those of a Delta, as they come, with ``"index"`` where several answers are streamed; at the end of
+    each ``{"finish_reason": "…", "usage": {…}}``, or ``{"error": "…", "type": "…"}``.
     """
     many = isinstance(reader, StreamGroup)
     try:
@@ -87,8 +89,12 @@ def plain_payloads(reader: Reader, first: list[Piece | None], heartbeat: float) 
 
 
 def _events(delta: Delta) -> Iterator[dict[str, Any]]:
+    if delta.reasoning:
+        yield {"reasoning": delta.reasoning}
     if delta.text:
         yield {"text": delta.text}
+    if delta.tool_calls:
+        yield {"tool_calls": [asdict(call) for call in delta.tool_calls]}
     if delta.error is not None:
         yield _error(delta.error)
     elif delta.finish_reason is not None:

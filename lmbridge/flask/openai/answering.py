@@ -13,7 +13,7 @@ from lmbridge import Client, Delta, InvalidRequestError, LMBridgeError, RequestA
 from lmbridge.flask.openai.errors import error_payload
 from lmbridge.flask.openai.reading import Call
 from lmbridge.flask.openai.sampling import in_clients_words
-from lmbridge.flask.openai.writing import DONE, Writer, silenced, silenced_delta, total_usage, without_reasoning
+from lmbridge.flask.openai.writing import DONE, Writer, parted, silenced, silenced_delta, total_usage, without_reasoning
 from lmbridge.flask.sse import Piece, Reader, first_pieces, pieces
 
 
@@ -84,9 +84,10 @@ class Answering:
                     continue
                 _check(piece)
                 index, delta = piece
-                chunk = self._writer.chunk(index, self._heard_delta(delta))
-                if chunk is not None:
-                    yield chunk
+                for part in parted(self._heard_delta(delta)):
+                    chunk = self._writer.chunk(index, part)
+                    if chunk is not None:
+                        yield chunk
             responses = self._heard(_complete(reader))
             if self._call.include_usage:
                 yield self._writer.counts(total_usage(responses, self._call.n))

@@ -201,6 +201,13 @@ def total_usage(responses: Sequence[Response], n: int) -> Usage:
     )
 
 
+def parted(delta: Delta) -> Sequence[Delta]:
+    """The delta for one chunk, or two: clients take a call for complete when the chunk after it comes."""
+    if not delta.tool_calls or delta.finish_reason is None:
+        return (delta,)
+    return replace(delta, finish_reason=None), Delta(finish_reason=delta.finish_reason)
+
+
 def without_reasoning(said: Said) -> Said:
     """A response, or a delta, without what the model thought."""
     return replace(said, reasoning="") if said.reasoning else said

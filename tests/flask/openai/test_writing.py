@@ -14,8 +14,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from lmbridge import Delta, Response, Timings, Usage
 from lmbridge.flask.openai.logprobs import UNLIKELY, ChatLogprobs, CompletionLogprobs, TokenTexts
-from lmbridge.flask.openai.writing import ChatWriter, CompletionWriter, Writer, total_usage
-from lmbridge.messages import PromptLogprobs, join_deltas
+from lmbridge.flask.openai.writing import ChatWriter, CompletionWriter, Writer, parted, total_usage
+from lmbridge.messages import PromptLogprobs, ToolCall, join_deltas
 
 TEXTS = {1: "He", 2: "llo", 3: "\N{REPLACEMENT CHARACTER}", 4: ""}
 ENTRIES = [{1: -0.5, 2: -1.0}, {2: -2.0, 1: -0.25, 3: -math.inf}, {4: -3.0}]
@@ -65,6 +65,46 @@ def test_only_what_can_be_seen_is_sent() -> None:
     assert deltas == [{"role": "assistant", "content": "x"}, {}]
     (empty,) = streamed(ChatWriter("a1", 7, "demo"), [Delta(), Delta(finish_reason="stop")])
     assert json.loads(empty)["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+
+
+def test_a_call_comes_in_pieces_and_is_complete_before_the_end() -> None:
+    """As OpenAI sends them: who joins by index and waits for the chunk after a call to run it has all of it."""
+    writer = ChatWriter("a1", 7, "demo")
+    last = Delta(tool_calls=[ToolCall(0, arguments="1}"), ToolCall(1, "b", "g")], finish_reason="tool_calls")
+    said = [
+        Delta(reasoning="Hm."),
+        Delta("I ", reasoning="So."),
+        Delta(tool_calls=[ToolCall(0, "a", "f", '{"x": ')]),
+        *parted(last),
+    ]
+    choices = [json.loads(chunk)["choices"][0] for chunk in streamed(writer, said)]
+    assert [choice["delta"] for choice in choices] == [
+        {"role": "assistant", "content": None, "reasoning_content": "Hm."},
+        {"content": "I ", "reasoning_content": "So."},
+        {"tool_calls": [{"index": 0, "id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": '}}]},
+        {
+            "tool_calls": [
+                {"index": 0, "function": {"arguments": "1}"}},
+                {"index": 1, "id": "b", "type": "function", "function": {"name": "g", "arguments": ""}},
+            ]
+        },
+        {},
+    ]
+    assert [choice["finish_reason"] for choice in choices] == [None, None, None, None, "tool_calls"]
+
+
+@pytest.mark.parametrize("form", [None, ChatLogprobs(token_texts(), 1)])
+def test_tokens_of_calls_have_their_probabilities(form: ChatLogprobs | None) -> None:
+    """Token ids and log-probabilities are of all that was generated, whatever became of it."""
+    writer = ChatWriter("a1", 7, "demo", form, token_ids=True)
+    entries = None if form is None else ENTRIES[:2]
+    calls = Delta("", [1, 2], entries, "tool_calls", tool_calls=[ToolCall(0, "a", "f", "{}")])
+    choices = [
+        json.loads(chunk)["choices"][0] for chunk in streamed(writer, [Delta(prompt_token_ids=[5]), *parted(calls)])
+    ]
+    assert [choice["token_ids"] for choice in choices] == [[], [1, 2], []]
+    told = [len(choice["logprobs"]["content"]) if choice["logprobs"] else 0 for choice in choices]
+    assert told == [0, 0 if form is None else 2, 0]
 
 
 def test_counts_come_in_a_chunk_without_choices() -> None:
