@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 from lmbridge.errors import InvalidRequestError
 from lmbridge.messages import Delta, GenerationConfig, Message, Response
+from lmbridge.rounds import Rounds
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from lmbridge.caller.options import CallOptions
+    from lmbridge.caller.streams import Stream
     from lmbridge.caller.verbs import Verbs
 
 
@@ -37,37 +39,53 @@ class Chat:
     def ask(self, text: str, **options: Unpack[CallOptions]) -> Response:
         """Say ``text`` and block for the whole answer. Options and errors are those of ``Bridge.infer``.
 
+        With ``tools``, Python functions, those that the model calls are run here, on this thread, and their results
+        are told to the model until it answers: ``chat.ask("Will it rain in Paris?", tools=[weather])``. Results are
+        told as they are if they are strings, else as JSON. A ``tool_choice`` that forces a call forces the first
+        round only, and after its results the model answers; after ``MOST_ROUNDS`` rounds it has to. ``timeout`` holds
+        for all rounds and for what the functions take between them.
+
         Raises:
-            InvalidRequestError: another turn is not over, here and in ``stream``.
+            InvalidRequestError: another turn is not over, here and in ``stream``; or a tool is no function.
+            Exception: what a function raises. The turn is not remembered then.
         """
         turn = self._begin(text)
         try:
-            response: Response = self._caller.infer(turn.messages, self._config, **options)
-            self._keep(turn, response)
+            rounds = Rounds(turn.messages, self._config, options)
+            while not rounds.over:
+                rounds.take(self._caller.infer(rounds.messages, self._config, **rounds.options))
+            self._keep(rounds)
         finally:
             turn.over = True
-        return response
+        return rounds.response
 
     def stream(self, text: str, **options: Unpack[CallOptions]) -> Generator[Delta, None, None]:
         """Say ``text`` and yield the answer as it grows; a turn that is left or fails is not remembered.
 
-        Leaving the loop or ``close()`` stops the engine.
+        Leaving the loop or ``close()`` stops the engine. With ``tools`` the deltas of all rounds come one after
+        another; those with ``tool_calls`` say what is called.
         """
         turn = self._begin(text)
         try:
-            stream = self._caller.stream(turn.messages, self._config, **options)
+            rounds = Rounds(turn.messages, self._config, options)
+            stream = self._caller.stream(rounds.messages, self._config, **rounds.options)
         except BaseException:
             turn.over = True
             raise
 
-        def deltas() -> Generator[Delta, None, None]:
+        def deltas(stream: Stream) -> Generator[Delta, None, None]:
             try:
                 yield from stream
-                self._keep(turn, stream.response)
+                rounds.take(stream.response)
+                while not rounds.over:
+                    stream = self._caller.stream(rounds.messages, self._config, **rounds.options)
+                    yield from stream
+                    rounds.take(stream.response)
+                self._keep(rounds)
             finally:
                 turn.over = True
 
-        return deltas()
+        return deltas(stream)
 
     def reset(self) -> None:
         """Forget everything but the system message."""
@@ -85,9 +103,9 @@ class Chat:
             self._turn = weakref.ref(turn)
             return turn
 
-    def _keep(self, turn: _Turn, response: Response) -> None:
-        if response.finish_reason != "abort":
-            self.messages = [*turn.messages, {"role": "assistant", "content": response.text}]
+    def _keep(self, rounds: Rounds) -> None:
+        if rounds.response.finish_reason != "abort":
+            self.messages = rounds.messages
 
 
 class _Turn:

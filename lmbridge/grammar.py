@@ -14,7 +14,7 @@ from typing import Any, Literal
 from lmbridge.errors import InvalidRequestError
 from lmbridge.values import as_list
 
-Kind = Literal["json", "regex", "choice", "lark"]
+Kind = Literal["json", "regex", "choice", "lark", "calls"]
 _FORMATS = '{"type": "json_schema", "json_schema": {"schema": …}}, {"type": "json_object"} or {"type": "text"}'
 _GRAMMARS = '{"json": schema}, {"regex": "…"}, {"choice": ["…", …]}, {"lark": "…"}, or the text of a Lark grammar'
 _MOST_CHOICES = 10_000
@@ -26,7 +26,7 @@ class Grammar:
 
     Attributes:
         kind: ``json``: JSON that a schema describes; ``regex``: a match; ``choice``: one of several texts; ``lark``: a
-            sentence of a Lark grammar.
+            sentence of a Lark grammar; ``calls``: the same in llguidance's own Lark, written by an engine.
         value: the schema (a dict, or a bool), the expression, the texts, the grammar.
         param: the field that it came in.
     """

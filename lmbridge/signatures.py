@@ -144,3 +144,24 @@ def _described(text: str) -> dict[str, str]:
         elif line.strip() and last:
             said[last] += f" {line.strip()}"
     return said
+
+
+def bind_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments as the function's type hints want them: enums, dataclasses and pydantic's models are made.
+
+    Raises:
+        TypeError, ValueError: they are not what it takes.
+    """
+    inspect.signature(function).bind(**arguments)
+    hints = typing.get_type_hints(function)
+    return {name: _made(hints.get(name), value) for name, value in arguments.items()}
+
+
+def _made(hint: Any, value: Any) -> Any:
+    if hasattr(hint, "model_validate"):
+        return hint.model_validate(value)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return hint(value)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
+        return hint(**value)
+    return value

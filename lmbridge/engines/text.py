@@ -81,15 +81,20 @@ class Vocabulary:
 class Detokenizer:
     """One answer's tokens to text; the cost per token does not grow with the answer."""
 
-    def __init__(self, vocabulary: Vocabulary, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, skip_special_tokens: bool = True, shown: frozenset[int] = frozenset()
+    ) -> None:
         self._vocabulary = vocabulary
         self._skip = skip_special_tokens
+        self._always = shown
         self._window: list[int] = []  # the last token shown, then those not shown in full
         self._shown = 0  # characters of the window's text that were handed out
 
     def push(self, token_id: int) -> str:
         """The text that ``token_id`` settles, which may be none."""
         kind = self._vocabulary.kind(token_id)
+        if kind == "special" and token_id in self._always:
+            return self.finish() + self._vocabulary.decode([token_id], False)
         if kind == "unknown" or (kind == "special" and self._skip):
             return ""
         self._window.append(token_id)
@@ -186,6 +191,7 @@ class TextStream:
     Args:
         keep_stop_word: the stop word, and the tokens with any of its text, belong to the answer.
         least: stop words are looked for in what comes after so many tokens.
+        shown: special tokens that are never skipped.
     """
 
     def __init__(
@@ -196,8 +202,9 @@ class TextStream:
         *,
         keep_stop_word: bool = False,
         least: int = 0,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
-        self._detokenizer = Detokenizer(vocabulary, skip_special_tokens)
+        self._detokenizer = Detokenizer(vocabulary, skip_special_tokens, shown)
         self._stop_words = StopWords(stop_words, keep_stop_word) if stop_words else None
         self._unscanned = least  # how many more tokens stop words are not looked for in
         self._starts: list[int] = []  # where the text of each token not shown begins; only with stop words

@@ -17,6 +17,8 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lmbridge.engines.dialect import Dialect
+from lmbridge.engines.dialect.telling import told, told_by_user, written_out
 from lmbridge.engines.transformers.length import LengthBound, length_bound
 from lmbridge.errors import InvalidRequestError, PromptTooLongError
 from lmbridge.messages import GenerationConfig, Message, Prompt
@@ -38,16 +40,20 @@ _USUAL = GenerationConfig()
 class PromptEncoder:
     """Turns strings, conversations and token ids into the ids a model is given.
 
-    Of a request's config it reads what the chat template is given, and ``truncate_prompt_tokens``.
+    Of a request's config it reads what the chat template is given, tools among it, and ``truncate_prompt_tokens``.
 
     Args:
         tokenizer: a tokenizer of transformers.
         vocabulary_size: how many rows the model's embeddings have.
         room: the most tokens, prompt and answer together; None where there is no limit.
+        dialect: how the model is told of tools; made of the tokenizer if left out.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary_size: int, room: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, vocabulary_size: int, room: int | None = None, dialect: Dialect | None = None
+    ) -> None:
         self._tokenizer = tokenizer
+        self._dialect = Dialect(tokenizer) if dialect is None else dialect
         self._vocabulary_size = vocabulary_size
         self._room: float = math.inf if room is None else room
         self._bound: LengthBound | None = None
@@ -104,7 +110,7 @@ class PromptEncoder:
             InvalidRequestError: the prompt is of no known kind, or is refused by the chat template.
         """
         if self._is_bare(prompt, raw):
-            self._refuse_variables(config)
+            self._refuse_variables(config, raw)
             return prompt
         if isinstance(prompt, str):
             return self._chat([{"role": "user", "content": prompt}], config)
@@ -126,7 +132,13 @@ class PromptEncoder:
         if fewest >= self._room:
             raise self._too_long(f"{len(text)} characters, and so at least {fewest} tokens")
 
-    def _refuse_variables(self, config: GenerationConfig) -> None:
+    def _refuse_variables(self, config: GenerationConfig, raw: bool) -> None:
+        if config.calling is not None and not raw:
+            raise InvalidRequestError(
+                "The model has no chat template, so that nothing tells it of tools; leave them out, or describe them "
+                "in a raw prompt.",
+                param="tools",
+            )
         if config.chat_template_kwargs:
             raise InvalidRequestError(
                 "chat_template_kwargs are for a chat template, and this prompt goes without one; leave them out.",
@@ -136,8 +148,8 @@ class PromptEncoder:
     def _is_short(self, prompt: Any, config: GenerationConfig) -> bool:
         if _is_ids(prompt):
             return len(prompt) <= INLINE_IDS or len(prompt) >= self._room
-        variables = characters(config.chat_template_kwargs, INLINE_CHARACTERS) if config.chat_template_kwargs else 0
-        return variables + characters(prompt, INLINE_CHARACTERS) <= INLINE_CHARACTERS
+        beside = [part for part in (config.chat_template_kwargs, config.tools) if part]
+        return characters([*beside, prompt] if beside else prompt, INLINE_CHARACTERS) <= INLINE_CHARACTERS
 
     def _is_bare(self, prompt: Prompt, raw: bool) -> bool:
         """Whether it is a string for the model as it is."""
@@ -152,10 +164,25 @@ class PromptEncoder:
     def _chat(self, messages: list[Message], config: GenerationConfig) -> str:
         if not self._tokenizer.chat_template:
             raise _invalid("The model has no chat template, so that it takes no messages; give it a string.")
+        self._dialect.refuse_unknown_tools(config)
         try:
+            if not self._dialect.knows_calls:
+                messages = written_out(messages)
+            if config.calling is not None and not self._dialect.knows_tools:
+                return self._render_told(told(messages, config.calling.tools), config)
             return self._render_calls(messages, config)
         except Exception as cause:  # a template is a program of the model's author, and may raise anything
             raise _invalid(f"The model's chat template refused the messages: {cause}") from cause
+
+    def _render_told(self, messages: list[Message], config: GenerationConfig) -> str:
+        """Messages whose first describes tools to a model whose template knows none, nor always a system message."""
+        try:
+            return self._render_calls(messages, config)
+        except Exception as first:
+            try:
+                return self._render_calls(told_by_user(messages), config)
+            except Exception:
+                raise first from None
 
     def _render_calls(self, messages: list[Message], config: GenerationConfig) -> str:
         """Most templates want the arguments of a tool call as a mapping; some join them to a string as they came."""
@@ -172,11 +199,13 @@ class PromptEncoder:
 
     def _render(self, messages: list[Message], config: GenerationConfig) -> str:
         going_on, begins = config.continue_final_message, config.add_generation_prompt
+        calling = config.calling if self._dialect.knows_tools else None
         text: str = self._tokenizer.apply_chat_template(
             messages,
             add_generation_prompt=not going_on if begins is None else begins,
             continue_final_message=going_on,
             tokenize=False,
+            tools=None if calling is None else calling.tools,
             **(config.chat_template_kwargs or {}),
         )
         return text

@@ -22,6 +22,7 @@ from lmbridge.engines.thread import EngineThread
 from lmbridge.engines.transformers.options import ModelOptions
 from lmbridge.engines.transformers.running import Running
 from lmbridge.errors import EngineDeadError, LMBridgeError, UnsupportedOptionError
+from lmbridge.grammar import Grammar
 from lmbridge.messages import Delta, FinishReason, GenerationConfig, Request
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ class TransformersEngine(Engine):
         """
         core = self._alive()
         running = self._new_running(request, sink, core)
-        form = request.config.form
+        form = core.dialect.form(request.config)
         token_ids = None if form else core.encoder.at_once(request.prompt, request.raw, request.config)
         if token_ids is not None:
             try:
@@ -214,7 +215,7 @@ class TransformersEngine(Engine):
                 raise
             return
         self._remember(running)
-        task = self._loop.create_task(self._encode_and_submit(running))
+        task = self._loop.create_task(self._encode_and_submit(running, form))
         self._encoding.add(task)
         task.add_done_callback(self._encoding.discard)
 
@@ -232,7 +233,7 @@ class TransformersEngine(Engine):
 
     def check(self, request: Request) -> None:
         super().check(request)
-        for name in ("logprobs", "prompt_logprobs", "response_format", "grammar"):
+        for name in ("logprobs", "prompt_logprobs", "response_format", "grammar", "tools"):
             if self._options.cuda_graphs and getattr(request.config, name) is not None:
                 raise UnsupportedOptionError(f"{name} asks for an engine with cuda_graphs=False.", param=name)
 
@@ -293,17 +294,17 @@ class TransformersEngine(Engine):
         self._requests[running.key] = running
         self._keys[running.request.id] = running.key
 
-    async def _encode_and_submit(self, running: Running) -> None:
+    async def _encode_and_submit(self, running: Running, form: Grammar | None) -> None:
         """A long prompt, or a grammar. The request may be aborted while the worker thread is at it, or before."""
 
         def encode() -> list[int] | None:
             if running.key not in self._requests or self._core is None:
                 return None
             request, core = running.request, self._alive()
-            form = request.config.form
+            token_ids = core.encoder.encode(request.prompt, request.raw, request.config)
             if form is not None:
-                running.plan.guide = core.grammars.guide(form)
-            return core.encoder.encode(request.prompt, request.raw, request.config)
+                running.plan.guide = core.grammars.guide(form, core.dialect.thought_end(request.config, token_ids))
+            return token_ids
 
         try:
             token_ids = await self._thread.run(encode, while_awaited=True)
@@ -318,6 +319,8 @@ class TransformersEngine(Engine):
         core = self._alive()
         running.prompt_tokens = len(token_ids)
         running.plan.prompt = token_ids
+        if core.dialect.reads(running.request.config):
+            running.reader = core.dialect.reader(running.request.config, token_ids)
         running.tells_prompt = running.request.config.return_prompt_token_ids or running.plan.reading is not None
         self._remember(running)
         budget = min(running.request.config.max_new_tokens, core.runner.room - len(token_ids))

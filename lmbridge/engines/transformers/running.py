@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lmbridge.engines.base import Sink
+from lmbridge.engines.dialect import Reader, read_apart
 from lmbridge.engines.text import Piece, TextStream
 from lmbridge.messages import Delta, FinishReason, Request, Usage
 
@@ -28,6 +29,7 @@ class Running:
         tokens: all tokens generated so far.
         told: how many of them the sink was told of; the text of the others is not settled, or they end the answer.
         tells_prompt: the next delta is to tell the prompt's tokens.
+        reader: takes the text apart, where thoughts and calls are told apart; set before the first step.
     """
 
     key: str
@@ -40,6 +42,7 @@ class Running:
     tokens: list[int] = field(default_factory=list)
     told: int = 0
     tells_prompt: bool = False
+    reader: Reader | None = None
 
     def take(self, tokens: Sequence[int], finished: bool) -> tuple[Piece, bool]:
         """Take in all tokens generated so far, and tell what may be shown and whether the last is one that ends it."""
@@ -59,6 +62,8 @@ class Running:
         )
         if self.tells_prompt:
             self._tell_prompt(delta)
+        if self.reader is not None:
+            read_apart(self.reader, delta)
         return delta
 
     def _tell_prompt(self, delta: Delta) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from lmbridge.engines.dialect import Dialect
 from lmbridge.engines.text import TextStream, Vocabulary
 from lmbridge.engines.transformers import library
 from lmbridge.engines.transformers.encoding import PromptEncoder
@@ -51,6 +52,7 @@ class Core:
     Attributes:
         size: how many tokens the model has a score for.
         grammars: those that answers may have to follow.
+        dialect: how the model is told of tools and calls them.
     """
 
     runner: Runner
@@ -60,6 +62,7 @@ class Core:
     eos: frozenset[int]
     defaults: dict[str, Any]
     grammars: Grammars
+    dialect: Dialect
     device: str
     dtype: str
 
@@ -88,12 +91,14 @@ class Core:
 
     def stream(self, config: GenerationConfig) -> TextStream:
         """How the request's tokens become text."""
+        dialect = self.dialect if self.dialect.reads(config) else None
         return TextStream(
             self.vocabulary,
             config.stop_words,
-            config.skip_special_tokens,
+            config.skip_special_tokens and not (dialect is not None and dialect.wants_all_tokens(config)),
             keep_stop_word=config.include_stop_str_in_output,
             least=config.min_new_tokens or 0,
+            shown=frozenset() if dialect is None else dialect.shown,
         )
 
     def free_share(self, held: Sequence[int]) -> float:
@@ -145,14 +150,16 @@ class Start:
         known, size = (get().weight.shape[0] for get in (
             loaded.model.get_input_embeddings, loaded.model.get_output_embeddings
         ))  # fmt: skip
+        dialect = Dialect(loaded.tokenizer)
         return Core(
             runner,
-            PromptEncoder(loaded.tokenizer, known, runner.room),
+            PromptEncoder(loaded.tokenizer, known, runner.room, dialect),
             Vocabulary(loaded.tokenizer),
             size,
             loaded.eos,
             loaded.defaults,
             Grammars(loaded.tokenizer, size, loaded.eos),
+            dialect,
             str(loaded.model.device),
             str(loaded.model.dtype).removeprefix("torch."),
         )

@@ -1,0 +1,164 @@
+"""What one model's chat template says of tools and thinking.
+
+Rule: made on a worker thread, for it renders the template; used on the server thread and that worker thread, and never
+changed. The form in which a model calls is the one by which what its template writes of a call can be read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lmbridge.engines.dialect.formats import FORMATS, HERMES, Format, response_template
+from lmbridge.engines.dialect.reader import Reader
+from lmbridge.engines.dialect.spelling import calls_grammar
+from lmbridge.errors import InvalidRequestError
+from lmbridge.grammar import Grammar
+from lmbridge.messages import GenerationConfig, Message, ToolCall
+
+_NAME, _KEY, _VALUE = "lmbridge_asks", "lmbridge_key", "lmbridge_value"
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": _NAME,
+        "description": "Asks.",
+        "parameters": {"type": "object", "properties": {_KEY: {"type": "string", "description": "A key."}}},
+    },
+}
+_QUESTION: Message = {"role": "user", "content": "lmbridge_question"}
+_TAIL = 512  # tokens of a prompt that are looked at for what it begins of the answer
+_BEGIN, _END = "<think>", "</think>"
+
+
+class Dialect:
+    """The forms in which one model is told of tools and answers.
+
+    Args:
+        tokenizer: of transformers.
+
+    Attributes:
+        knows_tools: the template tells the model of tools.
+        knows_calls: it shows the model its earlier calls.
+        shown: special tokens that are part of what is read, unless all are.
+        whole: the tokenizer's own parser wants all special tokens in the text.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._own = getattr(tokenizer, "response_template", None)
+        self.knows_tools = self._tells_of_tools()
+        self.knows_calls = "tool_calls" in str(tokenizer.chat_template)
+        self._format = None if self._own is not None else self._format_of_calls()
+        self._thinks = self._own is not None or any(mark in str(tokenizer.chat_template) for mark in (_BEGIN, _END))
+        self._thought_ends = self._token(_END) if self._thinks else None
+        marks = (*(HERMES.marks if self._format is None else self._format.marks), _BEGIN, _END)
+        self._tokens = {mark: token for mark in marks if (token := self._token(mark)) is not None}
+        self.shown = frozenset(self._tokens.values())
+
+    def reads(self, config: GenerationConfig) -> bool:
+        """Whether the request's answer has to be taken apart."""
+        return config.calling is not None or (config.separate_reasoning and self._thinks)
+
+    def reader(self, config: GenerationConfig, prompt: Sequence[int]) -> Reader:
+        """What takes the answer to this prompt apart."""
+        format = self._format_for(config)
+        calling = config.calling
+        if self._own is not None and (calling is None or format is None):
+            fields = {name: part for name, part in self._own["fields"].items() if calling or name != "tool_calls"}
+            template, tail = {**self._own, "fields": fields}, self._tail(prompt)
+        else:
+            template = response_template(format if calling is not None else None)
+            tail = _BEGIN if self._opens_thought(prompt) else ""
+        tools = None if calling is None else calling.tools
+        return Reader(self._tokenizer.get_response_parser(template, prefix=tail, tools=tools), format)
+
+    def wants_all_tokens(self, config: GenerationConfig) -> bool:
+        """Whether the text that is read has to hold all special tokens."""
+        return self._own is not None and (config.calling is None or self._format_for(config) is None)
+
+    def form(self, config: GenerationConfig) -> Grammar | None:
+        """What the answer must be, calls included.
+
+        Raises:
+            InvalidRequestError: it may be calls or has another form, and these do not go together.
+        """
+        calling, form = config.calling, config.form
+        if calling is None or not (calling.required or form is not None):
+            return form
+        format = self._format_for(config) or HERMES
+        if form is not None and (form.kind == "lark" or format.spelled is None):
+            raise InvalidRequestError(
+                f"{form.param} of this kind cannot go with tools; leave one of them out.", form.param
+            )
+        return calls_grammar(calling, format.spelled or HERMES.spelled, self._tokens, form)  # type: ignore[arg-type]
+
+    def thought_end(self, config: GenerationConfig, prompt: Sequence[int]) -> int | None:
+        """The token from which on the answer must have its form, where the prompt has the model think first."""
+        return self._thought_ends if self.reads(config) and self._opens_thought(prompt) else None
+
+    def refuse_unknown_tools(self, config: GenerationConfig) -> None:
+        """Raise InvalidRequestError where the model is to choose among tools that nothing can tell it of."""
+        calling = config.calling
+        if calling is not None and not calling.required and not self.knows_tools:
+            raise InvalidRequestError(
+                "The model's chat template knows no tools, so that the model cannot choose whether to call one. Send "
+                'tool_choice "required", or name the function: its arguments will keep to their schema.',
+                "tools",
+            )
+
+    # --- parts ---
+
+    def _format_for(self, config: GenerationConfig) -> Format | None:
+        """The form of the request's calls; calls that must come are written by us, so in a form that can be."""
+        calling = config.calling
+        if calling is not None and calling.required and (self._format is None or self._format.spelled is None):
+            return HERMES
+        return self._format
+
+    def _token(self, text: str) -> int | None:
+        """The id of what was added to the tokenizer as one token."""
+        added = getattr(self._tokenizer, "added_tokens_decoder", {})
+        return next((token for token, content in added.items() if content.content == text), None)
+
+    def _tail(self, prompt: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(prompt[-_TAIL:]), skip_special_tokens=False))
+
+    def _opens_thought(self, prompt: Sequence[int]) -> bool:
+        """Whether the prompt ends inside of what the model thinks."""
+        return self._thinks and self._tail(prompt).rstrip().endswith(_BEGIN)
+
+    def _render(self, messages: list[Message], **more: Any) -> str:
+        try:
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **more))
+        except Exception:  # a template is a program of the model's author, and may raise anything
+            return ""
+
+    def _tells_of_tools(self) -> bool:
+        return bool(self._tokenizer.chat_template) and _NAME in self._render([_QUESTION], tools=[_TOOL])
+
+    def _format_of_calls(self) -> Format:
+        """The first that reads a call as the template writes it; Hermes' where none does."""
+        written = self._written_call() if self.knows_calls else ""
+        for format in FORMATS if written else ():
+            reader = Reader(self._tokenizer.get_response_parser(response_template(format), prefix=""), format)
+            calls = [*reader.push(written).calls, *reader.finish().calls]
+            if calls and calls[0].name == _NAME and _VALUE in "".join(call.arguments for call in calls):
+                return format
+        return HERMES
+
+    def _written_call(self) -> str:
+        """How the template writes an answer that is a call."""
+        call = ToolCall(0, "abcdefghi", _NAME, "").message()
+        call["function"]["arguments"] = {_KEY: _VALUE}
+        tools = [_TOOL] if self.knows_tools else None
+        asked = self._render([_QUESTION], tools=tools, add_generation_prompt=True)
+        answered = self._render([_QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}], tools=tools)
+        text = answered[len(asked) :] if answered.startswith(asked) else answered.rpartition(_QUESTION["content"])[2]
+        return self._without_end(text)
+
+    def _without_end(self, text: str) -> str:
+        """Without the special tokens that end an answer, which none holds."""
+        ends = [token for token in self._tokenizer.all_special_tokens if token]
+        while end := next((end for end in ends if text.rstrip().endswith(end)), ""):
+            text = text.rstrip().removesuffix(end)
+        return text

@@ -1,0 +1,160 @@
+"""The forms in which models call functions.
+
+Rule: data only. Each line says how calls are found in an answer, in the terms of transformers' response templates, and
+how they are written, for answers that must be calls.
+
+Sources: the chat templates that the models' authors publish.
+"""
+
+# ruff: noqa: RUF001  DeepSeek writes its marks with a wide bar
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Field = Mapping[str, Any]
+"""A field of one of transformers' response templates."""
+
+_JSON: Field = {"repeats": True, "content": "json", "content_args": {"allow_non_json": True}}
+_WHOLE: Field = {**_JSON, "transform": {"call": "{content}"}}  # name and arguments are both in the JSON
+_NAMED: Field = {**_JSON, "transform": {"name": "{name}", "arguments": "{content}"}}  # the name stands before it
+
+THOUGHT: Field = {"open_pattern": r"<think>\s*", "close_pattern": r"\s*</think>\s*", "content": "text"}
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """How calls are written: ``first``, then for each ``begin`` NAME ``middle`` ARGUMENTS ``end``, then ``last``.
+
+    Attributes:
+        joint: between two calls; None where there is but one.
+    """
+
+    begin: str
+    middle: str
+    end: str
+    joint: str | None = None
+    first: str = ""
+    last: str = ""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One form.
+
+    Attributes:
+        field: how calls are found.
+        spelled: how they are written; None where arguments are no JSON.
+        marks: what may be a token of its own, and must be seen where special tokens are left out of the text.
+        around: what stood around a region that turned out to be no call.
+        closing: what comes after the last call, and the end of all that is said.
+        id_length: of a call's id, without prefix; 0 where the template takes any.
+    """
+
+    name: str
+    field: Field
+    spelled: Spelled | None
+    marks: tuple[str, ...] = ()
+    around: tuple[str, str] = ("", "")
+    closing: str = ""
+    id_length: int = 0
+
+
+HERMES = Format(  # Hermes, Qwen 2.5 and 3, SmolLM, and many more
+    "hermes",
+    {**_WHOLE, "open_pattern": r"\s*<tool_call>\s*", "close_pattern": r"\s*</tool_call>"},
+    Spelled('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", joint="\n"),
+    ("<tool_call>", "</tool_call>"),
+    ("<tool_call>", "</tool_call>"),
+)
+QWEN_XML = Format(  # Qwen 3 Coder, Qwen 3.5
+    "qwen-xml",
+    {
+        "open_pattern": r"\s*<tool_call>\s*<function=(?P<name>[^>\n]+)>",
+        "close_pattern": r"</function>\s*</tool_call>",
+        "repeats": True,
+        "content": "xml-inline",
+        "content_args": {"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"},
+        "transform": {"function": {"name": "{name}", "arguments": "{content}"}},
+    },
+    None,
+    ("<tool_call>", "</tool_call>"),
+)
+LLAMA = Format(  # Llama 3.1 and later
+    "llama",
+    {
+        **_WHOLE,
+        "open_pattern": r"(?:\A\s*(?:<\|python_tag\|>)?\s*|(?<=\})\s*;\s*)(?=\{)",
+        "close_pattern": r"(?<=\})(?=\s*;\s*\{)",
+    },
+    Spelled('{"name": "', '", "parameters": ', "}"),
+    ("<|python_tag|>",),
+)
+MISTRAL_NAMED = Format(  # Mistral Small 3.2, Magistral, Devstral
+    "mistral",
+    {
+        **_NAMED,
+        "open_pattern": r"\s*\[TOOL_CALLS\]\s*(?P<name>[\w.-]+)(?:\[CALL_ID\]\w*)?\s*\[ARGS\]\s*",
+        "close_pattern": r"\s*(?=\[TOOL_CALLS\])",
+    },
+    Spelled("[TOOL_CALLS]", "[ARGS]", "", joint=""),
+    ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
+    ("[TOOL_CALLS]", ""),
+    id_length=9,
+)
+MISTRAL_LIST = Format(  # Mistral 7B v0.3, Nemo, Small 3
+    "mistral-list",
+    {**_WHOLE, "open_pattern": r"\s*\[TOOL_CALLS\]\s*(?=\[)", "close_pattern": r"\s*(?=\[TOOL_CALLS\])"},
+    Spelled('{"name": "', '", "arguments": ', "}", joint=", ", first="[TOOL_CALLS] [", last="]"),
+    ("[TOOL_CALLS]",),
+    ("[TOOL_CALLS]", ""),
+    id_length=9,
+)
+_DEEPSEEK_BEGIN = r"\s*(?:<｜tool▁calls▁begin｜>\s*)?<｜tool▁call▁begin｜>"
+_DEEPSEEK_END = r"\s*<｜tool▁call▁end｜>"
+_DEEPSEEK_MARKS = (
+    "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
+)  # fmt: skip
+DEEPSEEK_FENCED = Format(  # DeepSeek V3 and R1
+    "deepseek-fenced",
+    {
+        **_NAMED,
+        "open_pattern": _DEEPSEEK_BEGIN + r"function<｜tool▁sep｜>(?P<name>[\w.-]+)\s*```json\s*",
+        "close_pattern": r"\s*```" + _DEEPSEEK_END,
+    },
+    Spelled(
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "\n```json\n", "\n```<｜tool▁call▁end｜>", joint="\n",
+        first="<｜tool▁calls▁begin｜>", last="<｜tool▁calls▁end｜>",
+    ),
+    _DEEPSEEK_MARKS,
+    closing="<｜tool▁calls▁end｜>",
+)  # fmt: skip
+DEEPSEEK = Format(  # DeepSeek V3.1 and later
+    "deepseek",
+    {
+        **_NAMED,
+        "open_pattern": _DEEPSEEK_BEGIN + r"(?P<name>[\w.-]+)<｜tool▁sep｜>\s*",
+        "close_pattern": _DEEPSEEK_END,
+    },
+    Spelled(
+        "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", joint="",
+        first="<｜tool▁calls▁begin｜>", last="<｜tool▁calls▁end｜>",
+    ),
+    _DEEPSEEK_MARKS,
+    closing="<｜tool▁calls▁end｜>",
+)  # fmt: skip
+
+FORMATS = (HERMES, QWEN_XML, MISTRAL_NAMED, MISTRAL_LIST, DEEPSEEK_FENCED, DEEPSEEK, LLAMA)
+"""The more particular ones first: a call in one of them may look like one in a later."""
+
+
+def response_template(format: Format | None) -> dict[str, Any]:
+    """What transformers' parser takes an answer apart by. ``format`` None: it holds no calls."""
+    calls = {} if format is None else {"tool_calls": dict(format.field)}
+    if format is not None and format.closing:
+        calls["closing"] = {"open_pattern": rf"\s*{re.escape(format.closing)}", "content": "text"}
+    fields = {"reasoning_content": dict(THOUGHT), **calls, "content": {"content": "text"}}
+    return {"start_anchor": "\0", "fields": fields}

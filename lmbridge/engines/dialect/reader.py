@@ -1,0 +1,208 @@
+"""An answer taken apart as it comes: what the model thinks, what it says, which functions it calls.
+
+Rule: server thread only; one ``Reader`` per answer. transformers' parser finds the regions of the text; whatever it
+does with a text that is none of its language, the text reaches the caller.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmbridge.engines.dialect.formats import Format
+from lmbridge.log import logger
+from lmbridge.messages import Delta, ToolCall
+
+_CALLS, _TEXT = "tool_calls", "content"
+_ID_LENGTH = 24
+_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+_LONGEST_HEAD = 1_000  # characters
+
+
+@dataclass(slots=True)
+class Said:
+    """What is new in an answer."""
+
+    text: str = ""
+    reasoning: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
+
+
+class Reader:
+    """Takes one answer apart.
+
+    Args:
+        parser: transformers' ``ResponseParser``, which has seen the prompt.
+        format: the form in which calls come; None for the tokenizer's own.
+
+    Attributes:
+        called: how many calls have begun.
+    """
+
+    def __init__(self, parser: Any, format: Format | None) -> None:
+        self._parser: Any = parser
+        self._format = format
+        self._open: _Region | None = None
+        self._bare = False  # no text has been said since the answer or another region began
+        self.called = 0
+
+    def push(self, text: str) -> Said:
+        """The next piece of text, taken apart."""
+        if self._parser is None:
+            return Said(text)
+        try:
+            return self._said(self._parser.feed(text)) if text else Said()
+        except Exception as cause:  # of a tokenizer's own template, which may be right about other answers
+            return self._gave_up(text, cause)
+
+    def finish(self) -> Said:
+        """The rest of an answer that has ended."""
+        if self._parser is None:
+            return Said()
+        try:
+            _, events = self._parser.finalize()
+            return self._said(events)
+        except Exception as cause:
+            return self._gave_up("", cause)
+
+    def _gave_up(self, text: str, cause: Exception) -> Said:
+        logger.warning("An answer could not be taken apart any further: %s", cause)
+        self._parser = None
+        held = "" if self._open is None else self._open.body
+        return Said(held or text)
+
+    def _said(self, events: Iterable[dict[str, Any]]) -> Said:
+        said = Said()
+        for event in events:
+            kind, name = event["type"], event["field"]
+            if name == _CALLS:
+                self._of_call(kind, event, said)
+            elif kind == "region_close":
+                self._bare = True
+            elif kind == "region_chunk" and name == _TEXT:
+                said.text += self._opened(event["text"])
+            elif kind == "region_chunk" and name in ("reasoning_content", "thinking", "reasoning"):
+                said.reasoning += event["text"]
+        return said
+
+    def _opened(self, text: str) -> str:
+        """Without the blank lines that part it from what came before."""
+        if self._bare:
+            text = text.lstrip()
+            self._bare = not text
+        return text
+
+    def _of_call(self, kind: str, event: dict[str, Any], said: Said) -> None:
+        if kind == "region_open":
+            self._open = _Region(self.called)
+        elif self._open is not None and kind == "region_chunk":
+            said.calls += self._begun(self._open.push(event["text"]))
+        elif self._open is not None:
+            region, self._open, self._bare = self._open, None, True
+            if region.name:
+                return
+            calls = _calls(event["value"], self._format is None or bool(self._format.around[0]))
+            if not calls:
+                said.text += self._unread(region.body)
+            for name, arguments in calls:
+                said.calls += self._begun([ToolCall(self.called, "", name, arguments)])
+
+    def _begun(self, pieces: list[ToolCall]) -> list[ToolCall]:
+        for piece in pieces:
+            if piece.name:
+                piece.id = self._id()
+                self.called += 1
+        return pieces
+
+    def _unread(self, body: str) -> str:
+        begin, end = ("", "") if self._format is None else self._format.around
+        self._bare = False
+        return f"{begin}{body}{end}"
+
+    def _id(self) -> str:
+        length = self._format.id_length if self._format is not None else 0
+        return secrets.token_hex(length)[:length] if length else f"call_{secrets.token_hex(_ID_LENGTH // 2)}"
+
+
+def read_apart(reader: Reader, delta: Delta) -> None:
+    """Have a delta with new text say what the reader makes of it."""
+    said = reader.push(delta.text)
+    delta.text, delta.reasoning, delta.tool_calls = said.text, said.reasoning, said.calls
+    if delta.finish_reason is not None:
+        rest = reader.finish()
+        delta.text += rest.text
+        delta.reasoning += rest.reasoning
+        delta.tool_calls = [*said.calls, *rest.calls]
+        if delta.finish_reason == "stop" and reader.called:
+            delta.finish_reason = "tool_calls"
+
+
+class _Region:
+    """One region of calls. Of a call ``{"name": …, "arguments": {…}}`` the arguments are told as they come."""
+
+    def __init__(self, index: int) -> None:
+        self.body = ""
+        self.name = ""
+        self._index = index
+        self._from = 0  # where in the body is what has not been looked at
+        self._depth = 0  # of braces and brackets; the arguments are over when it is 0 again
+        self._quoted = self._escaped = self._over = False
+
+    def push(self, text: str) -> list[ToolCall]:
+        self.body += text
+        pieces = []
+        if not self.name and len(self.body) < _LONGEST_HEAD and (head := _HEAD.match(self.body)):
+            self.name, self._from = head[1], head.end()
+            pieces.append(ToolCall(self._index, "", self.name))
+        if self.name and not self._over:
+            arguments = self._arguments()
+            if arguments:
+                pieces.append(ToolCall(self._index, arguments=arguments))
+        return pieces
+
+    def _arguments(self) -> str:
+        """What is new of them."""
+        start = self._from
+        for character in self.body[start:]:
+            self._from += 1
+            if self._quoted:
+                self._quoted = self._escaped or character != '"'
+                self._escaped = character == "\\" and not self._escaped
+            elif character == '"':
+                self._quoted = True
+            else:
+                self._depth += (character in "{[") - (character in "}]")
+                if not self._depth:
+                    self._over = True
+                    break
+        return self.body[start : self._from]
+
+
+def _calls(value: Any, marked: bool) -> list[tuple[str, str]]:
+    """Names and arguments in what the parser made of a region; none where it is no call.
+
+    Args:
+        marked: a call was announced, so that one that needs no arguments may leave them out.
+    """
+    found = value.get("call", value) if isinstance(value, dict) else value
+    listed = found if isinstance(found, list) else [found]
+    calls = [_call(each.get("function", each) if isinstance(each, dict) else each, marked) for each in listed]
+    return [call for call in calls if call is not None] if None not in calls else []
+
+
+def _call(value: Any, marked: bool) -> tuple[str, str] | None:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
+        return None
+    arguments = value.get("arguments", value.get("parameters", {} if marked else None))
+    if isinstance(arguments, str):  # JSON inside JSON, or text that is none
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(arguments, dict):
+        return None
+    return value["name"], json.dumps(arguments, ensure_ascii=False)

@@ -1,0 +1,80 @@
+"""The grammar of an answer that has to call functions, or may where it has another form else.
+
+Rule: pure functions of plain data. The grammar is in llguidance's own Lark, with a JSON schema for each function's
+arguments; a mark that is one token of the model's stands there by its id, for its text would be other tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lmbridge.engines.dialect.formats import Spelled
+from lmbridge.grammar import Grammar
+from lmbridge.tools import Calling
+
+MOST_CALLS = 16
+"""In one answer: a small model that may go on calling goes on."""
+_SPACING = {
+    "x-guidance": {
+        "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": True,
+    }
+}  # fmt: skip
+
+
+def calls_grammar(calling: Calling, spelled: Spelled, tokens: Mapping[str, int], other: Grammar | None) -> Grammar:
+    """The grammar of these calls.
+
+    Args:
+        tokens: ids of the marks that are tokens of their own.
+        other: the form of an answer that calls nothing.
+    """
+    write = _Writer(tokens)
+    several = calling.parallel and spelled.joint is not None
+    more = f" ({write.text(spelled.joint or '')} call){{0,{MOST_CALLS - 1}}}" if several else ""
+    lines = [
+        f"calls: {write.text(spelled.first)} call{more} {write.text(spelled.last)}",
+        "call: " + " | ".join(f"call_{place}" for place in range(len(calling.tools))),
+    ]
+    for place, tool in enumerate(calling.tools):
+        function = tool["function"]
+        begin, end = write.text(spelled.begin + function["name"] + spelled.middle), write.text(spelled.end)
+        lines.append(f"call_{place}: {begin} arguments_{place} {end}")
+        lines.append(f"arguments_{place}: {_json({'type': 'object', **function['parameters']})}")
+    if other is None:
+        return Grammar("calls", "\n".join(["start: calls", *lines]), "tools")
+    return Grammar("calls", "\n".join(["start: calls | other", *lines, f"other: {_form(other)}"]), other.param)
+
+
+def _form(form: Grammar) -> str:
+    """A form as the right side of a rule."""
+    if form.kind == "json":
+        return _json({} if form.value is True else form.value)
+    if form.kind == "regex":
+        return "/" + re.sub(r"(?<!\\)/", r"\\/", form.value) + "/"
+    return " | ".join(map(_quoted, form.value))
+
+
+def _json(schema: Any) -> str:
+    return "%json " + json.dumps({**schema, **_SPACING} if isinstance(schema, dict) else schema)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+class _Writer:
+    """Writes literal text, with the marks in it as their tokens."""
+
+    def __init__(self, tokens: Mapping[str, int]) -> None:
+        self._tokens = tokens
+        marks = sorted(tokens, key=len, reverse=True)
+        self._marks = re.compile(f"({'|'.join(map(re.escape, marks))})" if marks else r"(?!)")
+
+    def text(self, text: str) -> str:
+        parts = [part for part in self._marks.split(text) if part] if self._tokens else [text] if text else []
+        return (
+            " ".join(f"<[{self._tokens[part]}]>" if part in self._tokens else _quoted(part) for part in parts) or '""'
+        )

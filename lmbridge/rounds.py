@@ -1,0 +1,116 @@
+"""One turn of a chat whose functions are run: the model calls, is told the results, and goes on until it answers.
+
+Rule: the caller's thread, which runs the functions; asks nobody itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from lmbridge.errors import InvalidRequestError, RequestTimeoutError
+from lmbridge.messages import GenerationConfig, Message, Response, ToolCall
+from lmbridge.signatures import bind_arguments
+from lmbridge.values import as_list, as_number
+
+if TYPE_CHECKING:
+    from lmbridge.caller.options import CallOptions
+
+MOST_ROUNDS = 8
+"""After so many rounds of calls the model is given no tools, so that it answers."""
+
+
+class Rounds:
+    """What a turn's next request is, and what became of the last.
+
+    Attributes:
+        messages: the conversation so far.
+        options: of the next request.
+        response: the last answer.
+        over: it is the turn's.
+
+    Raises:
+        InvalidRequestError: one of the tools is no Python function.
+    """
+
+    response: Response
+
+    def __init__(self, messages: list[Message], config: GenerationConfig | None, options: CallOptions) -> None:
+        self.messages = messages
+        self.over = False
+        self._given = options
+        self._functions = _functions(options.get("tools", None if config is None else config.tools))
+        self._choice = options.get("tool_choice", None if config is None else config.tool_choice)
+        self._rounds = 0
+        seconds = as_number(options.get("timeout"))  # what is wrong with it is said where it is used
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    @property
+    def options(self) -> CallOptions:
+        """Those of the next request.
+
+        Raises:
+            RequestTimeoutError: the functions have taken all the time there was.
+        """
+        options = dict(self._given)
+        if self._rounds and self._functions:
+            forced = self._choice not in (None, "auto")
+            options["tool_choice"] = "none" if forced or self._rounds >= MOST_ROUNDS else "auto"
+        if self._rounds and self._end is not None:
+            options["timeout"] = left = self._end - time.monotonic()
+            if left <= 0:
+                raise RequestTimeoutError(f"The turn took over {self._given.get('timeout')} s, its functions included.")
+        return cast("CallOptions", options)
+
+    def take(self, response: Response) -> None:
+        """Take an answer in; run what it calls."""
+        self.response = response
+        self.messages = [*self.messages, response.message()]
+        self._rounds += 1
+        self.over = response.finish_reason != "tool_calls" or not self._functions
+        if not self.over:
+            self.messages += [self._result(call) for call in response.tool_calls]
+
+    def _result(self, call: ToolCall) -> Message:
+        """What the model is told of its call; what is wrong with a call it is told, too."""
+        function = self._functions.get(call.name)
+        try:
+            if function is None:
+                raise ValueError(f"there is no function {call.name}; there are {', '.join(self._functions)}")
+            arguments = bind_arguments(function, call.parsed())
+        except (TypeError, ValueError) as wrong:
+            content = json.dumps({"error": str(wrong)}, ensure_ascii=False)
+        else:
+            content = _told(function(**arguments))
+        return {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": content}
+
+
+def _functions(tools: object) -> dict[str, Callable[..., Any]]:
+    listed: Sequence[Any] = as_list(tools) or ()
+    for tool in listed:
+        if not callable(tool) or inspect.iscoroutinefunction(tool):
+            raise InvalidRequestError(
+                f"The tools of a chat are Python functions, which it runs; {tool!r:.80} is none, or is async. "
+                "Bridge.infer takes descriptions, and gives the calls.",
+                "tools",
+            )
+    return {getattr(tool, "__name__", ""): tool for tool in listed}
+
+
+def _told(value: Any) -> str:
+    """A result as text."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "model_dump"):  # pydantic's
+        return value.model_dump(mode="json")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return list(value) if isinstance(value, (set, frozenset)) else str(value)
