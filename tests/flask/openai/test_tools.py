@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +44,7 @@ class Played:
 
     def __init__(self, serve: Callable[..., Served]) -> None:
         self.said: list[str | Delta] = list(SAID)
+        self.answer: Callable[[Request], list[str | Delta]] = lambda request: self.said
         self.asked: list[Request] = []
         self.served = serve(ScriptedEngine(self._script))
 
@@ -51,7 +55,7 @@ class Played:
 
     def _script(self, request: Request) -> list[str | Delta]:
         self.asked.append(request)
-        return self.said
+        return self.answer(request)
 
 
 @pytest.fixture
@@ -255,6 +259,24 @@ def test_json_beside_tools(client: OpenAI, played: Played) -> None:
     assert config.form is not None
     assert config.calling is not None
     assert not config.calling.parallel
+
+
+def test_the_documentations_examples(client: OpenAI, played: Played, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever copies them from the page has a loop that calls the function and ends with the answer."""
+    page = (Path(__file__).parents[3] / "docs" / "http.rst").read_text()
+    calling, thinking = re.findall(r"code-block:: python\n\n((?:   .*\n|\n)+)", page.split("\nTools\n~~~")[1])[:2]
+
+    def answer(request: Request) -> list[str | Delta]:
+        last = request.prompt[-1]
+        if isinstance(last, dict) and last["role"] == "tool":
+            return [last["content"]]
+        if request.config.tools is None:
+            return [Delta(reasoning="7 * 13."), "No."]
+        return [Delta(tool_calls=[ToolCall(0, "a", "weather", ARGUMENTS[0])])]
+
+    played.answer = answer
+    exec(textwrap.dedent(calling + thinking).replace('"qwen"', '"scripted"'), {"client": client})
+    assert capsys.readouterr().out == "It rains in Paris.\n7 * 13. No.\n"
 
 
 def test_a_call_is_the_clients_type(client: OpenAI) -> None:
