@@ -52,31 +52,37 @@ class Reader:
 
     def push(self, text: str) -> Said:
         """The next piece of text, taken apart."""
-        if self._parser is None:
-            return Said(text)
-        try:
-            return self._said(self._parser.feed(text)) if text else Said()
-        except Exception as cause:  # of a tokenizer's own template, which may be right about other answers
-            return self._gave_up(text, cause)
+        said = Said()
+        step = len(text) if self._format is not None else 1  # a tokenizer's own template may fail between any two
+        for start in range(0, len(text), step or 1):
+            piece = text[start : start + step]
+            if self._parser is None:
+                said.text += piece
+                continue
+            try:
+                self._take(self._parser.feed(piece), said)
+            except Exception as cause:
+                self._give_up(cause, said)
+        return said
 
     def finish(self) -> Said:
         """The rest of an answer that has ended."""
-        if self._parser is None:
-            return Said()
-        try:
-            _, events = self._parser.finalize()
-            return self._said(events)
-        except Exception as cause:
-            return self._gave_up("", cause)
+        said = Said()
+        if self._parser is not None:
+            try:
+                self._take(self._parser.finalize()[1], said)
+            except Exception as cause:
+                self._give_up(cause, said)
+        return said
 
-    def _gave_up(self, text: str, cause: Exception) -> Said:
+    def _give_up(self, cause: Exception, said: Said) -> None:
+        """What comes from now on is text."""
         logger.warning("An answer could not be taken apart any further: %s", cause)
         self._parser = None
-        held = "" if self._open is None else self._open.body
-        return Said(held or text)
+        if self._open is not None and not self._open.name:
+            said.text += self._unread(self._open.body)
 
-    def _said(self, events: Iterable[dict[str, Any]]) -> Said:
-        said = Said()
+    def _take(self, events: Iterable[dict[str, Any]], said: Said) -> None:
         for event in events:
             kind, name = event["type"], event["field"]
             if name == _CALLS:
@@ -87,7 +93,6 @@ class Reader:
                 said.text += self._opened(event["text"])
             elif kind == "region_chunk" and name in ("reasoning_content", "thinking", "reasoning"):
                 said.reasoning += event["text"]
-        return said
 
     def _opened(self, text: str) -> str:
         """Without the blank lines that part it from what came before."""
