@@ -18,6 +18,8 @@ from lmbridge import Delta, LMBridgeError, RequestAbortedError, Stream, StreamGr
 Reader = Stream | StreamGroup
 Piece = tuple[int, Delta]
 """Which answer, and what it has new."""
+Payload = str | tuple[str, str]
+"""The data of an event, or its type and its data."""
 
 FIRST_WAIT = 0.25  # seconds for which headers wait for the first token, so that an error before it has its own status
 _OPEN = b": open\n\n"  # headers leave with the first bytes, before the prompt is worked on
@@ -49,21 +51,28 @@ def first_pieces(reader: Reader) -> list[Piece | None]:
     return first
 
 
-def event_stream(reader: Reader, payloads: Iterator[str | None]) -> Response:
+def event_stream(reader: Reader, payloads: Iterator[Payload | None]) -> Response:
     """The response that sends each payload as an event, and a comment for None.
 
     Args:
         reader: closed with the response.
-        payloads: the events' data; they are asked for while the response is sent, without a request context.
+        payloads: the events; they are asked for while the response is sent, without a request context.
     """
     return Response(_frames(reader, payloads), mimetype="text/event-stream", headers=_HEADERS)
 
 
-def _frames(reader: Reader, payloads: Iterator[str | None]) -> Iterator[bytes]:
+def _frames(reader: Reader, payloads: Iterator[Payload | None]) -> Iterator[bytes]:
     with reader:
         yield _OPEN
         for payload in payloads:
-            yield _PING if payload is None else b"data: " + payload.encode() + b"\n\n"
+            yield _PING if payload is None else _frame(payload)
+
+
+def _frame(payload: Payload) -> bytes:
+    if isinstance(payload, str):
+        return b"data: " + payload.encode() + b"\n\n"
+    kind, data = payload
+    return f"event: {kind}\ndata: {data}\n\n".encode()
 
 
 def plain_payloads(reader: Reader, first: list[Piece | None], heartbeat: float) -> Iterator[str | None]:

@@ -14,7 +14,7 @@ from werkzeug.exceptions import NotFound
 from lmbridge.flask.openai import guard
 from lmbridge.flask.openai.errors import error_response
 
-ROUTES = ("/chat/completions", "/completions", "/embeddings", "/models")
+ROUTES = ("/chat/completions", "/completions", "/responses", "/embeddings", "/models")
 
 
 def no_such_route(rest: str = "") -> NoReturn:

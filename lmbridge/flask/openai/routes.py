@@ -24,6 +24,7 @@ from lmbridge.flask.openai.embeddings import ask_embeddings, read_embeddings, wr
 from lmbridge.flask.openai.errors import error_response
 from lmbridge.flask.openai.logprobs import ChatLogprobs, CompletionLogprobs, LogprobsForm, TokenTexts
 from lmbridge.flask.openai.reading import Call, read_chat, read_completion
+from lmbridge.flask.openai.responses.routes import register as register_responses
 from lmbridge.flask.openai.writing import ChatWriter, CompletionWriter, Writer
 from lmbridge.flask.sse import event_stream
 from lmbridge.messages import GenerationConfig
@@ -56,6 +57,9 @@ def embeddings() -> Response:
     asked.log(call.texts)
     responses = ask_embeddings(call, asked.client, guard.unique_id(), asked.timeout)
     return _json(write_embeddings(responses, asked.model, call.base64))
+
+
+register_responses(blueprint)
 
 
 @blueprint.get("/models", strict_slashes=False)

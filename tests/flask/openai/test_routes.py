@@ -72,7 +72,7 @@ def test_a_base_url_without_the_prefix(app: Flask, path: str, right: str, method
 
 def test_routes_that_do_not_exist_are_answered_with_those_that_do(app: Flask) -> None:
     """A client whose default is another API of OpenAI's hears which ones are here."""
-    told: Any = app.test_client().post("/v1/responses", json={}).get_json()
+    told: Any = app.test_client().post("/v1/realtime/sessions", json={}).get_json()
     assert "/v1/chat/completions" in told["error"]["message"]
 
 

@@ -1,0 +1,8 @@
+"""OpenAI's newer API, ``/v1/responses``: one answer to a list of items, as items.
+
+Rule: as of the blueprint that it is part of. Nothing is kept between two requests.
+
+A request passes ``reading`` (with ``table``, ``items`` and ``functions``: JSON to the call that a chat makes),
+``answering`` (the bridge) and ``telling``, which makes of an answer's deltas the ``output`` items and the events that
+tell of them; ``writing`` has the object that both kinds of answer end with, ``routes`` the views.
+"""
