@@ -178,15 +178,21 @@ def _parts(text: str, first: bool, delta: Delta) -> dict[str, Any]:
     if delta.reasoning:
         parts["reasoning_content"] = delta.reasoning
     if delta.tool_calls:
-        parts["tool_calls"] = [_call_piece(call) for call in delta.tool_calls]
+        parts["tool_calls"] = _pieces(delta.tool_calls)
     return parts
 
 
-def _call_piece(call: ToolCall) -> dict[str, Any]:
-    """The first piece of a call has what names it."""
-    if call.id:
-        return {"index": call.index, **call.message()}
-    return {"index": call.index, "function": {"arguments": call.arguments}}
+def _pieces(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+    """One for each call, since clients take what a chunk holds for that; a call's first has what names it."""
+    pieces: dict[int, dict[str, Any]] = {}
+    for call in calls:
+        if call.index in pieces:
+            pieces[call.index]["function"]["arguments"] += call.arguments
+        elif call.id:
+            pieces[call.index] = {"index": call.index, **call.message()}
+        else:
+            pieces[call.index] = {"index": call.index, "function": {"arguments": call.arguments}}
+    return list(pieces.values())
 
 
 def _compact(value: object) -> str:

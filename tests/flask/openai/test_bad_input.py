@@ -26,11 +26,20 @@ SCALARS = (
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(), inner, max_size=5), max_leaves=10
 )
+CALLS = st.fixed_dictionaries(
+    {}, optional={"id": VALUES, "function": st.fixed_dictionaries({}, optional={"name": VALUES, "arguments": VALUES})}
+)
 MESSAGES = st.lists(
-    st.fixed_dictionaries({}, optional={"role": st.sampled_from(["user", "tool", "x"]) | VALUES, "content": VALUES})
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "role": st.sampled_from(["user", "assistant", "tool", "x"]) | VALUES, "content": VALUES,
+            "reasoning": VALUES, "tool_calls": st.lists(CALLS) | VALUES, "tool_call_id": VALUES,
+        },
+    )
     | VALUES,
     max_size=4,
-)
+)  # fmt: skip
 GOOD: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "prompt": "Hello", "max_tokens": 4}
 
 fuzz = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from openai import BadRequestError, LengthFinishReasonError, OpenAI, pydantic_function_tool
 from openai.types.chat import ChatCompletionMessageFunctionToolCall
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from lmbridge import Delta
 from lmbridge.messages import Request, ToolCall
@@ -277,6 +277,26 @@ def test_the_documentations_examples(client: OpenAI, played: Played, capsys: pyt
     played.answer = answer
     exec(textwrap.dedent(calling + thinking).replace('"qwen"', '"scripted"'), {"client": client})
     assert capsys.readouterr().out == "It rains in Paris.\n7 * 13. No.\n"
+
+
+class Place(BaseModel):
+    name: str = Field(max_length=8)
+
+
+def test_a_model_that_must_call_does(demo: Served) -> None:
+    """With the bundled model: a call that the client's class takes, in pieces too; to let it choose is a 400."""
+    ask: dict[str, Any] = {"model": "demo", "messages": ASKED, "tools": [pydantic_function_tool(Place)]}
+    with demo.client() as client:
+        whole = client.chat.completions.parse(**ask, tool_choice="required", seed=1).choices[0]
+        with client.chat.completions.stream(**ask, tool_choice="required", seed=1) as stream:
+            streamed = stream.get_final_completion().choices[0]
+        for choice in (whole, streamed):
+            calls = choice.message.tool_calls or []
+            assert isinstance(calls[0].function.parsed_arguments, Place)
+            assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+        with pytest.raises(BadRequestError) as caught:
+            client.chat.completions.create(**ask)
+        assert caught.value.param == "tools"
 
 
 def test_a_call_is_the_clients_type(client: OpenAI) -> None:

@@ -74,7 +74,7 @@ def test_a_call_comes_in_pieces_and_is_complete_before_the_end() -> None:
     said = [
         Delta(reasoning="Hm."),
         Delta("I ", reasoning="So."),
-        Delta(tool_calls=[ToolCall(0, "a", "f", '{"x": ')]),
+        Delta(tool_calls=[ToolCall(0, "a", "f"), ToolCall(0, arguments='{"x": ')]),
         *parted(last),
     ]
     choices = [json.loads(chunk)["choices"][0] for chunk in streamed(writer, said)]
