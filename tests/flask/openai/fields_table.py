@@ -1,17 +1,20 @@
-"""The table of fields in the documentation, written from what the routes and the engines serve.
+"""The tables of fields in the documentation, written from what the routes and the engines serve.
 
-Rule: text from data; nothing is asked of a server. ``python -m tests.flask.openai.fields_table`` writes it anew.
+Rule: text from data; nothing is asked of a server. ``python -m tests.flask.openai.fields_table`` writes them anew.
 """
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 from lmbridge.engines import engine_class
+from lmbridge.flask.openai.responses.table import RESPONSES
 from lmbridge.flask.openai.table import CHAT, COMPLETIONS, Fate, Field
 
 PATH = Path(__file__).parents[3] / "docs" / "fields.inc"
+RESPONSES_PATH = PATH.with_name("responses_fields.inc")
 HEADINGS = ("Field", "Route", "Values", "By", "Default, and what else there is to know")
 OPENING = """\
 .. written by tests/flask/openai/fields_table.py
@@ -21,6 +24,7 @@ OPENING = """\
    :widths: 24 10 26 10 30
 
 """
+RESPONSES_OPENING = OPENING.replace("24 10 26", "26 34")
 WIDTH = 110
 ENGINES = {"transformers": "transformers", "lmdeploy": "LMDeploy"}
 FATES: tuple[Fate, ...] = ("served", "refused", "ignored")
@@ -35,13 +39,27 @@ def written() -> str:
     return OPENING + "".join([_written(row) for row in [HEADINGS, *rows]])
 
 
+def written_responses() -> str:
+    """The same of the route that has a table of its own."""
+    headings = (HEADINGS[0], *HEADINGS[2:])
+    rows = [
+        row
+        for fate in FATES
+        for row in _sharing((name, _rest(field)) for name, field in RESPONSES.items() if field.fate == fate)
+    ]
+    return RESPONSES_OPENING + "".join([_written(row) for row in [headings, *rows]])
+
+
 def _rows(fate: Fate) -> list[tuple[str, ...]]:
+    return _sharing((name, rest) for name in dict.fromkeys([*CHAT, *COMPLETIONS]) for rest in _rests(name, fate))
+
+
+def _sharing(fields: Iterable[tuple[str, _Rest]]) -> list[tuple[str, ...]]:
     """Fields of which all the same is to be said share a row."""
     names: dict[_Rest, list[str]] = {}
-    for name in dict.fromkeys([*CHAT, *COMPLETIONS]):
-        for rest in _rests(name, fate):
-            names.setdefault(rest, []).append(f"``{name}``")
-    return [(", ".join(fields), *rest) for rest, fields in names.items()]
+    for name, rest in fields:
+        names.setdefault(rest, []).append(f"``{name}``")
+    return [(", ".join(shared), *rest) for rest, shared in names.items()]
 
 
 def _rests(name: str, fate: Fate) -> list[_Rest]:
@@ -77,3 +95,4 @@ def _written(row: tuple[str, ...]) -> str:
 
 if __name__ == "__main__":
     PATH.write_text(written())
+    RESPONSES_PATH.write_text(written_responses())

@@ -6,9 +6,10 @@ inside of ``text`` and ``reasoning`` is a field of its own, with a dot in its na
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from lmbridge.flask.openai.fields import BOOL, OBJECT, TEXT, Kind, integer
+from lmbridge.flask.openai.fields import BOOL, OBJECT, TEXT, Kind
 from lmbridge.flask.openai.responses.functions import TOOL, nested_choice, read_flat
 from lmbridge.flask.openai.table import CHAT, EFFORT, LOGPROBS, TOKENS, Fate, Field
 from lmbridge.tools import MOST_TOOLS
@@ -50,7 +51,7 @@ FORMAT = Kind(
     '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "name": "…", "schema": {…}}',
 )
 TOOLS = Kind(
-    lambda value: isinstance(value, list) and len(value) <= MOST_TOOLS, f"a list of at most {MOST_TOOLS} {TOOL}"
+    lambda value: isinstance(value, list) and len(value) <= MOST_TOOLS, f"a list of at most {MOST_TOOLS} objects {TOOL}"
 )
 CHOICE = Kind(
     lambda value: nested_choice(value) is not None,
@@ -101,6 +102,8 @@ _SERVED = (
     ),
     Field("metadata", FACTS, "none; comes back with the answer"),
     Field("truncation", TRUNCATION, "disabled, and so is auto: nothing is dropped, and what does not fit is an error"),
+    replace(CHAT["min_tokens"], note="0; at most max_output_tokens"),
+    replace(CHAT["seed"], note="none"),
 )  # fmt: skip
 
 
@@ -113,13 +116,17 @@ _REFUSED = (
     *_other("refused", _UNKEPT, "previous_response_id", "conversation", "previous_input_messages"),
     *_other("refused", _left_out("nothing is kept here: send instructions and input"), "prompt"),
     *_other("refused", _left_out("nothing is kept here: wait for the answer, or stream it"), "background", note="true"),
-    *_other("refused", integer(1, 1), "n", note="other than 1"),
+    *_other(
+        "refused", Kind(lambda value: value == 1, "1 or left out (a request has one answer)"), "n", note="other than 1"
+    ),
     *_other("refused", _left_out("send input instead"), "messages"),
-    *_other("refused", _left_out("send max_output_tokens instead"), "max_tokens", "max_completion_tokens"),
+    *_other(
+        "refused", _left_out("send max_output_tokens instead"), "max_tokens", "max_completion_tokens", "max_new_tokens"
+    ),
     *_other("refused", _left_out("send text.format instead"), "response_format"),
     *_other("refused", _left_out("send reasoning.effort instead"), "reasoning_effort"),
     *_other("refused", _left_out(f"send include with {LOGPROBS_INCLUDED} instead"), "logprobs"),
-    *_other("refused", _left_out("chats and completions have it"), "return_token_ids"),
+    *_other("refused", _left_out("chats and completions have it"), "return_token_ids", "prompt_logprobs"),
     *_other("refused", _left_out("it is not supported here"), "enable_response_messages"),
 )
 _IGNORED = _other(
