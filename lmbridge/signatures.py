@@ -12,7 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Union
+from typing import Any, Literal, NotRequired, Required, Union
 
 from lmbridge.errors import InvalidRequestError
 
@@ -114,7 +114,7 @@ def _of_class(hint: Any) -> Schema:
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return {"enum": [member.value for member in hint]}
     if typing.is_typeddict(hint):
-        return _object(typing.get_type_hints(hint), sorted(hint.__required_keys__))
+        return _of_typed_dict(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         hints = typing.get_type_hints(hint)
         fields = [field for field in dataclasses.fields(hint) if field.init]
@@ -122,6 +122,18 @@ def _of_class(hint: Any) -> Schema:
         needed = [field.name for field in fields if field.default is missing and field.default_factory is missing]
         return _object({field.name: hints[field.name] for field in fields}, needed)
     raise TypeError(f"has the hint {hint!r}, which no JSON value has; use str, int, float, bool, list, dict or Literal")
+
+
+def _of_typed_dict(hint: Any) -> Schema:
+    """Its own list of required keys is wrong where its annotations are texts."""
+    hints: dict[str, Any] = {}
+    required = []
+    for name, kind in typing.get_type_hints(hint, include_extras=True).items():
+        marked = typing.get_origin(kind) if typing.get_origin(kind) in (Required, NotRequired) else None
+        hints[name] = typing.get_args(kind)[0] if marked else kind
+        if marked is Required or (marked is None and hint.__total__):
+            required.append(name)
+    return _object(hints, required)
 
 
 def _object(hints: Mapping[str, Any], required: list[str]) -> Schema:

@@ -85,12 +85,12 @@ class Dialect:
         calling, form = config.calling, config.form
         if calling is None or not (calling.required or form is not None):
             return form
-        format = self._format_for(config) or HERMES
-        if form is not None and (form.kind == "lark" or format.spelled is None):
-            raise InvalidRequestError(
-                f"{form.param} of this kind cannot go with tools; leave one of them out.", form.param
-            )
-        return calls_grammar(calling, format.spelled or HERMES.spelled, self._tokens, form)  # type: ignore[arg-type]
+        if form is not None and form.kind == "lark":
+            raise InvalidRequestError("A Lark grammar cannot go with tools; leave one of them out.", form.param)
+        format = self._format_for(config)
+        assert format is not None
+        assert format.spelled is not None
+        return calls_grammar(calling, format.spelled, self._tokens, form)
 
     def thought_end(self, config: GenerationConfig, prompt: Sequence[int]) -> int | None:
         """The token from which on the answer must have its form, where the prompt has the model think first."""
@@ -111,9 +111,8 @@ class Dialect:
     def _format_for(self, config: GenerationConfig) -> Format | None:
         """The form of the request's calls; calls that must come are written by us, so in a form that can be."""
         calling = config.calling
-        if calling is not None and calling.required and (self._format is None or self._format.spelled is None):
-            return HERMES
-        return self._format
+        held = calling is not None and (calling.required or config.form is not None)
+        return HERMES if held and (self._format is None or self._format.spelled is None) else self._format
 
     def _token(self, text: str) -> int | None:
         """The id of what was added to the tokenizer as one token."""

@@ -47,6 +47,7 @@ class Reader:
         self._parser: Any = parser
         self._format = format
         self._open: _Region | None = None
+        self._ended = False  # what is open now has not been closed by the model
         self._bare = False  # no text has been said since the answer or another region began
         self.called = 0
 
@@ -68,6 +69,7 @@ class Reader:
     def finish(self) -> Said:
         """The rest of an answer that has ended."""
         said = Said()
+        self._ended = True
         if self._parser is not None:
             try:
                 self._take(self._parser.finalize()[1], said)
@@ -126,7 +128,7 @@ class Reader:
     def _unread(self, body: str) -> str:
         begin, end = ("", "") if self._format is None else self._format.around
         self._bare = False
-        return f"{begin}{body}{end}"
+        return f"{begin}{body}" if self._ended else f"{begin}{body}{end}"
 
     def _id(self) -> str:
         length = self._format.id_length if self._format is not None else 0

@@ -83,10 +83,11 @@ def test_arguments_come_as_they_are_written(form: str) -> None:
         ('<tool_call>{"city": "Rome"}</tool_call>', '<tool_call>{"city": "Rome"}</tool_call>'),
         ('<tool_call>["look"]</tool_call>', '<tool_call>["look"]</tool_call>'),
         ('<tool_call>{"name": "look", "arguments": "in"}</tool_call>',) * 2,
-        ("a <tool_call>", "a<tool_call></tool_call>"),
+        ("a <tool_call>", "a<tool_call>"),
+        ('<tool_call>{"name": "lo',) * 2,
         (f"<tool_call>{'[' * 100_000}</tool_call>",) * 2,
     ],
-    ids=["text", "no name", "list", "text for arguments", "nothing", "deep"],
+    ids=["text", "no name", "list", "text for arguments", "nothing", "cut", "deep"],
 )
 def test_what_is_no_call_is_shown(answer: str, shown: str) -> None:
     """What a model wrote would be lost, or fail the request."""
