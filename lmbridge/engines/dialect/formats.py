@@ -65,7 +65,7 @@ class Format:
 
 HERMES = Format(  # Hermes, Qwen 2.5 and 3, SmolLM, and many more
     "hermes",
-    {**_WHOLE, "open_pattern": r"\s*<tool_call>\s*", "close_pattern": r"\s*</tool_call>"},
+    {**_WHOLE, "open_pattern": r"\s*<tool_call>\s*", "close": "</tool_call>"},
     Spelled('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", joint="\n"),
     ("<tool_call>", "</tool_call>"),
     ("<tool_call>", "</tool_call>"),

@@ -63,7 +63,7 @@ class Reader:
             try:
                 self._take(self._parser.feed(piece), said)
             except Exception as cause:
-                self._give_up(cause, said)
+                self._give_up(cause, said, piece if step > 1 else "")
         return said
 
     def finish(self) -> Said:
@@ -77,12 +77,13 @@ class Reader:
                 self._give_up(cause, said)
         return said
 
-    def _give_up(self, cause: Exception, said: Said) -> None:
-        """What comes from now on is text."""
+    def _give_up(self, cause: Exception, said: Said, last: str = "") -> None:
+        """What comes from now on is text, and what could not be read is, with the last piece if that is longer."""
         logger.warning("An answer could not be taken apart any further: %s", cause)
         self._parser = None
         if self._open is not None and not self._open.name:
-            said.text += self._unread(self._open.body)
+            self._ended = self._ended or bool(last)
+            said.text += self._unread(self._open.body) + last
 
     def _take(self, events: Iterable[dict[str, Any]], said: Said) -> None:
         for event in events:
