@@ -90,7 +90,8 @@ class Answering:
             if event is None:
                 yield None
             else:
-                yield event["type"], json.dumps({**event, "sequence_number": next(numbers)})
+                numbered = {**event, "sequence_number": next(numbers)}
+                yield event["type"], json.dumps(numbered, separators=(",", ":"))
 
     def _told(self, stream: Stream, pieces: Iterable[Piece | None]) -> Iterator[Event | None]:
         """The last event says how the answer has ended; what merely ends would look like a lost connection."""

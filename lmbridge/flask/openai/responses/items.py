@@ -69,7 +69,7 @@ def _read_item(item: Any, path: str) -> Message:
     if kind == "item_reference" or (kind is None and "id" in item and "role" not in item):
         raise InvalidRequestError(
             f"{path} refers to an item, and nothing is kept here: send the item itself. "
-            'Clients that leave items out send them with "store": false.',
+            'A client that refers to items by default sends them once its "store" is false.',
             path,
         )
     if kind is None and "role" in item:

@@ -9,6 +9,8 @@ from typing import Any
 import openai
 import pytest
 import requests
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lmbridge import Bridge, EngineError, Request
 from lmbridge.flask.openai.logprobs import ChatLogprobs, TokenTexts
@@ -115,6 +117,43 @@ def test_text_after_a_call_is_a_message_of_its_own() -> None:
     output = events[-1]["response"]["output"]
     assert [item["type"] for item in output] == ["message", "function_call", "message", "reasoning"]
     assert [item["content"][0]["text"] for item in output if "content" in item] == ["a", "b", "c"]
+
+
+PIECES = st.one_of(
+    st.builds(lambda text: Delta(text, [1]), st.text(max_size=3)),
+    st.builds(lambda text: Delta(reasoning=text, token_ids=[1]), st.text(max_size=3)),
+    st.builds(lambda said, text: Delta(said, [1, 2], reasoning=text), st.text(max_size=3), st.text(max_size=3)),
+    st.builds(lambda text: Delta(token_ids=[1], tool_calls=[ToolCall(0, arguments=text)]), st.text(max_size=3)),
+)
+
+
+def with_calls_begun(deltas: list[Delta]) -> list[Delta]:
+    """The same, where pieces of calls that nothing else comes between are those of one call."""
+    calls, going_on = 0, False
+    for delta in deltas:
+        for piece in delta.tool_calls:
+            calls += not going_on
+            piece.index = calls
+            piece.id, piece.name = ("", "") if going_on else (f"call_{calls}", "f")
+        going_on = bool(delta.tool_calls) or (going_on and not (delta.text or delta.reasoning))
+    return deltas
+
+
+@given(st.lists(PIECES, max_size=8).map(with_calls_begun), st.sampled_from(["stop", "length", "tool_calls"]))
+def test_whatever_a_model_says_is_told(deltas: list[Delta], reason: Any) -> None:
+    """No order of thoughts, texts and calls loses or doubles a word."""
+    events = [{**event, "sequence_number": place} for place, event in enumerate(told(deltas, reason))]
+    check(events)
+    output = events[-1]["response"]["output"]
+    texts = {"message": "", "reasoning": "", "function_call": ""}
+    for item in output:
+        texts[item["type"]] += item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"]
+    assert texts["message"] == "".join(delta.text for delta in deltas)
+    assert texts["reasoning"] == "".join(delta.reasoning for delta in deltas)
+    assert texts["function_call"] == "".join(piece.arguments for delta in deltas for piece in delta.tool_calls)
+    assert {item["call_id"] for item in output if "call_id" in item} == {
+        piece.id for delta in deltas for piece in delta.tool_calls if piece.id
+    }
 
 
 def test_a_cut_call_is_incomplete() -> None:
@@ -243,4 +282,4 @@ def test_keys_and_limits_are_those_of_the_other_routes() -> None:
         assert client.post("/v1/responses/", json={"input": "x"}, headers=key).status_code == 200
         assert client.post("/v1/responses", json={"input": "x" * 60}, headers=key).status_code == 413
         assert client.get("/v1/responses", headers=key).status_code == 405
-        assert client.post("/responses", json={}).status_code == 404
+        assert "ask for /v1/responses" in client.post("/responses", json={}).text
