@@ -1,57 +1,51 @@
 """Grammars that answers have to follow: which tokens may come next.
 
-Rule: ``Grammars.guide`` on the worker thread, ``Guides`` on the generation thread. Which tokens may follow the ones
-that a step has chosen is worked out on a thread of its own, while the model runs the next step.
+Rule: ``Grammars.guide`` on the worker thread; all else on the generation thread. What may follow is worked out where it
+is needed, when the model's scores are there to choose from: handing it to a thread of its own costs more than the work
+does, and on a GPU the model still computes while it is done.
 
 llguidance knows the grammars and the model's tokens; nothing here looks into either.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import queue
-import threading
-import time
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy
 import torch
 
 from lmbridge.engines.base import engine_error
 from lmbridge.errors import InvalidRequestError, MissingDependencyError
 from lmbridge.grammar import Grammar
-from lmbridge.log import logger
 
-PATIENCE = 30.0
-"""Seconds after which a mask that does not come is taken for one that never will."""
 _SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As ``json.dumps`` writes: a model that may put spaces anywhere may go on putting them."""
+_SHARED = 1 << 20
+"""Tokens of all masks together from which several threads are quicker than one, which need to be woken."""
+_KEPT = 64
+"""Grammars that are kept compiled: clients tend to ask for the same few."""
 
 
 class Guide:
     """What holds one answer to its grammar.
 
     Attributes:
-        matcher: llguidance's; it is told of tokens and asked for masks by one thread at a time.
-        words: a bit for each token that may come next. Not to be read before ``ready``.
+        matcher: llguidance's; one thread at a time.
+        home: the grammars that it is of.
+        after: the token that the grammar waits for; None once it holds.
         failure: why it can go on no more; None while it can.
     """
 
-    def __init__(self, matcher: Any, home: Grammars) -> None:
-        self.matcher = matcher
-        self.home = home
-        self.words: Any = None
-        self.ready = threading.Event()
+    def __init__(self, matcher: Any, home: Grammars, after: int | None) -> None:
+        self.matcher, self.home, self.after = matcher, home, after
         self.failure: Exception | None = None
 
-    def fail(self, cause: object) -> None:
-        """It cannot be followed on; whoever waits for it need not."""
-        error = cause if isinstance(cause, BaseException) else RuntimeError(str(cause))
-        self.failure = engine_error(f"The grammar of this request cannot be followed on: {cause}", error)
-        self.ready.set()
+    def check(self, cause: object = None) -> None:
+        """Note why it cannot be followed on, if so: ``cause``, or what its matcher says."""
+        if self.failure is None and (cause or self.matcher.is_error()):
+            error = cause if isinstance(cause, BaseException) else RuntimeError(_brief(self.matcher.get_error()))
+            self.failure = engine_error(f"The grammar of this request cannot be followed on: {error}", error)
 
 
 class Grammars:
@@ -68,11 +62,13 @@ class Grammars:
         self._tokenizer, self._ends = tokenizer, ends
         self._tokens: Any = None  # made when first wanted, as is the next: it takes a second where there are many
         self._executor: Any = None
-        self._last: Any = None  # the words of an answer that can only end
-        self._worker = _Worker()
+        self._beginnings: dict[str, Any] = {}  # by their grammars, the last used last
 
-    def guide(self, grammar: Grammar) -> Guide:
+    def guide(self, grammar: Grammar, after: int | None = None) -> Guide:
         """What holds one answer to the grammar.
+
+        Args:
+            after: the grammar holds once this token has been chosen; until then every token may come.
 
         Raises:
             InvalidRequestError: it is no grammar, or none that can be followed.
@@ -82,30 +78,60 @@ class Grammars:
         if self._tokens is None:
             self._prepare(llguidance)
         try:
-            text = _WRITTEN[grammar.kind](llguidance.LLMatcher, grammar.value)
-            matcher = llguidance.LLMatcher(self._tokens, text, log_level=0)
-            error = matcher.get_error() if matcher.is_error() else ""
+            matcher = self._beginning(llguidance.LLMatcher, _WRITTEN[grammar.kind](llguidance.LLMatcher, grammar.value))
+            error = matcher.get_error()
         except Exception as cause:
             error = str(cause)
         if error:
-            raise InvalidRequestError(
-                f"The {_CALLED[grammar.kind]} cannot be followed: {_first_lines(error)}", grammar.param
-            )
-        guide = Guide(matcher, self)
-        self._fill([guide])
-        return guide
+            raise InvalidRequestError(f"The {_CALLED[grammar.kind]} cannot be followed: {_brief(error)}", grammar.param)
+        return Guide(matcher.deep_copy(), self, after)
 
-    def chosen(self, guides: Sequence[Guide], tokens: Sequence[int]) -> None:
-        """These tokens were chosen; what may follow each is worked out from now on. Generation thread."""
-        going = [(guide, token) for guide, token in zip(guides, tokens, strict=True) if token not in self._ends]
-        for guide, _ in going:
-            guide.ready.clear()
-        if going:
-            self._worker.do(lambda: self._go_on(going))
+    def chosen(self, told: Sequence[tuple[Guide, int]]) -> None:
+        """These tokens were chosen."""
+        for guide, token in told:
+            if token in self._ends:
+                continue
+            if guide.after is None:
+                guide.matcher.consume_token(token)
+                guide.check()
+            elif guide.after == token:
+                guide.after = None
+
+    def fill(self, guided: Sequence[tuple[Guide, int]], allowed: torch.Tensor) -> None:
+        """Which tokens may come next.
+
+        Args:
+            guided: guides and the rows that are theirs.
+            allowed: see ``choosing.Changes``, on the CPU. Rows whose grammar does not hold are left as they are.
+        """
+        held = [(guide, row) for guide, row in guided if guide.after is None]
+        (rows, width), address = allowed.shape, allowed.data_ptr()
+        try:
+            if len(held) * self.size >= _SHARED:
+                places = [(guide.matcher, row) for guide, row in held]
+                self._executor.unsafe_compute_mask_ptr(places, address, width, rows)
+            else:
+                for guide, row in held:
+                    guide.matcher.unsafe_compute_mask_ptr(address + row * width, width)
+        except Exception as cause:
+            for guide, _ in held:
+                guide.check(cause)
+        for guide, row in held:
+            guide.check()
+            if guide.failure is not None:  # whatever comes is not told any more
+                allowed[row] = 255
 
     def close(self) -> None:
-        """The model is about to go. Any thread."""
-        self._worker.close()
+        """The model is about to go: there is nothing to end."""
+
+    def _beginning(self, new: Any, text: str) -> Any:
+        """A matcher of the grammar that has taken nothing in: a copy takes microseconds, another milliseconds."""
+        matcher = self._beginnings.pop(text, None) or new(self._tokens, text, log_level=0)
+        matcher.compute_bitmask()  # here, since the first takes long; a copy knows it
+        self._beginnings[text] = matcher
+        if len(self._beginnings) > _KEPT:
+            del self._beginnings[next(iter(self._beginnings))]
+        return matcher
 
     def _prepare(self, llguidance: Any) -> None:
         from llguidance.hf import from_tokenizer
@@ -116,107 +142,8 @@ class Grammars:
             tokens = from_tokenizer(self._tokenizer, n_vocab=self.size, eos_token=sorted(self._ends))
         except Exception as cause:
             raise InvalidRequestError(f"Answers of this model can follow no grammar: {cause}", "grammar") from cause
-        self._executor = llguidance.LLExecutor(1)
-        self._last = numpy.zeros(-(-self.size // 32) * 32, numpy.uint8)
-        self._last[sorted(self._ends)] = 1
-        self._last = numpy.packbits(self._last, bitorder="little").view(numpy.int32)
+        self._executor = llguidance.LLExecutor()
         self._tokens = tokens
-
-    # --- on the worker ---
-
-    def _go_on(self, chosen: Sequence[tuple[Guide, int]]) -> None:
-        from llguidance.numpy import consume_token_par
-
-        try:
-            taken = consume_token_par(self._executor, [(guide.matcher, token) for guide, token in chosen])
-        except Exception as cause:
-            for guide, _ in chosen:
-                guide.fail(cause)
-            return
-        for (guide, _), well in zip(chosen, taken, strict=True):
-            if not well:
-                guide.fail(guide.matcher.get_error())
-        self._fill([guide for guide, _ in chosen if guide.failure is None])
-
-    def _fill(self, guides: Sequence[Guide]) -> None:
-        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
-
-        open_ended = [guide for guide in guides if not guide.matcher.is_stopped()]
-        masks = allocate_token_bitmask(len(open_ended), self.size)
-        try:
-            places = [(guide.matcher, place) for place, guide in enumerate(open_ended)]
-            fill_next_token_bitmask_par(self._executor, places, masks)
-        except Exception as cause:
-            for guide in open_ended:
-                guide.fail(guide.matcher.get_error() or cause)
-        for guide in guides:
-            guide.words = self._last
-        for guide, words in zip(open_ended, masks, strict=True):
-            guide.words = words
-        for guide in guides:
-            guide.ready.set()
-
-
-def bar(guides: Sequence[Guide], rows: Sequence[int], barred: torch.Tensor) -> None:
-    """Set the flags of those tokens that may not come next; waits for what is still being worked out.
-
-    Args:
-        rows: of ``barred``, which is (rows, vocabulary): one for each guide.
-    """
-    end = time.monotonic() + PATIENCE
-    for guide in guides:
-        if not guide.ready.wait(max(0.0, end - time.monotonic())):
-            guide.fail(TimeoutError("its mask did not come"))
-    well = [(guide, row) for guide, row in zip(guides, rows, strict=True) if guide.failure is None]
-    for guide, row in zip(guides, rows, strict=True):
-        if guide.failure is not None:  # whatever comes is not told any more
-            barred[row] = False
-    if well:
-        words = numpy.stack([guide.words for guide, _ in well])
-        bits = numpy.unpackbits((~words).view(numpy.uint8), axis=1, bitorder="little", count=barred.shape[1])
-        barred[[row for _, row in well]] = torch.from_numpy(bits.view(numpy.bool_)).to(barred.device)
-
-
-class _Worker:
-    """A thread that works masks out, one step's after another. The first starts it; it runs until it is closed."""
-
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._closed = False
-        weakref.finalize(self, self._jobs.put, None).atexit = False  # of an engine that was left behind
-
-    def do(self, job: Callable[[], None]) -> None:
-        """Have it done. The generation thread, which does it itself after the end."""
-        if self._closed:
-            job()
-            return
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=_work, args=(self._jobs,), name="lmbridge grammars", daemon=True)
-            self._thread.start()
-        self._jobs.put(job)
-        if self._closed:  # meanwhile: the thread may have ended before it came to this one
-            self._do_the_rest()
-
-    def _do_the_rest(self) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                if (job := self._jobs.get_nowait()) is not None:
-                    job()
-
-    def close(self) -> None:
-        """End the thread once it has done what it was given. Any thread."""
-        self._closed = True
-        self._jobs.put(None)
-
-
-def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
-    while (job := jobs.get()) is not None:
-        try:
-            job()
-        except Exception:
-            logger.exception("The masks of a step could not be worked out.")
-        del job  # it holds its guides, whose answers may be over
 
 
 # --- grammars in llguidance's words ---
@@ -251,9 +178,17 @@ _WRITTEN: dict[str, Callable[[Any, Any], str]] = {
     "choice": _choice,
     "regex": lambda matcher, pattern: matcher.grammar_from_regex(pattern),
     "lark": _lark,
+    "calls": lambda matcher, text: matcher.grammar_from_lark(text),
 }
-_CALLED = {"json": "JSON schema", "choice": "choice", "regex": "regular expression", "lark": "grammar"}
+_CALLED = {
+    "json": "JSON schema",
+    "choice": "choice",
+    "regex": "regular expression",
+    "lark": "grammar",
+    "calls": "schema of a tool",
+}
 
 
-def _first_lines(error: str) -> str:
-    return " ".join(line.strip() for line in error.strip().splitlines()[:6])[:500]
+def _brief(error: str) -> str:
+    """Its first lines, without the state of the parser."""
+    return " ".join(line.strip() for line in error.partition("<state>")[0].strip().splitlines()[:6])[:500]

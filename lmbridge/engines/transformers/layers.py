@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from lmbridge.engines.transformers.choosing import Changes, Parts
-from lmbridge.engines.transformers.guides import bar
 from lmbridge.engines.transformers.plan import Plan
 
 
@@ -20,7 +19,7 @@ class Layers:
     """The changes of all rows.
 
     Args:
-        static: make every tensor at once, 13 bytes per row and token together.
+        static: make every tensor at once, 12 bytes per row and token together.
     """
 
     def __init__(self, rows: int, size: int, device: torch.device, static: bool) -> None:
@@ -28,23 +27,28 @@ class Layers:
         self._biases = _Biases(rows, width, device)
         self._factors = _Factors(rows, width, device)
         self._counts = _Counts(rows, width, device)
-        self._barred = _Barred(rows, width, device)
-        self._all = (self._biases, self._factors, self._counts, self._barred)
+        self._allowed = _Allowed(rows, 0, torch.device("cpu"))
+        self._all = (self._biases, self._factors, self._counts, self._allowed)
         self._size = size
+        self._device = device
+        self._allowed_here = self._allowed.values.to(device)
 
     def rows(self, count: int) -> Changes:
         """Those of the first rows: the same memory in every step, but where a first plan makes room."""
-        return Changes(*(layer.values[:count] for layer in self._all))
+        layers = self._biases.values, self._factors.values, self._counts.values, self._allowed_here
+        return Changes(*(values[:count] for values in layers))
 
     def seat(self, before: Sequence[Plan | None], plans: Sequence[Plan]) -> None:
         """Give each row the changes of its new plan; a plan that has left its row takes its own along."""
         for layer in self._all:
             layer.seat(before, plans, self._size)
 
-    def bar(self, plans: Sequence[Plan | None]) -> None:
-        """Leave out what the grammars of these rows' plans do not allow next."""
+    def allow(self, plans: Sequence[Plan | None]) -> None:
+        """Only what the grammars of these rows' plans let come next."""
         guided = [(plan.guide, row) for row, plan in enumerate(plans) if plan is not None and plan.guide is not None]
-        bar([guide for guide, _ in guided], [row for _, row in guided], self._barred.values)
+        if guided:
+            guided[0][0].home.fill(guided, self._allowed.values)
+            self._allowed_here = self._allowed.values.to(self._device)  # itself on a CPU
 
     def note(self, tokens: torch.Tensor, penalties: torch.Tensor, parts: Parts) -> None:
         """Keep what was chosen.
@@ -161,17 +165,22 @@ class _Biases(_Layer):
         return lifted or super()._changes(before, plans, row)
 
 
-class _Barred(_Layer):
-    """The tokens that a row's grammar does not allow next; filled before each choice."""
+class _Allowed(_Layer):
+    """The tokens that a row's grammar lets come next, a bit for each; filled before each choice, by a CPU."""
 
-    name = "barred"
-    neutral = False
+    name = "allowed"
+    neutral = 255
 
     def wanted(self, plan: Plan) -> bool:
         return plan.guide is not None
 
     def leave(self, plan: Plan, row: torch.Tensor) -> None:
         """The guide keeps it."""
+
+    def _buffer(self, columns: int) -> torch.Tensor:
+        words = -(-columns // 32)
+        with torch.inference_mode(False):
+            return torch.full((self._rows, 4 * words), self.neutral, dtype=torch.uint8)
 
 
 def _at(plans: Sequence[Plan | None], row: int) -> Plan | None:

@@ -35,15 +35,15 @@ class Sampler:
         """
         Args:
             rows: the most plans that a step is prepared for.
-            static: run every part in every step but log-probabilities, on tensors made at once (13 bytes per row and
-                token for biases and penalties), as a CUDA graph needs that replays what it has recorded.
+            static: run every part in every step but grammars and log-probabilities, on tensors made at once (12 bytes
+                per row and token for biases and penalties), as a CUDA graph needs that replays what it has recorded.
         """
         device = torch.device(device)
         self.steps = 0
         self._device = torch.device("cpu") if device.type == "mps" else device  # it has no double precision
         self._size = vocabulary_size
         self._static = static
-        self._every = Parts(True, True, vocabulary_size, True, True, True, True, True, True, True)
+        self._every = Parts(True, True, vocabulary_size, True, True, True, True, True, True)
         self.parts = self._every if static else Parts()
         self._seats: list[weakref.ref[Plan]] = []  # whose settings the rows hold
         self._needed = self._ending = False
@@ -88,7 +88,7 @@ class Sampler:
             (rows,), on the device of ``scores``.
         """
         plans = [seat() for seat in self._seats] if self.parts.grammars else []
-        self._layers.bar(plans)
+        self._layers.allow(plans)
         choice = self.compute(scores)
         if self.parts.grammars:
             _tell_guides(plans, choice.tokens.tolist())
@@ -146,14 +146,14 @@ class Sampler:
 
 
 def _tell_guides(plans: Sequence[Plan | None], tokens: Sequence[int]) -> None:
-    """Which tokens were chosen; the guides work out what may follow while the model runs."""
+    """Which tokens were chosen."""
     told = [
         (plan.guide, token)
         for plan, token in zip(plans, tokens, strict=False)
         if plan is not None and plan.guide is not None and plan.end is None
     ]
     if told:
-        told[0][0].home.chosen([guide for guide, _ in told], [token for _, token in told])
+        told[0][0].home.chosen(told)
 
 
 def _parts(plans: Sequence[Plan], size: int, on_cpu: bool) -> Parts:
