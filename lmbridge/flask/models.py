@@ -23,9 +23,10 @@ from lmbridge.bridge import Bridge
 from lmbridge.engines import engine_class
 from lmbridge.errors import BridgeClosedError, InvalidRequestError, ModelNotFoundError, UnsupportedTaskError
 from lmbridge.flask.config import ModelSource, Settings
-from lmbridge.messages import Task
+from lmbridge.messages import GenerationConfig, Task
 
 EXTENSION = "lmbridge"
+_EVERYTHING = frozenset(GenerationConfig().__dict__)  # an engine says itself what it cannot do
 VERBS: dict[Task, str] = {"generate": "generate text", "embed": "embed", "rerank": "rerank", "call": "call a function"}
 
 
@@ -48,6 +49,7 @@ class Models:
         self._created = int(time.time())
         self._own: list[Bridge] = []  # closed with the app; those handed in belong to somebody else
         self._tasks: dict[str, frozenset[Task]] = {}  # as last seen; set in one atomic step by any thread
+        self._supports: dict[str, frozenset[str]] = {}  # what an engine will honour that is not loaded yet
         self._bridges = {name: self._build(name, source) for name, source in settings.models.items()}
         _open.add(self)
 
@@ -83,6 +85,10 @@ class Models:
         if found:
             self._tasks[name] = found
         return self._tasks.get(name, frozenset())
+
+    def supports(self, name: str) -> frozenset[str]:
+        """The GenerationConfig fields that the model's engine honours, or will once loaded; all while not known."""
+        return self.bridge(name).supports() or self._supports.get(name, _EVERYTHING)
 
     def chosen(self, name: str | None, task: Task, timeout: float | None = None) -> str:
         """The model for a request: the one it names, else the first that does what is asked.
@@ -135,6 +141,7 @@ class Models:
         """Put another bridge under that name, and return the one that was there. For tests; see ``testing``."""
         old, self._bridges[name] = self.bridge(name), bridge
         self._tasks.pop(name, None)
+        self._supports.pop(name, None)
         return old
 
     def close(self, *, drain: bool = False, timeout: float = 10.0) -> None:
@@ -171,6 +178,7 @@ class Models:
         self._own.append(bridge)
         if isinstance(model, (str, Path)):
             self._tasks[name] = _tasks_of(engine, options.get("task"))
+            self._supports[name] = engine_class(engine).supports
         return bridge
 
     def _default_account(self, request: Request) -> str:

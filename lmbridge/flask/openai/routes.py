@@ -27,9 +27,6 @@ from lmbridge.flask.openai.reading import Call, read_chat, read_completion
 from lmbridge.flask.openai.responses.routes import register as register_responses
 from lmbridge.flask.openai.writing import ChatWriter, CompletionWriter, Writer
 from lmbridge.flask.sse import event_stream
-from lmbridge.messages import GenerationConfig
-
-_EVERYTHING = frozenset(GenerationConfig().__dict__)  # while an engine loads; it says itself what it cannot do
 
 blueprint = Blueprint("lmbridge_openai", __name__, url_prefix="/v1")
 blueprint.before_request(guard.begin)
@@ -81,7 +78,7 @@ def show_model(name: str) -> Response:
 def _answer(read: Callable[[dict[str, Any], Set[str]], Call], make_writer: Callable[..., Writer]) -> Response:
     asked = Asked("generate")
     bridge = current_models().bridge(asked.model)
-    call = read(asked.values, bridge.supports() or _EVERYTHING)
+    call = read(asked.values, current_models().supports(asked.model))
     asked.log(call.prompts)
     writer = make_writer(call, bridge, asked.model)
     answering = Answering(call, asked.client, writer, guard.unique_id(), asked.timeout)
