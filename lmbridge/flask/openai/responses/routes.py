@@ -22,9 +22,7 @@ from lmbridge.flask.openai.responses.reading import read_response
 from lmbridge.flask.openai.responses.telling import Telling
 from lmbridge.flask.openai.responses.writing import Form
 from lmbridge.flask.sse import event_stream
-from lmbridge.messages import GenerationConfig
 
-_EVERYTHING = frozenset(GenerationConfig().__dict__)  # while an engine loads; it says itself what it cannot do
 _OF_KEPT = (("", "GET"), ("", "DELETE"), ("/cancel", "POST"), ("/input_items", "GET"))
 
 
@@ -39,13 +37,13 @@ def register(blueprint: Blueprint) -> None:
 
 def create() -> Response:
     asked = Asked("generate")
-    bridge = current_models().bridge(asked.model)
-    call = read_response(asked.values, bridge.supports() or _EVERYTHING)
+    models = current_models()
+    call = read_response(asked.values, models.supports(asked.model))
     asked.log(call.prompts)
-    telling = Telling(Form(call, asked.model), _logprobs(call, bridge), call.reasoning)
+    telling = Telling(Form(call, asked.model), _logprobs(call, models.bridge(asked.model)), call.reasoning)
     answering = Answering(call, asked.client, telling, guard.unique_id(), asked.timeout)
     if call.stream:
-        return event_stream(*answering.stream(current_models().settings.heartbeat))
+        return event_stream(*answering.stream(models.settings.heartbeat))
     return Response(json.dumps(answering.whole(), allow_nan=False), mimetype="application/json")
 
 
