@@ -25,6 +25,7 @@ from lmbridge.errors import (
 from lmbridge.messages import GenerationConfig, Prompt
 from tests.conftest import until_then
 from tests.engines.conftest import BYTES, EOS, byte_level_tokenizer, save_model
+from tests.engines.dialect.templates import FORMS, TOOL
 from tests.engines.lmdeploy_scripted import Cues, Driver, driven, scripted_gpu
 
 Scenario = Callable[[Driver, Cues], Coroutine[Any, Any, None]]
@@ -51,7 +52,7 @@ def test_it_is_the_engine_of_that_name(llama: str) -> None:
     assert engine_class("lmdeploy") is LMDeployEngine
     engine = engine_factory("lmdeploy", llama, {"max_batch_size": 3, "backend": "pytorch"})()
     assert engine.max_batch_size == 3
-    refused = {"frequency_penalty", "presence_penalty", "logit_bias", "truncate_prompt_tokens", "chat_template_kwargs"}
+    refused = {"frequency_penalty", "presence_penalty", "logit_bias", "truncate_prompt_tokens"}
     refused |= {"add_generation_prompt", "continue_final_message", "prompt_logprobs", "return_prompt_token_ids"}
     assert engine.supports == set(GenerationConfig().__dict__) - refused
     documented = inspect.getdoc(LMDeployEngine) or ""
@@ -272,6 +273,24 @@ def test_special_tokens_are_left_out_or_kept(tmp_path_factory: pytest.TempPathFa
         assert (shown.text, shown.token_ids) == ("a<mark>b", prompt)
         hidden = await driver.ask(prompt)
         assert (hidden.text, hidden.token_ids) == ("ab", prompt)
+
+    run(model, scenario)
+
+
+def test_tools_reach_the_template_and_calls_are_read(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The model would never hear of its tools, or its calls would be shown as text."""
+    form = FORMS["hermes"]
+    model = save_model(tmp_path_factory.mktemp("models") / "tools", max_position_embeddings=2048)
+    byte_level_tokenizer(form.template).save_pretrained(model)
+    messages = [{"role": "user", "content": "Hi."}]
+
+    async def scenario(driver: Driver, cues: Cues) -> None:
+        told = await driver.ask(messages, tools=[TOOL], max_new_tokens=1000)
+        assert "Look out of a window." in told.text
+        assert "window" not in (await driver.ask(messages, tools=[TOOL], tool_choice="none", max_new_tokens=1000)).text
+        calls = await driver.ask(ids(form.answer), tools=[TOOL], max_new_tokens=1000)
+        assert (calls.text, [call.name for call in calls.whole.tool_calls]) == (form.said, ["look", "look"])
+        assert calls.reason == "tool_calls"
 
     run(model, scenario)
 

@@ -36,7 +36,7 @@ from tests.engines.conftest import BYTES, EOS, byte_level_tokenizer, save_model
 from tests.engines.dialect.templates import FORMS, THINKING, TOOL
 
 NUMBER = {"type": "integer", "minimum": 0, "maximum": 99}
-ADD = {
+ADD: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "add",
@@ -162,7 +162,7 @@ def test_what_the_model_chooses_to_call_is_read(name: str, tmp_path: Path) -> No
 def test_the_model_is_told_of_its_tools_and_calls(bridge: Bridge) -> None:
     """It would call at random, and ask again for what it has been told."""
     call = ToolCall(0, "abcdefghi", "look", '{"city": "Rome"}').message()
-    history = [
+    history: list[Any] = [
         *ASKED,
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "abcdefghi", "content": "It is dry."},
@@ -414,7 +414,7 @@ class Place(TypedDict):
 def test_a_function_is_described_by_its_signature() -> None:
     """The model would not know what a parameter is for, or give a text where a number is wanted."""
 
-    def book(
+    def book(  # type: ignore[no-untyped-def]
         place: Place,
         *,
         unit: Unit = Unit.C,
@@ -423,7 +423,7 @@ def test_a_function_is_described_by_its_signature() -> None:
         shares: dict[str, float] = {},  # noqa: B006
         pair: tuple[int, str] = (1, ""),
         note: Annotated[str, "said aloud"] = "",
-        anything=None,  # type: ignore[no-untyped-def]
+        anything=None,
     ) -> None:
         """Book a table
         for two.

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lmbridge.engines.dialect.formats import FORMATS, HERMES, Format, response_template
+from lmbridge.engines.dialect.formats import FORMATS, HERMES, LLAMA, Format, response_template
 from lmbridge.engines.dialect.reader import Reader
-from lmbridge.engines.dialect.spelling import calls_grammar
+from lmbridge.engines.dialect.spelling import calls_grammar, calls_schema
+from lmbridge.engines.dialect.telling import told, written_out
 from lmbridge.errors import InvalidRequestError
 from lmbridge.grammar import Grammar
 from lmbridge.messages import GenerationConfig, Message, ToolCall
+from lmbridge.tools import Tool
 
 _NAME, _KEY, _VALUE = "lmbridge_asks", "lmbridge_key", "lmbridge_value"
 _TOOL = {
@@ -35,6 +37,7 @@ class Dialect:
 
     Args:
         tokenizer: of transformers.
+        spells: the engine follows grammars; if not, it follows JSON schemas.
 
     Attributes:
         knows_tools: the template tells the model of tools.
@@ -43,8 +46,9 @@ class Dialect:
         whole: the tokenizer's own parser wants all special tokens in the text.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, spells: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._spells = spells
         self._own = getattr(tokenizer, "response_template", None)
         self.knows_tools = self._tells_of_tools()
         self.knows_calls = "tool_calls" in str(tokenizer.chat_template)
@@ -87,6 +91,8 @@ class Dialect:
             return form
         if form is not None and form.kind == "lark":
             raise InvalidRequestError("A Lark grammar cannot go with tools; leave one of them out.", form.param)
+        if not self._spells:
+            return calls_schema(calling, form)
         format = self._format_for(config)
         assert format is not None
         assert format.spelled is not None
@@ -95,6 +101,23 @@ class Dialect:
     def thought_end(self, config: GenerationConfig, prompt: Sequence[int]) -> int | None:
         """The token from which on the answer must have its form, where the prompt has the model think first."""
         return self._thought_ends if self.reads(config) and self._opens_thought(prompt) else None
+
+    def tools(self, config: GenerationConfig) -> list[Tool] | None:
+        """What the template is to be given."""
+        return config.calling.tools if config.calling is not None and self.knows_tools else None
+
+    def told(self, messages: list[Message], config: GenerationConfig) -> list[Message]:
+        """The conversation, with all in it that the template would not say.
+
+        Raises:
+            InvalidRequestError: the model is to choose among tools that nothing tells it of.
+        """
+        self.refuse_unknown_tools(config)
+        if not self.knows_calls:
+            messages = written_out(messages)
+        if config.calling is not None and not self.knows_tools:
+            messages = told(messages, config.calling.tools)
+        return messages
 
     def refuse_unknown_tools(self, config: GenerationConfig) -> None:
         """Raise InvalidRequestError where the model is to choose among tools that nothing can tell it of."""
@@ -111,8 +134,11 @@ class Dialect:
     def _format_for(self, config: GenerationConfig) -> Format | None:
         """The form of the request's calls; calls that must come are written by us, so in a form that can be."""
         calling = config.calling
-        held = calling is not None and (calling.required or config.form is not None)
-        return HERMES if held and (self._format is None or self._format.spelled is None) else self._format
+        if calling is None or not (calling.required or config.form is not None):
+            return self._format
+        if not self._spells:
+            return LLAMA
+        return HERMES if self._format is None or self._format.spelled is None else self._format
 
     def _token(self, text: str) -> int | None:
         """The id of what was added to the tokenizer as one token."""

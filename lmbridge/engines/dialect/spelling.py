@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmbridge.engines.dialect.formats import Spelled
+from lmbridge.errors import InvalidRequestError
 from lmbridge.grammar import Grammar
 from lmbridge.tools import Calling
 
@@ -46,6 +47,23 @@ def calls_grammar(calling: Calling, spelled: Spelled, tokens: Mapping[str, int],
     if other is None:
         return Grammar("calls", "\n".join(["start: calls", *lines]), "tools")
     return Grammar("calls", "\n".join(["start: calls | other", *lines, f"other: {_form(other)}"]), other.param)
+
+
+def calls_schema(calling: Calling, other: Grammar | None) -> Grammar:
+    """The same for engines that follow JSON schemas: one call, as Llama writes it.
+
+    Raises:
+        InvalidRequestError: the other form is no schema.
+    """
+    if other is not None and other.kind != "json":
+        raise InvalidRequestError(f"This engine takes no {other.param} of this kind beside tools.", other.param)
+    schemas = [_call_schema(tool["function"]) for tool in calling.tools] + ([] if other is None else [other.value])
+    return Grammar("json", schemas[0] if len(schemas) == 1 else {"anyOf": schemas}, "tools")
+
+
+def _call_schema(function: Mapping[str, Any]) -> dict[str, Any]:
+    parts = {"name": {"enum": [function["name"]]}, "parameters": {"type": "object", **function["parameters"]}}
+    return {"type": "object", "properties": parts, "required": list(parts), "additionalProperties": False}
 
 
 def _form(form: Grammar) -> str:

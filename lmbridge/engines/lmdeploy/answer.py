@@ -6,6 +6,9 @@ stop words of any length are found in it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from lmbridge.engines.dialect import Dialect, read_apart
 from lmbridge.engines.lmdeploy.sampling import own_stop_ids
 from lmbridge.engines.text import Piece, TextStream, Vocabulary
 from lmbridge.messages import Delta, FinishReason, GenerationConfig, Logprobs, Usage
@@ -18,18 +21,23 @@ class Answer:
         stopped: a stop word, or a stop token that LMDeploy does not look for, has ended it; LMDeploy is to be told.
     """
 
-    def __init__(self, config: GenerationConfig, vocabulary: Vocabulary, prompt_tokens: int) -> None:
+    def __init__(
+        self, config: GenerationConfig, vocabulary: Vocabulary, prompt: Sequence[int], dialect: Dialect
+    ) -> None:
         self.stopped = False
+        reads = dialect.reads(config)
         self._stream = TextStream(
             vocabulary,
             config.stop_words,
-            config.skip_special_tokens,
+            config.skip_special_tokens and not (reads and dialect.wants_all_tokens(config)),
             keep_stop_word=config.include_stop_str_in_output,
             least=config.min_new_tokens or 0,
+            shown=dialect.shown if reads else frozenset(),
         )
+        self._reader = dialect.reader(config, prompt) if reads else None
         self._stop_ids = own_stop_ids(config)
         self._most_likely = config.logprobs
-        self._prompt_tokens = prompt_tokens
+        self._prompt_tokens = len(prompt)
         self._tokens: list[int] = []
         self._logprobs: list[Logprobs] = []
         self._told = 0  # tokens handed out
@@ -49,7 +57,7 @@ class Answer:
         piece = self._stream.push(shown)
         self._cut = piece.stopped
         self.stopped = piece.stopped or ending is not None
-        return self._delta(piece) if piece.text or piece.tokens else None
+        return self._read(self._delta(piece)) if piece.text or piece.tokens else None
 
     def finish(self, reason: FinishReason) -> Delta:
         """The last delta, with all that was held back."""
@@ -61,7 +69,7 @@ class Answer:
         delta = self._delta(rest)
         delta.finish_reason = reason
         delta.usage = Usage(self._prompt_tokens, self._count)
-        return delta
+        return self._read(delta)
 
     def _delta(self, piece: Piece) -> Delta:
         start, self._told = self._told, self._told + piece.tokens
@@ -69,6 +77,11 @@ class Answer:
         return Delta(
             piece.text, self._tokens[start : self._told], self._logprobs[start : self._told] if wanted else None
         )
+
+    def _read(self, delta: Delta) -> Delta:
+        if self._reader is not None:
+            read_apart(self._reader, delta)
+        return delta
 
     def _entry(self, token: int, entry: dict[int, float]) -> Logprobs:
         """The token's own log-probability first; LMDeploy was asked for one more where none was wanted."""

@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, ClassVar
 
 from lmbridge.engines.base import Engine, engine_error
+from lmbridge.engines.dialect import Dialect
 from lmbridge.engines.lmdeploy.answer import Answer
 from lmbridge.engines.lmdeploy.loading import load, room, vocabulary_size
 from lmbridge.engines.lmdeploy.options import LMDeployOptions
@@ -70,6 +71,7 @@ class LMDeployEngine(Engine):
             "max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_p", "top_k", "min_p",
             "repetition_penalty", "random_seed", "stop_words", "include_stop_str_in_output", "stop_token_ids",
             "ignore_eos", "skip_special_tokens", "logprobs", "response_format", "grammar",
+            "chat_template_kwargs", "tools", "tool_choice", "parallel_tool_calls", "separate_reasoning",
         }
     )  # fmt: skip
 
@@ -148,6 +150,7 @@ class LMDeployEngine(Engine):
         self._core = core
         self._watch(core)
         self._vocabulary = Vocabulary(core.tokenizer.model.model)
+        self._dialect = Dialect(core.tokenizer.model.model, spells=False)
         self._template_stops = list(core.stop_words or ())
         self._room = room(core)
         self._vocabulary_size = vocabulary_size(core)
@@ -265,7 +268,7 @@ class LMDeployEngine(Engine):
         try:
             core = self._alive()
             prepared = await self._prepare(core, request)
-            answer = Answer(request.config, self._vocabulary, prepared.input_token_len)
+            answer = Answer(request.config, self._vocabulary, prepared.inputs["input_ids"], self._dialect)
             if request.id in self._aborted:
                 core.session_mgr.remove(prepared.session)
                 yield answer.finish("abort")
@@ -293,10 +296,12 @@ class LMDeployEngine(Engine):
         """LMDeploy's own form of the request: its tokens, and what it makes of the config."""
         from lmdeploy import GenerationConfig as LMDeployConfig
 
-        prompt, ids = request.prompt, None
+        prompt, ids, config = request.prompt, None, request.config
+        if isinstance(prompt, str) and not request.raw and config.calling is not None:
+            prompt = [{"role": "user", "content": prompt}]
         if not isinstance(prompt, str):
             if prompt and isinstance(prompt[0], dict):
-                prompt = [_message(message) for message in prompt]
+                prompt = self._dialect.told([_message(message) for message in prompt], config)
             else:
                 prompt, ids = None, [self._known(token) for token in prompt]  # type: ignore[assignment]
         session = core.session_mgr.get()
@@ -305,7 +310,9 @@ class LMDeployEngine(Engine):
             prepared = await core.preprocess(
                 messages=prompt,
                 session_id=session,
-                gen_config=LMDeployConfig(**sampling_fields(request.config, self._template_stops)),
+                gen_config=LMDeployConfig(**sampling_fields(config, self._template_stops, self._dialect.form(config))),
+                tools=self._dialect.tools(config),
+                chat_template_kwargs=dict(config.chat_template_kwargs or {}) or None,
                 do_preprocess=not (request.raw and isinstance(prompt, str)),
                 input_ids=ids,
             )

@@ -26,7 +26,7 @@ PARAMETERS = {
     ),
     "lmdeploy.serve.core:AsyncEngine.start_loop": ("loop", "use_async_api"),
     "lmdeploy.serve.core:AsyncEngine.preprocess": (
-        "messages", "session_id", "gen_config", "do_preprocess", "input_ids",
+        "messages", "session_id", "gen_config", "do_preprocess", "input_ids", "tools", "chat_template_kwargs",
     ),
     "lmdeploy.serve.core:AsyncEngine.generate": ("request", "stream_response"),
     "lmdeploy.serve.core:AsyncEngine.stop_all_session": (),

@@ -47,11 +47,14 @@ def response_format(form: Grammar | None) -> dict[str, Any] | None:
     return {"type": "regex_schema", "regex_schema": pattern}
 
 
-def sampling_fields(config: GenerationConfig, template_stops: Sequence[int]) -> dict[str, Any]:
+def sampling_fields(
+    config: GenerationConfig, template_stops: Sequence[int], form: Grammar | None = None
+) -> dict[str, Any]:
     """The fields of LMDeploy's GenerationConfig; those left out have neutral defaults there too.
 
     Args:
         template_stops: tokens that end an answer by the chat template. LMDeploy forgets them when others are given.
+        form: of the answer, calls included.
     """
     fields: dict[str, Any] = {
         "max_new_tokens": config.max_new_tokens,
@@ -59,7 +62,7 @@ def sampling_fields(config: GenerationConfig, template_stops: Sequence[int]) -> 
         "ignore_eos": config.ignore_eos,
         "skip_special_tokens": config.skip_special_tokens,
         "random_seed": config.random_seed,
-        "response_format": response_format(config.form),
+        "response_format": response_format(form or config.form),
         "logprobs": None if config.logprobs is None else max(1, config.logprobs),  # 0 would give none at all
         **_choice_of_token(config),
     }

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lmbridge.engines.dialect import Dialect
-from lmbridge.engines.dialect.telling import told, told_by_user, written_out
+from lmbridge.engines.dialect.telling import told_by_user
 from lmbridge.engines.transformers.length import LengthBound, length_bound
 from lmbridge.errors import InvalidRequestError, PromptTooLongError
 from lmbridge.messages import GenerationConfig, Message, Prompt
@@ -164,12 +164,10 @@ class PromptEncoder:
     def _chat(self, messages: list[Message], config: GenerationConfig) -> str:
         if not self._tokenizer.chat_template:
             raise _invalid("The model has no chat template, so that it takes no messages; give it a string.")
-        self._dialect.refuse_unknown_tools(config)
+        messages = self._dialect.told(messages, config)
         try:
-            if not self._dialect.knows_calls:
-                messages = written_out(messages)
             if config.calling is not None and not self._dialect.knows_tools:
-                return self._render_told(told(messages, config.calling.tools), config)
+                return self._render_told(messages, config)
             return self._render_calls(messages, config)
         except Exception as cause:  # a template is a program of the model's author, and may raise anything
             raise _invalid(f"The model's chat template refused the messages: {cause}") from cause
@@ -199,13 +197,12 @@ class PromptEncoder:
 
     def _render(self, messages: list[Message], config: GenerationConfig) -> str:
         going_on, begins = config.continue_final_message, config.add_generation_prompt
-        calling = config.calling if self._dialect.knows_tools else None
         text: str = self._tokenizer.apply_chat_template(
             messages,
             add_generation_prompt=not going_on if begins is None else begins,
             continue_final_message=going_on,
             tokenize=False,
-            tools=None if calling is None else calling.tools,
+            tools=self._dialect.tools(config),
             **(config.chat_template_kwargs or {}),
         )
         return text

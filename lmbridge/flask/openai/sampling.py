@@ -54,7 +54,7 @@ def read_config(body: Body, supported: Set[str], **more: Any) -> GenerationConfi
             continue
         value = body.value(field.name)
         if value is not None and value not in field.neutral:
-            if field.option == "grammar" and "grammar" in overrides:
+            if field.option == "grammar" and overrides.get("grammar", field.convert(value)) != field.convert(value):
                 body.refuse(field.name, "left out: another field says already what form the answer has")
             overrides[field.option] = field.convert(value)
     overrides.update(more)

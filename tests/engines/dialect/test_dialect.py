@@ -6,11 +6,13 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import pytest
 
 from lmbridge import Delta, GenerationConfig, InvalidRequestError, ToolCall
 from lmbridge.engines.dialect import Dialect, read_apart
 from lmbridge.engines.dialect.telling import told, told_by_user, written_out
+from lmbridge.engines.lmdeploy.sampling import sampling_fields
 from lmbridge.messages import join_deltas
 from tests.engines.conftest import TEMPLATE, byte_level_tokenizer
 from tests.engines.dialect.templates import FORMS, THINKING, TOOL, template
@@ -118,6 +120,19 @@ def test_ids_are_such_as_the_template_takes() -> None:
         assert call.id.replace("_", "").isalnum()
 
 
+def test_calls_that_must_come_are_a_schema_for_lmdeploy() -> None:
+    """LMDeploy follows no grammar of calls; a call would be prose, or be refused."""
+    dialect = Dialect(byte_level_tokenizer(), spells=False)
+    config = GenerationConfig(tools=[TOOL], tool_choice="required")
+    form = dialect.form(config)
+    format = sampling_fields(config, [], form)["response_format"]
+    call = {"name": "look", "parameters": {"city": "Rome"}}
+    jsonschema.validate(call, format["json_schema"]["schema"])
+    delta = Delta(json.dumps(call), finish_reason="stop")
+    read_apart(dialect.reader(config, []), delta)
+    assert "".join(call.name + call.arguments for call in delta.tool_calls) == 'look{"city": "Rome"}'
+
+
 # --- thoughts ---
 
 
@@ -218,7 +233,7 @@ def test_tools_are_described_in_a_message() -> None:
 def test_calls_and_results_are_written_out() -> None:
     """A template that knows none would leave them out, so that the model asks again for ever."""
     call = ToolCall(0, "1", "look", '{"city": "Rome"}').message()
-    messages = [
+    messages: list[Any] = [
         {"role": "user", "content": "Rain?"},
         {"role": "assistant", "content": "", "tool_calls": [call, {**call, "id": "2"}]},
         {"role": "tool", "tool_call_id": "1", "content": "dry"},
