@@ -64,6 +64,13 @@ def test_thread_pool(run_example: RunExample) -> None:
         assert re.search(rf"\b{2 * n}\b", sums[f"{n} + {n}"].split("=")[-1])
 
 
+def test_tools(run_example: RunExample) -> None:
+    """The example that shows how to give a model functions would call none."""
+    called, said = run_example("tools.py").splitlines()[:2]
+    assert called.startswith("stock('")
+    assert said.startswith("The model says: ")
+
+
 def test_flask_app(start_example: StartExample) -> None:
     """Concurrent HTTP requests to a threaded server each get their own answer, and Ctrl-C ends it cleanly."""
     with start_example("flask_app.py", "0") as server:
