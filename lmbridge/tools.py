@@ -39,16 +39,22 @@ class Calling:
     parallel: bool
 
 
-def read_tools(value: object) -> list[Tool] | None:
+class CheckedTools(list[Tool]):
+    """Tools that have been read, which are not read again."""
+
+
+def read_tools(value: object) -> CheckedTools | None:
     """Plain tools of what was given: descriptions in OpenAI's form, or Python functions; None if it is no list.
 
     Raises:
         InvalidRequestError: one of them is malformed, or two have one name.
     """
+    if isinstance(value, CheckedTools):
+        return value
     given = as_list(value)
     if given is None or len(given) > MOST_TOOLS:
         return None
-    tools = [_tool(item, f"tools[{place}]") for place, item in enumerate(given)]
+    tools = CheckedTools(_tool(item, f"tools[{place}]") for place, item in enumerate(given))
     names = [tool["function"]["name"] for tool in tools]
     for place, name in enumerate(names):
         if name in names[:place]:
