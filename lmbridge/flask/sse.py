@@ -111,12 +111,14 @@ def _events(delta: Delta) -> Iterator[dict[str, Any]]:
         yield {"finish_reason": delta.finish_reason, **counts}
 
 
-def usage_object(usage: Usage) -> dict[str, int]:
-    """Token counts as JSON has them."""
+def usage_object(usage: Usage, reasoning_tokens: int = 0) -> dict[str, Any]:
+    """Token counts as JSON has them; of reasoning where there was any."""
+    details = {"completion_tokens_details": {"reasoning_tokens": reasoning_tokens}} if reasoning_tokens else {}
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
+        **details,
     }
 
 

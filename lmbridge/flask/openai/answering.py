@@ -13,6 +13,7 @@ from lmbridge import Client, Delta, InvalidRequestError, LMBridgeError, RequestA
 from lmbridge.flask.openai.errors import error_payload
 from lmbridge.flask.openai.reading import Call
 from lmbridge.flask.openai.sampling import in_clients_words
+from lmbridge.flask.openai.thoughts import ThoughtTokens
 from lmbridge.flask.openai.writing import DONE, Writer, parted, silenced, silenced_delta, total_usage, without_reasoning
 from lmbridge.flask.sse import Piece, Reader, first_pieces, pieces
 
@@ -30,6 +31,7 @@ class Answering:
         self._call = call
         self._bridge = bridge
         self._writer = writer
+        self._thoughts = ThoughtTokens()  # counted also where they are not told
         self._options: dict[str, Any] = {"raw": call.raw, "timeout": timeout, "request_id": request_id}
 
     def whole(self) -> dict[str, Any]:
@@ -39,10 +41,13 @@ class Answering:
             LMBridgeError: the first error; the other answers have been aborted.
         """
         try:
-            responses = self._heard(self._responses())
+            responses = self._responses()
         except InvalidRequestError as error:
             raise self._in_clients_words(error) from None
-        return self._writer.whole(responses, total_usage(responses, self._call.n))
+        for response in responses:
+            self._thoughts.add(response)
+        heard = self._heard(responses)
+        return self._writer.whole(heard, total_usage(heard, self._call.n), self._thoughts.count)
 
     def stream(self, heartbeat: float) -> tuple[Reader, Iterator[str | None]]:
         """Begin the answers; returns what they are read from, and the data of their events.
@@ -84,13 +89,14 @@ class Answering:
                     continue
                 _check(piece)
                 index, delta = piece
+                self._thoughts.add(delta)
                 for part in parted(self._heard_delta(delta)):
                     chunk = self._writer.chunk(index, part)
                     if chunk is not None:
                         yield chunk
             responses = self._heard(_complete(reader))
             if self._call.include_usage:
-                yield self._writer.counts(total_usage(responses, self._call.n))
+                yield self._writer.counts(total_usage(responses, self._call.n), self._thoughts.count)
             yield DONE
         except InvalidRequestError as error:
             yield error_payload(self._in_clients_words(error))

@@ -60,11 +60,11 @@ class Writer:
 
     # --- whole answers ---
 
-    def whole(self, responses: Sequence[Response], usage: Usage) -> dict[str, Any]:
+    def whole(self, responses: Sequence[Response], usage: Usage, reasoning_tokens: int = 0) -> dict[str, Any]:
         """One object with all answers."""
         choices = [self._choice(index, response) for index, response in enumerate(responses)]
         of_prompt = self._of_prompt(responses[0]) if self.prompt_beside_choices else {}
-        usages = usage_object(usage)
+        usages = usage_object(usage, reasoning_tokens)
         return {**self._facts, "object": self.object_name, "choices": choices, **of_prompt, "usage": usages}
 
     def _choice(self, index: int, response: Response) -> dict[str, Any]:
@@ -95,9 +95,9 @@ class Writer:
         in_choice, beside = self._ids(delta, first) if self._token_ids else ("", "")
         return f'{self._head}{index},{piece},"logprobs":{logprobs},"finish_reason":{reason}{in_choice}}}]{beside}}}'
 
-    def counts(self, usage: Usage) -> str:
+    def counts(self, usage: Usage, reasoning_tokens: int = 0) -> str:
         """The last chunk, with the token counts."""
-        return f"{self._tail}{_compact(usage_object(usage))}}}"
+        return f"{self._tail}{_compact(usage_object(usage, reasoning_tokens))}}}"
 
     # --- what chats and completions say differently ---
 

@@ -220,6 +220,20 @@ def test_reasoning_may_be_left_out(client: OpenAI, stream: bool) -> None:
         assert "two cities" not in answer.model_dump_json()
         text, ids, usage = answer.choices[0].message.content, answer.choices[0].token_ids, answer.usage
     assert (text, ids, usage.completion_tokens) == (TEXT, list(range(1, len(SAID) + 1)), len(SAID))
+    assert 0 < usage.completion_tokens_details.reasoning_tokens < len(SAID)
+
+
+def test_tokens_of_reasoning(client: OpenAI, played: Played) -> None:
+    """They are counted as OpenAI counts them, of all answers together, and not told where nothing was thought."""
+    counted: Any = {"stream": True, "stream_options": {"include_usage": True}}
+    for n in (1, 2):
+        whole = create(client, n=n, max_tokens=2).usage
+        *_, last = create(client, n=n, max_tokens=2, **counted)
+        for usage in (whole, last.usage):
+            assert usage.completion_tokens_details.reasoning_tokens == usage.completion_tokens == 2 * n
+    played.said = ["Fine."]
+    *_, last = create(client, **counted)
+    assert create(client).usage.completion_tokens_details is last.usage.completion_tokens_details is None
 
 
 def test_reasoning_is_told_apart_in_chats_alone(client: OpenAI, played: Played) -> None:
