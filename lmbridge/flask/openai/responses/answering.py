@@ -6,14 +6,13 @@ Rule: works with any client's verbs, on the thread of the HTTP request. What fai
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from lmbridge import Client, Delta, InvalidRequestError, RequestAbortedError, Response, Stream
 from lmbridge.flask.openai.errors import describe
 from lmbridge.flask.openai.reading import Call
-from lmbridge.flask.openai.responses.output import Event
+from lmbridge.flask.openai.responses.output import Event, write_event
 from lmbridge.flask.openai.responses.telling import Telling
 from lmbridge.flask.openai.sampling import in_clients_words
 from lmbridge.flask.sse import Payload, Piece, first_pieces, pieces
@@ -26,12 +25,22 @@ class Answering:
         bridge: asks in the name of the HTTP request.
         request_id: the request on the bridge is named after it.
         timeout: seconds, or None.
+        remember: told the items that were said, before the client has heard the last of them.
     """
 
-    def __init__(self, call: Call, bridge: Client, telling: Telling, request_id: str, timeout: float | None) -> None:
+    def __init__(
+        self,
+        call: Call,
+        bridge: Client,
+        telling: Telling,
+        request_id: str,
+        timeout: float | None,
+        remember: Callable[[list[dict[str, Any]]], None],
+    ) -> None:
         self._call = call
         self._bridge = bridge
         self._telling = telling
+        self._remember = remember
         self._prompt: Any = call.prompts[0]
         self._options: dict[str, Any] = {"timeout": timeout, "request_id": request_id}
 
@@ -42,10 +51,12 @@ class Answering:
             LMBridgeError: it has failed.
         """
         try:
-            last = [event for event in self._events() if "response" in event][-1]
+            *_, last = self._events()
         except InvalidRequestError as error:
             raise self._in_clients_words(error) from None
+        assert isinstance(last, dict)
         response: dict[str, Any] = last["response"]
+        self._remember(response["output"])
         return response
 
     def stream(self, heartbeat: float) -> tuple[Stream, Iterator[Payload | None]]:
@@ -87,14 +98,13 @@ class Answering:
     def _payloads(self, stream: Stream, pieces: Iterable[Piece | None]) -> Iterator[Payload | None]:
         numbers = itertools.count()
         for event in self._told(stream, pieces):
-            if event is None:
-                yield None
-            else:
-                numbered = {**event, "sequence_number": next(numbers)}
-                yield event["type"], json.dumps(numbered, separators=(",", ":"))
+            yield None if event is None else write_event(event, next(numbers))
 
     def _told(self, stream: Stream, pieces: Iterable[Piece | None]) -> Iterator[Event | None]:
-        """The last event says how the answer has ended; what merely ends would look like a lost connection."""
+        """The last event says how the answer has ended; what merely ends would look like a lost connection.
+
+        Also of an answer that was cut short, or left, what was said may be referred to.
+        """
         yield from self._telling.begin()
         try:
             for piece in pieces:
@@ -102,11 +112,14 @@ class Answering:
                     yield None
                 else:
                     yield from self._telling.add(piece[1])
-            yield from self._end(stream)
+            last = list(self._end(stream))
         except InvalidRequestError as error:
-            yield from self._telling.fail(describe(self._in_clients_words(error)))
+            last = list(self._telling.fail(describe(self._in_clients_words(error))))
         except Exception as error:
-            yield from self._telling.fail(describe(error))
+            last = list(self._telling.fail(describe(error)))
+        finally:
+            self._remember(self._telling.output)
+        yield from last
 
     def _in_clients_words(self, error: InvalidRequestError) -> Exception:
         return in_clients_words(error, self._call.fields, self._call.prompt_name)

@@ -7,6 +7,7 @@ for is refused rather than left out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from lmbridge.errors import InvalidRequestError
@@ -18,24 +19,29 @@ ROLES = ("user", "assistant", "system", "developer")
 KINDS = ("message", "function_call", "function_call_output", "reasoning")
 _TEXT_PARTS = ("input_text", "output_text", "text")
 
+Find = Callable[[str], dict[str, Any] | None]
+"""From an item's id to the item, or to None where it is not known."""
 _Names = dict[str, str]
 """Where a chat's message has something: where the item has it."""
 
 
-def read_input(given: str | list[Any], instructions: str | None) -> list[Message]:
+def read_input(given: str | list[Any], instructions: str | None, find: Find) -> list[Message]:
     """The conversation.
 
     Args:
         given: a string that the user says, or at least one item.
         instructions: what the system says first.
+        find: for items that are only referred to.
 
     Raises:
-        InvalidRequestError: an item is malformed, or of a kind that is not served; ``param`` has its path.
+        InvalidRequestError: an item is malformed, not known, or of a kind that is not served; ``param`` has its path.
     """
-    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    items = [{"role": "user", "content": given}] if isinstance(given, str) else _resolved(given, find)
     messages: list[Message] = []
     for place, item in enumerate(items):
-        _join(messages, _read_item(item, f"input[{place}]"))
+        message = _read_item(item, f"input[{place}]")
+        if message is not None:
+            _join(messages, message)
     if instructions:
         opening = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else ""
         said = f"{instructions}\n\n{opening}" if opening else instructions  # many templates take one such message
@@ -59,19 +65,52 @@ def _is_one_turn(last: Message, message: Message) -> bool:
     return last["role"] == message["role"] == "assistant" and not (last["content"] and message["content"])
 
 
+# --- items that are referred to ---
+
+
+def _resolved(items: list[Any], find: Find) -> list[Any]:
+    """The items, each reference replaced by what it refers to. What is short to send must not be long many times."""
+    seen: set[str] = set()
+    found = []
+    for place, item in enumerate(items):
+        if _is_reference(item):
+            item = _referred(item.get("id"), f"input[{place}]", seen, find)
+        found.append(item)
+    return found
+
+
+def _is_reference(item: Any) -> bool:
+    if not isinstance(item, dict):
+        return False
+    kind = item.get("type")
+    return kind == "item_reference" or (kind is None and "id" in item and "role" not in item)
+
+
+def _referred(item_id: Any, path: str, seen: set[str], find: Find) -> dict[str, Any]:
+    if not isinstance(item_id, str):
+        raise wrong(f"{path}.id", "the id of an item of an earlier answer", item_id)
+    if item_id in seen:
+        raise InvalidRequestError(f"{path} refers to {item_id!r} a second time; send it once.", path)
+    seen.add(item_id)
+    item = find(item_id)
+    if item is None:
+        raise InvalidRequestError(
+            f"{path} refers to {item_id!r}, which is not known here: items are remembered by the process that gave the "
+            "answer only, for about an hour, and for the same API key or address. Send the item itself. A client that "
+            'refers to items by default sends them once its "store" is false.',
+            path,
+        )
+    return item
+
+
 # --- one item, as a message ---
 
 
-def _read_item(item: Any, path: str) -> Message:
+def _read_item(item: Any, path: str) -> Message | None:
+    """None for reasoning of which there is no text."""
     if not isinstance(item, dict):
         raise wrong(path, "an object with type, or with role and content", item)
     kind = item.get("type")
-    if kind == "item_reference" or (kind is None and "id" in item and "role" not in item):
-        raise InvalidRequestError(
-            f"{path} refers to an item, and nothing is kept here: send the item itself. "
-            'A client that refers to items by default sends them once its "store" is false.',
-            path,
-        )
     if kind is None and "role" in item:
         kind = "message"
     if kind not in KINDS:
@@ -79,6 +118,8 @@ def _read_item(item: Any, path: str) -> Message:
     if kind == "message" and item.get("role") not in ROLES:
         raise wrong(f"{path}.role", f"one of {', '.join(ROLES)}", item.get("role"))
     message, names = _FORMS[kind](item, path)
+    if kind == "reasoning" and not message["reasoning_content"]:
+        return None
     try:
         return read_messages([message])[0]
     except InvalidRequestError as error:
@@ -121,7 +162,7 @@ def _reasoning(item: dict[str, Any], path: str) -> tuple[Message, _Names]:
             if not isinstance(text, str):
                 raise wrong(f"{path}.{name}[{place}]", 'a part such as {"type": "reasoning_text", "text": "…"}', part)
             texts.append(text)
-        if texts:
+        if any(texts):
             break
     return {"role": "assistant", "content": "", "reasoning_content": "\n".join(texts)}, {}
 

@@ -11,16 +11,21 @@ from typing import Any
 
 from lmbridge.errors import InvalidRequestError
 from lmbridge.flask.openai.reading import Call
-from lmbridge.flask.openai.responses.items import read_input
+from lmbridge.flask.openai.responses.items import Find, read_input
 from lmbridge.flask.openai.responses.table import LOGPROBS_INCLUDED, RESPONSES
 from lmbridge.flask.openai.sampling import WHAT_FITS, Body, read_config
 
-_MEMBERS = (("text", "format"), ("reasoning", "effort"))
-_CHECKED = ("user", "metadata", "truncation", "text", "reasoning")  # which no other part of the call is read from
+SUMMARY = ("reasoning.summary", "reasoning.generate_summary")  # the latter is what it was called first
+_INSIDE = ("text.format", "reasoning.effort", *SUMMARY)
+_CHECKED = ("user", "metadata", "truncation", "text", "reasoning", "store", *SUMMARY)  # of which no config tells
 
 
-def read_response(values: dict[str, Any], supported: Set[str]) -> Call:
-    """The checked call."""
+def read_response(values: dict[str, Any], supported: Set[str], find: Find) -> Call:
+    """The checked call.
+
+    Args:
+        find: for items of the input that are only referred to.
+    """
     body = Body(_flat(values), RESPONSES)
     for name in _CHECKED:
         body.value(name)
@@ -39,7 +44,7 @@ def read_response(values: dict[str, Any], supported: Set[str]) -> Call:
     return Call(
         body,
         "input",
-        [read_input(given, body.value("instructions"))],
+        [read_input(given, body.value("instructions"), find)],
         config,
         stream=body.value("stream", False),
         reasoning=told,
@@ -47,12 +52,18 @@ def read_response(values: dict[str, Any], supported: Set[str]) -> Call:
     )
 
 
+def wants_summary(body: Body) -> bool:
+    """Whether the client shows what the model thinks as a summary."""
+    return any(body.value(name) is not None for name in SUMMARY)
+
+
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
     """The fields, and beside them those inside of others, by the names that the table has for them."""
     flat = dict(values)
-    for holder, member in _MEMBERS:
+    for name in _INSIDE:
+        holder, _, member = name.partition(".")
         held = values.get(holder)
-        flat[f"{holder}.{member}"] = held.get(member) if isinstance(held, dict) else None
+        flat[name] = held.get(member) if isinstance(held, dict) else None
     return flat
 
 

@@ -64,6 +64,7 @@ FACTS = Kind(
     lambda value: isinstance(value, dict) and all(isinstance(text, str) for text in value.values()),
     "an object of strings",
 )
+SUMMARIES = Kind(lambda value: value in ("auto", "concise", "detailed"), "auto, concise or detailed")
 TRUNCATION = Kind(lambda value: value in ("auto", "disabled"), "auto or disabled")
 
 # --- what is said otherwise than in chats ---
@@ -72,7 +73,8 @@ _SERVED = (
     Field(
         "input", INPUT,
         "a string is what the user says. The items are message (roles user, assistant, system, developer; content a "
-        "string or parts input_text, output_text, text and refusal), function_call, function_call_output, reasoning",
+        "string or parts input_text, output_text, text and refusal), function_call, function_call_output, reasoning, "
+        "item_reference",
     ),
     Field("instructions", TEXT, "none; a system message that goes first, and before one that opens the input"),
     Field("max_output_tokens", TOKENS, "what fits into the model's context", option="max_new_tokens"),
@@ -87,11 +89,17 @@ _SERVED = (
         '{"type": "text"}; else the answer is JSON, which the schema describes, if max_output_tokens lets it end',
         option="response_format", neutral=({"type": "text"},), convert=_nested_format,
     ),
-    Field("reasoning", OBJECT, "none; nothing is summed up: reasoning items have the text itself"),
+    Field("reasoning", OBJECT, "none"),
     Field(
         "reasoning.effort", EFFORT, "none; a variable for the chat template, which may not look at it",
         option="chat_template_kwargs",
     ),
+    Field(
+        "reasoning.summary", SUMMARIES,
+        "none; any of them: reasoning items have their text, which is not summed up, as summary instead of as content",
+    ),
+    Field("reasoning.generate_summary", SUMMARIES, "none; the older name of reasoning.summary"),
+    Field("store", BOOL, "true: the answer's items may be referred to for a while; false: they are not remembered"),
     Field("include_reasoning", BOOL, "true; false: no reasoning items", option="separate_reasoning"),
     Field(
         "tools", TOOLS, "none; functions that the model may call", option="tools", neutral=([],), convert=read_flat

@@ -12,8 +12,9 @@ from typing import Any
 
 from lmbridge.flask.errors import HttpError
 from lmbridge.flask.openai.logprobs import ChatLogprobs
-from lmbridge.flask.openai.responses.output import Call, Event, Item, ItemStatus, Message, Reasoning
+from lmbridge.flask.openai.responses.output import Call, Event, Item, ItemStatus, Message, TextItem
 from lmbridge.flask.openai.responses.writing import Form, write_error, write_usage
+from lmbridge.flask.openai.thoughts import ThoughtTokens
 from lmbridge.messages import Delta, FinishReason, Usage
 
 _Key = str | int
@@ -27,17 +28,18 @@ class Telling:
 
     Args:
         logprobs: None where none were asked for.
-        reasoning: tell what the model thinks; its tokens are counted in any case.
+        reasoning: the kind of item that tells what the model thinks, or None where nobody is told; its tokens are
+            counted in any case.
     """
 
-    def __init__(self, form: Form, logprobs: ChatLogprobs | None, reasoning: bool) -> None:
+    def __init__(self, form: Form, logprobs: ChatLogprobs | None, reasoning: type[TextItem] | None) -> None:
         self._form = form
         self._logprobs = logprobs
         self._reasoning = reasoning
         self._items: list[Item] = []
         self._open: _Key | None = None  # the last item, unless that has ended
         self._unplaced: list[dict[str, Any]] = []  # log-probabilities of tokens that have shown no text yet
-        self._thought = 0.0  # tokens
+        self._thoughts = ThoughtTokens()
 
     def begin(self) -> Iterator[Event]:
         """The answer is begun."""
@@ -46,7 +48,7 @@ class Telling:
 
     def add(self, delta: Delta) -> Iterator[Event]:
         """What a delta adds."""
-        self._count(delta)
+        self._thoughts.add(delta)
         self._place(delta)
         for key, make, text in self._parts(delta):
             yield from self._turn_to(key, make)
@@ -64,23 +66,24 @@ class Telling:
             yield from self._turn_to("message", Message)
         status: ItemStatus = "incomplete" if reason == "length" else "completed"
         yield from self._close(status)
-        response = self._form.write(status, self._output, write_usage(usage, round(self._thought)))
+        response = self._form.write(status, self.output, write_usage(usage, self._thoughts.count))
         yield {"type": f"response.{status}", "response": response}
 
     def fail(self, error: HttpError) -> Iterator[Event]:
         """There is no more of the answer than was told."""
         for item in self._items:
             item.cut()
-        response = self._form.write("failed", self._output, error=write_error(error))
+        response = self._form.write("failed", self.output, error=write_error(error))
         yield {"type": "response.failed", "response": response}
 
     @property
-    def _output(self) -> list[dict[str, Any]]:
+    def output(self) -> list[dict[str, Any]]:
+        """The items as they are now."""
         return [item.object for item in self._items]
 
     def _parts(self, delta: Delta) -> Iterator[_Part]:
-        if delta.reasoning and self._reasoning:
-            yield "reasoning", Reasoning, delta.reasoning
+        if delta.reasoning and self._reasoning is not None:
+            yield "reasoning", self._reasoning, delta.reasoning
         if delta.text:
             yield "message", Message, delta.text
         for piece in delta.tool_calls:
@@ -99,12 +102,6 @@ class Telling:
         if self._open is not None:
             self._open = None
             yield from self._items[-1].end(status)
-
-    def _count(self, delta: Delta) -> None:
-        """Tokens are not told apart; where a delta has more than reasoning, that has a share by its length."""
-        if delta.reasoning:
-            others = len(delta.text) + sum(len(piece.arguments) for piece in delta.tool_calls)
-            self._thought += len(delta.token_ids) * len(delta.reasoning) / (len(delta.reasoning) + others)
 
     def _place(self, delta: Delta) -> None:
         """Keep the log-probabilities of what is, or may become, a message's text."""

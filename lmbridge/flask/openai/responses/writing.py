@@ -36,7 +36,7 @@ class Form:
             "max_output_tokens": body.value("max_output_tokens"),
             "metadata": body.value("metadata", {}),
             "parallel_tool_calls": body.value("parallel_tool_calls", True),
-            "reasoning": {"effort": body.value("reasoning.effort"), "summary": None},
+            "reasoning": {"effort": body.value("reasoning.effort"), "summary": body.value("reasoning.summary")},
             "temperature": body.value("temperature", config.temperature),
             "text": {"format": _told_format(body.value("text.format", {"type": "text"}))},
             "tool_choice": told_choice(body.value("tool_choice", "auto")),

@@ -41,6 +41,10 @@ ANSWERS: dict[str, Pieces] = {
 }
 
 
+def nobody_knows(item_id: str) -> None:
+    """What is said of an item that is referred to."""
+
+
 class Script:
     """Answers by the last message, and keeps the requests."""
 

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from lmbridge import Bridge, EngineError, Request
 from lmbridge.flask.openai.logprobs import ChatLogprobs, TokenTexts
+from lmbridge.flask.openai.responses.output import Event, Reasoning, Summary, TextItem, write_event
 from lmbridge.flask.openai.responses.reading import read_response
 from lmbridge.flask.openai.responses.telling import Telling
 from lmbridge.flask.openai.responses.writing import Form
 from lmbridge.messages import Delta, GenerationConfig, ToolCall, Usage
 from lmbridge.testing import ScriptedEngine
 from tests.flask.openai.conftest import PATIENCE, Served, build_app
-from tests.flask.openai.responses.conftest import ANSWERS, Api
+from tests.flask.openai.responses.conftest import ANSWERS, Api, nobody_knows
 from tests.flask.openai.responses.strict import check_event
 
 Serve = Callable[..., Served]
@@ -34,19 +35,30 @@ def endless(request: Request) -> list[str]:
     return ["word "] * 1_000_000
 
 
-def told(deltas: list[Delta], reason: Any = "stop", reasoning: bool = True) -> list[dict[str, Any]]:
+def told(
+    deltas: list[Delta], reason: Any = "stop", reasoning: type[TextItem] | None = Reasoning
+) -> list[dict[str, Any]]:
     """The events of an answer that comes in these deltas."""
-    call = read_response({"input": "Hello"}, frozenset(vars(GenerationConfig())))
+    call = read_response({"input": "Hello"}, frozenset(vars(GenerationConfig())), nobody_knows)
     texts = TokenTexts(lambda ids: [f"<{token}>" for token in ids])
     telling = Telling(Form(call, "scripted"), ChatLogprobs(texts, 1), reasoning)
-    events = [*telling.begin()]
+    events: list[Event] = [*telling.begin()]
     for delta in deltas:
         events += telling.add(delta)
-    return [*events, *telling.end(reason, Usage(3, 9))]
+    events += telling.end(reason, Usage(3, 9))
+    return [json.loads(write_event(event, place)[1]) for place, event in enumerate(events)]
 
 
 def names(events: list[dict[str, Any]]) -> list[str]:
     return [event["type"].removeprefix("response.") for event in events]
+
+
+def text_of(item: dict[str, Any]) -> str:
+    if item["type"] == "function_call":
+        return str(item["arguments"])
+    parts: list[dict[str, Any]] = [*item.get("summary", []), *item.get("content", [])]
+    assert len(parts) == 1
+    return str(parts[0]["text"])
 
 
 def check(events: list[dict[str, Any]]) -> None:
@@ -69,7 +81,7 @@ def check(events: list[dict[str, Any]]) -> None:
             done[event["output_index"]] = event["item"]
         else:
             assert event["item_id"] == added[event["output_index"]]
-            assert event.get("content_index", 0) == 0
+            assert event.get("content_index", 0) == event.get("summary_index", 0) == 0
             assert event["output_index"] not in done
         if kind.endswith(".delta"):
             texts[event["item_id"]] = texts.get(event["item_id"], "") + event["delta"]
@@ -77,17 +89,17 @@ def check(events: list[dict[str, Any]]) -> None:
     if last["status"] != "failed":
         assert last["output"] == [done[place] for place in range(len(added))]
     for item in last["output"]:
-        whole = item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"]
-        assert whole == texts.get(item["id"], "")
+        assert text_of(item) == texts.get(item["id"], "")
 
 
 @pytest.mark.parametrize("said", ANSWERS)
 @pytest.mark.parametrize("limit", [None, 1, 2])
 def test_a_stream_agrees_with_itself(api: Api, said: str, limit: int | None) -> None:
     """Clients that follow items by their place or their id find each event where it belongs."""
-    events = api.events(input=said, top_logprobs=1, max_output_tokens=limit)
-    check(events)
-    assert names(events)[-1] in (["completed"] if limit is None else ["completed", "incomplete"])
+    for reasoning in ({}, {"summary": "auto"}):
+        events = api.events(input=said, top_logprobs=1, max_output_tokens=limit, reasoning=reasoning)
+        check(events)
+        assert names(events)[-1] in (["completed"] if limit is None else ["completed", "incomplete"])
 
 
 def test_the_order_of_events() -> None:
@@ -109,6 +121,19 @@ def test_the_order_of_events() -> None:
     kinds = ["reasoning", "message", "function_call", "function_call"]
     assert [item["type"] for item in events[-1]["response"]["output"]] == kinds
     assert [event["item"]["status"] for event in events if "item" in event] == ["in_progress", "completed"] * 4
+
+
+def test_thoughts_as_a_summary() -> None:
+    """Clients that show summaries only, and ask for one, show what the model thinks as it comes."""
+    events = told([Delta(reasoning="Hm"), Delta(reasoning="."), Delta("Yes")], reasoning=Summary)
+    assert names(events)[2:9] == [
+        "output_item.added", "reasoning_summary_part.added",
+        "reasoning_summary_text.delta", "reasoning_summary_text.delta",
+        "reasoning_summary_text.done", "reasoning_summary_part.done", "output_item.done",
+    ]  # fmt: skip
+    thought = events[-1]["response"]["output"][0]
+    assert thought["summary"] == [{"type": "summary_text", "text": "Hm."}]
+    assert "content" not in thought
 
 
 def test_text_after_a_call_is_a_message_of_its_own() -> None:
@@ -139,15 +164,19 @@ def with_calls_begun(deltas: list[Delta]) -> list[Delta]:
     return deltas
 
 
-@given(st.lists(PIECES, max_size=8).map(with_calls_begun), st.sampled_from(["stop", "length", "tool_calls"]))
-def test_whatever_a_model_says_is_told(deltas: list[Delta], reason: Any) -> None:
+@given(
+    st.lists(PIECES, max_size=8).map(with_calls_begun),
+    st.sampled_from(["stop", "length", "tool_calls"]),
+    st.sampled_from([Reasoning, Summary]),
+)
+def test_whatever_a_model_says_is_told(deltas: list[Delta], reason: Any, reasoning: type[TextItem]) -> None:
     """No order of thoughts, texts and calls loses or doubles a word."""
-    events = [{**event, "sequence_number": place} for place, event in enumerate(told(deltas, reason))]
+    events = told(deltas, reason, reasoning)
     check(events)
     output = events[-1]["response"]["output"]
     texts = {"message": "", "reasoning": "", "function_call": ""}
     for item in output:
-        texts[item["type"]] += item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"]
+        texts[item["type"]] += text_of(item)
     assert texts["message"] == "".join(delta.text for delta in deltas)
     assert texts["reasoning"] == "".join(delta.reasoning for delta in deltas)
     assert texts["function_call"] == "".join(piece.arguments for delta in deltas for piece in delta.tool_calls)
@@ -178,7 +207,7 @@ def test_log_probabilities_of_a_stream() -> None:
 def test_tokens_of_reasoning() -> None:
     """They are counted, though nobody is told what they say; of pieces that hold text as well they are a share."""
     deltas = [Delta(reasoning="Hm.", token_ids=[1, 2]), Delta("Yes.", [3, 4], reasoning="abcd"), Delta("So.", [5])]
-    for reasoning in (True, False):
+    for reasoning in (Reasoning, Summary, None):
         response = told(deltas, reasoning=reasoning)[-1]["response"]
         assert response["usage"]["output_tokens_details"] == {"reasoning_tokens": 3}
 

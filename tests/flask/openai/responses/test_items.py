@@ -9,6 +9,7 @@ from openai import BadRequestError, OpenAI
 
 from lmbridge.errors import InvalidRequestError
 from lmbridge.flask.openai.responses.items import read_input
+from tests.flask.openai.responses.conftest import nobody_knows
 
 USER = {"role": "user", "content": "Hi"}
 CALL = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}", "id": "fc_1", "status": "completed"}
@@ -60,20 +61,30 @@ AS_CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments"
         ),
         ([{"type": "reasoning", "id": "r", "summary": [], "encrypted_content": "…"}, SAID],
          [{"role": "assistant", "content": "Yes"}]),
+        ([{**THOUGHT, "summary": [{"type": "summary_text", "text": "Hm."}]}, SAID],
+         [{"role": "assistant", "content": "Yes", "reasoning_content": "Hm."}]),
+        ([{**THOUGHT, "content": None, "summary": [], "encrypted_content": None, "status": None}, USER], [USER]),
+        ([USER, {"type": "reasoning", "id": "r", "summary": [{"type": "summary_text", "text": ""}]}, SAID],
+         [USER, {"role": "assistant", "content": "Yes"}]),
     ],
 )  # fmt: skip
 def test_items_become_messages(items: Any, expected: list[Any]) -> None:
     """A turn of the assistant's is one message for the template, however many items it was sent in."""
-    assert read_input(items, None) == expected
+    assert read_input(items, None, nobody_knows) == expected
 
 
 def test_instructions_go_first() -> None:
     """Templates that take one system message get one."""
     system = {"role": "system", "content": "Be kind."}
-    assert read_input("Hi", "Be brief.") == [{"role": "system", "content": "Be brief."}, USER]
-    assert read_input([system, USER], "Be brief.")[0] == {"role": "system", "content": "Be brief.\n\nBe kind."}
-    assert read_input([USER, system], "Be brief.") == [{"role": "system", "content": "Be brief."}, USER, system]
-    assert read_input([system, USER], "") == [system, USER]
+    brief = {"role": "system", "content": "Be brief."}
+
+    def read(items: Any, instructions: str = "Be brief.") -> Any:
+        return read_input(items, instructions, nobody_knows)
+
+    assert read("Hi") == [brief, USER]
+    assert read([system, USER])[0] == {"role": "system", "content": "Be brief.\n\nBe kind."}
+    assert read([USER, system]) == [brief, USER, system]
+    assert read([system, USER], "") == [system, USER]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +94,8 @@ def test_instructions_go_first() -> None:
         ({}, "input[1].type"),
         ({"type": "item_reference", "id": "msg_1"}, "input[1]"),
         ({"id": "msg_1"}, "input[1]"),
+        ({"type": "item_reference", "id": 3}, "input[1].id"),
+        ({"type": "item_reference"}, "input[1].id"),
         ({"type": "web_search_call", "id": "w"}, "input[1].type"),
         ({"type": ["message"]}, "input[1].type"),
         ({"type": "computer_call_output", "call_id": "c"}, "input[1].type"),
@@ -107,7 +120,7 @@ def test_instructions_go_first() -> None:
 def test_what_is_refused(item: Any, param: str) -> None:
     """The client hears which of its items is at fault, and where."""
     with pytest.raises(InvalidRequestError) as caught:
-        read_input([USER, item], None)
+        read_input([USER, item], None, nobody_knows)
     assert caught.value.param == param
     assert str(caught.value).startswith(param)
 

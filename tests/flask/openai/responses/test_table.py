@@ -11,6 +11,7 @@ from lmbridge import GenerationConfig, InvalidRequestError
 from lmbridge.flask.openai.responses.reading import read_response
 from lmbridge.flask.openai.responses.table import RESPONSES
 from tests.flask.openai import fields_table
+from tests.flask.openai.responses.conftest import nobody_knows
 
 VLLM = [
     "cache_salt", "chat_template", "chat_template_kwargs", "enable_response_messages", "ignore_eos",
@@ -38,11 +39,11 @@ def test_what_the_table_refuses_is_refused() -> None:
     for name, field in RESPONSES.items():
         if field.fate == "refused":
             with pytest.raises(InvalidRequestError) as caught:
-                read_response({"input": "x", name: "something"}, _ALL)
+                read_response({"input": "x", name: "something"}, _ALL, nobody_knows)
             assert caught.value.param == name
         elif field.fate == "ignored":
-            config = read_response({"input": "x", name: "something"}, _ALL).config
-            assert config.given() == read_response({"input": "x"}, _ALL).config.given()
+            config = read_response({"input": "x", name: "something"}, _ALL, nobody_knows).config
+            assert config.given() == read_response({"input": "x"}, _ALL, nobody_knows).config.given()
 
 
 def test_options_are_fields_of_the_config() -> None:
