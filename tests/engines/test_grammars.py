@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jsonschema
 import pytest
 
-from lmbridge import Bridge, GenerationConfig, InvalidRequestError, RequestAbortedError, UnsupportedOptionError
+from lmbridge import Bridge, EngineError, GenerationConfig, InvalidRequestError, RequestAbortedError
+from lmbridge import UnsupportedOptionError as Unsupported
 from lmbridge.engines.lmdeploy.sampling import check_ranges, sampling_fields
 from lmbridge.engines.transformers import TransformersEngine
+from lmbridge.engines.transformers.guides import Grammars
 from tests.conftest import until
 
 QUESTION = "What is the capital of France?"
@@ -38,7 +40,7 @@ def bridge(request: pytest.FixtureRequest) -> Iterator[Bridge]:
 
 
 def is_valid(text: str, schema: Any) -> bool:
-    jsonschema.validate(json.loads(text), schema)
+    jsonschema.validate(json.loads(text), schema, format_checker=jsonschema.FormatChecker())
     return True
 
 
@@ -113,6 +115,49 @@ def test_an_answer_that_is_cut(bridge: Bridge) -> None:
     assert answer.text.startswith('{"name"')
 
 
+def test_after_a_token(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that thinks first thinks freely, and may end before its grammar holds; from then on the grammar does."""
+    free = bridge.infer(QUESTION)
+    words = list(dict.fromkeys(free.token_ids))
+    guide = Grammars.guide
+
+    def begin_after(token: int) -> None:
+        monkeypatch.setattr(Grammars, "guide", lambda self, grammar, _=None: guide(self, grammar, token))
+
+    begin_after(words[2])
+    answer = bridge.infer(QUESTION, grammar={"regex": "[a-c]{3}"})
+    thought = free.token_ids[: free.token_ids.index(words[2]) + 1]
+    assert answer.token_ids[: len(thought)] == thought
+    assert re.fullmatch("[a-c]{3}", answer.text[-3:])
+    assert len(answer.token_ids) <= len(thought) + 4
+    begin_after(max(free.token_ids) + 1)
+    assert bridge.infer(QUESTION, grammar={"regex": "[a-c]{3}"}).token_ids == free.token_ids
+
+
+def test_a_grammar_that_fails_on_the_way(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its request is told so, its neighbours get their answers."""
+    alone = bridge.infer("Who?", response_format=FORMAT).text
+    guide, chosen, astray = Grammars.guide, Grammars.chosen, set[Any]()
+
+    def guided(grammars: Grammars, grammar: Any, after: int | None = None) -> Any:
+        made = guide(grammars, grammar, after)
+        if grammar.kind == "regex":
+            astray.add(made)
+        return made
+
+    def misled(grammars: Grammars, told: Any) -> None:
+        """Of another token than was chosen, which that request's grammar has no place for."""
+        chosen(grammars, [(guide, 0 if guide in astray else token) for guide, token in told])
+
+    monkeypatch.setattr(Grammars, "guide", guided)
+    monkeypatch.setattr(Grammars, "chosen", misled)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(bridge.infer, "Who?", response_format=FORMAT)
+        with pytest.raises(EngineError, match="grammar of this request cannot be followed on"):
+            bridge.infer("Who?", grammar={"regex": "[ab]{50}"})
+        assert other.result(30).text == alone
+
+
 def test_streams_and_aborts(bridge: Bridge) -> None:
     """A stream's pieces are the whole answer, and one that is left leaves nothing behind."""
     whole = bridge.infer("Who?", response_format=FORMAT).text
@@ -135,6 +180,7 @@ def test_streams_and_aborts(bridge: Bridge) -> None:
         ('start: "a" nothing', "grammar cannot be followed.*unknown name"),
         ({"json": {"type": "nope"}}, "JSON schema cannot be followed.*nope"),
         ({"json": {"$ref": "#/not/there"}}, "JSON schema cannot be followed.*/not/there"),
+        ({"json": {"properties": {"a": {"uniqueItems": True}}}}, "followed: #/properties/a/uniqueItems: "),
     ],
 )
 def test_what_cannot_be_followed(bridge: Bridge, grammar: Any, words: str) -> None:
@@ -160,31 +206,50 @@ def test_with_cuda_graphs_there_are_none() -> None:
 
 def any_schema(rng: random.Random, depth: int = 0) -> dict[str, Any]:
     """A schema whose values are short."""
-    kinds = ["string", "integer", "number", "boolean", "enum", "pattern"] + ["object", "array", "anyOf"] * (depth < 2)
-    kind = rng.choice(kinds) if depth else "object"
-    if kind == "string":
-        return {"type": "string", "maxLength": rng.randint(0, 6)}
-    if kind in ("integer", "number"):
-        return {"type": "integer", "minimum": rng.randint(-5, 0), "maximum": rng.randint(1, 2000)}
-    if kind == "enum":
-        return {"enum": rng.sample(["a", "b\n", 'c"', 1, 2.5, None, True, "é", {}, []], rng.randint(1, 5))}
-    if kind == "pattern":
-        return {"type": "string", "pattern": rng.choice([r"^[a-z]{1,4}$", r"^\d{3}-\d{2}$", "^(on|off)$"])}
-    if kind == "array":
-        low = rng.randint(0, 2)
-        items = any_schema(rng, depth + 1)
-        return {"type": "array", "items": items, "minItems": low, "maxItems": low + rng.randint(0, 2)}
-    if kind == "anyOf":
-        return {"anyOf": [any_schema(rng, depth + 1) for _ in range(rng.randint(1, 3))]}
-    if kind == "object":
-        names = rng.sample(["name", "a b", "ü", "x-1", "list", "nested", "_"], rng.randint(1, 4))
-        return {
-            "type": "object",
-            "properties": {name: any_schema(rng, depth + 1) for name in names},
-            "required": [name for name in names if rng.random() < 0.7],
-            "additionalProperties": False,
-        }
-    return {"type": kind}
+    kinds = [*PLAIN, *(NESTED if depth < 2 else ())] if depth else ["object"]
+    kind = rng.choice(kinds)
+    return NESTED[kind](rng, lambda: any_schema(rng, depth + 1)) if kind in NESTED else PLAIN[kind](rng)
+
+
+def any_object(rng: random.Random, inner: Callable[[], Any]) -> dict[str, Any]:
+    names = rng.sample(["name", "a b", "ü", "x-1", "list", "nested", "_"], rng.randint(1, 4))
+    required = [name for name in names if rng.random() < 0.7]
+    return {"type": "object", "properties": {name: inner() for name in names}, "required": required, **CLOSED}
+
+
+def any_array(rng: random.Random, inner: Callable[[], Any]) -> dict[str, Any]:
+    low = rng.randint(0, 2)
+    return {"type": "array", "items": inner(), "minItems": low, "maxItems": low + rng.randint(0, 2)}
+
+
+def any_tagged(rng: random.Random, inner: Callable[[], Any]) -> dict[str, Any]:
+    """As pydantic's discriminated unions."""
+    tags = rng.sample("abc", 2)
+    tagged = [{"is": {"const": tag}, "of": inner()} for tag in tags]
+    return {"oneOf": [{"type": "object", "properties": each, "required": ["is"], **CLOSED} for each in tagged]}
+
+
+CLOSED, OBJECT = {"additionalProperties": False}, {"type": "object"}
+PLAIN: dict[str, Callable[[random.Random], dict[str, Any]]] = {
+    "string": lambda rng: {"type": "string", "maxLength": rng.randint(0, 6)},
+    "integer": lambda rng: {"type": "integer", "minimum": rng.randint(-5, 0), "maximum": rng.randint(1, 2000)},
+    "boolean": lambda rng: {"type": "boolean"},
+    "enum": lambda rng: {"enum": rng.sample(["a", "b\n", 'c"', 1, 2.5, None, True, "é", {}, []], rng.randint(1, 5))},
+    "const": lambda rng: {"const": rng.choice(["a", 7, {"b": [None]}])},
+    "nullable": lambda rng: {"type": ["integer", "null"], "minimum": 0, "exclusiveMaximum": 9},
+    "pattern": lambda rng: {"type": "string", "pattern": rng.choice([r"^[a-z]{1,4}$", r"^(?=.*\d)[a-z0-9]{2,4}$"])},
+    "format": lambda rng: {"type": "string", "format": rng.choice(["date-time", "date", "duration", "uuid4", "email"])},
+}
+NESTED: dict[str, Callable[[random.Random, Callable[[], Any]], dict[str, Any]]] = {
+    "object": any_object,
+    "array": any_array,
+    "tuple": lambda rng, inner: {"type": "array", "prefixItems": [inner(), inner()], "items": False, "minItems": 2},
+    "anyOf": lambda rng, inner: {"anyOf": [inner() for _ in range(rng.randint(1, 3))]},
+    "oneOf": any_tagged,
+    "ref": lambda rng, inner: {"allOf": [inner()], "title": "one", "default": None},
+    "names": lambda rng, inner: {"propertyNames": {"enum": ["a", "b c"]}, "additionalProperties": inner(), **OBJECT},
+    "pairs": lambda rng, inner: {"type": "object", "patternProperties": {"^[xy]$": inner()}, **CLOSED},
+}
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.long)])
@@ -257,5 +322,5 @@ def test_in_the_words_of_lmdeploy() -> None:
     assert words() is None
     assert words(grammar={"choice": ["a.b", "c"]}) == {"type": "regex_schema", "regex_schema": r"a\.b|c"}
     assert words(response_format={"type": "json_object"})["json_schema"]["schema"] == {"type": "object"}
-    with pytest.raises(UnsupportedOptionError, match="LMDeploy follows"):
+    with pytest.raises(Unsupported, match="LMDeploy follows"):
         check_ranges(GenerationConfig(grammar='start: "a"'))

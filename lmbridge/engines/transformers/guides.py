@@ -16,11 +16,10 @@ from typing import Any
 import torch
 
 from lmbridge.engines.base import engine_error
+from lmbridge.engines.schemas import followable
 from lmbridge.errors import InvalidRequestError, MissingDependencyError
 from lmbridge.grammar import Grammar
 
-_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""As ``json.dumps`` writes: a model that may put spaces anywhere may go on putting them."""
 _SHARED = 1 << 20
 """Tokens of all masks together from which several threads are quicker than one, which need to be woken."""
 _KEPT = 64
@@ -78,8 +77,11 @@ class Grammars:
         if self._tokens is None:
             self._prepare(llguidance)
         try:
-            matcher = self._beginning(llguidance.LLMatcher, _WRITTEN[grammar.kind](llguidance.LLMatcher, grammar.value))
+            text = _WRITTEN[grammar.kind](llguidance.LLMatcher, grammar.value, grammar.param)
+            matcher = self._beginning(llguidance.LLMatcher, text)
             error = matcher.get_error()
+        except InvalidRequestError:
+            raise
         except Exception as cause:
             error = str(cause)
         if error:
@@ -157,28 +159,28 @@ def _library() -> Any:
     return llguidance
 
 
-def _json(matcher: Any, schema: Any) -> str:
-    return str(matcher.grammar_from_json_schema(json.dumps({} if schema is True else schema), overrides=_SPACING))
+def _json(matcher: Any, schema: Any, param: str) -> str:
+    return str(matcher.grammar_from_json_schema(json.dumps(followable(schema, param))))
 
 
-def _lark(matcher: Any, text: str) -> str:
+def _lark(matcher: Any, text: str, _: str) -> str:
     """Of llama.cpp's notation, too."""
     from llguidance.gbnf_to_lark import any_to_lark
 
     return str(matcher.grammar_from_lark(any_to_lark(text)))
 
 
-def _choice(matcher: Any, texts: Any) -> str:
+def _choice(matcher: Any, texts: Any, _: str) -> str:
     quoted = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
     return str(matcher.grammar_from_lark(f"start: {quoted}"))
 
 
-_WRITTEN: dict[str, Callable[[Any, Any], str]] = {
+_WRITTEN: dict[str, Callable[[Any, Any, str], str]] = {
     "json": _json,
     "choice": _choice,
-    "regex": lambda matcher, pattern: matcher.grammar_from_regex(pattern),
+    "regex": lambda matcher, pattern, _: matcher.grammar_from_regex(pattern),
     "lark": _lark,
-    "calls": lambda matcher, text: matcher.grammar_from_lark(text),
+    "calls": lambda matcher, text, _: matcher.grammar_from_lark(text),
 }
 _CALLED = {
     "json": "JSON schema",
