@@ -60,11 +60,10 @@ class Item:
         """It is there, with nothing in it yet."""
         yield self._of_item("added")
 
-    def grow(self, text: str, logprobs: Sequence[dict[str, Any]]) -> Iterator[Event]:
+    def grow(self, text: str, logprobs: Sequence[dict[str, Any]]) -> Event:
         """More of its text, and the log-probabilities of that."""
-        if text:
-            self._pieces.append(text)
-            yield TextDelta(*self._delta, text)
+        self._pieces.append(text)
+        return TextDelta(*self._delta, text)
 
     def end(self, status: ItemStatus) -> Iterator[Event]:
         """There is no more of it."""
@@ -182,11 +181,11 @@ class Message(TextItem):
         facts = {"id": self._id, "type": "message", "role": "assistant"}
         return {**facts, "content": self._parts, "status": self._status}
 
-    def grow(self, text: str, logprobs: Sequence[dict[str, Any]]) -> Iterator[Event]:
+    def grow(self, text: str, logprobs: Sequence[dict[str, Any]]) -> Event:
         self._pieces.append(text)
         self._logprobs += logprobs
         told = _compact(_without_bytes(logprobs)) if logprobs else "[]"
-        yield TextDelta(*self._delta, text, f',"logprobs":{told}')
+        return TextDelta(*self._delta, text, f',"logprobs":{told}')
 
     def _whole(self) -> Iterator[Event]:
         yield self._of_text("done", text=self._text, logprobs=_without_bytes(self._logprobs))

@@ -51,11 +51,13 @@ class Telling:
         self._thoughts.add(delta)
         self._place(delta)
         for key, make, text in self._parts(delta):
-            yield from self._turn_to(key, make)
+            if key != self._open:
+                yield from self._turn_to(key, make)
             logprobs: list[dict[str, Any]] = []
             if key == "message":
                 logprobs, self._unplaced = self._unplaced, []
-            yield from self._items[-1].grow(text, logprobs)
+            if text:
+                yield self._items[-1].grow(text, logprobs)
 
     def end(self, reason: FinishReason, usage: Usage) -> Iterator[Event]:
         """The answer is whole, or as long as it may be; the last event has the object that it is.
@@ -90,9 +92,7 @@ class Telling:
             yield piece.index, functools.partial(Call, call_id=piece.id, name=piece.name), piece.arguments
 
     def _turn_to(self, key: _Key, make: Callable[[int], Item]) -> Iterator[Event]:
-        """Have the item with this key be the open one."""
-        if key == self._open:
-            return
+        """Have an item with this key be the open one."""
         yield from self._close("completed")
         self._open = key
         self._items.append(make(len(self._items)))
