@@ -14,20 +14,12 @@ CALLING = ("tools", "tool_choice", "parallel_tool_calls")
 
 
 def read_functions(tools: list[Any]) -> list[Any]:
-    """The tools, each of which is a function.
+    """The tools, each of which is a function, without what is null, which templates would show to the model.
 
     Raises:
         InvalidRequestError: one of them is none; ``param`` is the place, such as ``tools[0].type``.
     """
-    for place, tool in enumerate(tools):
-        path = f"tools[{place}]"
-        if not isinstance(tool, dict):
-            raise wrong(path, "an object with type and function", tool)
-        if tool.get("type") != "function":
-            raise wrong(f"{path}.type", '"function" (no other tools are supported here)', tool.get("type"))
-        if not isinstance(tool.get("function"), dict):
-            raise wrong(f"{path}.function", "an object with name and parameters", tool.get("function"))
-    return tools
+    return [_read_function(tool, f"tools[{place}]") for place, tool in enumerate(tools)]
 
 
 def drop_idle(options: dict[str, Any]) -> None:
@@ -36,3 +28,14 @@ def drop_idle(options: dict[str, Any]) -> None:
     if choice == "none" or ("tools" not in options and choice is None):
         for name in CALLING:
             options.pop(name, None)
+
+
+def _read_function(tool: Any, path: str) -> dict[str, Any]:
+    if not isinstance(tool, dict):
+        raise wrong(path, "an object with type and function", tool)
+    if tool.get("type") != "function":
+        raise wrong(f"{path}.type", '"function" (no other tools are supported here)', tool.get("type"))
+    function = tool.get("function")
+    if not isinstance(function, dict):
+        raise wrong(f"{path}.function", "an object with name and parameters", function)
+    return {**tool, "function": {name: value for name, value in function.items() if value is not None}}

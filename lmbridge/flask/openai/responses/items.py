@@ -42,6 +42,8 @@ def read_input(given: str | list[Any], instructions: str | None, find: Find) -> 
         message = _read_item(item, f"input[{place}]")
         if message is not None:
             _join(messages, message)
+    if not messages:
+        raise InvalidRequestError("input has nothing that was said: send what the user says.", "input")
     if instructions:
         opening = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else ""
         said = f"{instructions}\n\n{opening}" if opening else instructions  # many templates take one such message

@@ -130,6 +130,7 @@ def test_what_is_refused(item: Any, param: str) -> None:
     [
         ({"input": None}, "input", "missing"),
         ({"input": []}, "input", "at least one item"),
+        ({"input": [{"type": "reasoning", "summary": []}]}, "input", "what the user says"),
         ({"input": 3}, "input", "a string or a list"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "no other tools are supported"),
         ({"tools": [{"type": "function", "name": "f"}, {"type": "mcp"}]}, "tools[1].type", "mcp"),
