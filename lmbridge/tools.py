@@ -130,6 +130,8 @@ def _tool(item: object, place: str) -> Tool:
         raise _wrong(f"{place}.function.parameters", "a JSON schema: an object", parameters)
     if not isinstance(function.get("description", ""), (str, type(None))):
         raise _wrong(f"{place}.function.description", "a string", function["description"])
+    if parameters is not None and parameters.get("type", "object") != "object":
+        raise _wrong(f"{place}.function.parameters.type", '"object"', parameters["type"])
     try:
         plain: dict[str, Any] = json.loads(json.dumps(dict(function), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as cause:

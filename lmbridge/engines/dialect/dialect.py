@@ -80,6 +80,11 @@ class Dialect:
         """Whether the text that is read has to hold all special tokens."""
         return self._own is not None and (config.calling is None or self._format_for(config) is None)
 
+    def holds(self, config: GenerationConfig) -> bool:
+        """Whether the answer is held to a form; quickly."""
+        calling = config.calling
+        return config.form is not None or (calling is not None and calling.required)
+
     def form(self, config: GenerationConfig) -> Grammar | None:
         """What the answer must be, calls included.
 
@@ -87,7 +92,7 @@ class Dialect:
             InvalidRequestError: it may be calls or has another form, and these do not go together.
         """
         calling, form = config.calling, config.form
-        if calling is None or not (calling.required or form is not None):
+        if calling is None or not self.holds(config):
             return form
         if form is not None and form.kind == "lark":
             raise InvalidRequestError("A Lark grammar cannot go with tools; leave one of them out.", form.param)
@@ -134,7 +139,7 @@ class Dialect:
     def _format_for(self, config: GenerationConfig) -> Format | None:
         """The form of the request's calls; calls that must come are written by us, so in a form that can be."""
         calling = config.calling
-        if calling is None or not (calling.required or config.form is not None):
+        if calling is None or not self.holds(config):
             return self._format
         if not self._spells:
             return LLAMA

@@ -12,17 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmbridge.engines.dialect.formats import Spelled
+from lmbridge.engines.schemas import followable
 from lmbridge.errors import InvalidRequestError
 from lmbridge.grammar import Grammar
 from lmbridge.tools import Calling
 
 MOST_CALLS = 16
 """In one answer: a small model that may go on calling goes on."""
-_SPACING = {
-    "x-guidance": {
-        "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": True,
-    }
-}  # fmt: skip
 
 
 def calls_grammar(calling: Calling, spelled: Spelled, tokens: Mapping[str, int], other: Grammar | None) -> Grammar:
@@ -43,7 +39,7 @@ def calls_grammar(calling: Calling, spelled: Spelled, tokens: Mapping[str, int],
         function = tool["function"]
         begin, end = write.text(spelled.begin + function["name"] + spelled.middle), write.text(spelled.end)
         lines.append(f"call_{place}: {begin} arguments_{place} {end}")
-        lines.append(f"arguments_{place}: {_json({'type': 'object', **function['parameters']})}")
+        lines.append(f"arguments_{place}: {_arguments(function)}")
     if other is None:
         return Grammar("calls", "\n".join(["start: calls", *lines]), "tools")
     return Grammar("calls", "\n".join(["start: calls | other", *lines, f"other: {_form(other)}"]), other.param)
@@ -69,14 +65,21 @@ def _call_schema(function: Mapping[str, Any]) -> dict[str, Any]:
 def _form(form: Grammar) -> str:
     """A form as the right side of a rule."""
     if form.kind == "json":
-        return _json({} if form.value is True else form.value)
+        return _json(form.value, form.param)
     if form.kind == "regex":
         return "/" + re.sub(r"(?<!\\)/", r"\\/", form.value) + "/"
     return " | ".join(map(_quoted, form.value))
 
 
-def _json(schema: Any) -> str:
-    return "%json " + json.dumps({**schema, **_SPACING} if isinstance(schema, dict) else schema)
+def _arguments(function: Mapping[str, Any]) -> str:
+    try:
+        return _json({"type": "object", **function["parameters"]}, "tools")
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"The parameters of {function['name']}: {error}", "tools") from None
+
+
+def _json(schema: Any, param: str) -> str:
+    return "%json " + json.dumps(followable(schema, param))
 
 
 def _quoted(text: str) -> str:

@@ -22,7 +22,6 @@ from lmbridge.engines.thread import EngineThread
 from lmbridge.engines.transformers.options import ModelOptions
 from lmbridge.engines.transformers.running import Running
 from lmbridge.errors import EngineDeadError, LMBridgeError, UnsupportedOptionError
-from lmbridge.grammar import Grammar
 from lmbridge.messages import Delta, FinishReason, GenerationConfig, Request
 
 if TYPE_CHECKING:
@@ -205,8 +204,8 @@ class TransformersEngine(Engine):
         """
         core = self._alive()
         running = self._new_running(request, sink, core)
-        form = core.dialect.form(request.config)
-        token_ids = None if form else core.encoder.at_once(request.prompt, request.raw, request.config)
+        held = core.dialect.holds(request.config)
+        token_ids = None if held else core.encoder.at_once(request.prompt, request.raw, request.config)
         if token_ids is not None:
             try:
                 self._submit(running, token_ids)
@@ -215,7 +214,7 @@ class TransformersEngine(Engine):
                 raise
             return
         self._remember(running)
-        task = self._loop.create_task(self._encode_and_submit(running, form))
+        task = self._loop.create_task(self._encode_and_submit(running))
         self._encoding.add(task)
         task.add_done_callback(self._encoding.discard)
 
@@ -294,7 +293,7 @@ class TransformersEngine(Engine):
         self._requests[running.key] = running
         self._keys[running.request.id] = running.key
 
-    async def _encode_and_submit(self, running: Running, form: Grammar | None) -> None:
+    async def _encode_and_submit(self, running: Running) -> None:
         """A long prompt, or a grammar. The request may be aborted while the worker thread is at it, or before."""
 
         def encode() -> list[int] | None:
@@ -302,6 +301,7 @@ class TransformersEngine(Engine):
                 return None
             request, core = running.request, self._alive()
             token_ids = core.encoder.encode(request.prompt, request.raw, request.config)
+            form = core.dialect.form(request.config)
             if form is not None:
                 running.plan.guide = core.grammars.guide(form, core.dialect.thought_end(request.config, token_ids))
             return token_ids

@@ -10,6 +10,7 @@ llguidance knows the grammars and the model's tokens; nothing here looks into ei
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -182,6 +183,7 @@ _WRITTEN: dict[str, Callable[[Any, Any, str], str]] = {
     "lark": _lark,
     "calls": lambda matcher, text, _: matcher.grammar_from_lark(text),
 }
+_QUOTED = re.compile(r"^\s*\d+ \| ", re.MULTILINE)  # the lines of a grammar
 _CALLED = {
     "json": "JSON schema",
     "choice": "choice",
@@ -192,5 +194,8 @@ _CALLED = {
 
 
 def _brief(error: str) -> str:
-    """Its first lines, without the state of the parser."""
-    return " ".join(line.strip() for line in error.partition("<state>")[0].strip().splitlines()[:6])[:500]
+    """Its first lines, without the state of the parser, nor the grammar around a schema, which we have written."""
+    error = error.partition("<state>")[0].strip()
+    if "failed to compile JSON schema: " in error:
+        error = _QUOTED.split(error.partition("failed to compile JSON schema: ")[2])[0]
+    return " ".join(line.strip() for line in error.splitlines()[:6])[:500].strip()
