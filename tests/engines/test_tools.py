@@ -66,7 +66,11 @@ def with_template(folder: Path, chat_template: str, *marks: str) -> str:
 MARKS = {"mistral-list": ["[TOOL_CALLS]"], "hermes": ["<tool_call>", "</tool_call>"]}
 
 
-@pytest.fixture(scope="module", params=["demo", *FORMS])
+OFTEN = ("demo", "hermes", "mistral-list")  # the others take a model each, and run in the long suite
+EACH = [form if form in OFTEN else pytest.param(form, marks=pytest.mark.long) for form in ("demo", *FORMS)]
+
+
+@pytest.fixture(scope="module", params=EACH)
 def form(request: pytest.FixtureRequest) -> str:
     """The form in which a model calls; the bundled one's template knows no tools."""
     return str(request.param)
@@ -148,7 +152,7 @@ def test_without_telling_the_model_it_cannot_choose(demo: Bridge) -> None:
     assert caught.value.param == "tools"
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", EACH[1:])
 def test_what_the_model_chooses_to_call_is_read(name: str, tmp_path: Path) -> None:
     """A call that the model makes by itself would be shown as text, and never be run."""
     form = FORMS[name]

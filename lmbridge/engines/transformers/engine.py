@@ -181,8 +181,6 @@ class TransformersEngine(Engine):
             task.cancel()
         self._requests.clear()
         self._keys.clear()
-        if self._core is not None:
-            self._core.grammars.close()
         self._core = None
         self._proved = False
         start, self._start = self._start, None

@@ -124,9 +124,6 @@ class Grammars:
             if guide.failure is not None:  # whatever comes is not told any more
                 allowed[row] = 255
 
-    def close(self) -> None:
-        """The model is about to go: there is nothing to end."""
-
     def _beginning(self, new: Any, text: str) -> Any:
         """A matcher of the grammar that has taken nothing in: a copy takes microseconds, another milliseconds."""
         matcher = self._beginnings.pop(text, None) or new(self._tokens, text, log_level=0)
