@@ -23,11 +23,23 @@ def read_functions(tools: list[Any]) -> list[Any]:
 
 
 def drop_idle(options: dict[str, Any]) -> None:
-    """Leave out what asks for nothing: tools that must not be called, and how to call where there are none."""
+    """Leave out what asks for nothing.
+
+    Tools that must not be called, how to call where there are none, and the form of a text where all that may come is
+    calls: agents give their answer's form with every step.
+    """
     choice = options.get("tool_choice")
     if choice == "none" or ("tools" not in options and choice is None):
         for name in CALLING:
             options.pop(name, None)
+    elif _is_required(choice):
+        options.pop("response_format", None)
+
+
+def _is_required(choice: str | dict[str, Any] | None) -> bool:
+    if not isinstance(choice, dict):
+        return choice == "required"
+    return bool(choice["type"] == "function" or choice["allowed_tools"]["mode"] == "required")
 
 
 def _read_function(tool: Any, path: str) -> dict[str, Any]:

@@ -88,6 +88,28 @@ def test_text_beside_calls(asks: Asks) -> None:
     assert chat.prompt[1] == {"role": "assistant", "content": "I look.", "tool_calls": [CALL]}
 
 
+@pytest.mark.parametrize("mode", ["required", "named", "allowed"])
+def test_a_form_beside_calls_that_must_come(asks: Asks, mode: str) -> None:
+    """An agent with an output type gives it with the step that must call, too, and gets its call."""
+    form = {"name": "answer", "schema": SCHEMA}
+    named = {"type": "function", "name": "weather"}
+    nested: dict[str, Any] = {"type": "function", "function": {"name": "weather"}}
+    flat: Any = {"named": named, "allowed": {"type": "allowed_tools", "mode": "required", "tools": [named]}}
+    deep: Any = {
+        "named": nested,
+        "allowed": {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [nested]}},
+    }
+    for choice, kept in ((mode, False), ("auto", True)):
+        of_chat = {"tools": [nested], "response_format": {"type": "json_schema", "json_schema": form}}
+        chat = asks("chat/completions", messages=[USER], tool_choice=deep.get(choice, choice), **of_chat)
+        of_response = {"tools": [named], "text": {"format": {"type": "json_schema", **form}}}
+        response = asks("responses", input="Hi", tool_choice=flat.get(choice, choice), **of_response)
+        for config in (chat.config, response.config):
+            assert (config.response_format is not None) == kept
+            assert config.calling is not None
+            assert config.calling.required is not kept
+
+
 def test_names_of_tool_messages(asks: Asks) -> None:
     """Clients that name the function beside its result are understood; templates may look at the name."""
     history = [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {**TOLD, "name": "weather"}]
