@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def run(source: str) -> str:
 
 def test_there_are_blocks() -> None:
     """The README has the examples that the other tests here run, and those for real models."""
-    assert [options for options, _ in blocks()] == ["", ":class: needs-a-hub", "", "", ":class: needs-a-hub", ""]
+    assert [options for options, _ in blocks()] == ["", ":class: needs-a-hub", "", "", "", ":class: needs-a-hub", ""]
 
 
 def test_first_example() -> None:
@@ -54,14 +55,22 @@ def test_hub_example_differs_from_the_first_by_its_model_only() -> None:
     assert run(source.replace("Qwen/Qwen3-0.6B", "demo").replace("Why is the sky blue?", "What is 2 + 2?")).strip()
 
 
+def test_tools_example() -> None:
+    """An answer keeps to its schema, and a function is called as it wants to be."""
+    answer, calls = run(blocks()[3][1]).splitlines()
+    assert list(json.loads(answer)) == ["capital"]
+    assert calls.startswith("[ToolCall(index=0, id='call_")
+    assert "name='add'" in calls
+
+
 def test_function_example() -> None:
     """A function serves single items and lists."""
-    assert run(blocks()[3][1]).split() == ["ONE", "['TWO',", "'THREE']"]
+    assert run(blocks()[4][1]).split() == ["ONE", "['TWO',", "'THREE']"]
 
 
 def test_encoder_example_compiles() -> None:
     """Its model cannot be fetched everywhere."""
-    compile(blocks()[4][1], "README.rst", "exec")
+    compile(blocks()[5][1], "README.rst", "exec")
 
 
 @pytest.mark.long
@@ -69,7 +78,7 @@ def test_flask_example() -> None:
     """The Flask views answer, the second in a stream."""
     ask = 'print(app.test_client().post("/ask", json={"prompt": "What is the capital of Kenya?"}).get_json())'
     tell = 'print(app.test_client().post("/tell", json={"prompt": "What is the capital of Peru?"}).text)'
-    out = run("\n".join([blocks()[5][1], ask, tell]))
+    out = run("\n".join([blocks()[6][1], ask, tell]))
     assert "Nairobi" in out
     assert "Lima" in out
 
