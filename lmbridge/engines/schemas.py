@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lmbridge.errors import InvalidRequestError
@@ -51,6 +51,7 @@ _CHECKED = frozenset(("regex", "json-pointer", "relative-json-pointer", "uri-tem
 """Formats of the standard, which validators may insist on; what others are called binds nobody."""
 _AHEAD = re.compile(r"\(\?(?:=(?P<has>(?:[^()\\]|\\.)*)|!\^\[(?P<only>(?:[^\]\\]|\\.)*)\]\*\$)\)")
 _DEEPEST = 200
+_AT_ONCE = 1_000  # texts of one rule
 
 Schema = dict[str, Any]
 
@@ -71,6 +72,19 @@ def followable(schema: Any, param: str) -> Schema:
     if written is False:
         raise InvalidRequestError(f"The schema in {param} is false: no answer is valid.", param)
     return {**({} if written is True else written), "x-guidance": OPTIONS}
+
+
+def choice_lines(rule: str, texts: Sequence[str]) -> list[str]:
+    """Rules of a Lark grammar, the first of that name, for one of several texts: llguidance takes 2,000 at once."""
+    quoted = [json.dumps(text, ensure_ascii=False) for text in texts]
+    if len(quoted) <= _AT_ONCE:
+        return [f"{rule}: {' | '.join(quoted)}"]
+    lots = [quoted[start : start + _AT_ONCE] for start in range(0, len(quoted), _AT_ONCE)]
+    names = [f"{rule}_{number}" for number in range(len(lots))]
+    return [
+        f"{rule}: {' | '.join(names)}",
+        *(f"{name}: {' | '.join(lot)}" for name, lot in zip(names, lots, strict=True)),
+    ]
 
 
 class _Writer:

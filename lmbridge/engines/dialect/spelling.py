@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmbridge.engines.dialect.formats import Spelled
-from lmbridge.engines.schemas import followable
+from lmbridge.engines.schemas import choice_lines, followable
 from lmbridge.errors import InvalidRequestError
 from lmbridge.grammar import Grammar
 from lmbridge.tools import Calling
@@ -42,7 +42,7 @@ def calls_grammar(calling: Calling, spelled: Spelled, tokens: Mapping[str, int],
         lines.append(f"arguments_{place}: {_arguments(function)}")
     if other is None:
         return Grammar("calls", "\n".join(["start: calls", *lines]), "tools")
-    return Grammar("calls", "\n".join(["start: calls | other", *lines, f"other: {_form(other)}"]), other.param)
+    return Grammar("calls", "\n".join(["start: calls | other", *lines, *_form(other)]), other.param)
 
 
 def calls_schema(calling: Calling, other: Grammar | None) -> Grammar:
@@ -62,13 +62,13 @@ def _call_schema(function: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": parts, "required": list(parts), "additionalProperties": False}
 
 
-def _form(form: Grammar) -> str:
-    """A form as the right side of a rule."""
+def _form(form: Grammar) -> list[str]:
+    """A form as the rule ``other`` and those it needs."""
     if form.kind == "json":
-        return _json(form.value, form.param)
+        return [f"other: {_json(form.value, form.param)}"]
     if form.kind == "regex":
-        return "/" + re.sub(r"(?<!\\)/", r"\\/", form.value) + "/"
-    return " | ".join(map(_quoted, form.value))
+        return ["other: /" + re.sub(r"(?<!\\)/", r"\\/", form.value) + "/"]
+    return choice_lines("other", form.value)
 
 
 def _arguments(function: Mapping[str, Any]) -> str:

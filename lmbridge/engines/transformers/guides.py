@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lmbridge.engines.base import engine_error
-from lmbridge.engines.schemas import followable
+from lmbridge.engines.schemas import choice_lines, followable
 from lmbridge.errors import InvalidRequestError, MissingDependencyError
 from lmbridge.grammar import Grammar
 
@@ -165,12 +165,11 @@ def _lark(matcher: Any, text: str, _: str) -> str:
     """Of llama.cpp's notation, too."""
     from llguidance.gbnf_to_lark import any_to_lark
 
-    return str(matcher.grammar_from_lark(any_to_lark(text)))
+    return str(matcher.grammar_from_lark(any_to_lark(text) if "::=" in text else text))
 
 
 def _choice(matcher: Any, texts: Any, _: str) -> str:
-    quoted = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
-    return str(matcher.grammar_from_lark(f"start: {quoted}"))
+    return str(matcher.grammar_from_lark("\n".join(choice_lines("start", texts))))
 
 
 _WRITTEN: dict[str, Callable[[Any, Any, str], str]] = {
