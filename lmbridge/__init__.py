@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lmbridge.caller.observer import Observer
     from lmbridge.caller.stream_group import StreamGroup
     from lmbridge.caller.streams import Stream
-    from lmbridge.chat import Chat
+    from lmbridge.chat import Chat, ChatStream
     from lmbridge.client import Client
     from lmbridge.device import Device, DeviceStatus, PartyStatus
     from lmbridge.engines.base import Engine
@@ -48,7 +48,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "bridge": ("Bridge", "Health", "RequestInfo"),
-    "chat": ("Chat",),
+    "chat": ("Chat", "ChatStream"),
     "client": ("Client",),
     "device": ("Device", "DeviceStatus", "PartyStatus"),
     "engines.base": ("Engine",),
@@ -70,7 +70,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "AsyncStream", "Bridge", "BridgeClosedError", "Chat", "Client", "Delta", "Device", "DeviceStatus",
+    "AsyncStream", "Bridge", "BridgeClosedError", "Chat", "ChatStream", "Client", "Delta", "Device", "DeviceStatus",
     "DisconnectedError", "Engine", "EngineDeadError", "EngineError", "EngineStartError", "ForkedError",
     "FunctionEngine", "Gathered", "GenerationConfig", "Health", "InvalidRequestError", "LMBridgeError",
     "MissingDependencyError", "ModelNotFoundError", "Observer", "PartyStatus", "PromptTooLongError", "QueueFullError",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from lmbridge.errors import InvalidRequestError
@@ -59,33 +58,18 @@ class Chat:
             turn.over = True
         return rounds.response
 
-    def stream(self, text: str, **options: Unpack[CallOptions]) -> Generator[Delta, None, None]:
-        """Say ``text`` and yield the answer as it grows; a turn that is left or fails is not remembered.
+    def stream(self, text: str, **options: Unpack[CallOptions]) -> ChatStream:
+        """Say ``text`` and return the answer as it grows; a turn that is left or fails is not remembered.
 
         Leaving the loop or ``close()`` stops the engine. With ``tools`` the deltas of all rounds come one after
-        another; those with ``tool_calls`` say what is called.
+        another; those with ``tool_calls`` say what is called, and the functions run where the next delta is asked for.
         """
         turn = self._begin(text)
         try:
-            rounds = Rounds(turn.messages, self._config, options)
-            stream = self._caller.stream(rounds.messages, self._config, **rounds.options)
+            return ChatStream(self, turn, Rounds(turn.messages, self._config, options))
         except BaseException:
             turn.over = True
             raise
-
-        def deltas(stream: Stream) -> Generator[Delta, None, None]:
-            try:
-                yield from stream
-                rounds.take(stream.response)
-                while not rounds.over:
-                    stream = self._caller.stream(rounds.messages, self._config, **rounds.options)
-                    yield from stream
-                    rounds.take(stream.response)
-                self._keep(rounds)
-            finally:
-                turn.over = True
-
-        return deltas(stream)
 
     def reset(self) -> None:
         """Forget everything but the system message."""
@@ -106,6 +90,68 @@ class Chat:
     def _keep(self, rounds: Rounds) -> None:
         if rounds.response.finish_reason != "abort":
             self.messages = rounds.messages
+
+
+class ChatStream:
+    """The deltas of one turn, read by one thread: ``for delta in chat.stream(…)``. Leaving it stops the engine."""
+
+    def __init__(self, chat: Chat, turn: _Turn, rounds: Rounds) -> None:
+        self._chat, self._turn, self._rounds = chat, turn, rounds
+        self._stream = self._ask()
+
+    @property
+    def response(self) -> Response:
+        """The turn's answer, once it is over; until then that of the round under way, as far as it has come."""
+        return self._rounds.response if self._rounds.over else self._stream.response
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """As ``Stream.wait``: whether ``next`` has something at once. It may be the end of a round, whose functions run
+        then.
+        """
+        return self._turn.over or self._stream.wait(timeout)
+
+    def close(self) -> None:
+        """Stop the engine, and forget the turn unless it was answered."""
+        self._turn.over = True
+        self._stream.close()
+
+    def __iter__(self) -> ChatStream:
+        return self
+
+    def __next__(self) -> Delta:
+        if self._turn.over:
+            raise StopIteration
+        try:
+            return self._next()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> ChatStream:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_stream"):
+            self.close()
+
+    def _next(self) -> Delta:
+        while True:
+            try:
+                return next(self._stream)
+            except StopIteration:
+                pass
+            self._rounds.take(self._stream.response)
+            if self._rounds.over:
+                self._chat._keep(self._rounds)
+                raise StopIteration
+            self._stream = self._ask()
+
+    def _ask(self) -> Stream:
+        rounds, chat = self._rounds, self._chat
+        return chat._caller.stream(rounds.messages, chat._config, **rounds.options)
 
 
 class _Turn:

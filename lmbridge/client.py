@@ -9,7 +9,9 @@ from lmbridge.caller.access import Access
 from lmbridge.caller.account import Account
 from lmbridge.caller.observer import Observer
 from lmbridge.caller.verbs import Verbs
+from lmbridge.chat import Chat
 from lmbridge.errors import LMBridgeError
+from lmbridge.messages import GenerationConfig
 
 
 class Client(Verbs):
@@ -27,6 +29,10 @@ class Client(Verbs):
     def name(self) -> str:
         """The account's name, as ``bridge.requests()`` shows it."""
         return self._own_account.name
+
+    def chat(self, config: GenerationConfig | None = None, *, system: str | None = None) -> Chat:
+        """A conversation that keeps its history; see ``lmbridge.chat.Chat``."""
+        return Chat(self, config, system=system)
 
     def close(self, error: LMBridgeError | None = None) -> None:
         """End every call made through this client, wherever it is, and refuse further ones. The bridge goes on.

@@ -64,8 +64,8 @@ class Overrides(TypedDict, total=False):
     continue_final_message: bool
     prompt_logprobs: int | None
     return_prompt_token_ids: bool
-    response_format: Mapping[str, Any] | None
-    grammar: str | Mapping[str, Any] | None
+    response_format: Mapping[str, Any] | type | None
+    grammar: str | Mapping[str, Any] | type | None
     tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None
     tool_choice: str | Mapping[str, Any] | None
     parallel_tool_calls: bool
@@ -111,7 +111,8 @@ class GenerationConfig:
         return_prompt_token_ids: tell the prompt's token ids; ``prompt_logprobs`` tells them, too.
         response_format: what form the answer has, as OpenAI's API has it: ``{"type": "json_schema", "json_schema":
             {"schema": …}}``, ``{"type": "json_object"}`` or ``{"type": "text"}``. Each token is chosen among those that
-            keep to it; an answer that ``max_new_tokens`` cuts off is not whole.
+            keep to it; an answer that ``max_new_tokens`` or a stop word cuts off is not whole. A class, such as one of
+            pydantic's models, stands for its schema.
         grammar: the same for ``{"json": schema}``, ``{"regex": "…"}``, ``{"choice": ["…", …]}`` or ``{"lark": "…"}``; a
             string is a Lark grammar. llama.cpp's notation (GBNF) is read, too.
         tools: functions that the model may call, in OpenAI's form or as Python functions, whose type hints and
@@ -148,8 +149,8 @@ class GenerationConfig:
     continue_final_message: bool = False
     prompt_logprobs: int | None = None
     return_prompt_token_ids: bool = False
-    response_format: Mapping[str, Any] | None = None
-    grammar: str | Mapping[str, Any] | None = None
+    response_format: Mapping[str, Any] | type | None = None
+    grammar: str | Mapping[str, Any] | type | None = None
     tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None = None
     tool_choice: str | Mapping[str, Any] | None = None
     parallel_tool_calls: bool = True
@@ -355,8 +356,8 @@ _KINDS: dict[str, tuple[_Reader, str]] = {
     "continue_final_message": (as_flag, "True or False"),
     "prompt_logprobs": (_int(0, 20), "an int from 0 to 20 or None"),
     "return_prompt_token_ids": (as_flag, "True or False"),
-    "response_format": (_form, "a dict or None"),
-    "grammar": (_form, "a string, a dict or None"),
+    "response_format": (_form, "a dict, a class or None"),
+    "grammar": (_form, "a string, a dict, a class or None"),
     "tools": (read_tools, f"a list of at most {MOST_TOOLS} tools, or None"),
     "tool_choice": (read_choice, f"{TOOL_CHOICES}, or None"),
     "parallel_tool_calls": (as_flag, "True or False"),

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lmbridge.errors import InvalidRequestError
+from lmbridge.signatures import is_hint, schema_of
 from lmbridge.values import as_list
 
 Kind = Literal["json", "regex", "choice", "lark", "calls"]
 _FORMATS = '{"type": "json_schema", "json_schema": {"schema": …}}, {"type": "json_object"} or {"type": "text"}'
 _GRAMMARS = '{"json": schema}, {"regex": "…"}, {"choice": ["…", …]}, {"lark": "…"}, or the text of a Lark grammar'
 _MOST_CHOICES = 10_000
+_SCHEMA_WORDS = {"properties", "$ref", "$defs", "anyOf", "items"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,15 @@ def read_grammar(response_format: object, grammar: object) -> Grammar | None:
 
 
 def _of_format(value: object) -> Grammar | None:
+    if is_hint(value):
+        return _json(value, "response_format")
     kind = value.get("type") if isinstance(value, Mapping) else None
+    if isinstance(value, Mapping) and kind not in ("text", "json_object", "json_schema") and _SCHEMA_WORDS & set(value):
+        raise InvalidRequestError(
+            'A schema stands inside: response_format={"type": "json_schema", "json_schema": {"schema": …}}; or give it '
+            'as grammar={"json": …}.',
+            "response_format",
+        )
     if not isinstance(value, Mapping) or kind not in ("text", "json_object", "json_schema"):
         raise _wrong("response_format", _FORMATS, value)
     if kind == "text":
@@ -65,6 +75,8 @@ def _of_format(value: object) -> Grammar | None:
 
 
 def _of_grammar(value: object) -> Grammar:
+    if is_hint(value):
+        value = {"json": value}
     if isinstance(value, str):
         value = {"lark": value}
     if not isinstance(value, Mapping) or len(value) != 1:
@@ -75,7 +87,10 @@ def _of_grammar(value: object) -> Grammar:
     if kind == "choice":
         texts = as_list(asked)
         if not texts or len(texts) > _MOST_CHOICES or not all(isinstance(text, str) and text for text in texts):
-            raise _wrong("grammar", f"a list of 1 to {_MOST_CHOICES:,} texts that are not empty, as its choice", asked)
+            wanted = f"a list of 1 to {_MOST_CHOICES:,} texts that are not empty"
+            raise InvalidRequestError(
+                f"The choice of a grammar must be {wanted}, not {reprlib.repr(asked)}.", "grammar"
+            )
         return Grammar("choice", tuple(texts), "grammar")
     if kind in ("regex", "lark") and isinstance(asked, str) and asked:
         return Grammar(kind, asked, "grammar")
@@ -83,13 +98,15 @@ def _of_grammar(value: object) -> Grammar:
 
 
 def _json(schema: object, param: str) -> Grammar:
+    if is_hint(schema):
+        return Grammar("json", schema_of(schema, param), param)
     if isinstance(schema, str):  # as vLLM's clients may send it
         try:
             schema = json.loads(schema)
         except ValueError as cause:
             raise InvalidRequestError(f"The schema in {param} is no JSON: {cause}.", param) from None
     if not isinstance(schema, (Mapping, bool)):
-        raise _wrong(param, "with a JSON schema: an object", schema)
+        raise InvalidRequestError(f"The schema in {param} must be an object, not {reprlib.repr(schema)}.", param)
     try:
         plain = json.loads(json.dumps(schema, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as cause:

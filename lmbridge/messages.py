@@ -6,7 +6,7 @@ Rule: no thread, no queue and no engine is known here. Times are seconds on the 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Union
@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Union
 from lmbridge.errors import LMBridgeError
 from lmbridge.generation import GenerationConfig as GenerationConfig
 from lmbridge.generation import Overrides as Overrides
+from lmbridge.signatures import bind_arguments, result_text
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
 
@@ -175,10 +176,29 @@ class ToolCall:
         Raises:
             ValueError: the model wrote none that are JSON, or no object.
         """
-        arguments = json.loads(self.arguments or "{}")
+        try:
+            arguments = json.loads(self.arguments or "{}")
+        except RecursionError:
+            raise ValueError(f"the arguments of {self.name} are nested too deeply") from None
         if not isinstance(arguments, dict):
             raise ValueError(f"the arguments of {self.name} are no JSON object: {self.arguments}")
         return arguments
+
+    def bound(self, function: Callable[..., Any]) -> dict[str, Any]:
+        """The arguments as the function's type hints want them: enums, dataclasses and the like are made.
+
+        Raises:
+            ValueError: as ``parsed``, or they are not what it takes.
+        """
+        return bind_arguments(function, self.parsed())
+
+    def answer(self, result: Any) -> Message:
+        """The message that tells the model what its call gave: a string as it is, else as JSON.
+
+        Raises:
+            TypeError: JSON cannot say it.
+        """
+        return {"role": "tool", "tool_call_id": self.id, "name": self.name, "content": result_text(result)}
 
     def message(self) -> Message:
         """A whole call as it stands in the ``tool_calls`` of an assistant's message."""

@@ -5,16 +5,14 @@ Rule: the caller's thread, which runs the functions; asks nobody itself.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import json
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from lmbridge.errors import InvalidRequestError, RequestTimeoutError
 from lmbridge.messages import GenerationConfig, Message, Response, ToolCall
-from lmbridge.signatures import bind_arguments
+from lmbridge.tools import is_forced
 from lmbridge.values import as_list, as_number
 
 if TYPE_CHECKING:
@@ -57,8 +55,10 @@ class Rounds:
             RequestTimeoutError: the functions have taken all the time there was.
         """
         options = dict(self._given)
-        if self._rounds and self._functions:
-            forced = self._choice not in (None, "auto")
+        forced = is_forced(self._choice)
+        if forced and not self._rounds:  # the form is the answer's, which comes later
+            options |= {"response_format": None, "grammar": None}
+        elif self._rounds and self._functions:
             options["tool_choice"] = "none" if forced or self._rounds >= MOST_ROUNDS else "auto"
         if self._rounds and self._end is not None:
             options["timeout"] = left = self._end - time.monotonic()
@@ -69,8 +69,11 @@ class Rounds:
     def take(self, response: Response) -> None:
         """Take an answer in; run what it calls."""
         self.response = response
-        self.messages = [*self.messages, response.message()]
         self._rounds += 1
+        message = response.message()
+        if response.finish_reason != "tool_calls":  # a call that was cut off has no result
+            message.pop("tool_calls", None)
+        self.messages = [*self.messages, message]
         self.over = response.finish_reason != "tool_calls" or not self._functions
         if not self.over:
             self.messages += [self._result(call) for call in response.tool_calls]
@@ -81,12 +84,10 @@ class Rounds:
         try:
             if function is None:
                 raise ValueError(f"there is no function {call.name}; there are {', '.join(self._functions)}")
-            arguments = bind_arguments(function, call.parsed())
-        except (TypeError, ValueError) as wrong:
-            content = json.dumps({"error": str(wrong)}, ensure_ascii=False)
-        else:
-            content = _told(function(**arguments))
-        return {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": content}
+            arguments = call.bound(function)
+        except ValueError as wrong:
+            return call.answer({"error": str(wrong)})
+        return call.answer(function(**arguments))
 
 
 def _functions(tools: object) -> dict[str, Callable[..., Any]]:
@@ -99,18 +100,3 @@ def _functions(tools: object) -> dict[str, Callable[..., Any]]:
                 "tools",
             )
     return {getattr(tool, "__name__", ""): tool for tool in listed}
-
-
-def _told(value: Any) -> str:
-    """A result as text."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=_plain)
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "model_dump"):  # pydantic's
-        return value.model_dump(mode="json")
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return list(value) if isinstance(value, (set, frozenset)) else str(value)

@@ -1,38 +1,25 @@
 """A Python function as a tool: its description from its docstring, its parameters' schema from its type hints.
 
-Rule: pure functions on the caller's thread. Imports nothing but what the function itself has imported.
+Rule: pure functions on the caller's thread. pydantic knows type hints; it is imported when a function is first given.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import inspect
+import json
 import re
-import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NotRequired, Required, Union
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, NotRequired
 
 from lmbridge.errors import InvalidRequestError
 
 Schema = dict[str, Any]
 
-_PLAIN: dict[Any, Schema] = {
-    str: {"type": "string"},
-    int: {"type": "integer"},
-    float: {"type": "number"},
-    bool: {"type": "boolean"},
-    type(None): {"type": "null"},
-    Any: {},
-    inspect.Parameter.empty: {},
-    list: {"type": "array"},
-    tuple: {"type": "array"},
-    dict: {"type": "object"},
-}
 _SECTION = re.compile(r"^\s*(Args|Arguments|Parameters):\s*$", re.MULTILINE)
 _ENTRY = re.compile(r"^\s*\*{0,2}(\w+)(?:\s*\([^)]*\))?:\s*(.+)$")
 _KINDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_NAMED = ("properties", "$defs", "patternProperties")
 
 
 def describe_function(function: Callable[..., Any]) -> dict[str, Any]:
@@ -46,99 +33,150 @@ def describe_function(function: Callable[..., Any]) -> dict[str, Any]:
     name = getattr(function, "__name__", "")
     if not re.fullmatch(r"\w{1,64}", name, re.ASCII):
         raise InvalidRequestError(f"A function that is a tool needs a name; {function!r} has none.", "tools")
-    try:
-        parameters = inspect.signature(function).parameters.values()
-        hints = typing.get_type_hints(function, include_extras=True)
-    except Exception as cause:  # of what a hint names
-        raise InvalidRequestError(f"The signature of {name} cannot be read: {cause}", "tools") from cause
-    text = inspect.getdoc(function) or ""
-    said = _described(text)
-    properties: dict[str, Schema] = {}
-    for parameter in parameters:
-        if parameter.kind not in _KINDS:
-            raise InvalidRequestError(f"{name} takes {parameter}; a tool's arguments all have names.", "tools")
-        properties[parameter.name] = _property(name, parameter, hints, said)
-    required = [each.name for each in parameters if each.default is inspect.Parameter.empty]
-    schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    about = function if not isinstance(function, type) or "__doc__" in vars(function) else None  # a class inherits none
+    text = (inspect.getdoc(about) or "") if about is not None else ""
+    schema = _schema(function, name)
+    for parameter, said in _described(text).items():
+        if parameter in schema["properties"]:
+            schema["properties"][parameter].setdefault("description", said)
     summary = " ".join(text.split("\n\n")[0].split())
-    about = {"description": summary} if summary and not _SECTION.match(text) else {}
-    return {"type": "function", "function": {"name": name, **about, "parameters": schema}}
+    told = {"description": summary} if summary and not _SECTION.match(text) else {}
+    return {"type": "function", "function": {"name": name, **told, "parameters": schema}}
 
 
-def _property(name: str, parameter: inspect.Parameter, hints: Mapping[str, Any], said: Mapping[str, str]) -> Schema:
+def is_hint(value: object) -> bool:
+    """Whether it is a class or another type hint, rather than what a schema is written in."""
+    return isinstance(value, type) or typing.get_origin(value) is not None
+
+
+def schema_of(hint: Any, param: str) -> Schema:
+    """The JSON schema of a type hint: a pydantic model, a dataclass, ``list[int]`` …
+
+    Raises:
+        InvalidRequestError: there is none.
+    """
+    from pydantic import TypeAdapter
+
     try:
-        schema = schema_of(hints.get(parameter.name, parameter.annotation))
-    except TypeError as cause:
-        raise InvalidRequestError(f"The parameter {parameter.name} of {name} {cause}.", "tools") from None
-    if parameter.name in said:
-        schema = {"description": said[parameter.name], **schema}
+        return _tidied(TypeAdapter(hint).json_schema())
+    except Exception as cause:  # of what the hint names
+        raise InvalidRequestError(f"{hint!r} in {param} has no JSON schema: {cause}", param) from cause
+
+
+def bind_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments as the function's type hints want them: dates, enums, dataclasses, pydantic's models are made.
+
+    Raises:
+        ValueError: they are not what it takes; the message says what is wrong with which.
+        InvalidRequestError: as ``describe_function``.
+    """
+    from pydantic import ValidationError
+
+    try:
+        made: dict[str, Any] = _adapter(function, getattr(function, "__name__", "")).validate_python(dict(arguments))
+    except ValidationError as wrong:
+        said = [f"{'.'.join(map(str, error['loc'])) or 'arguments'}: {error['msg']}" for error in wrong.errors()]
+        raise ValueError("; ".join(said)) from None
+    return made
+
+
+def result_text(value: Any) -> str:
+    """What a function gave as text for the model: a string as it is, else JSON.
+
+    Raises:
+        TypeError: JSON cannot say it.
+    """
+    if type(value) is str:
+        return value
+    from pydantic_core import PydanticSerializationError, to_json
+
+    try:
+        said = to_json(value, inf_nan_mode="null", fallback=_plain).decode()
+    except (PydanticSerializationError, ValueError, RecursionError) as cause:
+        raise TypeError(f"The result of a tool is told to the model as JSON, which cannot say it: {cause}") from cause
+    return (
+        str(json.loads(said)) if said.startswith('"') else said
+    )  # of what JSON has as a string, an enum or a date, that
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # numpy's, and torch's
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__} is no JSON; return text, numbers, lists, dicts or dataclasses")
+
+
+def _schema(function: Callable[..., Any], name: str) -> Schema:
+    try:
+        schema = _tidied(_adapter(function, name).json_schema())
+        json.dumps(schema, allow_nan=False)
+    except InvalidRequestError:
+        raise
+    except Exception as cause:  # of a hint that no schema says, and of what a hint holds
+        raise InvalidRequestError(
+            f"The parameters of {name} cannot be told by a JSON schema: {cause}", "tools"
+        ) from cause
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.default not in (parameter.empty, None) and _is_json(parameter.default):
+            schema["properties"][parameter.name].setdefault("default", parameter.default)
     return schema
 
 
-def schema_of(hint: Any) -> Schema:
-    """The JSON schema of a type hint.
+def _adapter(function: Callable[..., Any], name: str) -> Any:
+    """What checks a call's arguments, as a dict of those that are given."""
+    from pydantic import ConfigDict, TypeAdapter
+    from typing_extensions import TypedDict
 
-    Raises:
-        TypeError: there is none; the message goes on after the name of what has the hint.
-    """
-    if isinstance(hint, typing.Hashable) and hint in _PLAIN:
-        return dict(_PLAIN[hint])
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Annotated:
-        notes = [note for note in arguments[1:] if isinstance(note, str)]
-        return {**({"description": " ".join(notes)} if notes else {}), **schema_of(arguments[0])}
-    if origin is Literal:
-        return {"enum": list(arguments)}
-    if origin in (Union, types.UnionType):
-        return {"anyOf": [schema_of(each) for each in arguments]}
-    return _collection(hint, origin, arguments) if origin is not None else _of_class(hint)
-
-
-def _collection(hint: Any, origin: Any, arguments: tuple[Any, ...]) -> Schema:
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        if arguments[0] is not str:
-            raise TypeError(f"has the hint {hint!r}; the keys of a JSON object are str")
-        return {"type": "object", "additionalProperties": schema_of(arguments[1])}
-    if origin is tuple and arguments[-1] is not Ellipsis:
-        items = [schema_of(each) for each in arguments]
-        return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
-    if isinstance(origin, type) and issubclass(origin, (Sequence, set, frozenset)):
-        return {"type": "array", "items": schema_of(arguments[0])}
-    raise TypeError(f"has the hint {hint!r}, which no JSON value has")
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+        hints = typing.get_type_hints(function, include_extras=True) if not isinstance(function, type) else {}
+    except Exception as cause:  # of what a hint names
+        raise InvalidRequestError(f"The signature of {name} cannot be read: {cause}", "tools") from cause
+    for parameter in parameters:
+        if parameter.kind not in _KINDS:
+            raise InvalidRequestError(f"{name} takes {parameter}; a tool's arguments all have names.", "tools")
+    taken = TypedDict("taken", {each.name: _field(each, hints) for each in parameters})  # type: ignore[misc]
+    taken.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+    return TypeAdapter(taken)
 
 
-def _of_class(hint: Any) -> Schema:
-    if hasattr(hint, "model_json_schema"):  # pydantic's
-        schema: Schema = hint.model_json_schema()
-        return schema
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return {"enum": [member.value for member in hint]}
-    if typing.is_typeddict(hint):
-        return _of_typed_dict(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        hints = typing.get_type_hints(hint)
-        fields = [field for field in dataclasses.fields(hint) if field.init]
-        missing = dataclasses.MISSING
-        needed = [field.name for field in fields if field.default is missing and field.default_factory is missing]
-        return _object({field.name: hints[field.name] for field in fields}, needed)
-    raise TypeError(f"has the hint {hint!r}, which no JSON value has; use str, int, float, bool, list, dict or Literal")
+def _field(parameter: inspect.Parameter, hints: Mapping[str, Any]) -> Any:
+    hint = hints.get(parameter.name, parameter.annotation)
+    if hint is parameter.empty:
+        hint = Any
+    notes = [note for note in getattr(hint, "__metadata__", ()) if isinstance(note, str)]
+    if notes:
+        from pydantic import Field
+
+        hint = Annotated[hint, Field(description=" ".join(notes))]
+    return hint if parameter.default is parameter.empty else NotRequired[hint]
 
 
-def _of_typed_dict(hint: Any) -> Schema:
-    """Its own list of required keys is wrong where its annotations are texts."""
-    hints: dict[str, Any] = {}
-    required = []
-    for name, kind in typing.get_type_hints(hint, include_extras=True).items():
-        marked = typing.get_origin(kind) if typing.get_origin(kind) in (Required, NotRequired) else None
-        hints[name] = typing.get_args(kind)[0] if marked else kind
-        if marked is Required or (marked is None and hint.__total__):
-            required.append(name)
-    return _object(hints, required)
+def _tidied(schema: Schema) -> Schema:
+    """Without titles, which say a name again; objects hold what they are said to hold, and nothing that is ignored."""
+    return {key: _inside(key, value) for key, value in _closed(schema).items() if key != "title"}
 
 
-def _object(hints: Mapping[str, Any], required: list[str]) -> Schema:
-    properties = {name: schema_of(hint) for name, hint in hints.items()}
-    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+def _inside(key: str, value: Any) -> Any:
+    if key in _NAMED and isinstance(value, dict):
+        return {name: _inside("", inner) for name, inner in value.items()}
+    if isinstance(value, dict) and key not in ("default", "const", "examples"):
+        return _tidied(value)
+    return [_inside("", inner) for inner in value] if isinstance(value, list) and key != "enum" else value
+
+
+def _closed(schema: Schema) -> Schema:
+    return {**schema, "additionalProperties": False} if _is_open(schema) else schema
+
+
+def _is_open(schema: Schema) -> bool:
+    return schema.get("type") == "object" and "properties" in schema and "additionalProperties" not in schema
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+    except (TypeError, ValueError):
+        return False
 
 
 def _described(text: str) -> dict[str, str]:
@@ -146,10 +184,8 @@ def _described(text: str) -> dict[str, str]:
     found = _SECTION.search(text)
     said: dict[str, str] = {}
     last = ""
-    for line in text[found.end() :].splitlines()[1:] if found else ():
+    for line in _section_lines(text[found.end() :]) if found else ():
         entry = _ENTRY.match(line)
-        if line and not line[0].isspace():
-            break
         if entry:
             last = entry[1]
             said[last] = entry[2].strip()
@@ -158,22 +194,8 @@ def _described(text: str) -> dict[str, str]:
     return said
 
 
-def bind_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's arguments as the function's type hints want them: enums, dataclasses and pydantic's models are made.
-
-    Raises:
-        TypeError, ValueError: they are not what it takes.
-    """
-    inspect.signature(function).bind(**arguments)
-    hints = typing.get_type_hints(function)
-    return {name: _made(hints.get(name), value) for name, value in arguments.items()}
-
-
-def _made(hint: Any, value: Any) -> Any:
-    if hasattr(hint, "model_validate"):
-        return hint.model_validate(value)
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return hint(value)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
-        return hint(**value)
-    return value
+def _section_lines(text: str) -> Iterator[str]:
+    for line in text.splitlines()[1:]:
+        if line and not line[0].isspace():
+            return
+        yield line

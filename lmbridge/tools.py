@@ -81,6 +81,13 @@ def read_choice(value: object) -> str | dict[str, Any] | None:
     return {"type": "allowed_tools", "allowed_tools": {"mode": allowed["mode"], "tools": tools}}
 
 
+def is_forced(choice: Any) -> bool:
+    """Whether a ``tool_choice`` leaves the model none."""
+    allowed = choice.get("allowed_tools") if isinstance(choice, Mapping) else None
+    mode = allowed.get("mode") if isinstance(allowed, Mapping) else choice
+    return mode not in (None, "auto", "none")
+
+
 def read_calling(tools: list[Tool] | None, choice: str | dict[str, Any] | None, parallel: bool) -> Calling | None:
     """What these plain fields ask for together; None where nothing is to be called.
 

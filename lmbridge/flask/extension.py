@@ -68,7 +68,10 @@ class LMBridge:
         return current_models()
 
     def stream_response(self, reader: Reader) -> Response:
-        """Send what ``reader`` (of ``stream`` or ``stream_many``) reads as server-sent events; see docs/http.rst.
+        """Send what ``reader`` reads as server-sent events; see docs/http.rst.
+
+        Args:
+            reader: of ``stream``, ``stream_many`` or ``Chat.stream``.
 
         Raises:
             LMBridgeError: it failed before anything was sent, and the view's response can still say so.

@@ -13,9 +13,9 @@ from typing import Any
 
 from flask import Response
 
-from lmbridge import Delta, LMBridgeError, RequestAbortedError, Stream, StreamGroup, Usage
+from lmbridge import ChatStream, Delta, LMBridgeError, RequestAbortedError, Stream, StreamGroup, Usage
 
-Reader = Stream | StreamGroup
+Reader = Stream | StreamGroup | ChatStream
 Piece = tuple[int, Delta]
 """Which answer, and what it has new."""
 Payload = str | tuple[str, str]
@@ -91,7 +91,7 @@ def plain_payloads(reader: Reader, first: list[Piece | None], heartbeat: float) 
             index, delta = piece
             for event in _events(delta):
                 yield json.dumps({"index": index, **event} if many else event)
-        if isinstance(reader, Stream) and reader.response.finish_reason == "abort":
+        if not isinstance(reader, StreamGroup) and reader.response.finish_reason == "abort":
             yield json.dumps(_error(RequestAbortedError("The stream was closed before its answer was complete.")))
     except LMBridgeError as error:
         yield json.dumps(_error(error))

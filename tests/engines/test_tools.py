@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import datetime
 import enum
 import functools
 import json
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired
 
+import flask
 import jsonschema
+import pydantic
 import pytest
 import torch
 import transformers
+from typing_extensions import TypedDict
 
 from lmbridge import (
     Bridge,
@@ -29,6 +33,7 @@ from lmbridge import (
     Usage,
 )
 from lmbridge.engines.dialect.spelling import MOST_CALLS
+from lmbridge.flask import LMBridge
 from lmbridge.messages import join_deltas
 from lmbridge.rounds import MOST_ROUNDS, Rounds
 from lmbridge.signatures import bind_arguments, describe_function
@@ -357,8 +362,9 @@ def test_wrong_calls_are_told_to_the_model() -> None:
     rounds = Rounds([], None, {"tools": [add]})
     for call, error in (
         (ToolCall(0, "1", "sub", "{}"), "no function sub; there are add"),
-        (ToolCall(0, "1", "add", '{"a": 1}'), "missing a required argument: 'b'"),
-        (ToolCall(0, "1", "add", '{"a": 1, "b": 2, "c": 3}'), "unexpected keyword argument 'c'"),
+        (ToolCall(0, "1", "add", '{"a": 1}'), "b: Field required"),
+        (ToolCall(0, "1", "add", '{"a": 1, "b": 2, "c": 3}'), "c: Extra inputs are not permitted"),
+        (ToolCall(0, "1", "add", '{"a": 1, "b": "x"}'), "b: Input should be a valid integer"),
         (ToolCall(0, "1", "add", "{"), "Expecting property name"),
         (ToolCall(0, "1", "add", "[1, 2]"), "no JSON object"),
     ):
@@ -380,10 +386,40 @@ def test_a_model_that_goes_on_calling_has_to_answer() -> None:
 
 def test_a_call_that_was_forced_is_forced_once() -> None:
     """A model that must call would call again and again."""
-    rounds = Rounds([], GenerationConfig(tools=[add], tool_choice="required"), {})
-    assert "tool_choice" not in rounds.options
-    rounds.take(calling(ToolCall(0, "1", "add", '{"a": 1, "b": 2}')))
-    assert rounds.options["tool_choice"] == "none"
+    form = {"type": "json_object"}
+    for choice in ("required", {"type": "function", "function": {"name": "add"}}):
+        rounds = Rounds([], GenerationConfig(tools=[add], tool_choice=choice), {"response_format": form})
+        assert rounds.options["response_format"] is None  # of the answer, which comes later
+        rounds.take(calling(ToolCall(0, "1", "add", '{"a": 1, "b": 2}')))
+        assert rounds.options["tool_choice"] == "none"
+        assert rounds.options["response_format"] == form
+
+
+def test_a_call_that_was_cut_off_is_not_remembered() -> None:
+    """Every later turn would be refused by templates that look into the arguments of earlier calls."""
+    rounds = Rounds([], None, {"tools": [add]})
+    cut = calling(ToolCall(0, "1", "add", '{"a'))
+    cut.finish_reason = "length"
+    rounds.take(cut)
+    assert rounds.over
+    assert rounds.messages == [{"role": "assistant", "content": ""}]
+
+
+def test_a_stream_of_a_chat_is_sent_over_http(demo: Bridge) -> None:
+    """A browser would see nothing of a turn with functions but what its user wrote for it by hand."""
+    app = flask.Flask(__name__)
+    app.config["LMBRIDGE_MODEL"] = demo
+    lm = LMBridge(app)
+
+    @app.get("/ask")
+    def ask() -> flask.Response:
+        chat = Chat(demo)
+        return lm.stream_response(chat.stream("Go.", tools=[go], tool_choice="required", max_new_tokens=300))
+
+    text = app.test_client().get("/ask").text
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+    assert "".join(call.get("name", "") for event in events for call in event.get("tool_calls", ())).startswith("go")
+    assert [event["finish_reason"] for event in events if "finish_reason" in event] == ["tool_calls", "stop"]
 
 
 @pytest.mark.parametrize("tool", [TOOL, asyncio.sleep])
@@ -425,8 +461,9 @@ def test_a_function_is_described_by_its_signature() -> None:
         tags: list[str] | None = None,
         sky: Sky | None = None,
         shares: dict[str, float] = {},  # noqa: B006
-        pair: tuple[int, str] = (1, ""),
+        guests: Annotated[int, pydantic.Field(ge=1, le=9, description="how many")] = 2,
         note: Annotated[str, "said aloud"] = "",
+        when: datetime.date | None = None,
         anything=None,
     ) -> None:
         """Book a table
@@ -447,51 +484,85 @@ def test_a_function_is_described_by_its_signature() -> None:
     assert function["description"] == "Book a table for two."
     parameters = function["parameters"]
     jsonschema.Draft202012Validator.check_schema(parameters)
-    assert parameters["required"] == ["place"]
-    assert parameters["properties"] == {
-        "place": {
-            "description": "where it is, with its country.",
-            "type": "object",
-            "properties": {"city": {"type": "string"}, "country": {"type": "string"}},
-            "required": ["city"],
-            "additionalProperties": False,
-        },
-        "unit": {"enum": ["c", "f"]},
-        "tags": {"description": "words.", "anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}]},
-        "sky": {
-            "anyOf": [
-                {
-                    "type": "object",
-                    "properties": {"city": {"type": "string"}, "degrees": {"type": "integer"}},
-                    "required": ["city", "degrees"],
-                    "additionalProperties": False,
-                },
-                {"type": "null"},
-            ]
-        },
-        "shares": {"type": "object", "additionalProperties": {"type": "number"}},
-        "pair": {
-            "type": "array", "prefixItems": [{"type": "integer"}, {"type": "string"}], "minItems": 2, "maxItems": 2,
-        },
-        "note": {"description": "said aloud", "type": "string"},
-        "anything": {},
+    assert (parameters["required"], parameters["additionalProperties"]) == (["place"], False)
+    said = parameters["properties"]
+    assert said["place"]["description"] == "where it is, with its country."
+    assert said["tags"] == {
+        "description": "words.", "anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}],
+    }  # fmt: skip
+    assert said["guests"] == {"type": "integer", "minimum": 1, "maximum": 9, "description": "how many", "default": 2}
+    assert said["note"]["description"] == "said aloud"
+    assert said["when"]["anyOf"][0] == {"type": "string", "format": "date"}
+    good = {"place": {"city": "Rome"}, "unit": "f", "sky": {"city": "Oslo", "degrees": 3}, "when": "2026-02-03"}
+    jsonschema.validate(good, parameters)
+    for bad in ({"place": {"town": "Rome"}}, {**good, "guests": 0}, {**good, "extra": 1}, {**good, "unit": "k"}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(bad, parameters)
+    made = bind_arguments(book, good)
+    assert made == {"place": {"city": "Rome"}, "unit": Unit.F, "sky": Sky("Oslo", 3), "when": datetime.date(2026, 2, 3)}
+    with pytest.raises(ValueError, match="guests: Input should be greater than or equal to 1"):
+        bind_arguments(book, {**good, "guests": 0})
+
+
+class Shape(pydantic.BaseModel):
+    unit: Unit
+    inner: list[Shape] = []
+
+
+class Spot(pydantic.BaseModel):
+    unit: Unit
+
+
+def paint(spot: Spot) -> None:
+    """Paint."""
+
+
+def area(shapes: list[Shape], title: str = "", *, pair: tuple[int, Sky] | None = None) -> None:
+    """Compute an area."""
+
+
+def test_hints_inside_of_hints_are_made(demo: Bridge) -> None:
+    """A function would get dicts where it wants its own classes, and fail; or could not be a tool at all."""
+    made = bind_arguments(
+        area, {"shapes": [{"unit": "c", "inner": [{"unit": "f"}]}], "pair": [1, {"city": "Rome", "degrees": 2}]}
+    )
+    assert made["shapes"] == [Shape(unit=Unit.C, inner=[Shape(unit=Unit.F)])]
+    assert made["pair"] == (1, Sky("Rome", 2))
+    (call,) = demo.infer(
+        ASKED, tools=[paint], tool_choice="required", temperature=1.0, random_seed=2, parallel_tool_calls=False
+    ).tool_calls
+    assert isinstance(call.bound(paint)["spot"].unit, Unit)
+
+
+@pytest.mark.parametrize(
+    ("result", "told"),
+    [
+        ("as it is", "as it is"),
+        (Unit.C, "c"),
+        ({"unit": Unit.F, "day": datetime.date(2026, 2, 3)}, '{"unit":"f","day":"2026-02-03"}'),
+        (Sky("Rome", 3), '{"city":"Rome","degrees":3}'),
+        ([Shape(unit=Unit.C)], '[{"unit":"c","inner":[]}]'),
+        (float("nan"), "null"),
+        (torch.tensor([1, 2]), "[1,2]"),
+        (None, "null"),
+    ],
+)
+def test_results_are_told_as_json(result: Any, told: str) -> None:
+    """The model would be told a Python object's address, or another word than it knows."""
+    assert ToolCall(0, "1", "look").answer(result) == {
+        "role": "tool", "tool_call_id": "1", "name": "look", "content": told,
     }  # fmt: skip
 
 
-def test_pydantic_models_are_parameters() -> None:
-    """Who has pydantic's models already would have to write their schemas again."""
-    pydantic = pytest.importorskip("pydantic", reason="pip install pydantic")
-    point = pydantic.create_model("Point", x=(int, ...), y=(int, 0))
+LOOP: list[Any] = []
+LOOP.append(LOOP)
 
-    def move(to):  # type: ignore[no-untyped-def]
-        return to
 
-    move.__annotations__ = {"to": point}
-    schema = describe_function(move)["function"]["parameters"]["properties"]["to"]
-    assert schema["required"] == ["x"]
-    assert bind_arguments(move, {"to": {"x": 3}})["to"] == point(x=3, y=0)
-    with pytest.raises(ValueError, match="x"):
-        bind_arguments(move, {"to": {}})
+@pytest.mark.parametrize("result", [object(), print, LOOP])
+def test_results_that_json_cannot_say_are_an_error(result: Any) -> None:
+    """The model would answer from an object's address."""
+    with pytest.raises(TypeError, match="told to the model as JSON"):
+        ToolCall(0, "1", "look").answer(result)
 
 
 @pytest.mark.parametrize(
@@ -513,5 +584,5 @@ def test_a_hint_that_no_schema_says() -> None:
 
     def take(when: Callable[[], None]) -> None: ...
 
-    with pytest.raises(InvalidRequestError, match="The parameter when of take has the hint"):
+    with pytest.raises(InvalidRequestError, match="The parameters of take cannot be told by a JSON schema"):
         describe_function(take)

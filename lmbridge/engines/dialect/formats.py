@@ -18,11 +18,12 @@ from typing import Any
 Field = Mapping[str, Any]
 """A field of one of transformers' response templates."""
 
+_BLANK = r"\s{0,9}"  # before a mark; without a bound, an answer of blanks would be gone through again and again
 _JSON: Field = {"repeats": True, "content": "json", "content_args": {"allow_non_json": True}}
 _WHOLE: Field = {**_JSON, "transform": {"call": "{content}"}}  # name and arguments are both in the JSON
 _NAMED: Field = {**_JSON, "transform": {"name": "{name}", "arguments": "{content}"}}  # the name stands before it
 
-THOUGHT: Field = {"open_pattern": r"<think>\s*", "close_pattern": r"\s*</think>\s*", "content": "text"}
+THOUGHT: Field = {"open_pattern": r"<think>\s{0,9}", "close_pattern": _BLANK + r"</think>\s{0,9}", "content": "text"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Format:
         field: how calls are found.
         spelled: how they are written; None where arguments are no JSON.
         marks: what may be a token of its own, and must be seen where special tokens are left out of the text.
-        around: what stood around a region that turned out to be no call.
+        around: what stood around a region that turned out to be no call, with ``{name}`` for its name; nothing where
+            calls are not announced.
         closing: what comes after the last call, and the end of all that is said.
         id_length: of a call's id, without prefix; 0 where the template takes any.
     """
@@ -65,7 +67,7 @@ class Format:
 
 HERMES = Format(  # Hermes, Qwen 2.5 and 3, SmolLM, and many more
     "hermes",
-    {**_WHOLE, "open_pattern": r"\s*<tool_call>\s*", "close": "</tool_call>"},
+    {**_WHOLE, "open_pattern": _BLANK + r"<tool_call>\s*", "close": "</tool_call>"},
     Spelled('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", joint="\n"),
     ("<tool_call>", "</tool_call>"),
     ("<tool_call>", "</tool_call>"),
@@ -73,22 +75,25 @@ HERMES = Format(  # Hermes, Qwen 2.5 and 3, SmolLM, and many more
 QWEN_XML = Format(  # Qwen 3 Coder, Qwen 3.5
     "qwen-xml",
     {
-        "open_pattern": r"\s*<tool_call>\s*<function=(?P<name>[^>\n]+)>",
-        "close_pattern": r"</function>\s*</tool_call>",
+        "open_pattern": _BLANK + r"<tool_call>\s*<function=(?P<name>[^>\n]+)>",
+        "close": ["</function>\n</tool_call>", "</function></tool_call>"],
         "repeats": True,
         "content": "xml-inline",
-        "content_args": {"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"},
+        "content_args": {
+            "tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>(?:(?!<parameter=).)*?)\n?</parameter>"
+        },
         "transform": {"function": {"name": "{name}", "arguments": "{content}"}},
     },
     None,
     ("<tool_call>", "</tool_call>"),
+    ("<tool_call>\n<function={name}>\n", "</function>\n</tool_call>"),
 )
 LLAMA = Format(  # Llama 3.1 and later
     "llama",
     {
         **_WHOLE,
-        "open_pattern": r"(?:\A\s*(?:<\|python_tag\|>)?\s*|(?<=\})\s*;\s*)(?=\{)",
-        "close_pattern": r"(?<=\})(?=\s*;\s*\{)",
+        "open_pattern": r"(?:\A\s{0,9}(?:<\|python_tag\|>\s{0,9})?|(?<=\});\s{0,9})(?=\{)",
+        "close_pattern": r"(?<=\})(?=;\s{0,9}\{)",
     },
     Spelled('{"name": "', '", "parameters": ', "}"),
     ("<|python_tag|>",),
@@ -97,24 +102,24 @@ MISTRAL_NAMED = Format(  # Mistral Small 3.2, Magistral, Devstral
     "mistral",
     {
         **_NAMED,
-        "open_pattern": r"\s*\[TOOL_CALLS\]\s*(?P<name>[\w.-]+)(?:\[CALL_ID\]\w*)?\s*\[ARGS\]\s*",
-        "close_pattern": r"\s*(?=\[TOOL_CALLS\])",
+        "open_pattern": _BLANK + r"\[TOOL_CALLS\]\s*(?P<name>[\w.-]+)(?:\[CALL_ID\]\w*)?\s*\[ARGS\]\s*",
+        "close_pattern": _BLANK + r"(?=\[TOOL_CALLS\])",
     },
     Spelled("[TOOL_CALLS]", "[ARGS]", "", joint=""),
     ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
-    ("[TOOL_CALLS]", ""),
+    ("[TOOL_CALLS]{name}[ARGS]", ""),
     id_length=9,
 )
 MISTRAL_LIST = Format(  # Mistral 7B v0.3, Nemo, Small 3
     "mistral-list",
-    {**_WHOLE, "open_pattern": r"\s*\[TOOL_CALLS\]\s*(?=\[)", "close_pattern": r"\s*(?=\[TOOL_CALLS\])"},
+    {**_WHOLE, "open_pattern": _BLANK + r"\[TOOL_CALLS\]\s*(?=\[)", "close_pattern": _BLANK + r"(?=\[TOOL_CALLS\])"},
     Spelled('{"name": "', '", "arguments": ', "}", joint=", ", first="[TOOL_CALLS] [", last="]"),
     ("[TOOL_CALLS]",),
     ("[TOOL_CALLS]", ""),
     id_length=9,
 )
-_DEEPSEEK_BEGIN = r"\s*(?:<｜tool▁calls▁begin｜>\s*)?<｜tool▁call▁begin｜>"
-_DEEPSEEK_END = r"\s*<｜tool▁call▁end｜>"
+_DEEPSEEK_BEGIN = _BLANK + r"(?:<｜tool▁calls▁begin｜>\s{0,9})?<｜tool▁call▁begin｜>"
+_DEEPSEEK_END = _BLANK + r"<｜tool▁call▁end｜>"
 _DEEPSEEK_MARKS = (
     "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
 )  # fmt: skip
@@ -123,13 +128,14 @@ DEEPSEEK_FENCED = Format(  # DeepSeek V3 and R1
     {
         **_NAMED,
         "open_pattern": _DEEPSEEK_BEGIN + r"function<｜tool▁sep｜>(?P<name>[\w.-]+)\s*```json\s*",
-        "close_pattern": r"\s*```" + _DEEPSEEK_END,
+        "close_pattern": _BLANK + "```" + _DEEPSEEK_END,
     },
     Spelled(
         "<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "\n```json\n", "\n```<｜tool▁call▁end｜>", joint="\n",
         first="<｜tool▁calls▁begin｜>", last="<｜tool▁calls▁end｜>",
     ),
     _DEEPSEEK_MARKS,
+    ("<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n", "\n```<｜tool▁call▁end｜>"),
     closing="<｜tool▁calls▁end｜>",
 )  # fmt: skip
 DEEPSEEK = Format(  # DeepSeek V3.1 and later
@@ -144,6 +150,7 @@ DEEPSEEK = Format(  # DeepSeek V3.1 and later
         first="<｜tool▁calls▁begin｜>", last="<｜tool▁calls▁end｜>",
     ),
     _DEEPSEEK_MARKS,
+    ("<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
     closing="<｜tool▁calls▁end｜>",
 )  # fmt: skip
 
@@ -155,6 +162,6 @@ def response_template(format: Format | None) -> dict[str, Any]:
     """What transformers' parser takes an answer apart by. ``format`` None: it holds no calls."""
     calls = {} if format is None else {"tool_calls": dict(format.field)}
     if format is not None and format.closing:
-        calls["closing"] = {"open_pattern": rf"\s*{re.escape(format.closing)}", "content": "text"}
+        calls["closing"] = {"open_pattern": _BLANK + re.escape(format.closing), "content": "text"}
     fields = {"reasoning_content": dict(THOUGHT), **calls, "content": {"content": "text"}}
     return {"start_anchor": "\0", "fields": fields}

@@ -41,6 +41,7 @@ class Reader:
 
     Attributes:
         called: how many calls have begun.
+        whole: the last of them has ended, too.
     """
 
     def __init__(self, parser: Any, format: Format | None) -> None:
@@ -50,6 +51,7 @@ class Reader:
         self._ended = False  # what is open now has not been closed by the model
         self._bare = False  # no text has been said since the answer or another region began
         self.called = 0
+        self.whole = True
 
     def push(self, text: str) -> Said:
         """The next piece of text, taken apart."""
@@ -92,7 +94,7 @@ class Reader:
                 self._of_call(kind, event, said)
             elif kind == "region_close":
                 self._bare = True
-            elif kind == "region_chunk" and name == _TEXT:
+            elif kind == "region_chunk" and name in (_TEXT, "closing"):
                 said.text += self._opened(event["text"])
             elif kind == "region_chunk" and name in ("reasoning_content", "thinking", "reasoning"):
                 said.reasoning += event["text"]
@@ -111,13 +113,21 @@ class Reader:
             said.calls += self._begun(self._open.push(event["text"]))
         elif self._open is not None:
             region, self._open, self._bare = self._open, None, True
+            self.whole = region.over or not region.name
             if region.name:
                 return
-            calls = _calls(event["value"], self._format is None or bool(self._format.around[0]))
+            calls = [] if self._is_cut() else _calls(event["value"], self._is_marked())
             if not calls:
-                said.text += self._unread(region.body)
+                said.text += self._unread(region.body, event["value"])
             for name, arguments in calls:
                 said.calls += self._begun([ToolCall(self.called, "", name, arguments)])
+
+    def _is_marked(self) -> bool:
+        return self._format is None or self._format.around[0] != ""
+
+    def _is_cut(self) -> bool:
+        """Whether there may be more of a call than came: JSON shows by itself that it is whole, other forms do not."""
+        return self._ended and self._format is not None and self._format.spelled is None
 
     def _begun(self, pieces: list[ToolCall]) -> list[ToolCall]:
         for piece in pieces:
@@ -126,8 +136,11 @@ class Reader:
                 self.called += 1
         return pieces
 
-    def _unread(self, body: str) -> str:
+    def _unread(self, body: str, value: Any = None) -> str:
+        """A region that is no call, as it was written but for blanks around its marks."""
         begin, end = ("", "") if self._format is None else self._format.around
+        found = value.get("function", value) if isinstance(value, dict) else {}
+        begin = begin.replace("{name}", str(found.get("name", "")))
         self._bare = False
         return f"{begin}{body}" if self._ended else f"{begin}{body}{end}"
 
@@ -139,13 +152,13 @@ class Reader:
 def read_apart(reader: Reader, delta: Delta) -> None:
     """Have a delta with new text say what the reader makes of it."""
     said = reader.push(delta.text)
-    delta.text, delta.reasoning, delta.tool_calls = said.text, said.reasoning, said.calls
+    delta.text, delta.reasoning, delta.tool_calls = said.text, said.reasoning, tuple(said.calls)
     if delta.finish_reason is not None:
         rest = reader.finish()
         delta.text += rest.text
         delta.reasoning += rest.reasoning
-        delta.tool_calls = [*said.calls, *rest.calls]
-        if delta.finish_reason == "stop" and reader.called:
+        delta.tool_calls = (*said.calls, *rest.calls)
+        if delta.finish_reason == "stop" and reader.called and reader.whole:
             delta.finish_reason = "tool_calls"
 
 
@@ -158,7 +171,7 @@ class _Region:
         self._index = index
         self._from = 0  # where in the body is what has not been looked at
         self._depth = 0  # of braces and brackets; the arguments are over when it is 0 again
-        self._quoted = self._escaped = self._over = False
+        self._quoted = self._escaped = self.over = False
 
     def push(self, text: str) -> list[ToolCall]:
         self.body += text
@@ -166,7 +179,7 @@ class _Region:
         if not self.name and len(self.body) < _LONGEST_HEAD and (head := _HEAD.match(self.body)):
             self.name, self._from = head[1], head.end()
             pieces.append(ToolCall(self._index, "", self.name))
-        if self.name and not self._over:
+        if self.name and not self.over:
             arguments = self._arguments()
             if arguments:
                 pieces.append(ToolCall(self._index, arguments=arguments))
@@ -185,7 +198,7 @@ class _Region:
             else:
                 self._depth += (character in "{[") - (character in "}]")
                 if not self._depth:
-                    self._over = True
+                    self.over = True
                     break
         return self.body[start : self._from]
 

@@ -54,11 +54,25 @@ def calls_schema(calling: Calling, other: Grammar | None) -> Grammar:
     if other is not None and other.kind != "json":
         raise InvalidRequestError(f"This engine takes no {other.param} of this kind beside tools.", other.param)
     schemas = [_call_schema(tool["function"]) for tool in calling.tools] + ([] if other is None else [other.value])
-    return Grammar("json", schemas[0] if len(schemas) == 1 else {"anyOf": schemas}, "tools")
+    if len(schemas) == 1:
+        return Grammar("json", _moved(schemas[0], "#"), "tools")
+    return Grammar("json", {"anyOf": [_moved(each, f"#/anyOf/{n}") for n, each in enumerate(schemas)]}, "tools")
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """The schema where it stands inside of another: what refers to a part of it says where that is now."""
+    if isinstance(schema, list):
+        return [_moved(each, place) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    parts = {key: _moved(value, place) for key, value in schema.items()}
+    refers = schema.get("$ref")
+    return {**parts, "$ref": place + refers[1:]} if isinstance(refers, str) and refers.startswith("#") else parts
 
 
 def _call_schema(function: Mapping[str, Any]) -> dict[str, Any]:
-    parts = {"name": {"enum": [function["name"]]}, "parameters": {"type": "object", **function["parameters"]}}
+    parameters = _moved({"type": "object", **function["parameters"]}, "#/properties/parameters")
+    parts = {"name": {"enum": [function["name"]]}, "parameters": parameters}
     return {"type": "object", "properties": parts, "required": list(parts), "additionalProperties": False}
 
 

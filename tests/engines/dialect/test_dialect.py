@@ -13,7 +13,7 @@ from lmbridge import Delta, GenerationConfig, InvalidRequestError, ToolCall
 from lmbridge.engines.dialect import Dialect, read_apart
 from lmbridge.engines.dialect.telling import told, told_by_user, written_out
 from lmbridge.engines.lmdeploy.sampling import sampling_fields
-from lmbridge.messages import join_deltas
+from lmbridge.messages import FinishReason, join_deltas
 from tests.engines.conftest import TEMPLATE, byte_level_tokenizer
 from tests.engines.dialect.templates import FORMS, THINKING, TOOL, template
 
@@ -65,7 +65,7 @@ def test_an_answer_without_calls_is_text(form: str) -> None:
     """A word of the answer would be lost because calls were looked for."""
     said = 'No. <tool and [TOOL are <｜tool; {"name": "Bob"} is \n\n none\n.'  # noqa: RUF001
     answer = whole(dialect(FORMS[form].template), said)
-    assert (answer.text, answer.tool_calls, answer.finish_reason) == (said, [], "stop")
+    assert (answer.text, list(answer.tool_calls), answer.finish_reason) == (said, [], "stop")
 
 
 @pytest.mark.parametrize("form", ["hermes", "llama"])
@@ -94,7 +94,7 @@ def test_arguments_come_as_they_are_written(form: str) -> None:
 def test_what_is_no_call_is_shown(answer: str, shown: str) -> None:
     """What a model wrote would be lost, or fail the request."""
     read = whole(dialect(FORMS["hermes"].template), answer, length=1000)
-    assert (read.tool_calls, read.finish_reason) == ([], "stop")
+    assert (list(read.tool_calls), read.finish_reason) == ([], "stop")
     assert read.text.replace("\n", "") == shown.replace("\n", "")
 
 
@@ -110,6 +110,32 @@ def test_a_call_that_is_cut_off_is_told_as_far_as_it_came() -> None:
     assert [(call.name, call.arguments) for call in read.tool_calls] == [("look", '{"city": "Ro')]
     with pytest.raises(ValueError, match="Unterminated"):
         read.tool_calls[0].parsed()
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_a_call_that_was_cut_off_is_none_that_was_made(reason: FinishReason) -> None:
+    """A stop word in the midst of a call, and a function would be called without the argument that restricts it."""
+    for form, said in (
+        ("hermes", '<tool_call>\n{"name": "look", "arguments": {"city": "Ro'),
+        ("qwen-xml", "<tool_call>\n<function=look>\n<parameter=city>\nRome\n</parameter>\n<parameter=floor>\n2"),
+        ("mistral", '[TOOL_CALLS]look[ARGS]{"city": "Ro'),
+    ):
+        reader = dialect(FORMS[form].template).reader(TOOLS, [])
+        delta = Delta(said, finish_reason=reason)
+        read_apart(reader, delta)
+        assert delta.finish_reason == reason
+        if form != "hermes":  # its arguments are told as they come
+            assert (delta.text.replace("\n", ""), delta.tool_calls) == (said.replace("\n", ""), ())
+
+
+@pytest.mark.parametrize("form", [*FORMS, "thoughts"])
+@pytest.mark.parametrize("said", [" " * 16, "\n", "<parameter=x>", '"', "{", "<tool_call>", "[TOOL_CALLS]a"])
+def test_no_text_takes_long_to_read(form: str, said: str) -> None:
+    """A model that repeats itself would hold everybody's loop for seconds; here, the test would not end in time."""
+    of_form = dialect(THINKING if form == "thoughts" else FORMS[form].template)
+    text = ("<tool_call>\n<function=look>" if form == "qwen-xml" else "") + said * (8_000 // len(said))
+    whole(of_form, text, THOUGHTS if form == "thoughts" else TOOLS, length=len(said))
+    whole(of_form, text, THOUGHTS if form == "thoughts" else TOOLS, length=100_000)
 
 
 def test_ids_are_such_as_the_template_takes() -> None:
@@ -150,7 +176,7 @@ def test_calls_are_not_looked_for_in_thoughts() -> None:
     """A model that thinks about calling would call."""
     said = '<think>I might <tool_call>{"name": "look", "arguments": {}}</tool_call></think>No.'
     answer = whole(dialect(THINKING), said)
-    assert (answer.text, answer.tool_calls) == ("No.", [])
+    assert (answer.text, list(answer.tool_calls)) == ("No.", [])
     assert "<tool_call>" in answer.reasoning
 
 

@@ -84,11 +84,16 @@ class Telling:
         return [item.object for item in self._items]
 
     def _parts(self, delta: Delta) -> Iterator[_Part]:
+        begun = [
+            piece for piece in delta.tool_calls if not piece.id
+        ]  # the rest of what is open comes before what ends it
+        for piece in begun:
+            yield piece.index, functools.partial(Call, call_id=piece.id, name=piece.name), piece.arguments
         if delta.reasoning and self._reasoning is not None:
             yield "reasoning", self._reasoning, delta.reasoning
         if delta.text:
             yield "message", Message, delta.text
-        for piece in delta.tool_calls:
+        for piece in [piece for piece in delta.tool_calls if piece.id]:
             yield piece.index, functools.partial(Call, call_id=piece.id, name=piece.name), piece.arguments
 
     def _turn_to(self, key: _Key, make: Callable[[int], Item]) -> Iterator[Event]:
