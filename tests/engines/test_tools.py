@@ -534,6 +534,20 @@ def test_hints_inside_of_hints_are_made(demo: Bridge) -> None:
     assert isinstance(call.bound(paint)["spot"].unit, Unit)
 
 
+@pytest.mark.parametrize("fields", [{"response_format": Spot}, {"grammar": Spot}, {"grammar": {"json": Spot}}])
+def test_a_class_stands_for_its_schema(demo: Bridge, fields: Any) -> None:
+    """Who has a model of pydantic's would have to wrap its schema in two dicts, and to close it."""
+    answer = demo.infer("Which?", GenerationConfig(**fields), temperature=1.0, random_seed=4)
+    assert isinstance(Spot.model_validate_json(answer.text).unit, Unit)
+    assert list(json.loads(answer.text)) == ["unit"]
+
+
+def test_a_bare_schema_is_told_where_it_belongs(demo: Bridge) -> None:
+    """The caller would read a list of forms, and not which of them takes a schema."""
+    with pytest.raises(InvalidRequestError, match="A schema stands inside"):
+        demo.infer("Which?", response_format=Spot.model_json_schema())
+
+
 @pytest.mark.parametrize(
     ("result", "told"),
     [

@@ -136,6 +136,17 @@ def test_thoughts_as_a_summary() -> None:
     assert "content" not in thought
 
 
+def test_the_rest_of_a_call_comes_before_the_text_after_it() -> None:
+    """A slow reader gets both at once, and would be told of a second call without a name."""
+    first = Delta(tool_calls=[ToolCall(0, "call_1", "look", '{"city": ')])
+    rest = Delta(" So.", tool_calls=[ToolCall(0, arguments='"Rome"}')])
+    events = told([first, rest])
+    check(events)
+    call, message = events[-1]["response"]["output"]
+    assert (call["call_id"], call["arguments"]) == ("call_1", '{"city": "Rome"}')
+    assert text_of(message) == " So."
+
+
 def test_text_after_a_call_is_a_message_of_its_own() -> None:
     """Whatever order a model speaks in, each item is told once, and its text is whole."""
     events = told([Delta("a"), Delta(tool_calls=[ToolCall(0, "x", "f", "{}")]), Delta("b"), Delta(reasoning="c")])
