@@ -229,6 +229,14 @@ def test_a_call_or_an_answer_of_a_form(tmp_path: Path) -> None:
     check(called.tool_calls)
 
 
+def test_any_expression_beside_tools(tmp_path: Path) -> None:
+    """An expression with a slash in it would be refused, or be another one."""
+    with Bridge(with_template(tmp_path, FORMS["hermes"].template), self_check=False) as bridge:
+        for pattern, text in ((r"a\\/b", "a\\/b"), ("a/b", "a/b"), (r"a\/b", "a/b")):
+            config = GenerationConfig(tools=[ADD], grammar={"regex": pattern}, logit_bias={BYTES["a"]: 100.0})
+            assert bridge.infer(ASKED, config).text == text
+
+
 # --- thoughts ---
 
 

@@ -81,8 +81,12 @@ def _form(form: Grammar) -> list[str]:
     if form.kind == "json":
         return [f"other: {_json(form.value, form.param)}"]
     if form.kind == "regex":
-        return ["other: /" + re.sub(r"(?<!\\)/", r"\\/", form.value) + "/"]
+        return ["other: /" + re.sub(r"\\.|/", _escaped, form.value, flags=re.DOTALL) + "/"]
     return choice_lines("other", form.value)
+
+
+def _escaped(part: re.Match[str]) -> str:
+    return r"\/" if part[0] == "/" else part[0]
 
 
 def _arguments(function: Mapping[str, Any]) -> str:
