@@ -17,6 +17,7 @@ from lmbridge import UnsupportedOptionError as Unsupported
 from lmbridge.engines.lmdeploy.sampling import check_ranges, sampling_fields
 from lmbridge.engines.transformers import TransformersEngine
 from lmbridge.engines.transformers.guides import Grammars
+from lmbridge.grammar import Grammar
 from tests.conftest import until
 
 QUESTION = "What is the capital of France?"
@@ -65,6 +66,7 @@ def test_any_object(bridge: Bridge) -> None:
     [
         ({"regex": r"[a-c]{3}-[0-9]{2}"}, r"[a-c]{3}-[0-9]{2}"),
         ({"choice": ["yes", "no", 'may"be\n', "ünî"]}, r'yes|no|may"be\n|ünî'),
+        ({"choice": ["\x7f\x01"]}, "\x7f\x01"),
         ('start: "a" "b"~2..4 "c"', r"ab{2,4}c"),
         ({"lark": 'start: "x" | "y"'}, "x|y"),
         ('root ::= "p" ("q" | "r")', "p[qr]"),
@@ -116,7 +118,7 @@ def test_an_answer_that_is_cut(bridge: Bridge) -> None:
 
 
 def test_after_a_token(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that thinks first thinks freely, and may end before its grammar holds; from then on the grammar does."""
+    """A model that thinks first thinks freely, but it does not end before it has answered, and that in its form."""
     free = bridge.infer(QUESTION)
     words = list(dict.fromkeys(free.token_ids))
     guide = Grammars.guide
@@ -131,7 +133,10 @@ def test_after_a_token(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.fullmatch("[a-c]{3}", answer.text[-3:])
     assert len(answer.token_ids) <= len(thought) + 4
     begin_after(max(free.token_ids) + 1)
-    assert bridge.infer(QUESTION, grammar={"regex": "[a-c]{3}"}).token_ids == free.token_ids
+    longer = len(free.token_ids) + 10
+    thoughts = bridge.infer(QUESTION, grammar={"regex": "[a-c]{3}"}, max_new_tokens=longer)
+    assert thoughts.token_ids[: len(free.token_ids)] == free.token_ids
+    assert (thoughts.finish_reason, len(thoughts.token_ids)) == ("length", longer)
 
 
 def test_a_grammar_that_fails_on_the_way(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +181,9 @@ def test_streams_and_aborts(bridge: Bridge) -> None:
 @pytest.mark.parametrize(
     ("grammar", "words"),
     [
-        ({"regex": "(("}, "regular expression cannot be followed.*unclosed group"),
+        ({"regex": "(("}, r"regular expression cannot be followed.*unclosed group[^^]*$"),
+        ({"regex": "(a?){1000}a{1000}"}, "regular expression cannot be followed.*too many"),
+        ({"regex": r"[^\s\S]"}, "there is nothing that it would match"),
         ('start: "a" nothing', "grammar cannot be followed.*unknown name"),
         ({"json": {"type": "nope"}}, "JSON schema cannot be followed.*nope"),
         ({"json": {"$ref": "#/not/there"}}, "JSON schema cannot be followed.*/not/there"),
@@ -191,6 +198,45 @@ def test_what_cannot_be_followed(bridge: Bridge, grammar: Any, words: str) -> No
             bridge.infer("Say it", grammar=grammar)
         assert caught.value.param == "grammar"
         assert other.result(30).text
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"{\\"name\\": \\"', '\\", \\"arguments\\": "'),
+        ('<[3]> "', '" <[4]>'),
+        ('"function" <[3]> "', '\\n```json\\n"'),
+    ],
+)
+def test_which_tool_cannot_be_followed(
+    bridge: Bridge, before: str, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the tools of a request the one at fault is named, however the model writes its calls."""
+    good, bad = '%json {"type": "object"}', '%json {"enum": [], "description": "1 | arguments_0: "}'
+    calls = [f"call_{place}: {before}{name}{after} arguments_{place}" for place, name in enumerate(("look", "find-it"))]
+    text = "\n".join(["start: call_0 | call_1", calls[0], f"arguments_0: {good}", calls[1], f"arguments_1: {bad}"])
+    guide = Grammars.guide
+    monkeypatch.setattr(Grammars, "guide", lambda self, *_: guide(self, Grammar("calls", text, "tools")))
+    with pytest.raises(
+        InvalidRequestError, match=r"^The schema of the parameters of find-it cannot be followed: Unsat"
+    ):
+        bridge.infer("Who?", grammar={"regex": "a"})
+
+
+def test_what_is_kept_compiled(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grammar that is asked for again is at hand, and costly ones push each other out before memory fills."""
+    kept: list[Any] = []
+    keep = Grammars._keep
+
+    def watch(self: Grammars, text: str, matcher: Any, seconds: float) -> None:
+        keep(self, text, matcher, 1.4)
+        kept.append(len(self._beginnings))
+
+    monkeypatch.setattr(Grammars, "_keep", watch)
+    for number in (1, 2, 3, 3, 4):
+        assert bridge.infer("Who?", grammar={"regex": f"a{number}"}).text == f"a{number}"
+    assert kept[-2:] == [2, 2]
+    assert len(kept) == 4
 
 
 def test_with_cuda_graphs_there_are_none() -> None:
@@ -289,7 +335,7 @@ def test_any_schema_and_any_prompt(count: int) -> None:
         ({"grammar": {"choice": []}}, "grammar", "texts that are not empty"),
         ({"grammar": {"json": "{"}}, "grammar", "no JSON"),
         ({"grammar": {"json": {"minimum": float("nan")}}}, "grammar", "nothing that JSON can hold"),
-        ({"grammar": {"json": 3}}, "grammar", "a JSON schema"),
+        ({"grammar": {"json": 3}}, "grammar", "must be an object"),
         ({"grammar": "start: /a/", "response_format": {"type": "json_object"}}, "grammar", "give one"),
         ({"grammar": {"regex": "a"}, "ignore_eos": True}, "ignore_eos", "give one"),
         ({"grammar": {"regex": "a"}, "min_new_tokens": 2}, "min_new_tokens", "give one"),

@@ -52,6 +52,13 @@ CLOSED = {"type": "object", "additionalProperties": False}
         {"type": "string", "pattern": r"^(?=.*\d)(?=.*[a-z])[a-z0-9]{2,5}$"},
         {"type": "string", "pattern": r"^(?!^[-+.]*$)[+-]?0*\d{0,5}\.?\d{0,2}$"},
         {"type": "string", "format": "email", "pattern": ZOD_EMAIL},
+        {"type": "string", "format": "email", "pattern": r"^(?:alice|bob)@example\.com$"},
+        {"type": "string", "pattern": "^(?=fo|ba)[a-z]{2,5}$"},
+        {"type": "string", "pattern": r"^(?!^[^0-9]*$)[a-z0-9]{1,3}$"},
+        {"type": "string", "pattern": r"^(?!^[^^0-9]*$)[\^a-z0-9]{1,3}$"},
+        {"type": "object", "propertyNames": {"enum": ["a", 1]}, "additionalProperties": {"type": "null"}},
+        {"type": "array", "items": {"type": "integer", "multipleOf": 9973, "minimum": 1, "maximum": 10**6}},
+        {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(700)}, **CLOSED},
         {"type": ["string", "null"], "format": "date", "pattern": "^19"},
         {"type": "object", "propertyNames": {"pattern": "^[xy]$"}, "additionalProperties": {"type": "null"}},
         {"type": "object", "propertyNames": {"const": "x"}, "additionalProperties": {"type": "null"}},
@@ -148,12 +155,28 @@ def test_what_pydantic_writes(bridge: Bridge, model: type[BaseModel]) -> None:
         ({"patternProperties": {"^a": {"contains": {}}}}, "#/patternProperties/\\^a/contains: "),
         ({"dependentSchemas": {}}, "#/dependentSchemas: "),
         ({"propertyNames": {"minLength": 2}}, "#/propertyNames: "),
-        ({"$ref": "#/$defs/A", "unevaluatedProperties": False}, "#/unevaluatedProperties: "),
+        ({"$defs": {"A": {}}, "$ref": "#/$defs/A", "unevaluatedProperties": False}, "#/unevaluatedProperties: "),
         ({"format": "json-pointer"}, "#/format: .*json-pointer"),
         ({"pattern": r"a(?<!b)c"}, re.escape(r"a(?<!b)c")),
         ({"x-guidance": {"lenient": True}, "not": {}}, "#/not: "),
         ({"type": "object", "properties": {"a": False}, "required": ["a"]}, "'a'"),
         ({"format": []}, "malformed"),
+        ({"oneOf": [{"const": 1}, {"const": 1.0}]}, "#/oneOf: "),
+        ({"oneOf": [{"enum": [[{"a": 2}]]}, {"enum": [[{"a": 2.0}]]}]}, "#/oneOf: "),
+        ({"propertyNames": {"$ref": "#/$defs/N", "pattern": "^a"}, "$defs": {"N": {}}}, "#/propertyNames: "),
+        ({"properties": {"a": {"type": ["null", "strin"]}}}, "#/properties/a/type: .* strin"),
+        ({"items": {"$ref": "#/anyOf/2"}, "anyOf": [{}, {}]}, "#/items/\\$ref: .*#/anyOf/2"),
+        ({"items": {"minimum": 10**400}}, "#/items/minimum: "),
+        ({"items": {"multipleOf": -1}}, "#/items/multipleOf: "),
+        ({"$ref": "#"}, "#: .*without end"),
+        ({**CLOSED, "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "#: .*without end"),
+        (
+            {
+                "$ref": "#/$defs/A",
+                "$defs": {"A": {"anyOf": [{"type": "array", "minItems": 1, "items": {"$ref": "#"}}]}},
+            },
+            "without end",
+        ),
         (False, "no answer is valid"),
     ],
 )
@@ -162,6 +185,49 @@ def test_what_is_refused(bridge: Bridge, schema: Any, words: str) -> None:
     with pytest.raises(InvalidRequestError, match=words) as caught:
         bridge.infer("Who?", grammar={"json": schema})
     assert caught.value.param == "grammar"
+
+
+OFTEN = {"type": "integer", "multipleOf": 997}
+
+
+@pytest.mark.parametrize(
+    ("schema", "place"),
+    [
+        ({"items": {"type": "integer", "multipleOf": 10**9}}, "#/items/multipleOf: "),
+        ({"multipleOf": 0.0009765625}, "#/multipleOf: "),
+        ({"allOf": [OFTEN, {"multipleOf": 1009}]}, "#/allOf/1/multipleOf: .*together|common"),
+        ({"properties": {"a": {"properties": {f"p{i}": {} for i in range(10_000)}}}}, "#/properties/a/properties: "),
+        ({"patternProperties": {f"^k{i}_": {} for i in range(300)}}, "#/patternProperties: "),
+        ({"enum": [[i, {"a": i}] for i in range(20_000)]}, "#/enum: "),
+        ({"oneOf": [{"enum": [f"{i}-{j}" for j in range(100)]} for i in range(400)]}, "#/oneOf: .*too many"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_takes_too_long(schema: Any, place: str) -> None:
+    """A small schema that costs a minute or gigabytes is refused before all other requests wait for it."""
+    with pytest.raises(InvalidRequestError, match=place):
+        followable(schema, "grammar")
+
+
+def test_what_only_looks_costly(bridge: Bridge) -> None:
+    """Large numbers that are cheap, many small alternatives and references that do end are no reason to refuse."""
+    node = {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#/$defs/N"}, {"type": "null"}]}}}
+    for schema in (
+        {"$defs": {"N": {**node, "required": ["next"]}}, "$ref": "#/$defs/N"},
+        {"type": "object", "properties": {"never": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"$ref": "#/$defs/A"}}},
+        {"oneOf": [{**CLOSED, "properties": {"is": {"const": i}}, "required": ["is"]} for i in range(150)]},
+        {"properties": {"a": {"multipleOf": 0.01}, "b": {"multipleOf": 1000}, "c": {"multipleOf": 60}}},
+        {
+            "type": "object",
+            "properties": {f"p{i}": {} for i in range(5000)},
+            "required": [f"p{i}" for i in range(5000)],
+        },
+        {"type": "string", "minLength": 10**9},
+        {"type": "array", "maxItems": 10**9},
+        {"type": "string", "pattern": "^((a|bc){1,1000}x){1,1000}$"},
+        {"enum": [f"value {i}" for i in range(20_000)]},
+    ):
+        assert bridge.infer("Who?", grammar={"json": schema}, max_new_tokens=3).token_ids
 
 
 def test_nested_deeply() -> None:

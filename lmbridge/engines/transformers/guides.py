@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,8 +24,11 @@ from lmbridge.grammar import Grammar
 
 _SHARED = 1 << 20
 """Tokens of all masks together from which several threads are quicker than one, which need to be woken."""
-_KEPT = 64
-"""Grammars that are kept compiled: clients tend to ask for the same few."""
+_KEPT, _KEPT_SECONDS = 64, 3.0
+"""Grammars that are kept compiled, as clients tend to ask for the same few; and how long they took to compile together,
+which is a measure of their memory, too: some 100 MB a second."""
+_LIMITS = {"max_items_in_row": 20_000, "step_lexer_fuel": 1_000_000}
+"""Of llguidance's: what thousands of properties that may be left out need, and multiples of thousands in a range."""
 
 
 class Guide:
@@ -33,7 +37,7 @@ class Guide:
     Attributes:
         matcher: llguidance's; one thread at a time.
         home: the grammars that it is of.
-        after: the token that the grammar waits for; None once it holds.
+        after: the token that the grammar waits for, until which the answer does not end; None once it holds.
         failure: why it can go on no more; None while it can.
     """
 
@@ -62,13 +66,14 @@ class Grammars:
         self._tokenizer, self._ends = tokenizer, ends
         self._tokens: Any = None  # made when first wanted, as is the next: it takes a second where there are many
         self._executor: Any = None
-        self._beginnings: dict[str, Any] = {}  # by their grammars, the last used last
+        self._unending = torch.empty(0, dtype=torch.uint8)  # a row in which all but the ends may come
+        self._beginnings: dict[str, tuple[Any, float]] = {}  # by their grammars, the last used last
 
     def guide(self, grammar: Grammar, after: int | None = None) -> Guide:
         """What holds one answer to the grammar.
 
         Args:
-            after: the grammar holds once this token has been chosen; until then every token may come.
+            after: the grammar holds once this token has been chosen; until then every token may come but the ends.
 
         Raises:
             InvalidRequestError: it is no grammar, or none that can be followed.
@@ -79,14 +84,15 @@ class Grammars:
             self._prepare(llguidance)
         try:
             text = _WRITTEN[grammar.kind](llguidance.LLMatcher, grammar.value, grammar.param)
-            matcher = self._beginning(llguidance.LLMatcher, text)
-            error = matcher.get_error()
+            matcher, error = self._beginning(llguidance, text)
         except InvalidRequestError:
             raise
         except Exception as cause:
             error = str(cause)
         if error:
-            raise InvalidRequestError(f"The {_CALLED[grammar.kind]} cannot be followed: {_brief(error)}", grammar.param)
+            raise InvalidRequestError(
+                f"The {_called(grammar, error)} cannot be followed: {_brief(error)}", grammar.param
+            )
         return Guide(matcher.deep_copy(), self, after)
 
     def chosen(self, told: Sequence[tuple[Guide, int]]) -> None:
@@ -105,8 +111,11 @@ class Grammars:
 
         Args:
             guided: guides and the rows that are theirs.
-            allowed: see ``choosing.Changes``, on the CPU. Rows whose grammar does not hold are left as they are.
+            allowed: see ``choosing.Changes``, on the CPU.
         """
+        for guide, row in guided:
+            if guide.after is not None:
+                allowed[row] = self._without_ends(allowed.shape[1])
         held = [(guide, row) for guide, row in guided if guide.after is None]
         (rows, width), address = allowed.shape, allowed.data_ptr()
         try:
@@ -124,14 +133,35 @@ class Grammars:
             if guide.failure is not None:  # whatever comes is not told any more
                 allowed[row] = 255
 
-    def _beginning(self, new: Any, text: str) -> Any:
-        """A matcher of the grammar that has taken nothing in: a copy takes microseconds, another milliseconds."""
-        matcher = self._beginnings.pop(text, None) or new(self._tokens, text, log_level=0)
-        matcher.compute_bitmask()  # here, since the first takes long; a copy knows it
-        self._beginnings[text] = matcher
-        if len(self._beginnings) > _KEPT:
-            del self._beginnings[next(iter(self._beginnings))]
-        return matcher
+    def _without_ends(self, width: int) -> torch.Tensor:
+        if len(self._unending) != width:
+            row = bytearray(b"\xff" * width)
+            for token in self._ends:
+                row[token // 8] &= 255 ^ (1 << token % 8)
+            self._unending = torch.frombuffer(row, dtype=torch.uint8)
+        return self._unending
+
+    def _beginning(self, llguidance: Any, text: str) -> tuple[Any, str]:
+        """A matcher of the grammar that has taken nothing in, and what is wrong with it.
+
+        A copy of it takes microseconds, another milliseconds.
+        """
+        if text in self._beginnings:
+            self._beginnings[text] = self._beginnings.pop(text)
+            return self._beginnings[text][0], ""
+        start = time.thread_time()
+        limits = llguidance.LLParserLimits(**_LIMITS)
+        matcher = llguidance.LLMatcher(self._tokens, text, log_level=0, limits=limits)
+        error = matcher.get_error() or _early_error(matcher)
+        if not error:
+            self._keep(text, matcher, time.thread_time() - start)
+        return matcher, error
+
+    def _keep(self, text: str, matcher: Any, seconds: float) -> None:
+        kept = self._beginnings
+        kept[text] = matcher, seconds
+        while len(kept) > _KEPT or (len(kept) > 1 and sum(cost for _, cost in kept.values()) > _KEPT_SECONDS):
+            del kept[next(iter(kept))]
 
     def _prepare(self, llguidance: Any) -> None:
         from llguidance.hf import from_tokenizer
@@ -179,6 +209,7 @@ _WRITTEN: dict[str, Callable[[Any, Any, str], str]] = {
     "lark": _lark,
     "calls": lambda matcher, text, _: matcher.grammar_from_lark(text),
 }
+_LOOKED_AT = 3  # tokens
 _QUOTED = re.compile(r"^\s*\d+ \| ", re.MULTILINE)  # the lines of a grammar
 _CALLED = {
     "json": "JSON schema",
@@ -187,11 +218,42 @@ _CALLED = {
     "lark": "grammar",
     "calls": "schema of a tool",
 }
+_ARGUMENTS = re.compile(r"^ *\d+ \| arguments_(\d+): .*\n *\^", re.MULTILINE)  # the line at fault, of several quoted
+_PLAINLY = {
+    "NoExtensionBias": "there is nothing that it would match",
+    "NoExtension": "there is nothing that it would match",
+}
+
+
+def _called(grammar: Grammar, error: str) -> str:
+    """What of the request is wrong: of several tools the one whose schema llguidance speaks of."""
+    rule = _ARGUMENTS.search(error.partition("<state>")[0]) if grammar.kind == "calls" else None
+    line = rule and re.search(rf"^call_{rule[1]}: (.*) arguments_", grammar.value, re.MULTILINE)
+    name = line and (re.search(r'\\"name\\": \\"([\w.-]+)', line[1]) or re.search(r'.*(?<!\\)"([\w.-]+)', line[1]))
+    return f"schema of the parameters of {name[1]}" if name else _CALLED[grammar.kind]
 
 
 def _brief(error: str) -> str:
     """Its first lines, without the state of the parser, nor the grammar around a schema, which we have written."""
-    error = error.partition("<state>")[0].strip()
+    error = error.partition("<state>")[0].partition("<backtrace>")[0].strip()
     if "failed to compile JSON schema: " in error:
         error = _QUOTED.split(error.partition("failed to compile JSON schema: ")[2])[0]
-    return " ".join(line.strip() for line in error.splitlines()[:6])[:500].strip()
+    if error.startswith("panic: "):
+        return "it is too large."
+    for theirs, ours in _PLAINLY.items():
+        error = error.replace(theirs, ours)
+    lines = [line.strip() for line in error.splitlines()[:6]]
+    return " ".join(line for line in lines if line.strip("^"))[:500].strip()
+
+
+def _early_error(matcher: Any) -> str:
+    """What is wrong with the grammar as its first tokens show, on a copy; its first mask is worked out at once."""
+    mask = matcher.compute_bitmask()  # here, since the first takes long; a copy knows it
+    copy = matcher.deep_copy()
+    for _ in range(_LOOKED_AT):
+        bits = int.from_bytes(mask, "little")
+        if copy.is_error() or copy.is_stopped() or not bits:
+            break
+        copy.consume_token((bits & -bits).bit_length() - 1)
+        mask = copy.compute_bitmask()
+    return str(matcher.get_error() or copy.get_error())

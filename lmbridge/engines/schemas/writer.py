@@ -1,0 +1,118 @@
+"""JSON schemas in the words that llguidance knows.
+
+Rule: pure functions of plain data; one pass, from the root to what is inside.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from lmbridge.engines.schemas.alternatives import Alternatives, TooManyError
+from lmbridge.engines.schemas.formats import CHECKED
+from lmbridge.engines.schemas.limits import Limits
+from lmbridge.engines.schemas.references import References
+from lmbridge.engines.schemas.words import REWRITES
+from lmbridge.errors import InvalidRequestError
+
+OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""As ``json.dumps`` writes: a model that may put spaces anywhere may go on putting them."""
+_NAMED = ("properties", "patternProperties", "$defs", "definitions")
+_LISTED = ("allOf", "anyOf", "prefixItems")
+_SINGLE = ("additionalProperties", "additionalItems", "items")
+_UNKNOWN = (
+    "contains", "minContains", "maxContains", "dependentSchemas", "not", "if", "then", "else", "$dynamicRef",
+    "propertyNames", "uniqueItems", "unevaluatedProperties", "unevaluatedItems", "dependencies", "dependentRequired",
+)  # fmt: skip
+_DEEPEST = 200
+
+Schema = dict[str, Any]
+
+
+def followable(schema: Any, param: str) -> Schema:
+    """The schema for llguidance, with how to write what it leaves open.
+
+    Raises:
+        InvalidRequestError: it asks for what no grammar of llguidance's can hold; the message quotes the place.
+    """
+    schema = copy.deepcopy(schema)
+    try:
+        writer = _Writer(schema, param)
+        writer.require_tags(schema)
+        written = writer.write(schema, "#")
+    except (TypeError, AttributeError, RecursionError) as cause:
+        raise InvalidRequestError(f"The JSON schema cannot be followed: it is malformed ({cause}).", param) from cause
+    if written is False:
+        raise InvalidRequestError(f"The schema in {param} is false: no answer is valid.", param)
+    return {**({} if written is True else written), "x-guidance": OPTIONS}
+
+
+class _Writer:
+    def __init__(self, root: Any, param: str) -> None:
+        self._param = param
+        self._references = References(root)
+        self._alternatives = Alternatives(self._references)
+        self._limits = Limits(self._refused)
+        if endless := self._references.endless():
+            raise self._refused(endless, "each of its values would hold another one, without end")
+
+    def write(self, schema: Any, place: str) -> Any:
+        """A schema, and all that are in it."""
+        if not isinstance(schema, dict):
+            return schema
+        if place.count("/") > _DEEPEST:
+            raise self._refused(place, "it is nested too deeply")
+        self._check(schema, place)
+        schema = {key: value for key, value in schema.items() if key not in ("x-guidance", "discriminator")}
+        if "propertyNames" in schema:
+            schema["propertyNames"] = self._references.replaced(schema["propertyNames"])
+        for rewrite in REWRITES:
+            schema = rewrite(schema)
+        for key in _UNKNOWN:
+            if key in schema:
+                raise self._refused(f"{place}/{key}", f"answers cannot be held to {key}")
+        return {key: self._inside(key, value, f"{place}/{key}") for key, value in schema.items()}
+
+    def _check(self, schema: Schema, place: str) -> None:
+        self._limits.check(schema, place)
+        if self._references.is_lost(schema.get("$ref")):
+            raise self._refused(f"{place}/$ref", f"there is nothing at {schema['$ref']}")
+        if schema.get("format") in CHECKED:
+            raise self._refused(f"{place}/format", f"answers cannot be held to the format {schema['format']}")
+        if "oneOf" in schema:
+            self._check_alternatives(schema["oneOf"], f"{place}/oneOf")
+
+    def _inside(self, key: str, value: Any, place: str) -> Any:
+        if key in _NAMED and isinstance(value, dict):
+            return {name: self.write(inner, f"{place}/{name}") for name, inner in value.items()}
+        if key in (*_LISTED, *_SINGLE) and isinstance(value, list):
+            return [self.write(inner, f"{place}/{number}") for number, inner in enumerate(value)]
+        return self.write(value, place) if key in _SINGLE else value
+
+    # --- one of several ---
+
+    def require_tags(self, schema: Any) -> None:
+        """What a ``discriminator`` names is in every alternative: by its default it could be left out."""
+        inside = list(schema.values()) if isinstance(schema, dict) else schema if isinstance(schema, list) else []
+        for inner in inside:
+            self.require_tags(inner)
+        if not isinstance(schema, dict) or not isinstance(schema.get("discriminator"), dict):
+            return
+        name = schema["discriminator"].get("propertyName")
+        for option in map(self._references.resolved, schema.get("oneOf", ())):
+            if isinstance(option, dict) and name in option.get("properties", {}):
+                option["required"] = list(dict.fromkeys([*option.get("required", []), name]))
+
+    def _check_alternatives(self, options: Any, place: str) -> None:
+        """A value of one must be none of another: then ``anyOf`` says the same."""
+        if not isinstance(options, list):
+            raise self._refused(place, "it is no list")
+        try:
+            disjoint = self._alternatives.disjoint(options)
+        except TooManyError:
+            raise self._refused(place, "it has too many alternatives to compare; anyOf needs no comparison") from None
+        if not disjoint:
+            raise self._refused(place, "one value may be several of its alternatives; anyOf would allow that")
+
+    def _refused(self, place: str, why: str) -> InvalidRequestError:
+        return InvalidRequestError(f"The JSON schema cannot be followed: {place}: {why}.", self._param)
