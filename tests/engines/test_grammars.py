@@ -218,7 +218,7 @@ def test_which_tool_cannot_be_followed(
     guide = Grammars.guide
     monkeypatch.setattr(Grammars, "guide", lambda self, *_: guide(self, Grammar("calls", text, "tools")))
     with pytest.raises(
-        InvalidRequestError, match=r"^The schema of the parameters of find-it cannot be followed: Unsat"
+        InvalidRequestError, match=r"^The parameters of find-it cannot be followed: Unsat"
     ):
         bridge.infer("Who?", grammar={"regex": "a"})
 
@@ -229,7 +229,7 @@ def test_what_is_kept_compiled(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) 
     keep = Grammars._keep
 
     def watch(self: Grammars, text: str, matcher: Any, seconds: float) -> None:
-        keep(self, text, matcher, 1.4)
+        keep(self, text, matcher, 0.4)
         kept.append(len(self._beginnings))
 
     monkeypatch.setattr(Grammars, "_keep", watch)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from lmbridge.engines.schemas.references import References
 
 Schema = dict[str, Any]
-_MOST_WORK = 500_000  # about a second
+_MOST_WORK = 1_500_000  # about a second
 _DEEPEST = 4
 
 
@@ -63,7 +63,8 @@ class Alternatives:
     def _told_apart(self, one: _Facts, other: _Facts, depth: int) -> bool:
         mine, its = one.schema.get("properties", {}), other.schema.get("properties", {})
         both = set(one.required).intersection(other.required, mine, its)
-        return any(self._apart(mine[name], its[name], depth) for name in sorted(both))
+        tags_first = sorted(both, key=lambda name: (self._known(mine[name]).values is None, name))
+        return any(self._apart(mine[name], its[name], depth) for name in tags_first)
 
     def _known(self, schema: Any) -> _Facts:
         if id(schema) not in self._facts:

@@ -13,13 +13,13 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
+from lmbridge.engines.schemas.words import BOUNDS, WIDEST, is_number
+
 _MOST_STEPS, _MOST_TOGETHER = 10_000, 200_000
 """Of ``multipleOf``: one state each. Two for one value make as many as their least common multiple has."""
 _MOST = {"optional properties": 4_000, "patternProperties": 200, "lists and objects in enums": 5_000}
 """In a schema: the time grows with their square, or faster."""
 _TYPES = frozenset(("null", "boolean", "integer", "number", "string", "array", "object"))
-_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-_LARGEST = 10**300
 
 
 class Limits:
@@ -40,10 +40,10 @@ class Limits:
         for kind in [kinds] if isinstance(kinds, str) else kinds:
             if kind not in _TYPES:
                 raise self._refuse(f"{place}/type", f"there is no type {kind}")
-        for key in _NUMBERS:
-            if _is_number(schema.get(key)) and abs(schema[key]) > _LARGEST:
-                raise self._refuse(f"{place}/{key}", "the number is too large")
-        if _is_number(schema.get("multipleOf")):
+        for key, sign in BOUNDS:
+            if is_number(schema.get(key)) and sign * schema[key] < -WIDEST:
+                raise self._refuse(f"{place}/{key}", f"numbers of more than {WIDEST:,} cannot be asked for")
+        if is_number(schema.get("multipleOf")):
             self._check_multiple(schema["multipleOf"], f"{place}/multipleOf")
         named = schema.get("properties", {})
         self._count("optional properties", len(named.keys() - set(schema.get("required", ()))), f"{place}/properties")
@@ -69,10 +69,6 @@ class Limits:
         if _steps(self._multiple) > _MOST_TOGETHER:
             many = f"{_MOST_TOGETHER:,}"
             raise self._refuse(place, f"the least common multiple of all multipleOf in the schema is more than {many}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _steps(value: Fraction) -> int:

@@ -11,6 +11,9 @@ from typing import Any
 from lmbridge.engines.schemas.formats import in_format, with_pattern
 
 Schema = dict[str, Any]
+BOUNDS = (("maximum", 1), ("exclusiveMaximum", 1), ("minimum", -1), ("exclusiveMinimum", -1))
+WIDEST = 10**18
+"""Of bounds that llguidance can follow: less than the range of 64-bit integers, which libraries write for theirs."""
 
 
 def _one_of(schema: Schema) -> Schema:
@@ -43,6 +46,16 @@ def _names(schema: Schema) -> Schema:
     return {**rest, "properties": dict.fromkeys(some, values), "additionalProperties": False}
 
 
+def _bounds(schema: Schema) -> Schema:
+    far = {key: sign * WIDEST for key, sign in BOUNDS if is_number(schema.get(key)) and sign * schema[key] > WIDEST}
+    return {**schema, **far}
+
+
+def is_number(value: Any) -> bool:
+    """Whether JSON calls it one."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _unique(schema: Schema) -> Schema:
     most = schema.get("maxItems")
     harmless = schema.get("uniqueItems") is False or (isinstance(most, int) and most < 2)
@@ -72,5 +85,5 @@ def _dependent(schema: Schema) -> Schema:
 
 
 REWRITES: tuple[Callable[[Schema], Schema], ...] = (
-    _unevaluated, _one_of, in_format, with_pattern, _names, _unique, _dependent,
+    _unevaluated, _one_of, in_format, with_pattern, _names, _bounds, _unique, _dependent,
 )  # fmt: skip

@@ -24,9 +24,9 @@ from lmbridge.grammar import Grammar
 
 _SHARED = 1 << 20
 """Tokens of all masks together from which several threads are quicker than one, which need to be woken."""
-_KEPT, _KEPT_SECONDS = 64, 3.0
+_KEPT, _KEPT_SECONDS = 64, 1.0
 """Grammars that are kept compiled, as clients tend to ask for the same few; and how long they took to compile together,
-which is a measure of their memory, too: some 100 MB a second."""
+which is a measure of their memory, too: some 150 MB a second."""
 _LIMITS = {"max_items_in_row": 20_000, "step_lexer_fuel": 1_000_000}
 """Of llguidance's: what thousands of properties that may be left out need, and multiples of thousands in a range."""
 
@@ -230,7 +230,7 @@ def _called(grammar: Grammar, error: str) -> str:
     rule = _ARGUMENTS.search(error.partition("<state>")[0]) if grammar.kind == "calls" else None
     line = rule and re.search(rf"^call_{rule[1]}: (.*) arguments_", grammar.value, re.MULTILINE)
     name = line and (re.search(r'\\"name\\": \\"([\w.-]+)', line[1]) or re.search(r'.*(?<!\\)"([\w.-]+)', line[1]))
-    return f"schema of the parameters of {name[1]}" if name else _CALLED[grammar.kind]
+    return f"parameters of {name[1]}" if name else _CALLED[grammar.kind]
 
 
 def _brief(error: str) -> str:
