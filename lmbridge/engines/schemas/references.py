@@ -86,7 +86,8 @@ def _needed(schema: dict[str, Any]) -> list[Any]:
     inside = schema.get("properties", {})
     objects = schema.get("type") == "object"
     needed = [inside[name] for name in schema.get("required", ()) if objects and name in inside]
-    least = schema.get("minItems", 0) if schema.get("type") == "array" else 0
+    least = schema.get("minItems") if schema.get("type") == "array" else 0
+    least = least if isinstance(least, int) else 0
     first = schema.get("prefixItems", [])
     if least > len(first):
         needed.append(schema.get("items"))
