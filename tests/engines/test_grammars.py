@@ -217,9 +217,7 @@ def test_which_tool_cannot_be_followed(
     text = "\n".join(["start: call_0 | call_1", calls[0], f"arguments_0: {good}", calls[1], f"arguments_1: {bad}"])
     guide = Grammars.guide
     monkeypatch.setattr(Grammars, "guide", lambda self, *_: guide(self, Grammar("calls", text, "tools")))
-    with pytest.raises(
-        InvalidRequestError, match=r"^The parameters of find-it cannot be followed: Unsat"
-    ):
+    with pytest.raises(InvalidRequestError, match=r"^The parameters of find-it cannot be followed: Unsat"):
         bridge.infer("Who?", grammar={"regex": "a"})
 
 
