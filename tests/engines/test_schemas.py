@@ -239,3 +239,26 @@ def test_nested_deeply() -> None:
         schema = {"items": schema}
     with pytest.raises(InvalidRequestError, match="nested too deeply"):
         followable(schema, "grammar")
+
+
+def test_objects_hold_what_they_name() -> None:
+    """A small model would go on with properties of its own until it is cut off."""
+    inner = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    written = followable({"type": "array", "items": inner, "$defs": {"free": {"type": "object"}}}, "grammar")
+    assert written["items"]["additionalProperties"] is False
+    assert "additionalProperties" not in written["$defs"]["free"]
+    for said in (
+        {**inner, "additionalProperties": True},
+        {**inner, "additionalProperties": {"type": "string"}},
+        {**inner, "patternProperties": {"^x": True}},
+        {**inner, "required": ["b"]},
+        {**inner, "minProperties": 2},
+    ):
+        assert followable(said, "grammar").get("additionalProperties") is not False
+
+
+def test_objects_of_several_parts_stay_open() -> None:
+    """One part would forbid what another asks for, so that there were no answer."""
+    parts = [{"properties": {name: {"type": "integer"}}, "required": [name]} for name in "ab"]
+    for schema in ({"type": "object", "allOf": parts}, {"type": "object", "properties": {"c": True}, "anyOf": parts}):
+        assert "False" not in str(followable(schema, "grammar"))

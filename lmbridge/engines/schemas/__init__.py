@@ -5,7 +5,7 @@ standard lets anything come, or narrowed; what comes of it is valid by the schem
 refused with its place.
 
 ``writer`` goes through a schema, ``words`` says its parts in other words, ``formats`` those of texts; ``alternatives``
-compares those of ``oneOf``, ``references`` follows ``$ref``, ``limits`` refuses what takes too long to compile.
+compares those of ``oneOf``, ``closing`` keeps objects to what they name, ``references`` follows ``$ref``, ``limits`` refuses what takes too long to compile.
 """
 
 from lmbridge.engines.schemas.choices import choice_lines

@@ -9,6 +9,7 @@ import copy
 from typing import Any
 
 from lmbridge.engines.schemas.alternatives import Alternatives, TooManyError
+from lmbridge.engines.schemas.closing import closed, overlays
 from lmbridge.engines.schemas.formats import CHECKED
 from lmbridge.engines.schemas.limits import Limits
 from lmbridge.engines.schemas.references import References
@@ -53,6 +54,7 @@ class _Writer:
         self._references = References(root)
         self._alternatives = Alternatives(self._references)
         self._limits = Limits(self._refused)
+        self._closes = not overlays(root)
         if endless := self._references.endless():
             raise self._refused(endless, "each of its values would hold another one, without end")
 
@@ -68,6 +70,7 @@ class _Writer:
             schema["propertyNames"] = self._references.replaced(schema["propertyNames"])
         for rewrite in REWRITES:
             schema = rewrite(schema)
+        schema = closed(schema) if self._closes else schema
         for key in _UNKNOWN:
             if key in schema:
                 raise self._refused(f"{place}/{key}", f"answers cannot be held to {key}")

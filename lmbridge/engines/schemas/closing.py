@@ -1,0 +1,46 @@
+"""Objects that say which properties they have hold no others, where the schema leaves that open.
+
+Rule: pure functions of plain data. A small model that may go on adding properties goes on; what comes without them is
+valid by the schema all the same. Where parts of a schema are laid over each other nothing is closed, for one part would
+forbid what another asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+Schema = dict[str, Any]
+_OVERLAID = ("allOf", "anyOf", "oneOf", "$ref", "if", "dependentSchemas")
+_SAID = (*_OVERLAID, "additionalProperties", "patternProperties", "propertyNames", "unevaluatedProperties")
+
+
+def overlays(root: Any) -> bool:
+    """Whether some object is described by several parts of the schema at once."""
+    for schema in _schemas(root):
+        several = isinstance(schema.get("allOf"), list) and len(schema["allOf"]) > 1
+        if several or ("properties" in schema and any(key in schema for key in _OVERLAID)):
+            return True
+    return False
+
+
+def closed(schema: Schema) -> Schema:
+    """The schema without other properties than those it names, unless it says something of them."""
+    properties, required = schema.get("properties"), schema.get("required", [])
+    if not isinstance(properties, dict) or not isinstance(required, list) or any(key in schema for key in _SAID):
+        return schema
+    if not set(required) <= properties.keys() or schema.get("minProperties", 0) > len(properties):
+        return schema
+    return {**schema, "additionalProperties": False}
+
+
+def _schemas(value: Any) -> Iterator[Schema]:
+    """All dicts in it; that some are no schemas makes it more careful at worst."""
+    rest = [value]
+    while rest:
+        part = rest.pop()
+        if isinstance(part, dict):
+            yield part
+            rest.extend(part.values())
+        elif isinstance(part, list):
+            rest.extend(part)
