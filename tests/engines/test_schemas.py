@@ -261,4 +261,4 @@ def test_objects_of_several_parts_stay_open() -> None:
     """One part would forbid what another asks for, so that there were no answer."""
     parts = [{"properties": {name: {"type": "integer"}}, "required": [name]} for name in "ab"]
     for schema in ({"type": "object", "allOf": parts}, {"type": "object", "properties": {"c": True}, "anyOf": parts}):
-        assert "False" not in str(followable(schema, "grammar"))
+        assert "additionalProperties" not in str(followable(schema, "grammar"))

@@ -4,8 +4,9 @@ Rule: pure functions of plain data. What llguidance does not know is written in 
 standard lets anything come, or narrowed; what comes of it is valid by the schema as it was given. Everything else is
 refused with its place.
 
-``writer`` goes through a schema, ``words`` says its parts in other words, ``formats`` those of texts; ``alternatives``
-compares those of ``oneOf``, ``closing`` keeps objects to what they name, ``references`` follows ``$ref``, ``limits`` refuses what takes too long to compile.
+``writer`` goes through a schema, ``words`` says its parts in other words, ``formats`` those of texts, ``closing`` keeps
+objects to what they name; ``alternatives`` compares those of ``oneOf``, ``references`` follows ``$ref``, ``limits``
+refuses what takes too long to compile.
 """
 
 from lmbridge.engines.schemas.choices import choice_lines
