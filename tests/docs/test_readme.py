@@ -55,6 +55,7 @@ def test_hub_example_differs_from_the_first_by_its_model_only() -> None:
     assert run(source.replace("Qwen/Qwen3-0.6B", "demo").replace("Why is the sky blue?", "What is 2 + 2?")).strip()
 
 
+@pytest.mark.long
 def test_tools_example() -> None:
     """An answer keeps to its schema, and a function is called as it wants to be."""
     answer, calls = run(blocks()[3][1]).splitlines()

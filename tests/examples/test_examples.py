@@ -64,6 +64,7 @@ def test_thread_pool(run_example: RunExample) -> None:
         assert re.search(rf"\b{2 * n}\b", sums[f"{n} + {n}"].split("=")[-1])
 
 
+@pytest.mark.long
 def test_tools(run_example: RunExample) -> None:
     """The example that shows how to give a model functions would call none."""
     called, said = run_example("tools.py").splitlines()[:2]
