@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from lmbridge import Engine
+import pytest
+
 from lmbridge.engines.transformers import TransformersEngine
 from lmbridge.testing import EngineContract
 
@@ -26,6 +28,7 @@ class TestTransformersEngine(EngineContract):
         return TransformersEngine("demo", max_batch_size=4)
 
 
+@pytest.mark.long
 class TestPlainRunner(TestTransformersEngine):
     """The transformers engine keeps the contract for models that batching does not serve, too."""
 

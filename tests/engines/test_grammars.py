@@ -34,7 +34,7 @@ PERSON = {
 FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
 
 
-@pytest.fixture(scope="module", params=["paged", "plain"])
+@pytest.fixture(scope="module", params=["paged", pytest.param("plain", marks=pytest.mark.long)])
 def bridge(request: pytest.FixtureRequest) -> Iterator[Bridge]:
     with Bridge("demo", runner=request.param) as bridge:
         yield bridge

@@ -71,7 +71,7 @@ def with_template(folder: Path, chat_template: str, *marks: str) -> str:
 MARKS = {"mistral-list": ["[TOOL_CALLS]"], "hermes": ["<tool_call>", "</tool_call>"]}
 
 
-OFTEN = ("demo", "hermes", "mistral-list")  # the others take a model each, and run in the long suite
+OFTEN = ("demo", "hermes")  # the others take a model each, and run in the long suite
 EACH = [form if form in OFTEN else pytest.param(form, marks=pytest.mark.long) for form in ("demo", *FORMS)]
 
 
