@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lmbridge import Engine
 import pytest
 
+from lmbridge import Engine
 from lmbridge.engines.transformers import TransformersEngine
 from lmbridge.testing import EngineContract
 
