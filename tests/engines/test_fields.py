@@ -21,7 +21,7 @@ from lmbridge.errors import EngineError, InvalidRequestError, PromptTooLongError
 from lmbridge.messages import GenerationConfig, PromptLogprobs
 from tests.engines.conftest import BYTES, EOS, Answer, Driver, driven, generate, save_model
 
-RUNNERS = pytest.mark.parametrize("runner", ["paged", "plain"])
+RUNNERS = pytest.mark.parametrize("runner", ["paged", pytest.param("plain", marks=pytest.mark.long)])
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "wel"}]
 
 

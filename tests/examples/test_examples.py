@@ -72,6 +72,7 @@ def test_tools(run_example: RunExample) -> None:
     assert said.startswith("The model says: ")
 
 
+@pytest.mark.long
 def test_flask_app(start_example: StartExample) -> None:
     """Concurrent HTTP requests to a threaded server each get their own answer, and Ctrl-C ends it cleanly."""
     with start_example("flask_app.py", "0") as server:

@@ -129,6 +129,7 @@ def test_any_values(app: FlaskClient, route: str, fields: dict[str, Any], comple
 @example({"echo": True, "logprobs": 20, "prompt": [3071], "max_tokens": 0, "stream": True})
 @example({"logit_bias": {str(token): -100 for token in range(1024)}, "frequency_penalty": -2, "max_tokens": 4})
 @example({"truncate_prompt_tokens": 2**31 - 1, "min_tokens": 4, "stop": "a"})
+@pytest.mark.long
 def test_extremes_reach_the_model(real: FlaskClient, fields: dict[str, Any]) -> None:
     """What is possible but extreme goes through the real model's sampling without breaking it."""
     judge(real, post(real, ROUTES[1], json.dumps({**GOOD, **fields}).encode()))

@@ -25,6 +25,7 @@ element => {
 # --- the live panel ---
 
 
+@pytest.mark.long
 def test_panel_moves(visit: Open, site: Site) -> None:
     """The panel shows what goes on while it goes on, and its plots say in words what they draw."""
     with scripted_engine(site.app, manual=True) as engine:
