@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from lmbridge.flask.testing import scripted_engine
 from tests.flask.page.conftest import Site
 from tests.flask.page.steps import Open, ask, expect, figure, finished
