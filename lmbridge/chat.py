@@ -93,7 +93,10 @@ class Chat:
 
 
 class ChatStream:
-    """The deltas of one turn, read by one thread: ``for delta in chat.stream(…)``. Leaving it stops the engine."""
+    """The deltas of one turn, read by one thread: ``for delta in chat.stream(…)``. Leaving it stops the engine.
+
+    One that nobody holds any more needs no finalizer: its stream has one, and its turn is over then.
+    """
 
     def __init__(self, chat: Chat, turn: _Turn, rounds: Rounds) -> None:
         self._chat, self._turn, self._rounds = chat, turn, rounds
@@ -133,21 +136,23 @@ class ChatStream:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_stream"):
-            self.close()
-
     def _next(self) -> Delta:
         while True:
             try:
                 return next(self._stream)
             except StopIteration:
                 pass
-            self._rounds.take(self._stream.response)
+            self._take(self._stream.response)
             if self._rounds.over:
                 self._chat._keep(self._rounds)
                 raise StopIteration
             self._stream = self._ask()
+
+    def _take(self, response: Response) -> None:
+        try:
+            self._rounds.take(response)
+        except StopIteration as stray:  # of a function; it would look like the end of the answer
+            raise RuntimeError("A function of the chat raised StopIteration.") from stray
 
     def _ask(self) -> Stream:
         rounds, chat = self._rounds, self._chat

@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import enum
 import functools
+import gc
 import json
 import types
 from collections.abc import Callable, Iterator
@@ -347,6 +348,26 @@ def test_what_a_function_raises_reaches_the_caller(demo: Bridge) -> None:
     with pytest.raises(ZeroDivisionError, match="mine"):
         chat.ask("Go.", tools=[broken], tool_choice="required")
     assert chat.messages == []
+    assert chat.ask("Hello.", max_new_tokens=4).text
+
+
+def test_a_function_that_stops_the_iteration_is_an_error(demo: Bridge) -> None:
+    """A stream would end without a word, as if the model had answered."""
+
+    def spent() -> object:
+        return next(iter(()))
+
+    chat = Chat(demo)
+    with pytest.raises(RuntimeError, match="raised StopIteration"):
+        list(chat.stream("Go.", tools=[spent], tool_choice="required"))
+    assert chat.messages == []
+
+
+def test_a_stream_that_nobody_holds_leaves_the_chat_free(demo: Bridge) -> None:
+    """A view that forgets its stream would lock the visitor out of the conversation."""
+    chat = Chat(demo)
+    next(chat.stream("Tell me a story about a fox."))
+    gc.collect()
     assert chat.ask("Hello.", max_new_tokens=4).text
 
 

@@ -43,7 +43,6 @@ class Dialect:
         knows_tools: the template tells the model of tools.
         knows_calls: it shows the model its earlier calls.
         shown: special tokens that are part of what is read, unless all are.
-        whole: the tokenizer's own parser wants all special tokens in the text.
     """
 
     def __init__(self, tokenizer: Any, spells: bool = True) -> None:

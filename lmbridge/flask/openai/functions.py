@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from lmbridge.flask.openai.fields import wrong
+from lmbridge.tools import is_forced
 
 CALLING = ("tools", "tool_choice", "parallel_tool_calls")
 """GenerationConfig's fields about calls."""
@@ -32,14 +33,8 @@ def drop_idle(options: dict[str, Any]) -> None:
     if choice == "none" or ("tools" not in options and choice is None):
         for name in CALLING:
             options.pop(name, None)
-    elif _is_required(choice):
+    elif is_forced(choice):
         options.pop("response_format", None)
-
-
-def _is_required(choice: str | dict[str, Any] | None) -> bool:
-    if not isinstance(choice, dict):
-        return choice == "required"
-    return bool(choice["type"] == "function" or choice["allowed_tools"]["mode"] == "required")
 
 
 def _read_function(tool: Any, path: str) -> dict[str, Any]:
