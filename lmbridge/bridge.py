@@ -28,7 +28,8 @@ from lmbridge.client import Client
 from lmbridge.crossing.gate import Gate
 from lmbridge.crossing.status import State
 from lmbridge.device import Device
-from lmbridge.engines import engine_around, engine_class, engine_factory
+from lmbridge.engines import engine_around, engine_class, engine_factory, named_engine
+from lmbridge.engines.auto import AUTO
 from lmbridge.engines.base import Engine
 from lmbridge.errors import InvalidRequestError, RequestAbortedError
 from lmbridge.messages import GenerationConfig, Task
@@ -86,7 +87,9 @@ class Bridge(Verbs):
     Args:
         model: ``"demo"`` (the bundled model), a folder, a hub id, an Engine, or a function that builds one. Only what
             was given by name or as a function can be rebuilt after the engine has died.
-        engine: the engine's name, for a model given by name.
+        engine: the engine's name, for a model given by name: ``transformers``, ``encoder``, ``exllamav2``,
+            ``exllamav3``, ``function``, ``llamacpp``, ``lmdeploy``, ``openai``, ``ray``, ``vllm``, or one that another
+            package adds. ``"auto"`` goes by what the model is.
         device: where the model runs, as torch names it, or a ``Device`` that bridges share; None: the engine chooses.
             Bridges on one device take turns there, and load when there is room for their models.
         keep_alive: seconds without calls after which the model is unloaded, until the next call; None keeps it until
@@ -109,7 +112,7 @@ class Bridge(Verbs):
     def __init__(
         self,
         model: Model,
-        engine: str = "transformers",
+        engine: str = AUTO,
         *,
         device: str | Device | None = None,
         keep_alive: float | None = None,
@@ -176,7 +179,7 @@ class Bridge(Verbs):
 
         Args:
             model, engine_options: as for the Bridge itself.
-            engine: likewise; None: the one that the bridge has had.
+            engine: likewise; None: the one that the bridge was given.
             overlap: load the new model beside the old one, which needs memory for both; what runs finishes on the old
                 one. False holds new requests back, lets what runs finish, frees the old model and loads the new one.
             timeout: with ``overlap=False``, seconds for what runs to finish.
@@ -314,7 +317,8 @@ class Bridge(Verbs):
 
 def _recipe(model: Any, engine: str, options: dict[str, Any]) -> Recipe:
     if isinstance(model, (str, Path)):
-        return Recipe(engine_factory(engine, str(model), options), str(model), rebuildable=True)
+        factory = engine_factory(named_engine(engine, str(model)), str(model), options)
+        return Recipe(factory, str(model), rebuildable=True)
     if (around := engine_around(model, options)) is not None:
         return Recipe(lambda: around, around.describe(), rebuildable=False)
     if options:
@@ -353,8 +357,10 @@ def _placed(model: Any, engine: str, options: dict[str, Any], device: Any) -> Re
     if device is None:
         return _recipe(model, engine, options)
     place = device if isinstance(device, Device) else Device.of(device)
-    if isinstance(model, (str, Path)) and "device" in inspect.signature(engine_class(engine)).parameters:
-        options = {**options, "device": device.name if isinstance(device, Device) else device}
+    if isinstance(model, (str, Path)):
+        engine = named_engine(engine, str(model))
+        if "device" in inspect.signature(engine_class(engine)).parameters:
+            options = {**options, "device": device.name if isinstance(device, Device) else device}
     return dataclasses.replace(_recipe(model, engine, options), device=place)
 
 

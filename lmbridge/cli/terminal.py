@@ -23,7 +23,7 @@ from lmbridge.errors import LMBridgeError
 if TYPE_CHECKING:
     from lmbridge.bridge import Bridge
 
-MODEL_HELP = "a folder, a .gguf file, a hub id, or demo, the bundled model (the default)"
+MODEL_HELP = "a folder, a .gguf file, a hub id, a server's URL, or demo, the bundled model (the default)"
 DEBUG = "LMBRIDGE_TRACEBACK"  # the environment variable that lets errors through with their traceback
 
 
@@ -88,7 +88,11 @@ def show_notes() -> None:
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say which engine runs the model, and how."""
-    parser.add_argument("--engine", default="transformers", help="what runs it (default: transformers)")
+    parser.add_argument(
+        "--engine",
+        default="auto",
+        help="what runs it, as `lmbridge doctor` lists them (default: auto, which goes by what the model is)",
+    )
     parser.add_argument(
         "--option",
         dest="options",

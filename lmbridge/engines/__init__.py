@@ -1,29 +1,58 @@
 """The registry of engines: a name to the module that holds it, imported only when somebody asks for it.
 
-Rule: importing this package imports no engine. ``create`` runs in the thread that builds a Bridge and loads no model.
+Other packages add engines by entry points of the group ``lmbridge.engines``: a name, and the Engine class, whose first
+argument is the model.
+
+Rule: importing this package imports no engine. Factories are made in the thread that builds a Bridge, and load nothing.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import inspect
 from collections.abc import Callable
 from typing import Any
 
+from lmbridge.engines.auto import AUTO, engine_for
 from lmbridge.engines.base import Engine
-from lmbridge.errors import InvalidRequestError, UnknownEngineError
+from lmbridge.errors import InvalidRequestError, MissingDependencyError, UnknownEngineError
+from lmbridge.log import shown
 
 EngineFactory = Callable[[], Engine]
 
 ENGINES = {
     "encoder": ("lmbridge.engines.encoder", "EncoderEngine"),
+    "exllamav2": ("lmbridge.engines.exllama", "ExLlamaV2Engine"),
+    "exllamav3": ("lmbridge.engines.exllama", "ExLlamaV3Engine"),
+    "function": ("lmbridge.engines.function", "FunctionEngine"),
+    "llamacpp": ("lmbridge.engines.llamacpp", "LlamaCppEngine"),
     "lmdeploy": ("lmbridge.engines.lmdeploy", "LMDeployEngine"),
+    "openai": ("lmbridge.engines.openai", "OpenAIEngine"),
+    "ray": ("lmbridge.engines.ray", "RayEngine"),
     "transformers": ("lmbridge.engines.transformers", "TransformersEngine"),
+    "vllm": ("lmbridge.engines.vllm", "VLLMEngine"),
 }
 """Engine name to (module, class)."""
+GROUP = "lmbridge.engines"
+"""The group of entry points by which other packages add theirs."""
 OBJECTS = {"sentence_transformers.SentenceTransformer": "encoder", "sentence_transformers.CrossEncoder": "encoder"}
 """Package and class of an object that may be given as a model, to the name of the engine that takes it."""
+
+
+def engine_names() -> list[str]:
+    """All names that an engine is registered under, those that other packages add last."""
+    return list(dict.fromkeys([*ENGINES, *sorted(_added())]))
+
+
+def named_engine(name: str, model: object) -> str:
+    """The engine's own name, where ``"auto"`` leaves it to the model.
+
+    Raises:
+        ModelNotFoundError, InvalidRequestError: the model's name means none.
+    """
+    return engine_for(model) if name == AUTO and isinstance(model, str) else name
 
 
 def engine_class(name: str) -> type[Engine]:
@@ -31,11 +60,37 @@ def engine_class(name: str) -> type[Engine]:
 
     Raises:
         UnknownEngineError: there is none; the message lists those there are.
+        MissingDependencyError: the package that adds it cannot be imported, or adds no Engine.
     """
-    if name not in ENGINES:
-        raise UnknownEngineError(f"There is no engine {name!r}; the engines are {', '.join(sorted(ENGINES))}.")
-    module, attribute = ENGINES[name]
-    found: type[Engine] = getattr(importlib.import_module(module), attribute)
+    if name in ENGINES:
+        module, attribute = ENGINES[name]
+        found: type[Engine] = getattr(importlib.import_module(module), attribute)
+        return found
+    added = _added().get(name)
+    if added is None:
+        raise UnknownEngineError(f"There is no engine {name!r}; the engines are auto, {', '.join(engine_names())}.")
+    return _loaded(added)
+
+
+def _added() -> dict[str, importlib.metadata.EntryPoint]:
+    """What other packages add; a name of ours stays ours."""
+    return {point.name: point for point in importlib.metadata.entry_points(group=GROUP) if point.name not in ENGINES}
+
+
+def _loaded(point: importlib.metadata.EntryPoint) -> type[Engine]:
+    package = point.dist.name if point.dist is not None else point.value
+    try:
+        found = point.load()
+    except Exception as cause:
+        raise MissingDependencyError(
+            f"The engine {point.name!r} of the package {package} cannot be imported ({shown(cause)}); reinstall it: "
+            f"pip install --force-reinstall {package}"
+        ) from cause
+    if not (isinstance(found, type) and issubclass(found, Engine)):
+        raise MissingDependencyError(
+            f"The package {package} adds {shown(found)} as the engine {point.name!r}, which is no subclass of "
+            "lmbridge.Engine; tell its author, or use another engine."
+        )
     return found
 
 

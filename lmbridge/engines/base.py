@@ -13,6 +13,7 @@ import contextlib
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from lmbridge.errors import EngineError, LMBridgeError, UnsupportedOptionError
@@ -64,6 +65,21 @@ class _Alone:
         return False
 
 
+@dataclass(frozen=True)
+class Library:
+    """A package that an engine drives, as ``lmbridge doctor`` lists it.
+
+    Attributes:
+        package: its name in the package index.
+        tried: the versions that the engine was run with, in words.
+        install: the command that brings it.
+    """
+
+    package: str
+    tried: str
+    install: str
+
+
 class Engine(ABC):
     """A model that works on many requests at once.
 
@@ -74,21 +90,26 @@ class Engine(ABC):
 
     Attributes:
         name: the engine's name in messages.
+        libraries: the packages that it drives.
         tasks: what it does: ``generate``, ``embed``, ``rerank``, ``call``. Others are refused by name.
         supports: the GenerationConfig fields it honours; the others are refused by name.
         max_batch_size: how many requests it works on at once.
         party: set by the server before the start: the engine's turns on its device.
         on_death: set by the server; call it with the cause, from any thread, when the engine cannot go on. The
             requests inside need no delta then.
+        on_busy: set by the server; call it on the server thread with seconds for which the engine takes no further
+            request, since whoever computes for it is full. The last call counts, and 0 ends it.
     """
 
     name: ClassVar[str] = "engine"
+    libraries: ClassVar[tuple[Library, ...]] = ()
     tasks: frozenset[Task] = frozenset({"generate"})
     supports: ClassVar[frozenset[str]] = frozenset({"max_new_tokens"})
     max_batch_size: int = 64
     party: Party = _Alone()
 
     on_death: Callable[[BaseException], None] = staticmethod(lambda cause: None)
+    on_busy: Callable[[float], None] = staticmethod(lambda seconds: None)
 
     def describe(self) -> str:
         """The model and its engine in a few words, for ``repr`` and logs."""

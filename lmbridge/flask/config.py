@@ -129,7 +129,7 @@ KEYS: dict[str, Key] = {
         "a model's name or folder, or a Bridge",
         "The model: ``demo``, a folder, a hub id, or a Bridge of your own, which you close yourself.",
     ),
-    "LMBRIDGE_ENGINE": Key("transformers", _text, "an engine's name", "The engine that runs ``LMBRIDGE_MODEL``."),
+    "LMBRIDGE_ENGINE": Key("auto", _text, "an engine's name", "The engine that runs ``LMBRIDGE_MODEL``."),
     "LMBRIDGE_ENGINE_OPTIONS": Key({}, _mapping, "a dict of options", "The engine's own options."),
     "LMBRIDGE_MODELS": Key(
         None,

@@ -20,7 +20,8 @@ from flask import Request, current_app
 from werkzeug.local import LocalProxy
 
 from lmbridge.bridge import Bridge
-from lmbridge.engines import engine_class
+from lmbridge.engines import engine_class, named_engine
+from lmbridge.engines.auto import AUTO
 from lmbridge.errors import BridgeClosedError, InvalidRequestError, ModelNotFoundError, UnsupportedTaskError
 from lmbridge.flask.config import ModelSource, Settings
 from lmbridge.messages import GenerationConfig, Task
@@ -164,7 +165,7 @@ class Models:
                     f"LMBRIDGE_MODELS: {option} of {name!r} is one for all models; set LMBRIDGE_{option.upper()}.",
                     "LMBRIDGE_MODELS",
                 )
-        model, engine = options.pop("model"), options.pop("engine", "transformers")
+        model, engine = options.pop("model"), options.pop("engine", AUTO)
         bridge = Bridge(
             model,
             engine,
@@ -177,6 +178,7 @@ class Models:
         )
         self._own.append(bridge)
         if isinstance(model, (str, Path)):
+            engine = named_engine(engine, str(model))
             self._tasks[name] = _tasks_of(engine, options.get("task"))
             self._supports[name] = engine_class(engine).supports
         return bridge

@@ -53,6 +53,7 @@ class Place:
         self._thread_id = threading.get_ident()
         self.dead: asyncio.Future[BaseException] = self._loop.create_future()
         self._size = 0  # how many calls the engine takes at once
+        self._busy_until = 0.0  # by the loop's clock: it takes none before
         self._quiet: asyncio.Event | None = None  # there while somebody waits for it
         self._seen = -1  # progress at the last look
         self._moves = False  # whether it had risen then
@@ -62,17 +63,19 @@ class Place:
         self._tells = True  # Engine.progress may be asked; it has not failed so far
 
     def listen(self) -> None:
-        """Have the engine tell of its death.
+        """Have the engine tell of its death, and of times at which it takes nothing.
 
         Raises:
             RuntimeError: it does not take that.
         """
-        furnish(self.engine, on_death=self.report_death)
+        furnish(self.engine, on_death=self.report_death, on_busy=self.report_busy)
 
     @property
     def room(self) -> int:
         """How many more calls the engine takes now."""
-        return 0 if self.dead.done() else self._size - len(self.calls)
+        if self.dead.done() or (self._busy_until and self._loop.time() < self._busy_until):
+            return 0
+        return self._size - len(self.calls)
 
     def measure(self) -> Exception | None:
         """Look at what an engine that has started says of itself; gives back what is wrong with that."""
@@ -123,6 +126,10 @@ class Place:
                 self.die(cause)
             else:
                 self._loop.call_soon_threadsafe(self.die, cause)
+
+    def report_busy(self, seconds: float) -> None:
+        """What the engine calls when it takes nothing for a while; the sweep sees when that is over."""
+        self._busy_until = self._loop.time() + max(0.0, float(seconds))
 
     # --- whether it moves ---
 

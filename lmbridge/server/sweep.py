@@ -71,6 +71,7 @@ class Sweep:
             self._find_lost,
             functools.partial(self._expire, self.heartbeat),
             functools.partial(self._look_at_engines, now),
+            self._calls.pump,  # an engine that was busy may have room again
             self._handle.channels.trim,
             *[helper() or _nobody for helper in self._handle.helpers],
         ]

@@ -16,10 +16,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, NormalizedString, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from lmbridge.engines import encoding
+from lmbridge.engines.encoding import PromptEncoder, characters
+from lmbridge.engines.length import WHITE_SPACE, LengthBound, length_bound
 from lmbridge.engines.models import find_model
-from lmbridge.engines.transformers import encoding
-from lmbridge.engines.transformers.encoding import PromptEncoder, characters
-from lmbridge.engines.transformers.length import WHITE_SPACE, LengthBound, length_bound
 from lmbridge.errors import InvalidRequestError, PromptTooLongError
 from tests.engines.conftest import TEMPLATE, byte_level_tokenizer
 

@@ -17,7 +17,7 @@ from tests.testing.engines import IteratorEngine, ThreadEngine
 
 PROMPTS = [f"prompt number {number} of several" for number in range(6)]
 LONG = "word " * 300
-DOCS = Path(__file__).parents[2] / "docs" / "engines.rst"
+DOCS = Path(__file__).parents[2] / "docs" / "engines" / "own.rst"
 
 
 class TestScriptedEngine(EngineContract):
@@ -55,7 +55,7 @@ class TestThreadEngine(EngineContract):
 
 
 def example_of_docs(capsys: pytest.CaptureFixture[str]) -> type[Engine]:
-    """The engine of docs/engines.rst, whose example has run as it stands there."""
+    """The engine of docs/engines/own.rst, whose example has run as it stands there."""
     after = DOCS.read_text().split("leaving the iterator is the abort::", 1)[1]
     lines = after.splitlines()
     end = next(number for number, line in enumerate(lines) if line and not line.startswith(" "))

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from lmbridge.engines.base import Engine, Sink
+from lmbridge.engines.base import Engine, Library, Sink
 from lmbridge.engines.batching import Batcher, is_out_of_memory
 from lmbridge.engines.encoder.encoding import CHARACTERS, cost
 from lmbridge.engines.encoder.given import check_options_of_object, task_of_object
@@ -24,6 +24,7 @@ from lmbridge.engines.encoder.pace import Pace
 from lmbridge.engines.models import announce, find_model
 from lmbridge.engines.standing import where_is
 from lmbridge.engines.thread import EngineThread
+from lmbridge.engines.transformers.library import PIP, TRIED
 from lmbridge.engines.transformers.memory import weight_bytes
 from lmbridge.engines.transformers.options import ModelOptions
 from lmbridge.errors import EngineDeadError
@@ -76,6 +77,7 @@ class EncoderEngine(Engine):
     """
 
     name: ClassVar[str] = "encoder"
+    libraries = (Library("torch", "2.6 to 2.13", "pip install torch"), Library("transformers", TRIED, PIP))
     supports: ClassVar[frozenset[str]] = frozenset()
     tasks: frozenset[Task] = frozenset({"embed", "rerank"})
 

@@ -1,8 +1,8 @@
 """The LMDeploy engine, file by file as a prompt passes.
 
 ``engine`` takes the request and drives LMDeploy's async engine on the server's loop, ``options`` and ``sampling`` say
-in LMDeploy's words what was asked for, ``answer`` makes deltas of what it yields, ``loading`` builds it, ``library``
-knows which parts of LMDeploy all this relies on.
+in LMDeploy's words what was asked for, ``loading`` builds it, ``library`` knows which parts of LMDeploy all this relies
+on.
 
 Rule: importing this package loads neither torch nor LMDeploy.
 """

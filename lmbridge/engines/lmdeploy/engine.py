@@ -19,12 +19,12 @@ import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, ClassVar
 
-from lmbridge.engines.base import Engine, engine_error
+from lmbridge.engines.answer import Answer
+from lmbridge.engines.base import Engine, Library, engine_error
 from lmbridge.engines.dialect import Dialect
-from lmbridge.engines.lmdeploy.answer import Answer
 from lmbridge.engines.lmdeploy.loading import load, room, vocabulary_size
 from lmbridge.engines.lmdeploy.options import LMDeployOptions
-from lmbridge.engines.lmdeploy.sampling import check_ranges, sampling_fields
+from lmbridge.engines.lmdeploy.sampling import check_ranges, own_stop_ids, sampling_fields
 from lmbridge.engines.models import find_model
 from lmbridge.engines.text import Vocabulary
 from lmbridge.engines.thread import EngineThread
@@ -66,6 +66,7 @@ class LMDeployEngine(Engine):
     """
 
     name: ClassVar[str] = "lmdeploy"
+    libraries = (Library("lmdeploy", "0.16 to 0.18", 'pip install "lmbridge[lmdeploy]"'),)
     supports: ClassVar[frozenset[str]] = frozenset(
         {
             "max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_p", "top_k", "min_p",
@@ -268,7 +269,13 @@ class LMDeployEngine(Engine):
         try:
             core = self._alive()
             prepared = await self._prepare(core, request)
-            answer = Answer(request.config, self._vocabulary, prepared.inputs["input_ids"], self._dialect)
+            answer = Answer(
+                request.config,
+                self._vocabulary,
+                prepared.inputs["input_ids"],
+                self._dialect,
+                own_stop_ids(request.config),
+            )
             if request.id in self._aborted:
                 core.session_mgr.remove(prepared.session)
                 yield answer.finish("abort")

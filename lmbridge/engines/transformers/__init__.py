@@ -1,6 +1,6 @@
 """The transformers engine, file by file as a prompt passes.
 
-1. ``engine`` takes the request; ``encoding`` makes tokens of its prompt, and ``length`` refuses one that cannot fit.
+1. ``engine`` takes the request; ``engines.encoding`` makes tokens of its prompt.
 2. A runner has the model generate: ``paged``, by transformers' continuous batching, or ``plain``, by its ``generate``;
    ``runner`` is what they have in common.
 3. ``plan`` is what a request wants of each token, ``sampling`` has it chosen, and ``choosing`` is the tensor program

@@ -15,10 +15,11 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lmbridge.engines.base import Engine, Sink, engine_error
+from lmbridge.engines.base import Engine, Library, Sink, engine_error
 from lmbridge.engines.models import announce, find_model
 from lmbridge.engines.text import Piece
 from lmbridge.engines.thread import EngineThread
+from lmbridge.engines.transformers.library import PIP, TRIED
 from lmbridge.engines.transformers.options import ModelOptions
 from lmbridge.engines.transformers.running import Running
 from lmbridge.errors import EngineDeadError, LMBridgeError, UnsupportedOptionError
@@ -58,6 +59,7 @@ class TransformersEngine(Engine):
     """
 
     name: ClassVar[str] = "transformers"
+    libraries = (Library("torch", "2.6 to 2.13", "pip install torch"), Library("transformers", TRIED, PIP))
     supports: ClassVar[frozenset[str]] = frozenset(GenerationConfig().__dict__)
 
     def __init__(

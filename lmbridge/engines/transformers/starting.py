@@ -16,9 +16,9 @@ from types import FrameType
 from typing import Any
 
 from lmbridge.engines.dialect import Dialect
+from lmbridge.engines.encoding import PromptEncoder
 from lmbridge.engines.text import TextStream, Vocabulary
 from lmbridge.engines.transformers import library
-from lmbridge.engines.transformers.encoding import PromptEncoder
 from lmbridge.engines.transformers.guides import Grammars
 from lmbridge.engines.transformers.loading import Loaded, free_memory, load, with_defaults
 from lmbridge.engines.transformers.options import ModelOptions

@@ -1,15 +1,14 @@
-"""One request inside LMDeploy: what it yields, made into deltas.
+"""One answer of an engine that yields token ids: these made into deltas.
 
-Rule: plain data, no LMDeploy; server thread only. The text is our own detokenising of the token ids: it is exact, and
-stop words of any length are found in it.
+Rule: plain data, no library; server thread only. The text is our own detokenising of the token ids: it is exact, stop
+words of any length are found in it, and calls and thoughts are read out of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from lmbridge.engines.dialect import Dialect, read_apart
-from lmbridge.engines.lmdeploy.sampling import own_stop_ids
 from lmbridge.engines.text import Piece, TextStream, Vocabulary
 from lmbridge.messages import Delta, FinishReason, GenerationConfig, Logprobs, Usage
 
@@ -17,12 +16,22 @@ from lmbridge.messages import Delta, FinishReason, GenerationConfig, Logprobs, U
 class Answer:
     """What is known of an answer from its first token to its last.
 
+    Args:
+        prompt: its token ids.
+        dialect: in which the model calls and thinks.
+        stop_ids: tokens that end the answer and that the library does not look for; they are no part of its text.
+
     Attributes:
-        stopped: a stop word, or a stop token that LMDeploy does not look for, has ended it; LMDeploy is to be told.
+        stopped: a stop word or one of ``stop_ids`` has ended it; the library is to be told.
     """
 
     def __init__(
-        self, config: GenerationConfig, vocabulary: Vocabulary, prompt: Sequence[int], dialect: Dialect
+        self,
+        config: GenerationConfig,
+        vocabulary: Vocabulary,
+        prompt: Sequence[int],
+        dialect: Dialect,
+        stop_ids: Collection[int] = (),
     ) -> None:
         self.stopped = False
         reads = dialect.reads(config)
@@ -35,7 +44,7 @@ class Answer:
             shown=dialect.shown if reads else frozenset(),
         )
         self._reader = dialect.reader(config, prompt) if reads else None
-        self._stop_ids = own_stop_ids(config)
+        self._stop_ids = stop_ids
         self._most_likely = config.logprobs
         self._prompt_tokens = len(prompt)
         self._tokens: list[int] = []
@@ -62,7 +71,7 @@ class Answer:
     def finish(self, reason: FinishReason) -> Delta:
         """The last delta, with all that was held back."""
         if reason == "stop" and not self.stopped:
-            self._count += 1  # LMDeploy leaves the ending token out
+            self._count += 1  # libraries leave the ending token out of what they yield
         rest = Piece("", 0) if self._cut else self._stream.finish()
         if self.stopped or rest.stopped:
             reason = "stop"
@@ -84,6 +93,6 @@ class Answer:
         return delta
 
     def _entry(self, token: int, entry: dict[int, float]) -> Logprobs:
-        """The token's own log-probability first; LMDeploy was asked for one more where none was wanted."""
+        """The token's own log-probability first; a library may tell one more where none was wanted."""
         others = entry.items() if self._most_likely else ()
         return {token: entry.get(token, float("-inf")), **dict(others)}

@@ -19,7 +19,7 @@ from typing import Any
 
 from lmbridge.engines.dialect import Dialect
 from lmbridge.engines.dialect.telling import told_by_user
-from lmbridge.engines.transformers.length import LengthBound, length_bound
+from lmbridge.engines.length import LengthBound, length_bound
 from lmbridge.errors import InvalidRequestError, PromptTooLongError
 from lmbridge.messages import GenerationConfig, Message, Prompt
 
