@@ -346,8 +346,8 @@ def _check_builder(build: Callable[..., Any]) -> None:
     except TypeError as cause:
         name = getattr(build, "__name__", type(build).__name__)
         raise InvalidRequestError(
-            f"{name} takes arguments, and what builds an Engine takes none. To share a function from a list to a list: "
-            f"Bridge(function_engine({name})).",
+            f"{name} takes arguments, and what builds an Engine takes none. To share a function from a list to a list, "
+            f"or one that yields a prompt's answer: Bridge(function_engine({name})).",
             "model",
         ) from cause
 

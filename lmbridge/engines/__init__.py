@@ -123,7 +123,7 @@ def engine_around(model: object, options: dict[str, Any]) -> Engine | None:
 
 
 def _known(cls: Callable[..., Engine], name: str, options: dict[str, Any]) -> dict[str, Any]:
-    known = [parameter for parameter in inspect.signature(cls).parameters if parameter != "model"]
+    known = list(inspect.signature(cls).parameters)[1:]  # the model comes first
     for option in options:
         if option not in known:
             raise InvalidRequestError(

@@ -180,7 +180,7 @@ class Models:
         if isinstance(model, (str, Path)):
             engine = named_engine(engine, str(model))
             self._tasks[name] = _tasks_of(engine, options.get("task"))
-            self._supports[name] = engine_class(engine).supports
+            self._supports[name] = engine_class(engine).supports or _EVERYTHING
         return bridge
 
     def _default_account(self, request: Request) -> str:

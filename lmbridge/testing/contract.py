@@ -6,8 +6,10 @@ Rule: asks nothing of an engine that a caller of the Bridge, or the server, woul
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 import time
+import unittest
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -35,6 +37,8 @@ class EngineContract:
         long_prompt: a prompt whose answer takes at least ten steps.
         poison: a prompt that the engine refuses, if there is one.
         workers: beginnings of the names of the engine's own threads whose end is the engine's, where it has such.
+        follows_forms: whether what answers follows forms, as a model does and a script may not; without it an engine
+            that supports tools is not asked to call one.
         patience: seconds after which a test is taken to hang.
         stall_timeout: seconds that none of the engine's steps takes, not even the first.
     """
@@ -43,6 +47,7 @@ class EngineContract:
     long_prompt = ""
     poison: Any = None
     workers: Sequence[str] = ()
+    follows_forms = True
     patience = 60.0
     stall_timeout = 5.0
 
@@ -78,7 +83,7 @@ class EngineContract:
     def test_max_new_tokens_is_kept(self) -> None:
         """An engine that claims ``max_new_tokens`` stops there and says so; the shorter answer begins the longer."""
         if "max_new_tokens" not in self.engine().supports:  # it is refused: see test_an_error_ends_one_request
-            return
+            raise unittest.SkipTest("it does not support max_new_tokens")
         with Bridge(self.engine) as bridge:
             shorter = bridge.infer(self.long_prompt, max_new_tokens=3, timeout=self.patience)
             longer = bridge.infer(self.long_prompt, max_new_tokens=8, timeout=self.patience)
@@ -108,6 +113,33 @@ class EngineContract:
             texts = pool.map(lambda prompt: bridge.infer(prompt, timeout=self.patience).text, asked)
             assert [answers[prompt] for prompt in asked] == list(texts)
             self.idle(bridge, engines)
+
+    def test_twenty_streams_at_once_do_not_mix(self) -> None:
+        """Twenty threads that read a stream each get the pieces of their own answer, in order."""
+        with Bridge(engines := WitnessedEngines(self.engine)) as bridge, ThreadPoolExecutor(20) as pool:
+            answers = dict(zip(self.prompts, self.alone(bridge), strict=True))
+            asked = list(itertools.islice(itertools.cycle(self.prompts), 20))
+            start = threading.Barrier(20)
+
+            def read(prompt: str) -> str:
+                start.wait(self.patience)
+                return "".join(delta.text for delta in bridge.stream(prompt, timeout=self.patience))
+
+            assert [answers[prompt] for prompt in asked] == list(pool.map(read, asked))
+            self.idle(bridge, engines)
+
+    def test_a_tool_is_called(self) -> None:
+        """An engine that claims tools calls the one that it must, with arguments that its schema allows."""
+        if not {"tools", "tool_choice"} <= self.engine().supports:
+            raise unittest.SkipTest("it does not support tools")
+        if not self.follows_forms:
+            raise unittest.SkipTest("what answers here follows no forms")
+        with Bridge(self.engine) as bridge:
+            response = bridge.infer(self.prompts[0], tools=[_TOOL], tool_choice="required", timeout=self.patience)
+        assert response.finish_reason == "tool_calls"
+        for call in response.tool_calls:
+            assert call.name == "paint", f"a function that was not given: {call.name}"
+            assert call.parsed().get("colour") in _COLOURS, f"not what the schema allows: {call.arguments}"
 
     def test_abort_while_queued_working_and_finished(self) -> None:
         """An abort ends a request wherever it is, frees its place and harms nobody; a late one does nothing."""
@@ -182,7 +214,7 @@ class EngineContract:
     def test_the_end_of_its_own_thread_is_told(self) -> None:
         """An engine whose own thread ends, by whatever exception, tells it at once, and a new engine follows."""
         if not self.workers:
-            return
+            raise unittest.SkipTest("it names no threads of its own")
         before = set(threading.enumerate())
         with _exits_unreported(), Bridge(self.engine, stall_timeout=None) as bridge:
             stream = bridge.stream(self.long_prompt, timeout=self.patience)
@@ -293,10 +325,26 @@ def _exits_unreported() -> Iterator[None]:
         threading.excepthook = before
 
 
+_COLOURS = ["red", "green", "blue"]
+_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "paint",
+        "description": "Paints the wall.",
+        "parameters": {
+            "type": "object",
+            "properties": {"colour": {"type": "string", "enum": _COLOURS}},
+            "required": ["colour"],
+            "additionalProperties": False,
+        },
+    },
+}
+
 _GIVEN: dict[str, object] = {
     "do_sample": True, "temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "repetition_penalty": 1.1,
     "random_seed": 1, "stop_words": ["x"], "stop_token_ids": [1], "ignore_eos": True, "skip_special_tokens": False,
     "logprobs": 1, "max_new_tokens": 2, "frequency_penalty": 0.5, "presence_penalty": 0.5, "logit_bias": {1: 1.0},
     "min_new_tokens": 1, "include_stop_str_in_output": True, "truncate_prompt_tokens": 5, "prompt_logprobs": 1,
     "return_prompt_token_ids": True, "response_format": {"type": "json_object"}, "grammar": {"regex": "a"},
+    "tools": [_TOOL],
 }  # fmt: skip

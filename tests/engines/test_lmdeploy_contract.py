@@ -22,6 +22,7 @@ class TestLMDeployEngine(EngineContract):
     prompts = tuple(f"prompt number {number} of several" for number in range(6))
     long_prompt = "word " * 60
     poison = (10**9,)
+    follows_forms = False
 
     @pytest.fixture(autouse=True)
     def _gpu(self, llama: str) -> Iterator[None]:

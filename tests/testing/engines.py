@@ -207,3 +207,7 @@ def _with_usage(delta: Delta, prompt: int | None = None, more: int = 0) -> Delta
         known = delta.usage
         delta.usage = Usage(known.prompt_tokens if prompt is None else prompt, known.completion_tokens + more)
     return delta
+
+
+class CallsNothing(_Steps):
+    """It takes tools, and answers as if there were none."""

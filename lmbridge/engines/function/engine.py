@@ -1,7 +1,6 @@
-"""The function engine: any function from a list to a list serves single callers in batches.
+"""The engine over a function: its options, and the batches of one from a list to a list.
 
-Rule: everything here runs on the server thread, except the function itself: a plain one runs on the engine's own
-thread, a coroutine function on the server's loop.
+Rule: server thread, but for ``_call`` and ``_in_turn``, which run on a thread of the engine's own.
 """
 
 from __future__ import annotations
@@ -9,31 +8,39 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import Any, ClassVar, Literal
 
 from lmbridge.engines.base import Engine, Sink
 from lmbridge.engines.batching import Batcher
+from lmbridge.engines.function.naming import find_function, is_async, yields
+from lmbridge.engines.function.texts import Texts
 from lmbridge.engines.thread import EngineThread, giving_way
 from lmbridge.errors import InvalidRequestError
 from lmbridge.log import shown
-from lmbridge.messages import Apply, Request, Task
+from lmbridge.messages import Apply, Delta, GenerationConfig, Request, Task
 from lmbridge.values import as_int, as_number, as_rows
 
-Function = Callable[[list[Any]], Any]
-"""From a list of items to a sequence or an array of as many results, or to an awaitable of one."""
+Function = Callable[..., Any]
+"""From a list of items to a sequence or an array of as many results, or to an awaitable of one; or from a prompt to its
+answer."""
 
 
 class FunctionEngine(Engine):
-    """Batches the items of ``bridge.call`` and ``bridge.map`` for a function.
+    """Batches the items of ``bridge.call`` and ``bridge.map`` for a function, or has it answer prompts.
 
     A batch that raises is halved until only the items that raise by themselves have failed, so the function may see an
     item more than once. It may also put an exception into an item's place in what it returns.
 
     Args:
-        function: takes a list of at most ``max_batch_size`` items and returns a list of as many results.
-        max_batch_size: the most items in a batch.
+        function: takes a list of at most ``max_batch_size`` items and returns a list of as many results; or takes a
+            prompt, and returns its answer or yields pieces of it, texts or Deltas. A parameter ``config`` is given the
+            request's GenerationConfig. ``"module:name"`` names one.
+        task: ``"call"`` for lists, ``"generate"`` for prompts; None: prompts if it yields, lists if not.
+        max_batch_size: the most items in a batch, or prompts at once. A plain function that answers prompts gets a
+            thread for each of these.
         batch_timeout: seconds for which a batch that is not full waits for more; 0 runs what is there.
+        supports: fields of GenerationConfig that a function with ``config`` keeps; others are refused by name.
         name: what the engine is called in messages; default: the function's name.
     """
 
@@ -42,19 +49,26 @@ class FunctionEngine(Engine):
     tasks: frozenset[Task] = frozenset({"call"})
 
     def __init__(
-        self, function: Function, *, max_batch_size: int = 32, batch_timeout: float = 0.0, name: str | None = None
+        self,
+        function: Function | str,
+        *,
+        task: Literal["call", "generate"] | None = None,
+        max_batch_size: int = 32,
+        batch_timeout: float = 0.0,
+        supports: Iterable[str] = (),
+        name: str | None = None,
     ) -> None:
-        if not callable(function):
-            raise InvalidRequestError(f"function_engine takes a function, not {shown(function)}.", "function")
+        function = find_function(function)
+        self.tasks = frozenset({_checked_task(task) or ("generate" if yields(function) else "call")})
+        self.supports = _checked_fields(supports)  # type: ignore[misc]  # this one's own
         self.max_batch_size = _checked_size(max_batch_size)
         self._wait = _checked_wait(batch_timeout)
         self._function = function
         if name is not None:
             self.name = _checked_name(name)  # type: ignore[misc]  # this one's own
         self._label = name or str(getattr(function, "__name__", type(function).__name__))
-        self._is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-            getattr(function, "__call__", None)  # noqa: B004  # of an object whose __call__ is one
-        )
+        self._is_async = is_async(function)
+        self._texts = Texts(function, self._in_turn, self._label)
         self._thread = EngineThread(f"lmbridge {self._label}")
         weakref.finalize(self, self._thread.close).atexit = False
         self._batcher: Batcher[Any] | None = None
@@ -67,12 +81,19 @@ class FunctionEngine(Engine):
 
     def add_request(self, request: Request, sink: Sink) -> None:
         assert self._batcher is not None
+        if request.job is None:
+            super().add_request(request, sink)
+            return
         assert isinstance(request.job, Apply)
         self._batcher.add(request.id, request.job.item, sink, client=request.client)
 
     def abort_request(self, request_id: str) -> None:
+        super().abort_request(request_id)
         if self._batcher is not None:
             self._batcher.discard(request_id)
+
+    def generate(self, request: Request) -> AsyncIterator[Delta]:
+        return self._texts.answer(request)
 
     def progress(self, request_id: str) -> int | None:
         batcher = self._batcher
@@ -82,7 +103,7 @@ class FunctionEngine(Engine):
         """``in_flight``, ``batches`` and ``items`` so far, and ``max_batch_size``."""
         batcher = self._batcher
         return {
-            "in_flight": float(len(batcher) if batcher is not None else 0),
+            "in_flight": float(len(self._running) + (len(batcher) if batcher is not None else 0)),
             "batches": float(batcher.batches if batcher is not None else 0),
             "items": float(batcher.items if batcher is not None else 0),
             "max_batch_size": float(self.max_batch_size),
@@ -91,6 +112,8 @@ class FunctionEngine(Engine):
     async def close(self) -> None:
         if self._batcher is not None:
             self._batcher.close()
+        await super().close()
+        self._texts.close()
         self._thread.close()
 
     async def _run(self, items: list[Any]) -> Sequence[Any]:
@@ -100,17 +123,27 @@ class FunctionEngine(Engine):
 
     def _call(self, items: list[Any]) -> Sequence[Any]:
         """On the engine's thread."""
-        with contextlib.ExitStack() as turn:
-            turn.enter_context(self.party.turn())
-            with giving_way(turn.close):
-                results = self._function(items)
+        results = self._in_turn(self._function, items)
         if inspect.isawaitable(results):
             raise TypeError("it returned an awaitable; make it `async def`, so that it runs on the loop")
         return _listed(results)
 
+    def _in_turn(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """On the engine's thread: what the function gives, called while it is this engine's turn on its device."""
+        with contextlib.ExitStack() as turn:
+            turn.enter_context(self.party.turn())
+            with giving_way(turn.close):
+                return function(*args, **kwargs)
+
 
 def function_engine(
-    function: Function, *, max_batch_size: int = 32, batch_timeout: float = 0.0, name: str | None = None
+    function: Function | str,
+    *,
+    task: Literal["call", "generate"] | None = None,
+    max_batch_size: int = 32,
+    batch_timeout: float = 0.0,
+    supports: Iterable[str] = (),
+    name: str | None = None,
 ) -> Callable[[], FunctionEngine]:
     """What builds a function's engine, for ``Bridge(function_engine(process_batch))``; see ``FunctionEngine``.
 
@@ -119,7 +152,14 @@ def function_engine(
     """
 
     def build() -> FunctionEngine:
-        return FunctionEngine(function, max_batch_size=max_batch_size, batch_timeout=batch_timeout, name=name)
+        return FunctionEngine(
+            function,
+            task=task,
+            max_batch_size=max_batch_size,
+            batch_timeout=batch_timeout,
+            supports=supports,
+            name=name,
+        )
 
     build.__name__ = build()._label  # which also checks what was given
     return build
@@ -131,6 +171,21 @@ def _listed(results: Any) -> list[Any]:
     if rows is None:
         raise TypeError(f"it returned {shown(results)} where a list of results belongs")
     return list(rows)
+
+
+def _checked_task(value: Any) -> Task | None:
+    if value not in (None, "call", "generate"):
+        raise InvalidRequestError(f"task must be 'call' or 'generate', not {shown(value)}.", "task")
+    task: Task | None = value
+    return task
+
+
+def _checked_fields(names: Any) -> frozenset[str]:
+    fields = frozenset({names} if isinstance(names, str) else names)
+    known = frozenset(GenerationConfig().__dict__)
+    for name in fields - known:
+        raise InvalidRequestError(f"supports names fields of GenerationConfig, and {shown(name)} is none.", "supports")
+    return fields
 
 
 def _checked_size(value: Any) -> int:

@@ -1,0 +1,113 @@
+"""A function that answers prompts: what it returns or yields, made into deltas.
+
+Rule: server thread, but for plain functions and plain generators; each has a thread to itself while it answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from typing import Any
+
+from lmbridge.engines.function.naming import is_async, takes_config
+from lmbridge.engines.thread import EngineThread
+from lmbridge.log import shown
+from lmbridge.messages import Delta, Request
+
+_END = object()
+
+
+class Texts:
+    """Calls the function for each request.
+
+    Args:
+        function: takes the prompt, and the request's config by name if it has a parameter ``config``.
+        in_turn: calls what it is given in the engine's turn on its device; on a thread of the engine's.
+        label: for the names of threads.
+    """
+
+    def __init__(self, function: Callable[..., Any], in_turn: Callable[..., Any], label: str) -> None:
+        self._function = function
+        self._in_turn = in_turn
+        self._label = label
+        self._is_async = is_async(function)
+        self._takes_config = takes_config(function)
+        self._idle: list[EngineThread] = []
+        self._all: set[EngineThread] = set()
+
+    async def answer(self, request: Request) -> AsyncIterator[Delta]:
+        """The deltas of an answer, the last with a finish_reason."""
+        given = {"config": request.config} if self._takes_config else {}
+        pieces = self._on_loop(request, given) if self._is_async else self._on_thread(request, given)
+        async with contextlib.aclosing(pieces):
+            async for piece in pieces:
+                delta = _delta(piece)
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        yield Delta(finish_reason="stop")
+
+    def close(self) -> None:
+        """Let the threads end; one that is stuck in the function is left behind."""
+        for thread in self._all:
+            thread.close()
+
+    async def _on_loop(self, request: Request, given: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        result = self._function(request.prompt, **given)
+        if inspect.isawaitable(result):
+            result = await result
+        if not hasattr(result, "__aiter__"):
+            yield result
+            return
+        try:
+            async for piece in result:
+                yield piece
+        finally:
+            if (close := getattr(result, "aclose", None)) is not None:
+                await close()
+
+    async def _on_thread(self, request: Request, given: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        thread = self._idle.pop() if self._idle else EngineThread(f"lmbridge {self._label}")
+        self._all.add(thread)
+        pieces: Iterator[Any] | None = None
+        try:
+            result = await thread.run(self._in_turn, functools.partial(self._function, **given), request.prompt)
+            pieces = _pieces(result)
+            while (piece := await thread.run(self._in_turn, next, pieces, _END)) is not _END:
+                yield piece
+        finally:
+            await self._put_back(thread, pieces)
+
+    async def _put_back(self, thread: EngineThread, pieces: Iterator[Any] | None) -> None:
+        """Once the function is through with the request: what cannot be interrupted is waited for."""
+        closing = asyncio.ensure_future(thread.run(_close, pieces))
+        closing.add_done_callback(lambda _: self._idle.append(thread))
+        await closing
+
+
+def _pieces(result: Any) -> Iterator[Any]:
+    if isinstance(result, (str, Delta)):
+        return iter([result])
+    if inspect.isawaitable(result) or hasattr(result, "__aiter__"):
+        raise TypeError("it returned something to await; make it `async def`, so that it runs on the loop")
+    try:
+        return iter(result)
+    except TypeError:
+        raise TypeError(f"it returned {shown(result)} where a text, or an iterator of texts, belongs") from None
+
+
+def _close(pieces: Any) -> None:
+    close = getattr(pieces, "close", None)
+    if close is not None:
+        close()
+
+
+def _delta(piece: Any) -> Delta:
+    if isinstance(piece, Delta):
+        return piece
+    if isinstance(piece, str):
+        return Delta(piece)
+    raise TypeError(f"it gave {shown(piece)} where a text or a Delta belongs")
