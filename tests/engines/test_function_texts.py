@@ -1,4 +1,4 @@
-"""Functions that answer prompts: in one line they get batching's gate, streams, aborts and errors of a request's own."""
+"""Functions that answer prompts: in one line they get turns, streams, aborts, and errors of a request's own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,11 @@ def test_leaving_a_stream_ends_the_generator() -> None:
             for _ in bridge.stream("go", timeout=30):
                 break
             assert closed.acquire(timeout=30)
-            until(lambda bridge=bridge: not bridge.requests())
+            until(_idle(bridge))
+
+
+def _idle(bridge: Bridge) -> Callable[[], bool]:
+    return lambda: not bridge.requests()
 
 
 @pytest.mark.parametrize("result", [None, 5, [1, 2], [None]])
