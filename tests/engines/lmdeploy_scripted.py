@@ -132,7 +132,10 @@ class ScriptedExecutor(ExecutorBase):  # type: ignore[misc]
         stopped = [token in row.stop or row.said >= row.room for token, row in zip(tokens, rows, strict=True)]
         ids = torch.tensor(tokens)
         ends = torch.tensor([0 if ends else -1 for ends in stopped])  # 0.16 and 0.17 look at it always
-        return BatchedOutputs(ids, torch.tensor(stopped), ends, logprobs=_logprobs(ids, sent), new_token_timestamp=0)
+        losses = torch.tensor([float(sum(row.prompt[1:])) for row in rows])  # of a prompt: one that its tokens tell
+        return BatchedOutputs(
+            ids, torch.tensor(stopped), ends, logprobs=_logprobs(ids, sent), ce_loss=losses, new_token_timestamp=0
+        )
 
     def _arrivals(self, sent: dict[str, Any]) -> list[Row]:
         inputs, sampling = sent["inputs"], sent["sampling_inputs"]

@@ -15,6 +15,7 @@ if importlib.util.find_spec("lmdeploy") is None:  # one that is installed and ca
 
 from lmbridge.engines import engine_class, engine_factory
 from lmbridge.engines.lmdeploy import LMDeployEngine
+from lmbridge.engines.lmdeploy.own import LMDeployRequestConfig
 from lmbridge.errors import (
     InvalidRequestError,
     LMBridgeError,
@@ -22,7 +23,7 @@ from lmbridge.errors import (
     PromptTooLongError,
     UnknownEngineError,
 )
-from lmbridge.messages import GenerationConfig, Prompt
+from lmbridge.messages import Prompt
 from tests.conftest import until_then
 from tests.engines.conftest import BYTES, EOS, byte_level_tokenizer, save_model
 from tests.engines.dialect.templates import FORMS, TOOL
@@ -53,8 +54,8 @@ def test_it_is_the_engine_of_that_name(llama: str) -> None:
     engine = engine_factory("lmdeploy", llama, {"max_batch_size": 3, "backend": "pytorch"})()
     assert engine.max_batch_size == 3
     refused = {"frequency_penalty", "presence_penalty", "logit_bias", "truncate_prompt_tokens"}
-    refused |= {"add_generation_prompt", "continue_final_message", "prompt_logprobs", "return_prompt_token_ids"}
-    assert engine.supports == set(GenerationConfig().__dict__) - refused
+    refused |= {"add_generation_prompt", "continue_final_message", "prompt_logprobs"}
+    assert engine.supports == set(LMDeployRequestConfig().__dict__) - refused
     documented = inspect.getdoc(LMDeployEngine) or ""
     for option in inspect.signature(LMDeployEngine).parameters:
         assert f"{option}:" in documented

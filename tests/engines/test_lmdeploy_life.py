@@ -25,6 +25,7 @@ if importlib.util.find_spec("lmdeploy") is None:  # one that is installed and ca
 from lmbridge import Bridge, EngineDeadError, RequestTimeoutError
 from lmbridge.engines import parts
 from lmbridge.engines.lmdeploy import LMDeployEngine, library
+from lmbridge.engines.lmdeploy.watch import Watch
 from lmbridge.errors import EngineStartError, MissingDependencyError
 from tests.engines.conftest import Answer
 from tests.engines.lmdeploy_scripted import Cues, Driver, driven, scripted_gpu
@@ -277,10 +278,10 @@ def test_an_engine_process_that_ends_is_told(llama: str) -> None:
         process = multiprocessing.get_context("spawn").Process(target=os._exit, args=(3,))
         process.start()
         engine._core = types.SimpleNamespace(engine=types.SimpleNamespace(proc=process))
-        engine._watch(engine._core)
+        watch = Watch(engine._core, engine._die)
         await asyncio.wait_for(driver.died.wait(), 60)
         assert "code 3" in str(driver.deaths[0])
-        assert engine._sentinel is None
+        assert not watch.watches_process
 
     asyncio.run(scenario())
 

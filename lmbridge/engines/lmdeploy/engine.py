@@ -13,32 +13,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import logging
 import os
 import weakref
-from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, ClassVar, Literal
 
 from lmbridge.engines.answer import Answer
-from lmbridge.engines.base import Engine, Library, engine_error
+from lmbridge.engines.base import Engine, Library
 from lmbridge.engines.dialect import Dialect
-from lmbridge.engines.lmdeploy.loading import load, room, vocabulary_size
+from lmbridge.engines.lmdeploy.faults import named_errors
+from lmbridge.engines.lmdeploy.loading import load
 from lmbridge.engines.lmdeploy.options import LMDeployOptions
-from lmbridge.engines.lmdeploy.sampling import check_ranges, own_stop_ids, sampling_fields
+from lmbridge.engines.lmdeploy.own import OWN_FIELDS, LMDeployRequestConfig
+from lmbridge.engines.lmdeploy.preparing import Preparer
+from lmbridge.engines.lmdeploy.sampling import check_ranges, own_stop_ids
+from lmbridge.engines.lmdeploy.scoring import score
+from lmbridge.engines.lmdeploy.told import Told
+from lmbridge.engines.lmdeploy.watch import CLOSE_TIMEOUT, Watch, within
 from lmbridge.engines.models import find_model
 from lmbridge.engines.text import Vocabulary
 from lmbridge.engines.thread import EngineThread
-from lmbridge.errors import (
-    EngineDeadError,
-    InvalidRequestError,
-    LMBridgeError,
-    PromptTooLongError,
-)
-from lmbridge.messages import Delta, Message, Request
-
-CLOSE_TIMEOUT = 3.0
-"""Seconds to wait at the end for each of: LMDeploy's requests, their aborts, its main loop."""
-_log = logging.getLogger("lmbridge.engines.lmdeploy")
+from lmbridge.errors import EngineDeadError, InvalidRequestError
+from lmbridge.messages import Delta, FinishReason, Request, Usage
 
 
 class LMDeployEngine(Engine):
@@ -73,6 +69,7 @@ class LMDeployEngine(Engine):
             "repetition_penalty", "random_seed", "stop_words", "include_stop_str_in_output", "stop_token_ids",
             "ignore_eos", "skip_special_tokens", "logprobs", "response_format", "grammar",
             "chat_template_kwargs", "tools", "tool_choice", "parallel_tool_calls", "separate_reasoning",
+            "return_prompt_token_ids", *OWN_FIELDS,
         }
     )  # fmt: skip
 
@@ -123,8 +120,7 @@ class LMDeployEngine(Engine):
         self._started = False
         self._core: Any = None  # LMDeploy's AsyncEngine
         self._loaded: Any = None  # the same; worker thread only
-        self._main: asyncio.Task[Any] | None = None  # the PyTorch engine's main loop
-        self._sentinel: int | None = None  # file descriptor, readable when the engine process has ended
+        self._watch: Watch | None = None
         self._sessions: dict[str, Any] = {}  # request id -> LMDeploy's session, while it generates
         self._aborted: set[str] = set()  # request ids
         self._aborts: set[asyncio.Task[None]] = set()
@@ -134,6 +130,12 @@ class LMDeployEngine(Engine):
 
     def describe(self) -> str:
         return f"{self._label} on LMDeploy{self._where}"
+
+    @property
+    def backend_config(self) -> Any:
+        """LMDeploy's config as it has resolved it; None while there is no engine. Any thread."""
+        core = self._core
+        return core.backend_config if core is not None else None
 
     # --------------------------------------------------------------------------------------------------- start and end
 
@@ -149,12 +151,10 @@ class LMDeployEngine(Engine):
         core = await self._thread.run(self._load)
         core.start_loop(asyncio.get_running_loop(), use_async_api=True)
         self._core = core
-        self._watch(core)
+        self._watch = Watch(core, self._die)
         self._vocabulary = Vocabulary(core.tokenizer.model.model)
         self._dialect = Dialect(core.tokenizer.model.model, spells=False)
-        self._template_stops = list(core.stop_words or ())
-        self._room = room(core)
-        self._vocabulary_size = vocabulary_size(core)
+        self._preparer = Preparer(core, self._dialect, self._die)
         self.max_batch_size = core.session_mgr.request_handle_pool.size
         self._where = f" ({core.backend})"
 
@@ -163,71 +163,30 @@ class LMDeployEngine(Engine):
         self._loaded = load(self._options)
         return self._loaded
 
-    def _watch(self, core: Any) -> None:
-        """Hear of LMDeploy's end at once; its own requests would take a second to notice."""
-        manager = getattr(core.engine, "req_manager", None)
-        process = getattr(core.engine, "proc", None)
-        if manager is not None:
-            self._main = manager._loop_task
-            self._main.add_done_callback(self._on_main_end)
-        elif process is not None:
-            self._sentinel = os.dup(process.sentinel)  # LMDeploy reads the other, and a loop knows one reader of each
-            asyncio.get_running_loop().add_reader(self._sentinel, self._on_process_end, process)
-
-    def _on_main_end(self, main: asyncio.Task[Any]) -> None:
-        error = None if main.cancelled() else main.exception()
-        self._die(error or RuntimeError("LMDeploy's main loop ended"))
-
-    def _on_process_end(self, process: Any) -> None:
-        self._unwatch()
-        process.join(0.2)  # its pipe closes a moment before its code is known
-        self._die(RuntimeError(f"LMDeploy's engine process ended with code {process.exitcode}"))
-
-    def _unwatch(self) -> None:
-        sentinel, self._sentinel = self._sentinel, None
-        if sentinel is not None:
-            asyncio.get_running_loop().remove_reader(sentinel)
-            os.close(sentinel)
-
     def _die(self, cause: BaseException) -> None:
         if self._core is not None and self._dead is None:
             self._dead = cause
             self.on_death(cause)
 
     async def close(self) -> None:
-        core, self._core = self._core, None  # from here on its end is no death
+        self._core = None  # from here on its end is no death
+        watch, self._watch = self._watch, None
         started, self._started = self._started, False
         try:
-            if core is not None:
-                await self._stop(core)
+            if watch is not None:
+                await self._stop(watch)
             if started:
-                await self._thread.run(self._unload, core is not None)
+                await self._thread.run(self._unload, watch is not None)
         finally:
             self._thread.close()
 
-    async def _stop(self, core: Any) -> None:
+    async def _stop(self, watch: Watch) -> None:
         """End the requests the way LMDeploy hears, then its loop. What does not end is named and left behind."""
         for request_id in list(self._running):
             self.abort_request(request_id)
-        await _within(CLOSE_TIMEOUT, "requests", self._running.values())
-        await _within(CLOSE_TIMEOUT, "aborts", self._aborts)
-        self._unwatch()
-        if hasattr(core.engine, "proc"):  # its client belongs to the loop; this blocks until the process has ended
-            core.close()
-            return
-        if self._main is None:  # TurboMind knows no loop, and takes its time to free a GPU
-            await self._thread.run(core.close)
-            return
-        manager = core.engine.req_manager
-        core.close()
-        if core.engine._loop_main is None:  # it has not begun; closing has released everything, and it must not begin
-            self._main.cancel()
-        await _within(CLOSE_TIMEOUT, "main loop", [self._main])
-        sender = manager._sender_wait_task
-        manager.stop_loop()
-        if sender is not None:
-            await _within(CLOSE_TIMEOUT, "sender", [sender])
-        self._main = None
+        await within(CLOSE_TIMEOUT, "requests", self._running.values())
+        await within(CLOSE_TIMEOUT, "aborts", self._aborts)
+        await watch.end(self._thread)
 
     def _unload(self, stopped: bool) -> None:
         """On the worker thread: free what was loaded, also when the start was given up half-way."""
@@ -267,92 +226,45 @@ class LMDeployEngine(Engine):
         """
         session = None
         try:
-            core = self._alive()
-            prepared = await self._prepare(core, request)
-            answer = Answer(
-                request.config,
-                self._vocabulary,
-                prepared.inputs["input_ids"],
-                self._dialect,
-                own_stop_ids(request.config),
-            )
+            core, config = self._alive(), request.config
+            if isinstance(config, LMDeployRequestConfig) and config.score is not None:
+                yield await self._score(core, request, config.score)
+                return
+            prepared = await self._preparer.prepare(request)
+            ids = prepared.inputs["input_ids"]
+            answer = Answer(config, self._vocabulary, ids, self._dialect, own_stop_ids(config))
             if request.id in self._aborted:
                 core.session_mgr.remove(prepared.session)
                 yield answer.finish("abort")
                 return
             session = self._sessions[request.id] = prepared.session
+            told = Told(config, ids)
             reason = None
-            with self._errors_named():
+            with named_errors(self._die):
                 async with contextlib.aclosing(core.generate(prepared, stream_response=True)) as outputs:
                     async for out in outputs:
-                        reason = out.finish_reason or reason
-                        delta = answer.take(out.token_ids or [], out.logprobs)
-                        self._tokens += len(out.token_ids or ())
+                        if out.finish_reason is not None:
+                            reason = out.finish_reason
+                        token_ids = told.take(out)
+                        self._tokens += len(token_ids)
+                        delta = answer.take(token_ids, out.logprobs)
                         if answer.stopped and reason is None:
                             self.abort_request(request.id)
                         if delta is not None:
-                            yield delta
+                            yield told.with_prompt(delta)
             if reason is not None:
-                yield answer.finish(reason)
+                yield told.with_rest(answer.finish(reason))
         finally:
             if self._sessions.get(request.id) is session:  # or the id has been given to another meanwhile
                 self._sessions.pop(request.id, None)
                 self._aborted.discard(request.id)
 
-    async def _prepare(self, core: Any, request: Request) -> Any:
-        """LMDeploy's own form of the request: its tokens, and what it makes of the config."""
-        from lmdeploy import GenerationConfig as LMDeployConfig
-
-        prompt, ids, config = request.prompt, None, request.config
-        if isinstance(prompt, str) and not request.raw and config.calling is not None:
-            prompt = [{"role": "user", "content": prompt}]
-        if not isinstance(prompt, str):
-            if prompt and isinstance(prompt[0], dict):
-                prompt = self._dialect.told([_message(message) for message in prompt], config)
-            else:
-                prompt, ids = None, [self._known(token) for token in prompt]  # type: ignore[assignment]
-        session = core.session_mgr.get()
-        session.epoch = core.epoch
-        with self._errors_named():
-            prepared = await core.preprocess(
-                messages=prompt,
-                session_id=session,
-                gen_config=LMDeployConfig(**sampling_fields(config, self._template_stops, self._dialect.form(config))),
-                tools=self._dialect.tools(config),
-                chat_template_kwargs=dict(config.chat_template_kwargs or {}) or None,
-                do_preprocess=not (request.raw and isinstance(prompt, str)),
-                input_ids=ids,
-            )
-        try:
-            self._fit(prepared)
-        except LMBridgeError:
-            core.session_mgr.remove(session)
-            raise
-        return prepared
-
-    def _fit(self, prepared: Any) -> None:
-        """Refuse what would end LMDeploy's loop for everyone, and keep the answer within the room there is."""
-        count: int = prepared.input_token_len
-        if not count:
-            raise InvalidRequestError(
-                "The prompt is empty: the tokenizer makes no token of it. Give it some text.", param="prompt"
-            )
-        if count >= self._room:
-            raise PromptTooLongError(
-                f"The prompt has {count} tokens; there is room for {self._room}, one of them for the answer. Shorten "
-                "it, or raise max_context or cache_share where the model allows it.",
-                param="prompt",
-                most=self._room,
-            )
-        prepared.gen_config.max_new_tokens = min(prepared.gen_config.max_new_tokens, self._room - count)
-
-    def _known(self, token: object) -> int:
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self._vocabulary_size:
-            raise InvalidRequestError(
-                f"Token ids of a prompt are ints from 0 to {self._vocabulary_size - 1}, not {token!r:.80}.",
-                param="prompt",
-            )
-        return token
+    async def _score(self, core: Any, request: Request, kind: Literal["ppl", "reward"]) -> Delta:
+        ids = self._preparer.ids(request.prompt)
+        with named_errors(self._die):
+            value = await score(core, kind, ids)
+        reason: FinishReason = "abort" if request.id in self._aborted else "stop"
+        return Delta(value=value, finish_reason=reason, usage=Usage(len(ids), 0))
 
     def _tell_abort(self, session: Any) -> None:
         task = asyncio.get_running_loop().create_task(session.async_abort(), name="lmbridge abort")
@@ -364,24 +276,6 @@ class LMDeployEngine(Engine):
             state = "has died" if self._dead is not None else "is not running"
             raise EngineDeadError(f"The LMDeploy engine {state}; it takes no requests.") from self._dead
         return self._core
-
-    @contextlib.contextmanager
-    def _errors_named(self) -> Iterator[None]:
-        """LMDeploy's own errors of a request as ours."""
-        from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
-
-        try:
-            yield
-        except RequestError as error:
-            reason = f"{error.message} ({error.__cause__})" if error.__cause__ else error.message
-            if error.code == ErrorCode.CONTEXT_LENGTH_EXCEEDED:
-                raise PromptTooLongError(f"LMDeploy: {reason}", param="prompt") from error
-            if error.code in (ErrorCode.INVALID_REQUEST, ErrorCode.UNSUPPORTED_FEATURE, ErrorCode.PREPROCESS_FAILED):
-                raise InvalidRequestError(f"LMDeploy refused the request: {reason}", param="prompt") from error
-            if error.code == ErrorCode.ENGINE_UNAVAILABLE:
-                self._die(error)
-                raise EngineDeadError(f"LMDeploy: {reason}") from error
-            raise engine_error(f"LMDeploy failed the request: {reason}", error) from error
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         return self._vocabulary.texts(token_ids)
@@ -400,22 +294,3 @@ class LMDeployEngine(Engine):
             stats["steps"] = float(metrics.scheduler_tick)
             stats["cache_free"] = 1.0 - float(metrics.cache_usage)
         return stats
-
-
-def _message(message: Any) -> Message:
-    """The message, seen to have what a template looks for; LMDeploy would leave it out without a word."""
-    spoken = isinstance(message, dict) and isinstance(message.get("role"), str)
-    if not spoken or ("content" not in message and len(message) < 3):  # a turn of tool calls has no content
-        raise InvalidRequestError(
-            f"A message is a dict with 'role' and 'content', not {message!r:.80}.", param="prompt"
-        )
-    return dict(message)
-
-
-async def _within(seconds: float, what: str, tasks: Any) -> None:
-    """Wait for the tasks, whatever they end with. ``asyncio.wait`` and no timeout inside: LMDeploy swallows those."""
-    tasks = set(tasks)
-    if tasks:
-        _, late = await asyncio.wait(tasks, timeout=seconds)
-        if late:
-            _log.warning("LMDeploy's %s did not end within %.0f s and are left behind", what, seconds)

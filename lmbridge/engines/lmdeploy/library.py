@@ -27,6 +27,7 @@ PARAMETERS = {
     "lmdeploy.serve.core:AsyncEngine.start_loop": ("loop", "use_async_api"),
     "lmdeploy.serve.core:AsyncEngine.preprocess": (
         "messages", "session_id", "gen_config", "do_preprocess", "input_ids", "tools", "chat_template_kwargs",
+        "adapter_name",
     ),
     "lmdeploy.serve.core:AsyncEngine.generate": ("request", "stream_response"),
     "lmdeploy.serve.core:AsyncEngine.stop_all_session": (),
@@ -52,7 +53,7 @@ FIELDS = {
         "dtype", "max_batch_size", "max_prefill_token_num", "session_len", "cache_max_entry_count",
         "cache_block_seq_len", "tp", "revision", "enable_metrics",
     ),
-    "lmdeploy.serve.core.async_engine:GenOut": ("token_ids", "logprobs", "finish_reason"),
+    "lmdeploy.serve.core.async_engine:GenOut": ("response", "token_ids", "logprobs", "finish_reason"),
     "lmdeploy.serve.core.async_engine:PreprocessedRequest": ("session", "inputs", "input_token_len", "gen_config"),
     "lmdeploy.messages:ScheduleMetrics": ("active_seqs", "waiting_seqs", "cache_usage", "scheduler_tick"),
 }  # fmt: skip
@@ -68,8 +69,8 @@ MEMBERS = {
 
 
 ATTRIBUTES = (
-    "backend", "engine", "epoch", "hf_cfg", "session_len", "session_mgr.request_handle_pool.size", "stop_words",
-    "tokenizer.model.model",
+    "backend", "backend_config", "engine", "epoch", "hf_cfg", "session_len", "session_mgr.request_handle_pool.size",
+    "stop_words", "tokenizer.model.model",
 )  # fmt: skip
 """What an engine that has been built has."""
 

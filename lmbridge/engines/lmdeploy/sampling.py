@@ -6,10 +6,12 @@ and stops at any token that contains one) and stop tokens beside ``ignore_eos`` 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
 
+from lmbridge.engines.lmdeploy.own import GENERATION, LMDeployRequestConfig, given
 from lmbridge.errors import InvalidRequestError, UnsupportedOptionError
 from lmbridge.grammar import Grammar
 from lmbridge.messages import GenerationConfig
@@ -65,9 +67,34 @@ def sampling_fields(
         "response_format": response_format(form or config.form),
         "logprobs": None if config.logprobs is None else max(1, config.logprobs),  # 0 would give none at all
         **_choice_of_token(config),
+        **_own(config),
     }
     if not config.ignore_eos:
         fields["stop_token_ids"] = [*(config.stop_token_ids or ()), *template_stops]
+    return fields
+
+
+def _own(config: GenerationConfig) -> dict[str, Any]:
+    """What LMDeploy alone understands.
+
+    Raises:
+        UnsupportedOptionError: the installed one does not.
+    """
+    if not isinstance(config, LMDeployRequestConfig):
+        return {}
+    import lmdeploy
+
+    fields = given(config, GENERATION)
+    if config.keep_ending_token:
+        fields["include_stop_str_in_output"] = True
+    known = {field.name for field in dataclasses.fields(lmdeploy.GenerationConfig)}
+    for name in fields:
+        if name not in known:
+            raise UnsupportedOptionError(
+                f"lmdeploy {lmdeploy.__version__} knows no {name}; leave it out, or upgrade lmdeploy.", param=name
+            )
+    if config.structural_tag is not None:
+        fields["response_format"] = dict(config.structural_tag)
     return fields
 
 
