@@ -1,0 +1,15 @@
+"""The engine whose model is on other servers, which speak OpenAI's API, file by file as a prompt passes.
+
+``engine`` takes the request, ``flavours`` knows what each kind of server takes, ``asking`` says the request in its
+words, ``servers`` finds one that is there, ``reading`` makes deltas of what it streams, ``errors`` our errors of its.
+``jobs`` sends what is to be embedded or reranked together. ``options`` are checked when the engine is made; ``library``
+brings the ``openai`` client.
+
+Rule: importing this package does not load the ``openai`` library.
+"""
+
+from __future__ import annotations
+
+from lmbridge.engines.openai.engine import OpenAIEngine
+
+__all__ = ["OpenAIEngine"]

@@ -1,0 +1,168 @@
+"""What goes wrong with a server, in our words.
+
+Rule: pure functions; the ``openai`` library is imported inside. Two kinds are told apart: a request that a server has
+refused or failed, which is one of our errors, and one that it has not served (``NotServedError``), which may go to
+another.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import math
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lmbridge.engines.openai.asking import Question, our_name
+from lmbridge.errors import EngineError, InvalidRequestError, LMBridgeError, PromptTooLongError, QueueFullError
+from lmbridge.log import said, shown
+
+LONGEST_WAIT = 120.0
+"""Seconds: a server that wants to be left alone for longer fails the request instead."""
+_USUAL_WAIT = 1.0
+_TOO_LONG = ("maximum context length", "context_length_exceeded", "exceed_context_size", "available context size")
+_MOST = re.compile(r"maximum context length is (\d+) tokens")
+_FULL, _AWAY = (429, 529), (502, 503)
+_FULL_CODES = ("queue_full", "rate_limit_exceeded")
+_AWAY_CODES = ("engine_unavailable", "shutting_down", "aborted")
+_PASSING_TYPES = ("rate_limit_error", "timeout_error", "overloaded_error")
+
+
+class NotServedError(Exception):
+    """The server did not do it. ``said`` is what is known of the reason."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(said)
+        self.said = said
+
+
+class AwayError(NotServedError):
+    """It cannot be reached, or cannot serve anybody."""
+
+
+class BusyError(NotServedError):
+    """It wants to be left alone for so many seconds. ``ails``: it is not full but unwell, and may stay so."""
+
+    def __init__(self, said: str, seconds: float, ails: bool) -> None:
+        super().__init__(said)
+        self.seconds = seconds
+        self.ails = ails
+
+
+class UnwantedError(NotServedError):
+    """It does not know a field that was added here, and is to be asked without."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__(f"it does not take {field}")
+        self.field = field
+
+
+@contextmanager
+def in_our_words(url: str, question: Question | None = None) -> Iterator[None]:
+    """Raise what the client raises inside as one of our errors, or as NotServedError.
+
+    Args:
+        url: the server's, for messages.
+    """
+    import openai
+
+    try:
+        yield
+    except (LMBridgeError, NotServedError):
+        raise
+    except openai.APIStatusError as error:
+        raise _of_status(url, error, question) from error
+    except openai.APIConnectionError as error:
+        raise AwayError(said(error.__cause__ or error)) from error
+    except openai.APIError as error:  # in the midst of a stream
+        raise _of_event(url, error) from error
+    except (openai.OpenAIError, OSError) as error:
+        raise AwayError(said(error)) from error
+    except Exception as error:  # what it sent is nothing that can be read
+        raise passing(f"The server {url} sent what cannot be read: {shown(error)}. Send it again.") from error
+
+
+def lost(url: str, what: NotServedError) -> EngineError:
+    """Of a request that was being answered."""
+    return passing(f"The server {url} was lost in the midst of the answer ({what.said}). Send it again.", what)
+
+
+def passing(message: str, cause: BaseException | None = None) -> EngineError:
+    """An error that may be over when the same request is sent again."""
+    error = EngineError(message)
+    error.retryable, error.__cause__ = True, cause
+    return error
+
+
+def _of_status(url: str, error: Any, question: Question | None) -> LMBridgeError | NotServedError:
+    status, message = int(error.status_code), _message(error)
+    if status in _FULL and error.code != "insufficient_quota":
+        return _busy(url, error, message, False)
+    if status in _AWAY:
+        has_time = "retry-after" in error.response.headers
+        return _busy(url, error, message, True) if has_time else AwayError(f"status {status}: {message}")
+    if status in (401, 403):
+        return EngineError(
+            f"The server {url} refuses the API key (status {status}: {message}); give api_key=, or set OPENAI_API_KEY."
+        )
+    if status in (400, 404, 405, 413, 422):
+        return _refusal(url, error, message, question)
+    text = f"The server {url} failed the request (status {status}: {message})."
+    return passing(f"{text} Send it again.") if status in (408, 409, 425, 504) else EngineError(text)
+
+
+def _of_event(url: str, error: Any) -> LMBridgeError | NotServedError:
+    message = _message(error)
+    if error.code in _FULL_CODES:
+        return BusyError(message, _USUAL_WAIT, False)
+    if error.code in _AWAY_CODES:
+        return BusyError(message, _USUAL_WAIT, True)
+    if error.type == "invalid_request_error" or error.code == "context_length_exceeded":
+        return _refusal(url, error, message, None)
+    text = f"The server {url} failed the request: {message}."
+    return passing(f"{text} Send it again.") if error.type in _PASSING_TYPES else EngineError(text)
+
+
+def _refusal(url: str, error: Any, message: str, question: Question | None) -> LMBridgeError | NotServedError:
+    param = str(error.param) if error.param else None
+    named = str(param).partition(".")[0]
+    if question is not None and named in question.added:
+        return UnwantedError(named)
+    text = f"The server {url} refused the request: {message}."
+    if any(words in f"{error.code} {error.type} {message}" for words in _TOO_LONG):
+        most = _MOST.search(message)
+        return PromptTooLongError(text, param="prompt", most=int(most[1]) if most else None)
+    return InvalidRequestError(text, param=our_name(param))
+
+
+def _busy(url: str, error: Any, message: str, ails: bool) -> LMBridgeError | BusyError:
+    seconds = retry_after(error.response.headers)
+    if seconds > LONGEST_WAIT:
+        full = QueueFullError(f"The server {url} takes no request for {seconds:.0f} s: {message}. Send it again then.")
+        full.retry_after = seconds
+        return full
+    return BusyError(message, seconds, ails)
+
+
+def retry_after(headers: Any) -> float:
+    """Seconds that a server asks to be left alone for; the usual ones where it says nothing that makes sense."""
+    given = headers.get("retry-after") or ""
+    try:
+        seconds = float(given)
+    except ValueError:
+        date = email.utils.parsedate_tz(given)
+        seconds = math.nan if date is None else email.utils.mktime_tz(date) - time.time()
+    return max(seconds, 0.0) if math.isfinite(seconds) else _USUAL_WAIT
+
+
+def _message(error: Any) -> str:
+    """The server's own words, without a full stop; ours where it has none."""
+    body = error.body
+    if isinstance(body, dict):
+        inner = body.get("error")
+        body = inner if isinstance(inner, dict) else body
+        body = body.get("message") or body.get("detail") or inner or body
+    words = body if isinstance(body, str) and body.strip() else (str(body) if body else said(error))
+    return words.strip().rstrip(".")[:1000]

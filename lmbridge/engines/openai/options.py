@@ -1,0 +1,122 @@
+"""The engine's options, checked when it is made: which servers, which model there, and in whose words.
+
+Rule: standard library only, any thread; nobody is asked here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from lmbridge.engines.auto import is_url
+from lmbridge.engines.openai.flavours import FLAVOURS
+from lmbridge.errors import InvalidRequestError
+from lmbridge.log import shown
+from lmbridge.messages import Task
+from lmbridge.values import as_int, as_list
+
+OPENAI = "https://api.openai.com/v1"
+MOST_AT_ONCE = 1000
+"""Requests that the client has connections for."""
+_PER_SERVER = 64
+_TASKS: dict[str, frozenset[Task]] = {name: frozenset({name}) for name in ("generate", "embed", "rerank")}
+
+
+@dataclass(frozen=True)
+class OpenAIOptions:
+    """What an engine was asked for; its own docstring says what each means.
+
+    Attributes:
+        urls: at least one.
+        model: as the servers call it; None: what each serves.
+        tasks: what it does; None: what the servers say.
+        api_key: never shown.
+    """
+
+    urls: tuple[str, ...]
+    model: str | None
+    flavour: str | None
+    tasks: frozenset[Task] | None
+    max_batch_size: int
+    extra_body: Mapping[str, Any]
+    api_key: str | None = field(repr=False)
+
+
+def read_options(
+    model: Any, base_url: Any, model_name: Any, api_key: Any, flavour: Any, task: Any, max_batch_size: Any, extra: Any
+) -> OpenAIOptions:
+    """The options, plain and checked.
+
+    Raises:
+        InvalidRequestError: one is wrong; ``param`` names it.
+    """
+    urls, model_name = _places(str(model), base_url, model_name)
+    for name, value in (("model_name", model_name), ("api_key", api_key)):
+        if value is not None and (not isinstance(value, str) or not value):
+            raise InvalidRequestError(f"{name} must be a string that is not empty, or None.", name)
+    if flavour is not None and flavour not in FLAVOURS:
+        raise _wrong("flavour", f"one of {', '.join(FLAVOURS)}, or None", flavour)
+    if task != "auto" and task not in _TASKS:
+        raise _wrong("task", f"one of auto, {', '.join(_TASKS)}", task)
+    size = _PER_SERVER * len(urls) if max_batch_size is None else as_int(max_batch_size)
+    if size is None or size < 1 or (max_batch_size is not None and size > MOST_AT_ONCE):
+        raise _wrong("max_batch_size", f"an int from 1 to {MOST_AT_ONCE}", max_batch_size)
+    return OpenAIOptions(
+        urls, model_name, flavour, _TASKS.get(task), min(size, MOST_AT_ONCE), _extra_body(extra), api_key
+    )
+
+
+def shown_url(url: str) -> str:
+    """The URL without a password in it."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def _places(model: str, base_url: Any, model_name: Any) -> tuple[tuple[str, ...], Any]:
+    """The servers, and the model's name there. The model itself is either of the two."""
+    if is_url(model):
+        if base_url is not None:
+            raise InvalidRequestError("The model is a URL already; leave base_url out, or put it there.", "base_url")
+        return _urls(model, "model"), model_name
+    if model_name not in (None, model):
+        raise InvalidRequestError(f"The model is named {model!r} already; leave model_name out.", "model_name")
+    return _urls(base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI, "base_url"), model
+
+
+def _urls(given: Any, param: str) -> tuple[str, ...]:
+    listed = given.split(",") if isinstance(given, str) else as_list(given)
+    if not listed or not all(isinstance(url, str) for url in listed):
+        raise _wrong(param, "a URL or a list of URLs", given)
+    return tuple(dict.fromkeys(_checked_url(url.strip(), param) for url in listed))
+
+
+def _checked_url(url: str, param: str) -> str:
+    """A URL without a path means the usual one: ``http://host:8000`` is ``http://host:8000/v1``."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme.lower() in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or parts.query or parts.fragment:
+        raise _wrong(param, 'a URL such as "http://host:8000/v1"', url)
+    return url.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
+
+
+def _extra_body(value: Any) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    try:
+        plain = json.loads(value if isinstance(value, str) else json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        plain = None
+    if not isinstance(plain, dict):
+        raise _wrong("extra_body", "a dict that JSON can hold, or None", value)
+    return plain
+
+
+def _wrong(name: str, expected: str, value: object) -> InvalidRequestError:
+    return InvalidRequestError(f"{name} must be {expected}, not {shown(value)}.", name)

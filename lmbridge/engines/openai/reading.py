@@ -1,0 +1,158 @@
+"""What a server streams made into deltas.
+
+Rule: plain JSON in, deltas out; server thread only. What makes no sense raises, and whoever reads says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from lmbridge.engines.openai.errors import passing
+from lmbridge.engines.openai.flavours import Flavour
+from lmbridge.errors import EngineError
+from lmbridge.messages import Delta, FinishReason, GenerationConfig, Logprobs, ToolCall, Usage
+
+_REASONS: dict[str, FinishReason] = {
+    "stop": "stop",
+    "eos": "stop",
+    "length": "length",
+    "tool_calls": "tool_calls",
+    "function_call": "tool_calls",
+}
+_ID = "token_id:"
+
+
+class Words:
+    """Ids for tokens of which a server tells the text alone, from the first one seen on: they are this engine's own."""
+
+    def __init__(self) -> None:
+        self._ids: dict[str, int] = {}
+        self._texts: list[str] = []
+
+    def id_of(self, token: str) -> int:
+        """The token's id: its own where that is what stands there."""
+        if token.startswith(_ID) and token[len(_ID) :].isdecimal():
+            return int(token[len(_ID) :])
+        found = self._ids.get(token)
+        if found is None:
+            found = self._ids[token] = len(self._texts)
+            self._texts.append(token)
+        return found
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """The texts of ids that were given here; "" for others."""
+        return [self._texts[each] if 0 <= each < len(self._texts) else "" for each in ids]
+
+
+class AnswerReader:
+    """One answer, from its first chunk to its last.
+
+    Args:
+        url: the server's, for messages.
+    """
+
+    def __init__(self, config: GenerationConfig, is_chat: bool, flavour: Flavour, words: Words, url: str) -> None:
+        self._config = config
+        self._is_chat = is_chat
+        self._flavour = flavour
+        self._words = words
+        self._url = url
+        self._reason: str | None = None
+        self._usage: Usage | None = None
+        self._calls = False
+        self._prompt_ids: Sequence[int] | None = None  # until they are told
+
+    def take(self, chunk: Any) -> Delta | None:
+        """What a chunk adds, if anything; what ends the answer is told by ``finish``.
+
+        Raises:
+            Exception: it makes no sense.
+        """
+        if chunk.get("usage"):
+            counts = chunk["usage"]
+            self._usage = Usage(int(counts["prompt_tokens"]), int(counts.get("completion_tokens") or 0))
+        choices = chunk.get("choices")
+        if not choices:
+            return None
+        choice = choices[0]
+        self._reason = choice.get("finish_reason") or self._reason
+        if self._config.return_prompt_token_ids:
+            self._prompt_ids = chunk.get("prompt_token_ids") or choice.get("prompt_token_ids") or self._prompt_ids
+        delta = self._of_chat(choice.get("delta") or {}) if self._is_chat else Delta(str(choice.get("text") or ""))
+        self._add_tokens(delta, choice)
+        if not (delta.text or delta.token_ids or delta.reasoning or delta.tool_calls):
+            return None
+        delta.prompt_token_ids, self._prompt_ids = self._prompt_ids, None
+        return delta
+
+    def finish(self) -> Delta:
+        """The last delta.
+
+        Raises:
+            EngineError: the answer is not complete.
+        """
+        if self._reason is None:
+            raise passing(f"The server {self._url} ended its stream before the answer was complete. Send it again.")
+        reason = _REASONS.get(self._reason)
+        if reason is None:
+            text = f"The server {self._url} ended the answer early: finish_reason {self._reason!r}."
+            raise passing(f"{text} Send it again.") if self._reason in ("abort", "error") else EngineError(text)
+        if reason == "stop" and self._calls:  # as OpenAI's says where a call was asked for by name
+            reason = "tool_calls"
+        return Delta(finish_reason=reason, usage=self._usage, prompt_token_ids=self._prompt_ids)
+
+    def _of_chat(self, said: dict[str, Any]) -> Delta:
+        calls = [_call(piece, place) for place, piece in enumerate(said.get("tool_calls") or ())]
+        self._calls = self._calls or bool(calls)
+        return Delta(
+            str(said.get("content") or said.get("refusal") or ""),
+            reasoning=str(said.get("reasoning_content") or said.get("reasoning") or ""),
+            tool_calls=calls,
+        )
+
+    def _add_tokens(self, delta: Delta, choice: dict[str, Any]) -> None:
+        told = choice.get("logprobs")
+        if told and self._config.logprobs is not None:
+            delta.logprobs = [self._entry(*place) for place in (_chat_places if self._is_chat else _places)(told)]
+            delta.token_ids = [next(iter(entry)) for entry in delta.logprobs]
+        elif self._flavour.tells_ids:
+            delta.token_ids = [int(token) for token in choice.get("token_ids") or ()]
+        ending = choice.get("finish_reason") == "stop" and not isinstance(choice.get("stop_reason"), str)
+        if ending and self._flavour.tells_ending and delta.token_ids:
+            del delta.token_ids[-1]
+            if delta.logprobs:
+                del delta.logprobs[-1]
+
+    def _entry(self, token: str, logprob: float, others: Iterable[tuple[str, float]]) -> Logprobs:
+        entry = {self._words.id_of(token): float(logprob)}
+        for other, value in others:
+            entry.setdefault(self._words.id_of(other), float(value))
+        return entry
+
+
+_Place = tuple[str, float, list[tuple[str, float]]]
+
+
+def _chat_places(told: dict[str, Any]) -> Iterator[_Place]:
+    for place in told.get("content") or ():
+        others = [(other["token"], other["logprob"]) for other in place.get("top_logprobs") or ()]
+        yield place["token"], place["logprob"], others
+
+
+def _places(told: dict[str, Any]) -> Iterator[_Place]:
+    tokens = told.get("tokens") or ()
+    others = told.get("top_logprobs") or [None] * len(tokens)
+    for token, logprob, beside in zip(tokens, told.get("token_logprobs") or (), others, strict=True):
+        yield token, logprob, list((beside or {}).items())
+
+
+def _call(piece: dict[str, Any], place: int) -> ToolCall:
+    function = piece.get("function") or {}
+    index = piece.get("index")
+    return ToolCall(
+        place if index is None else int(index),
+        str(piece.get("id") or ""),
+        str(function.get("name") or ""),
+        str(function.get("arguments") or ""),
+    )
