@@ -11,7 +11,7 @@ import argparse
 from typing import NoReturn, Protocol
 
 import lmbridge
-from lmbridge.cli import bench, chat, demo, run, serve
+from lmbridge.cli import bench, chat, demo, doctor, run, serve
 from lmbridge.cli.terminal import guarded
 
 
@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     "bench": bench,
     "run": run,
     "serve": serve,
+    "doctor": doctor,
 }
 
 

@@ -73,11 +73,13 @@ class Library:
         package: its name in the package index.
         tried: the versions that the engine was run with, in words.
         install: the command that brings it.
+        builds: other packages that bring the same module, for CPUs say.
     """
 
     package: str
     tried: str
     install: str
+    builds: tuple[str, ...] = ()
 
 
 class Engine(ABC):

@@ -98,6 +98,8 @@ WRONG: list[tuple[type[Engine], str]] = [
 ]
 
 
+BESIDE = {engines.ForgetsOneOfTwoThatEndTogether: {"test_twenty_streams_at_once_do_not_mix"}}
+"""Where chance decides whether another test finds the same fault."""
 ALONE = "test_close_with_work_in_flight"  # it looks at all of the process's threads
 
 
@@ -141,7 +143,8 @@ def test_an_engine_that_breaks_the_contract_once(
     kind: type[Engine], test: str, found: dict[type[Engine], dict[str, BaseException]]
 ) -> None:
     """An engine that is wrong in one way fails the one test that names it, so that its author knows where to look."""
-    assert set(found[kind]) == {test}, found[kind]
+    beside = BESIDE.get(kind, set())
+    assert {test} <= set(found[kind]) <= {test, *beside}, found[kind]
 
 
 @pytest.mark.parametrize(

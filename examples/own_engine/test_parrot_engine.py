@@ -1,0 +1,25 @@
+"""The tests that every engine of lmbridge passes, and one of this engine's own. Run: ``python -m pytest``."""
+
+from __future__ import annotations
+
+import pytest
+from parrot_engine import ParrotEngine
+
+from lmbridge import Bridge, Engine, PromptTooLongError
+from lmbridge.testing import EngineContract
+
+
+class TestParrotEngine(EngineContract):
+    prompts = ("one prompt", "another", "a third one")
+    long_prompt = "word " * 300
+    poison = (1, 2, 3)  # token ids, which it refuses
+    stall_timeout = 0.5
+
+    def engine(self) -> Engine:
+        return ParrotEngine("loud")
+
+
+def test_a_long_prompt_is_refused_by_its_own_error() -> None:
+    """The API's error comes as lmbridge's, so that a Flask view answers 400 and not 500."""
+    with Bridge(lambda: ParrotEngine("quiet")) as bridge, pytest.raises(PromptTooLongError, match="401 words"):
+        bridge.infer("word " * 401, timeout=30)

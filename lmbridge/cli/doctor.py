@@ -1,0 +1,121 @@
+"""See which engines can run here, and what is missing for the others.
+
+Lists the machine, every engine with the versions that are installed and those
+it was tried with, and the command that brings what is missing. With MODEL (or
+--try) it also loads that model, says which engine and runner serve it, and with
+--try has it generate one token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+
+import lmbridge
+from lmbridge.cli.terminal import MODEL_HELP, add_engine_arguments, loaded, one_line
+from lmbridge.device.sizes import in_words
+from lmbridge.engines import engine_class, engine_names
+from lmbridge.engines.base import Engine, Library
+from lmbridge.errors import MissingDependencyError
+from lmbridge.generation import GenerationConfig
+
+SUMMARY = "list engines, versions and devices, and what is missing"
+_INDENT = " " * 14
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help=f"load this one too: {MODEL_HELP}")
+    parser.add_argument("--try", dest="attempt", action="store_true", help="have the model generate a token")
+    add_engine_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    for line in (*_machine(), "", *_engines()):
+        print(line)
+    if arguments.model is not None or arguments.attempt:
+        print(flush=True)
+        _load(arguments)
+    return 0
+
+
+# --- the machine ---
+
+
+def _machine() -> Iterator[str]:
+    yield f"lmbridge {lmbridge.__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}"
+    yield f"{os.cpu_count()} processors, {_memory()}"
+    yield from _devices()
+
+
+def _memory() -> str:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return f"{in_words(memory.total)} of memory, {in_words(memory.available)} of it free"
+
+
+def _devices() -> Iterator[str]:
+    """The GPUs that torch sees."""
+    if importlib.util.find_spec("torch") is None:
+        yield "no torch, so that no GPU can be seen: pip install torch"
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        yield f"no GPU that torch {torch.__version__} can use"
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        name = torch.cuda.get_device_name(number)
+        yield f"cuda:{number}: {name}, {in_words(total)} of memory, {in_words(free)} of it free"
+
+
+# --- the engines ---
+
+
+def _engines() -> Iterator[str]:
+    for name in engine_names():
+        try:
+            yield from _engine(name, engine_class(name))
+        except MissingDependencyError as error:
+            yield f"{name:<13} broken: {one_line(error)}"
+
+
+def _engine(name: str, engine: type[Engine]) -> Iterator[str]:
+    found = {library: _version(library) for library in engine.libraries}
+    missing = [library for library, version in found.items() if version is None]
+    here = ", ".join(f"{library.package} {version} (tried: {library.tried})" for library, version in found.items())
+    if not missing:
+        yield f"{name:<13} ready{': ' if here else ''}{here}"
+        return
+    yield f"{name:<13} needs {', '.join(f'{library.package} (tried: {library.tried})' for library in missing)}"
+    for command in dict.fromkeys(library.install for library in missing):
+        yield f"{_INDENT}{command}"
+
+
+def _version(library: Library) -> str | None:
+    """The version of what is installed; None where nothing is."""
+    for package in (library.package, *library.builds):
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+# --- a model ---
+
+
+def _load(arguments: argparse.Namespace) -> None:
+    """Load the model, which proves itself, and say how it runs."""
+    arguments.model = arguments.model or "demo"
+    with loaded(arguments) as bridge:
+        print(f"It runs as: {bridge.describe()}")
+        print(f"It does: {', '.join(sorted(bridge.tasks()))}")
+        if arguments.attempt and "generate" in bridge.tasks():
+            config = GenerationConfig(max_new_tokens=1) if "max_new_tokens" in bridge.supports() else None
+            response = bridge.infer("Hello!", config, timeout=60)
+            print(f"Asked for a token it said {response.text!r} after {response.timings.total * 1000:.0f} ms.")

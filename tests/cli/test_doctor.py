@@ -1,0 +1,50 @@
+"""`lmbridge doctor`: what runs here, what is missing and how to get it, and whether a model really answers."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lmbridge.engines import ENGINES
+
+if TYPE_CHECKING:
+    from tests.cli.conftest import Run
+
+
+def test_what_is_there_and_what_is_missing(run: Run) -> None:
+    """Every engine has a line; under one whose library is missing stands the command that brings it."""
+    done = run("doctor")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert re.search(r"\d processors, .* of memory, .* free", done.stdout)
+    for name in ENGINES:
+        assert len([line for line in lines if line.startswith(f"{name} ")]) == 1
+    assert re.search(
+        r"(?m)^transformers +ready: torch \S+ \(tried: .*\), transformers \S+ \(tried: \S+\)$", done.stdout
+    )
+    if importlib.util.find_spec("exllamav3") is None:
+        place = next(number for number, line in enumerate(lines) if line.startswith("exllamav3"))
+        assert "needs exllamav3" in lines[place]
+        assert lines[place + 1].strip() == 'pip install "lmbridge[exllamav3]"'
+
+
+@pytest.mark.parametrize("arguments", [["--try"], ["demo", "--try", "--option", "runner=plain"]])
+def test_a_model_is_tried(run: Run, arguments: list[str]) -> None:
+    """With --try it says what serves the model, and shows a token of it."""
+    done = run("doctor", *arguments)
+    assert done.returncode == 0
+    runner = "plain" if "demo" in arguments else "paged"
+    assert re.search(rf"(?m)^It runs as: demo on transformers.*{runner}", done.stdout)
+    assert "It does: generate" in done.stdout
+    assert re.search(r"Asked for a token it said '.+' after \d+ ms", done.stdout)
+
+
+def test_a_model_that_cannot_be_loaded(run: Run) -> None:
+    """The list is shown all the same, and the fault is named."""
+    done = run("doctor", "./no-such-folder")
+    assert done.returncode == 1
+    assert "transformers" in done.stdout
+    assert "no-such-folder" in done.stderr
