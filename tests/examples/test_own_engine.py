@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parents[2] / "examples" / "own_engine"
 
 def test_its_own_tests_pass() -> None:
     """A reader who copies the example starts from an engine that keeps the contract."""
-    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parents[1]), "PYTEST_ADDOPTS": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=prepend", str(FOLDER)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=110)
     assert done.returncode == 0, done.stdout
