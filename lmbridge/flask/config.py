@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import urllib.parse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from lmbridge.bridge import Bridge
+from lmbridge.engines.auto import is_url
 from lmbridge.errors import InvalidRequestError
 from lmbridge.flask.hosts import allowed_name
 
@@ -216,7 +218,9 @@ def _models(values: Mapping[str, Any]) -> Mapping[str, ModelSource]:
 
 
 def served_name(model: str) -> str:
-    """What clients call a model: a folder's last part; a hub id, or "demo", as it is."""
+    """What clients call a model: a folder's last part, a URL's host; a hub id, or "demo", as it is."""
+    if is_url(model):
+        return urllib.parse.urlsplit(model.partition(",")[0]).netloc.rpartition("@")[2] or model
     is_path = model.startswith(("/", ".", "~")) or model.count("/") > 1 or model.endswith("/")
     return Path(model).name or model if is_path else model
 

@@ -14,7 +14,7 @@ from flask import Flask, Response, request
 
 from lmbridge import Bridge, EngineError, InvalidRequestError, ModelNotFoundError, Stream
 from lmbridge.flask import LMBridge, answered, current_bridge, failed
-from lmbridge.flask.config import KEYS
+from lmbridge.flask.config import KEYS, served_name
 from lmbridge.flask.models import models_of
 from lmbridge.flask.testing import scripted_engine
 from lmbridge.testing import ScriptedEncoder, ScriptedEngine, prompt_text
@@ -411,3 +411,18 @@ def test_the_status_command_without_the_extension() -> None:
     shown = bare.test_cli_runner().invoke(args=["lmbridge", "status"])
     assert shown.exit_code == 1
     assert "did you forget" in shown.output
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("demo", "demo"),
+        ("org/a-model", "org/a-model"),
+        ("./folder/of-a-model", "of-a-model"),
+        ("http://key:secret@host:8000/v1", "host:8000"),
+        ("https://one.example/v1,https://two.example/v1", "one.example"),
+    ],
+)
+def test_what_clients_call_a_model(model: str, name: str) -> None:
+    """Without a name of its own a model is called so that a client can tell it from others, and no secret is told."""
+    assert served_name(model) == name

@@ -71,7 +71,7 @@ class BridgeTarget:
     def _read(self, client: Client, prompt: str, row: Row) -> None:
         stream = client.stream(prompt, self._config, timeout=self._timeout)
         for delta in stream:
-            row.grew(len(delta.token_ids))
+            row.grew(len(delta.token_ids) or int(bool(delta.text)))  # some engines tell no tokens
         _note(stream.response, row)
 
     def _wait(self, client: Client, prompt: str, row: Row) -> None:
