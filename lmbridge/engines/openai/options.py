@@ -84,7 +84,9 @@ def _places(model: str, base_url: Any, model_name: Any) -> tuple[tuple[str, ...]
         return _urls(model, "model"), model_name
     if model_name not in (None, model):
         raise InvalidRequestError(f"The model is named {model!r} already; leave model_name out.", "model_name")
-    return _urls(base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI, "base_url"), model
+    if base_url is None:
+        base_url = os.environ.get("OPENAI_BASE_URL") or OPENAI
+    return _urls(base_url, "base_url"), model
 
 
 def _urls(given: Any, param: str) -> tuple[str, ...]:

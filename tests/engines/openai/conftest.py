@@ -1,4 +1,4 @@
-"""Servers that the engine asks over real HTTP: lmbridge's own on scripted engines, and sockets that misbehave on cue."""
+"""Servers that the engine asks over real HTTP: lmbridge's own on scripted engines, and sockets that misbehave."""
 
 from __future__ import annotations
 
