@@ -1,0 +1,167 @@
+"""A request in llama.cpp's words: the JSON that its server reads.
+
+Rule: pure functions of a request and a loaded model; any thread. Every sampling field is said each time, since
+llama.cpp's own defaults sample (temperature 0.8, top_k 40, top_p 0.95, min_p 0.05).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmbridge.engines.dialect.spelling import calls_schema
+from lmbridge.engines.dialect.telling import told, written_out
+from lmbridge.engines.llamacpp.forms import grammar_of
+from lmbridge.engines.llamacpp.loading import Model
+from lmbridge.errors import InvalidRequestError
+from lmbridge.messages import GenerationConfig, Request
+
+_SAMPLERS = ("penalties", "temperature", "top_k", "top_p", "min_p")  # in the order in which other engines have them
+_SEEDS = (1 << 32) - 1  # the highest means a seed of llama.cpp's choice
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of llama.cpp.
+
+    Attributes:
+        body: JSON.
+        chat: it is a conversation.
+        forced: the answer is one call as JSON, which llama.cpp does not know to be one.
+    """
+
+    body: str = field(repr=False)
+    chat: bool
+    forced: bool
+
+
+def asked_of(request: Request, model: Model) -> Asked:
+    """The request in llama.cpp's words.
+
+    Raises:
+        InvalidRequestError: the prompt is empty or of no known kind, or something asked for does not go together.
+    """
+    config, prompt = request.config, request.prompt
+    fields = {**_usual(config), **_sampling(config, model)}
+    forced = config.calling is not None and not model.knows_tools
+    if config.form is not None:
+        if config.calling is not None:
+            raise InvalidRequestError(f"llama.cpp takes no {config.form.param} beside tools; give one.", "tools")
+        fields["grammar"] = grammar_of(config.form)
+    bare = isinstance(prompt, str) and (request.raw or not model.header.has_template)
+    chat = not bare and (isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], Mapping)))
+    if chat:
+        fields.update(_chat(prompt, config, model, forced))
+    else:
+        _refuse_chat_fields(config)
+        fields["prompt"] = prompt if isinstance(prompt, str) else _ids(prompt, model)
+    try:
+        return Asked(json.dumps(fields, allow_nan=False), chat, forced)
+    except (TypeError, ValueError, RecursionError) as cause:
+        raise InvalidRequestError(f"The prompt holds what JSON cannot say: {cause}.", "prompt") from None
+
+
+def _usual(config: GenerationConfig) -> dict[str, Any]:
+    counts = bool(config.stop_words or config.stop_token_ids)  # an answer that we end hears no last count
+    return {
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_progress": True,  # a word before each chunk of a prompt, at which it can be stopped
+        "timings_per_token": counts,
+        "max_tokens": config.max_new_tokens,
+        "n_probs": max(1, config.logprobs or 0),  # with it come the token ids
+        "post_sampling_probs": config.logprobs is None,  # costs nothing, where the others cost a sort of the vocabulary
+    }
+
+
+def _sampling(config: GenerationConfig, model: Model) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "samplers": _SAMPLERS,
+        "temperature": 0.0,
+        "repeat_penalty": 1.0 if config.repetition_penalty is None else config.repetition_penalty,
+        "repeat_last_n": model.room,
+        "ignore_eos": config.ignore_eos,
+    }
+    if config.samples:
+        fields |= {
+            "temperature": 1.0 if config.temperature is None else config.temperature,
+            "top_k": config.top_k or 0,
+            "top_p": 1.0 if config.top_p is None else config.top_p,
+            "min_p": config.min_p or 0.0,
+        }
+        if config.random_seed is not None:
+            fields["seed"] = config.random_seed % _SEEDS
+    if config.logit_bias:
+        _known(config.logit_bias, model, "logit_bias")
+        fields["logit_bias"] = [[token, bias] for token, bias in config.logit_bias.items()]
+    return fields
+
+
+def _chat(prompt: Any, config: GenerationConfig, model: Model, forced: bool) -> dict[str, Any]:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [_message(each) for each in prompt]
+    if not model.header.has_template:
+        raise InvalidRequestError(
+            "The model has no chat template, so that it takes no messages; give it a string.", "prompt"
+        )
+    begins = config.add_generation_prompt
+    fields: dict[str, Any] = {
+        "add_generation_prompt": not config.continue_final_message if begins is None else begins,
+        "continue_final_message": config.continue_final_message,
+        "chat_template_kwargs": dict(config.chat_template_kwargs or {}),
+        "reasoning_format": "auto" if config.separate_reasoning or config.calling is not None else "none",
+    }
+    if not model.knows_tools:
+        messages = written_out(messages)
+    if forced:
+        messages, grammar = _forced(messages, config)
+        fields["grammar"] = grammar
+    elif config.calling is not None:
+        fields["tools"] = config.calling.tools
+        fields["tool_choice"] = "required" if config.calling.required else "auto"
+        fields["parallel_tool_calls"] = config.calling.parallel
+    return {**fields, "messages": messages}
+
+
+def _forced(messages: list[dict[str, Any]], config: GenerationConfig) -> tuple[list[dict[str, Any]], str]:
+    """For a template that knows no tools: who tells the model of them, and the one form its answer may have."""
+    calling = config.calling
+    assert calling is not None
+    if not calling.required:
+        raise InvalidRequestError(
+            "The model's chat template knows no tools, so that the model cannot choose whether to call one. Send "
+            'tool_choice "required", or name the function: its arguments will keep to their schema.',
+            "tools",
+        )
+    return told(messages, calling.tools), grammar_of(calls_schema(calling, None))
+
+
+def _refuse_chat_fields(config: GenerationConfig) -> None:
+    for name in ("tools", "chat_template_kwargs"):
+        if getattr(config, name):
+            raise InvalidRequestError(f"{name} are for a chat template, and this prompt goes without one.", name)
+
+
+def _message(message: Any) -> dict[str, Any]:
+    spoken = isinstance(message, Mapping) and isinstance(message.get("role"), str)
+    if not spoken or ("content" not in message and "tool_calls" not in message):
+        raise InvalidRequestError(f"A message is a dict with 'role' and 'content', not {message!r:.80}.", "prompt")
+    return dict(message)
+
+
+def _ids(prompt: Any, model: Model) -> list[int]:
+    if not isinstance(prompt, Sequence) or not prompt:
+        raise InvalidRequestError(
+            "A prompt is a string, a list of messages or a list of token ids, and not empty.", "prompt"
+        )
+    _known(prompt, model, "prompt")
+    return list(prompt)
+
+
+def _known(tokens: Any, model: Model, param: str) -> None:
+    """Refuse ids that are none; llama.cpp takes them for wishes that nobody has."""
+    size = model.header.vocabulary
+    for token in tokens:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < size:
+            raise InvalidRequestError(f"Token ids are ints from 0 to {size - 1}, not {token!r:.80}.", param)

@@ -1,0 +1,112 @@
+"""One request inside of llama.cpp: a call that blocks its thread until the answer is whole or given up.
+
+Rule: ``Call.make`` and what it calls run on a slot's thread, all else on the server thread; each field says whose it
+is. What is heard goes to the server thread by one doorbell, rung once however many threads have news.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator
+from typing import Any
+
+Handle = Callable[[str, Callable[[str], bool]], None]
+"""xllamacpp's: takes JSON and a callback, which gets JSON and returns whether to stop. It blocks."""
+
+
+class Bell:
+    """Rung by any slot's thread; answered on the loop, at most once for all that rang before."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._rang: deque[Call] = deque()  # appended by any thread, emptied by the server thread
+        self._rung = False  # set after the append, cleared before the emptying: nobody is missed
+
+    def ring(self, call: Call) -> None:
+        """There is news of the call. Any thread."""
+        self._rang.append(call)
+        if not self._rung:
+            self._rung = True
+            self._loop.call_soon_threadsafe(self._answer)
+
+    def _answer(self) -> None:
+        self._rung = False
+        while self._rang:
+            self._rang.popleft().news.set()
+
+
+class Call:
+    """One request, from its first word to its last.
+
+    Attributes:
+        heard: how many words have come; changes while a prompt is read, too. Slot's thread.
+        news: there may be words to read. Server thread.
+    """
+
+    def __init__(self, bell: Bell) -> None:
+        self.heard = 0
+        self.news = asyncio.Event()
+        self._bell = bell
+        self._words: deque[dict[str, Any]] = deque()  # appended by the slot's thread, emptied by the server thread
+        self._stopped = False  # set by the server thread, read by the slot's
+        self._failure: BaseException | None = None  # slot's thread only
+
+    def make(self, handle: Handle, body: str) -> None:
+        """Call llama.cpp and return when it is through. Slot's thread."""
+        if self._stopped:
+            return
+        listener = self._listen()
+        next(listener)
+        with contextlib.closing(listener):
+            handle(body, listener.send)
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """Have llama.cpp give it up at its next word: a token, or a chunk of the prompt."""
+        self._stopped = True
+
+    async def words(self, work: asyncio.Task[None]) -> AsyncIterator[list[dict[str, Any]]]:
+        """What is heard, all that is there at once, until ``work``, which makes the call, has ended.
+
+        Raises:
+            BaseException: what ended the call.
+        """
+        work.add_done_callback(lambda _: self.news.set())
+        while True:
+            self.news.clear()
+            ended = work.done()  # asked first: whatever came before its end is there then
+            words = []
+            while self._words:
+                words.append(self._words.popleft())
+            if words:
+                yield words
+            elif ended:
+                work.result()
+                return
+            else:
+                await self.news.wait()
+
+    def _listen(self) -> Generator[bool, str, None]:
+        """Takes llama.cpp's words; says whether to stop.
+
+        A generator, because an exception that is thrown into this thread strikes at the first instruction of the
+        callback. xllamacpp swallows what leaves a callback, and goes on; a generator's first instruction is in its try.
+        """
+        try:
+            while True:
+                self._take((yield self._stopped))
+        except GeneratorExit:
+            return
+        except BaseException as cause:
+            self._failure = cause
+        while True:
+            yield True
+
+    def _take(self, word: str) -> None:
+        self._words.append(json.loads(word))
+        self.heard += 1
+        self._bell.ring(self)

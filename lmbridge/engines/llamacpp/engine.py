@@ -1,0 +1,278 @@
+"""The llama.cpp engine: its server inside of this process, a thread of ours for each of its slots.
+
+Rule: everything here runs on the server thread, except where a docstring says otherwise. xllamacpp is imported when the
+engine starts and no earlier.
+
+A call into llama.cpp blocks its thread, and ends early in one way only: the callback says so at its next word. So there
+is a thread for each slot, a request waits for a free one, and a slot is free again when its call has returned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import os
+import time
+import weakref
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, ClassVar
+
+from lmbridge.engines.base import Engine, Library, engine_error
+from lmbridge.engines.llamacpp import library
+from lmbridge.engines.llamacpp.asking import Asked, asked_of
+from lmbridge.engines.llamacpp.calls import Bell, Call
+from lmbridge.engines.llamacpp.jobs import done
+from lmbridge.engines.llamacpp.loading import Model, load
+from lmbridge.engines.llamacpp.options import LlamaCppOptions
+from lmbridge.engines.llamacpp.reading import Reading
+from lmbridge.engines.models import GGUF, find_model
+from lmbridge.engines.thread import EngineThread
+from lmbridge.errors import EngineDeadError, EngineStartError, InvalidRequestError, LMBridgeError, ModelNotFoundError
+from lmbridge.log import logger, shown
+from lmbridge.messages import Delta, Embed, GenerationConfig, Job, Request, Rerank, Task
+
+CLOSE_TIMEOUT = 3.0
+"""Seconds to wait at the end for llama.cpp to free the model; then it is left behind."""
+_PROOF = 3  # tokens
+
+
+class LlamaCppEngine(Engine):
+    """A GGUF model under llama.cpp.
+
+    Args:
+        model: a ``.gguf`` file, or a folder with one.
+        task: ``"generate"``, ``"embed"`` or ``"rerank"``; by default what the file says.
+        max_batch_size: requests in a step: llama.cpp's slots.
+        max_chunk_size: prompt tokens in a step. An abort strikes a prompt at the end of such a step.
+        max_context: the most tokens of prompt and answer together, rounded up to a multiple of 256; at most what the
+            model was trained for, by default 4,096 of it. Memory for ``max_batch_size`` times as many is taken at once.
+        threads: how many compute; by default as many as there are cores.
+        gpu_layers: layers to put on a GPU, with a build of xllamacpp that knows it; by default as many as fit.
+    """
+
+    name: ClassVar[str] = "llamacpp"
+    libraries = (Library("xllamacpp", library.TRIED, library.INSTALL),)
+    supports: ClassVar[frozenset[str]] = frozenset(
+        {
+            "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+            "random_seed", "stop_words", "include_stop_str_in_output", "stop_token_ids", "ignore_eos", "logprobs",
+            "logit_bias", "response_format", "grammar", "chat_template_kwargs", "add_generation_prompt",
+            "continue_final_message", "tools", "tool_choice", "parallel_tool_calls", "separate_reasoning",
+        }
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        task: str = "auto",
+        max_batch_size: int = 8,
+        max_chunk_size: int = 256,
+        max_context: int | None = None,
+        threads: int | None = None,
+        gpu_layers: int | None = None,
+    ) -> None:
+        self._label, path = os.fspath(model), find_model(model)
+        if not path.lower().endswith(GGUF):
+            raise ModelNotFoundError(
+                f"llama.cpp reads {GGUF} files, and {self._label!r} is none; give one, or another engine."
+            )
+        self._options = LlamaCppOptions(path, task, max_batch_size, max_chunk_size, max_context, threads, gpu_layers)
+        self.max_batch_size = max_batch_size
+        if task != "auto":
+            self.tasks = frozenset({task})  # type: ignore[arg-type]  # it is one of them
+        self._loader = EngineThread("lmbridge llamacpp")
+        self._slots = [EngineThread(f"lmbridge llamacpp slot {number}") for number in range(max_batch_size)]
+        # An engine whose loop got stuck is never closed. Not at exit, where the bridge closes it and needs the threads.
+        for thread in (self._loader, *self._slots):
+            weakref.finalize(self, thread.close).atexit = False
+        self._free: asyncio.Queue[EngineThread] = asyncio.Queue()
+        self._model: Model | None = None
+        self._loaded: list[Model] = []  # the same; worker thread only
+        self._calls: dict[str, Call] = {}  # request id -> its call, while it is in llama.cpp
+        self._texts: dict[int, str] = {}  # of tokens that were told
+        self._tokens = 0
+        self._last_word = 0.0  # monotonic
+
+    def describe(self) -> str:
+        return f"{self._label} on llama.cpp" + (f" ({self._model.header.architecture})" if self._model else "")
+
+    # --------------------------------------------------------------------------------------------------- start and end
+
+    async def start(self) -> None:
+        """Load the model on the worker thread, and ask it something.
+
+        Raises:
+            MissingDependencyError: xllamacpp is missing, or has changed; the message names what.
+            ModelNotFoundError: the file is no GGUF.
+            EngineStartError: llama.cpp cannot load the model, or it does not do what it is for.
+        """
+        self._bell = Bell()
+        self._model = model = await self._loader.run(self._load)
+        task: Task = model.task  # type: ignore[assignment]  # it is one of them
+        self.tasks = frozenset({task})
+        for slot in self._slots:
+            self._free.put_nowait(slot)
+        try:
+            await self._prove(task)
+        except LMBridgeError as cause:
+            raise EngineStartError(f"{self.describe()} cannot {task}: {cause}") from cause
+
+    def _load(self) -> Model:
+        """On the worker thread. The model is kept at once: whoever waits for it may be cancelled."""
+        self._loaded.append(load(self._options))
+        return self._loaded[0]
+
+    async def _prove(self, task: Task) -> None:
+        jobs: dict[Task, Job | None] = {"embed": Embed("proof"), "rerank": Rerank("proof", "a proof")}
+        config = GenerationConfig(max_new_tokens=_PROOF)
+        now, context = time.monotonic(), contextvars.copy_context()
+        request = Request("proof", "proof", config, True, "", 0, None, now, context, jobs.get(task))
+        last = None
+        async with contextlib.aclosing(self.generate(request)) as deltas:
+            async for delta in deltas:
+                last = delta
+        if last is None or last.finish_reason is None:
+            raise EngineStartError("it answered nothing")
+
+    async def close(self) -> None:
+        await super().close()
+        model, self._model = self._model, None
+        try:
+            busy = self._free.qsize() < len(self._slots) if model is not None else False
+            if busy:
+                logger.warning("llama.cpp does not return from a call; the call and its model are left behind.")
+            else:
+                del model
+                await asyncio.wait_for(self._loader.run(self._unload), CLOSE_TIMEOUT)
+        except TimeoutError:
+            logger.warning("llama.cpp does not free %s within %g s; it is left behind.", self._label, CLOSE_TIMEOUT)
+        finally:
+            for thread in (self._loader, *self._slots):
+                thread.close()
+
+    def _unload(self) -> None:
+        """On the worker thread. Freeing waits for llama.cpp's step with the GIL held; this one question does not."""
+        while self._loaded:
+            self._loaded[-1].server.handle_metrics()
+            self._loaded.pop()
+
+    # --------------------------------------------------------------------------------------------------------- requests
+
+    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+        """Yield the request's deltas; its slot is free when the last one comes.
+
+        Raises:
+            InvalidRequestError: the prompt or something asked for is refused, by us or by llama.cpp.
+            PromptTooLongError: there is no room for the prompt and one more token.
+            EngineError: llama.cpp failed this request.
+        """
+        model, slot = self._alive(), await self._free.get()
+        if request.job is not None:
+            work = self._begun(slot, done, request.job, model)
+            await asyncio.wait([work])
+            yield self._result(work)
+            return
+        call = self._calls[request.id] = Call(self._bell)
+        work = self._begun(slot, _answer, request, model, call)
+        try:
+            async with contextlib.aclosing(self._deltas(request, model, call, work)) as deltas:
+                async for delta in deltas:
+                    yield delta
+        finally:
+            call.stop()
+            if not work.done():
+                await asyncio.wait([work])
+            if self._calls.get(request.id) is call:
+                del self._calls[request.id]
+
+    async def _deltas(
+        self, request: Request, model: Model, call: Call, work: asyncio.Task[Any]
+    ) -> AsyncGenerator[Delta, None]:
+        forced = request.config.calling is not None and not model.knows_tools
+        reading = Reading(request.config, self._texts, forced)
+        try:
+            async for words in call.words(work):
+                self._last_word = time.monotonic()
+                delta = reading.take(words)
+                if reading.stopped:
+                    break
+                if delta is not None:
+                    yield delta
+        except LMBridgeError:
+            raise
+        except Exception as cause:
+            raise _failed(cause) from cause
+        finally:
+            self._tokens += reading.tokens
+        if reading.stopped:
+            call.stop()
+            await asyncio.wait([work])
+            if delta is not None:
+                yield delta
+        yield reading.finish()
+
+    def _begun(self, slot: EngineThread, function: Any, *args: Any) -> asyncio.Task[Any]:
+        """The call on the slot's thread; the slot is free when it has returned, whoever waits for it meanwhile."""
+        work = asyncio.get_running_loop().create_task(slot.run(function, *args))
+        work.add_done_callback(lambda task: self._back(slot, task))
+        return work
+
+    def _back(self, slot: EngineThread, work: asyncio.Task[Any]) -> None:
+        self._free.put_nowait(slot)
+        if not work.cancelled():
+            work.exception()  # seen: whoever gave the request up does not ask
+
+    def _result(self, work: asyncio.Task[Any]) -> Any:
+        try:
+            return work.result()
+        except LMBridgeError:
+            raise
+        except Exception as cause:
+            raise _failed(cause) from cause
+
+    def _alive(self) -> Model:
+        if self._model is None:
+            raise EngineDeadError("The llama.cpp engine is not running; it takes no requests.")
+        return self._model
+
+    # -------------------------------------------------------------------------------------------------------- questions
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        return [self._texts.get(token, "") for token in token_ids]
+
+    def progress(self, request_id: str) -> int | None:
+        call = self._calls.get(request_id)
+        return None if call is None else call.heard
+
+    def where(self) -> str:
+        calls = len(self._calls)
+        if not calls:
+            return ""
+        return (
+            f"{calls} calls are in llama.cpp, which last said something {time.monotonic() - self._last_word:.1f} s ago"
+        )
+
+    def stats(self) -> dict[str, float]:
+        """``in_flight``, ``tokens``, and how many slots are ``free``."""
+        return {**super().stats(), "tokens": float(self._tokens), "free": float(self._free.qsize())}
+
+
+def _answer(request: Request, model: Model, call: Call) -> None:
+    """The whole call, on a slot's thread: a long prompt, or a schema, takes its time to be put into words."""
+    asked: Asked = asked_of(request, model)
+    handle = model.server.handle_chat_completions if asked.chat else model.server.handle_completions
+    try:
+        call.make(handle, asked.body)
+    except (RuntimeError, ValueError) as cause:  # what llama.cpp raises of a request that it cannot read
+        if call.heard:
+            raise
+        raise InvalidRequestError(f"llama.cpp refused the request: {cause}", "prompt") from cause
+
+
+def _failed(cause: Exception) -> LMBridgeError:
+    """A call that ended by what is nobody's fault, such as the end of its thread; it may be tried again."""
+    error = engine_error(f"The call into llama.cpp ended: {shown(cause)}.", cause)
+    error.retryable = True
+    return error

@@ -1,0 +1,90 @@
+"""llama.cpp's server, loaded, and what it says of itself.
+
+Rule: runs on the engine's worker thread.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+from lmbridge.engines.llamacpp import library
+from lmbridge.engines.llamacpp.header import Header, read_header
+from lmbridge.engines.llamacpp.options import LlamaCppOptions, fill
+from lmbridge.errors import EngineStartError
+
+_SILENT, _ERRORS = -1, 1  # of llama.cpp's levels of what it prints
+_PATIENCE = 30.0  # seconds for a server in this process to say what it is
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that is loaded.
+
+    Attributes:
+        server: xllamacpp's; its methods may be called by many threads at once, and block them.
+        task: what it does.
+        room: the most tokens of one request.
+        knows_tools: its chat template tells it of tools.
+    """
+
+    server: Any
+    header: Header
+    task: str
+    room: int
+    knows_tools: bool
+
+
+def load(options: LlamaCppOptions) -> Model:
+    """Load the model.
+
+    Raises:
+        MissingDependencyError: xllamacpp is missing, or has changed.
+        ModelNotFoundError: the file is no GGUF.
+        EngineStartError: llama.cpp cannot load it.
+    """
+    header = read_header(options.path)
+    task = header.task if options.task == "auto" else options.task
+    xllamacpp = library.import_library()
+    params = xllamacpp.CommonParams()
+    key = fill(params, options, header, task, xllamacpp.llama_pooling_type)
+    try:
+        server = _server(xllamacpp.Server, params)
+    except (RuntimeError, ValueError) as cause:
+        raise EngineStartError(
+            f"llama.cpp cannot load {options.path} as a model to {task} ({cause}). What it has printed says why; an "
+            f"architecture that it does not know ({header.architecture}) may need a newer xllamacpp."
+        ) from cause
+    said = _properties(server.listening_address, key)
+    library.refuse([path for path in library.PROPERTIES if _at(said, path) is None])
+    room = _at(said, "default_generation_settings.n_ctx")
+    return Model(server, header, task, int(room), bool(_at(said, "chat_template_caps.supports_tools")))
+
+
+def _server(build: Any, params: Any) -> Any:
+    """llama.cpp's server; one that cannot be built is built once more, so that the reason is printed.
+
+    Requests that are refused would be printed at that level, too.
+    """
+    try:
+        params.verbosity = _SILENT
+        return build(params)
+    except (RuntimeError, ValueError):
+        params.verbosity = _ERRORS
+        return build(params)
+
+
+def _properties(address: str, key: str) -> Any:
+    """What the server tells nobody but by HTTP; whatever proxy the environment names is passed by."""
+    asking = urllib.request.Request(f"{address}/props", headers={"Authorization": f"Bearer {key}"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(asking, timeout=_PATIENCE) as answer:
+        return json.load(answer)
+
+
+def _at(found: Any, path: str) -> Any:
+    for name in path.split("."):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found
