@@ -24,7 +24,9 @@ from lmbridge.compat.lmdeploy import (
     TurbomindEngineConfig,
     pipeline,
 )
-from lmbridge.compat.lmdeploy.convert import generation_config, lmdeploy_engine_config, transformers_options
+from lmbridge.compat.lmdeploy.convert import lmdeploy_engine_config, transformers_options
+from lmbridge.compat.lmdeploy.generation import Ability, generation_config
+from lmbridge.compat.lmdeploy.keywords import Keywords
 from lmbridge.testing import ScriptedEngine
 
 NEEDED = "needs LMDeploy; .ci/run installs it without a GPU"
@@ -49,10 +51,12 @@ def test_fields_and_defaults_are_lmdeploys(name: str) -> None:
 def test_lmdeploys_own_objects_are_taken() -> None:
     """Objects of LMDeploy's classes do as well as ours, and ours become LMDeploy's, without what ends the process."""
     lmdeploy = pytest.importorskip("lmdeploy", reason=NEEDED)
-    asked = lmdeploy.GenerationConfig(do_sample=True, top_k=3, max_new_tokens=4, stop_words=["x"])
-    assert generation_config(asked) == generation_config(
-        GenerationConfig(do_sample=True, top_k=3, max_new_tokens=4, stop_words=["x"])
-    )
+    asked: dict[str, Any] = {"do_sample": True, "top_k": 3, "max_new_tokens": 4, "stop_words": ["x"]}
+    engine = Ability(ScriptedEngine.supports, lambda word: ())
+    converted = [
+        generation_config(cls(**asked), engine, Keywords()) for cls in (lmdeploy.GenerationConfig, GenerationConfig)
+    ]
+    assert converted[0] == converted[1]
     theirs = lmdeploy.PytorchEngineConfig(session_len=99, thread_safe=True)
     own = lmdeploy_engine_config(PytorchEngineConfig(session_len=99, thread_safe=True, quant_policy=8), lmdeploy)
     copied = lmdeploy_engine_config(theirs, lmdeploy)
@@ -89,8 +93,9 @@ def test_configs_check_themselves() -> None:
         lambda: TurbomindEngineConfig(dtype="float64"),
     ]
     for build in wrong:
-        with pytest.raises(InvalidRequestError, match="must be"):
+        with pytest.raises(InvalidRequestError, match="must be") as caught:
             build()
+        assert isinstance(caught.value, AssertionError)  # who catches LMDeploy's own goes on to
 
 
 def test_what_cannot_be_honoured_is_named() -> None:
@@ -110,16 +115,18 @@ def test_what_cannot_be_honoured_is_named() -> None:
         with pytest.raises(InvalidRequestError, match=name):
             pipeline("demo", **options)
     with pipeline(ScriptedEngine) as pipe:
-        settings: dict[str, Any] = {"bad_words": ["x"], "response_format": {"type": "text"}, "output_logits": "all"}
+        settings: dict[str, Any] = {"bad_words": ["x"], "logprob_start_len": 0, "output_logits": "all"}
         for field, value in settings.items():
             config = GenerationConfig()
             setattr(config, field, value)
-            with pytest.raises(UnsupportedOptionError, match=field):
-                pipe("a", gen_config=config)
-        arguments: dict[str, Any] = {"adapter_name": "lora", "tools": [{}]}
-        for name, value in arguments.items():
-            with pytest.raises(UnsupportedOptionError, match=name):
-                pipe("a", **{name: value})
+            refused, answered = pipe(["a", "b"], gen_config=[config, GenerationConfig()])
+            assert (refused.finish_reason, refused.error_code) == ("error", "unsupported_feature")
+            assert field in str(refused.error_message)
+            assert answered.text == "b"
+        refused = pipe("a", adapter_name="lora")
+        assert (refused.error_code, "adapter_name" in str(refused.error_message)) == ("unsupported_feature", True)
+        with pytest.raises(UnsupportedOptionError, match="get_reward_score"):
+            pipe.get_reward_score([1, 2])
         assert pipe("a", tools=None, adapter_name=None).text == "a"
 
 
@@ -147,7 +154,9 @@ def test_importing_loads_nothing() -> None:
     """The import line costs neither torch nor LMDeploy, and LMDeploy's module names stand for those who use them."""
     code = (
         "import sys\n"
-        "from lmbridge.compat.lmdeploy import pipeline, GenerationConfig, Response, ChatTemplateConfig\n"
+        "from lmbridge.compat.lmdeploy import pipeline, GenerationConfig, Response, ChatTemplateConfig, Tokenizer\n"
+        "from lmbridge.compat.lmdeploy import version_info, vl\n"
+        "from lmbridge.compat.lmdeploy.messages import ResponseType\n"
         "from lmbridge.compat.lmdeploy.messages import PytorchEngineConfig, TurbomindEngineConfig\n"
         "from lmbridge.compat.lmdeploy.pipeline import Pipeline\n"
         "from lmbridge.compat.lmdeploy.model import ChatTemplateConfig\n"

@@ -85,7 +85,7 @@ def test_a_busy_session_is_refused_everywhere() -> None:
         assert len(engine.started) == 1
 
 
-@pytest.mark.parametrize("wrong", [7, "a session", [None, 7]])
+@pytest.mark.parametrize("wrong", [True, "a session", [None, 7.5]])
 def test_what_is_no_session(wrong: Any) -> None:
     """It is refused before anything is sent, rather than failing once the prompts run."""
     engine = ScriptedEngine()
@@ -133,6 +133,7 @@ def test_leaving_an_answer_gives_the_session_back(leave: str) -> None:
         elif leave == "break":
             for _part in stream:
                 break
+            del stream
         else:
             del stream
         engine.wait_for(lambda e: e.active == 0)
@@ -151,7 +152,7 @@ def test_a_call_that_fails_gives_the_session_back() -> None:
         errors = []
         for prompt, more, kind in (
             ("a", {"gen_config": 7}, ValueError),
-            ("a", {"adapter_name": "x"}, ValueError),
+            ("a", {"chat_template_kwargs": 7}, ValueError),
             (7, {}, ValueError),
         ):
             with pytest.raises(kind) as error:

@@ -9,8 +9,8 @@
 
 ``install()`` gives it to code whose import line stays as it is, and so does ``lmbridge run script.py``.
 
-Rule: names only. They are always our own, so that nothing depends on what is installed; ``messages``, ``model``
-and ``pipeline`` are modules as in LMDeploy, for those who import from there.
+Rule: names only. They are always our own, so that nothing depends on what is installed; ``messages``, ``model``,
+``pipeline`` and ``vl`` are modules as in LMDeploy, for those who import from there.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lmbridge.compat.lmdeploy.messages import (
     PytorchEngineConfig,
     QuantPolicy,
     Response,
+    ResponseType,
     SpeculativeConfig,
     TurbomindEngineConfig,
     VisionConfig,
@@ -30,10 +31,13 @@ from lmbridge.compat.lmdeploy.model import ChatTemplateConfig
 from lmbridge.compat.lmdeploy.pipeline import Pipeline
 from lmbridge.compat.lmdeploy.sessions import Session
 from lmbridge.compat.lmdeploy.standin import install
+from lmbridge.compat.lmdeploy.tokenizer import Tokenizer
 
 __version__ = "0.18.0"  # the LMDeploy whose calls and fields these are
+version_info = (0, 18, 0)
 
 __all__ = [
     "ChatTemplateConfig", "GenerationConfig", "KVTransferConfig", "Pipeline", "PytorchEngineConfig", "QuantPolicy",
-    "Response", "Session", "SpeculativeConfig", "TurbomindEngineConfig", "VisionConfig", "install", "pipeline",
+    "Response", "ResponseType", "Session", "SpeculativeConfig", "Tokenizer", "TurbomindEngineConfig", "VisionConfig",
+    "install", "pipeline", "version_info",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ has it, so that a list keeps its other answers; what ends the caller's wait for 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from lmbridge import messages
 from lmbridge.compat.lmdeploy.messages import Response
@@ -42,7 +42,13 @@ def whole(response: messages.Response, index: int = 0) -> Response:
         token_ids=response.token_ids,
         logprobs=response.logprobs,
         index=index,
+        **_beside(response.value),
     )
+
+
+def _beside(value: object) -> dict[str, Any]:
+    """What LMDeploy's engine tells beside tokens, by the names of the fields here."""
+    return value if isinstance(value, dict) else {}
 
 
 def _reason(reason: messages.FinishReason) -> Literal["stop", "length", "error", "abort"]:
@@ -77,6 +83,7 @@ class Parts:
     def __init__(self, index: int) -> None:
         self._index = index
         self._tokens = 0
+        self._prompt_tokens = 0  # until they are known
 
     def of(self, delta: messages.Delta) -> Iterator[Response]:
         """What a delta adds, if anything; and with the answer's last one its end.
@@ -84,18 +91,22 @@ class Parts:
         Raises:
             LMBridgeError: it ended for a reason that is not the request's own.
         """
+        if delta.prompt_token_ids is not None:
+            self._prompt_tokens = len(delta.prompt_token_ids)
         if delta.text or delta.token_ids:
             self._tokens += len(delta.token_ids)
-            yield Response(delta.text, self._tokens, 0, None, delta.token_ids, delta.logprobs, index=self._index)
+            yield Response(
+                delta.text, self._tokens, self._prompt_tokens, None, delta.token_ids, delta.logprobs, index=self._index
+            )
         if delta.error is not None:
             yield self.error(delta.error)
         elif delta.finish_reason is not None:
-            usage = delta.usage or messages.Usage()
+            prompt_tokens = self._prompt_tokens if delta.usage is None else delta.usage.prompt_tokens
             reason = _reason(delta.finish_reason)
-            yield Response("", self._tokens, usage.prompt_tokens, reason, index=self._index)
+            yield Response("", self._tokens, prompt_tokens, reason, index=self._index, **_beside(delta.value))
 
     def error(self, error: LMBridgeError) -> Response:
         """As ``failed``; its text was handed out already."""
         last = failed(error, self._index)
-        last.text, last.generate_token_len = "", self._tokens
+        last.text, last.generate_token_len, last.input_token_len = "", self._tokens, self._prompt_tokens
         return last

@@ -1,4 +1,4 @@
-"""What was asked for in LMDeploy's words, in the words of whoever is to do it.
+"""An engine's config in LMDeploy's words, in the words of whoever is to build it.
 
 Rule: pure functions on the caller's thread. Configs are read by their fields, so that LMDeploy's own objects do as well
 as ours. What cannot be honoured is refused by name; what cannot matter is let pass.
@@ -9,19 +9,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-import logging
 from typing import Any
 
-from lmbridge import messages
-from lmbridge.compat.lmdeploy.messages import GenerationConfig
 from lmbridge.errors import InvalidRequestError, UnsupportedOptionError
-
-_log = logging.getLogger("lmbridge.compat.lmdeploy")
-
-_PLAIN = ("max_new_tokens", "ignore_eos", "skip_special_tokens", "stop_words", "stop_token_ids", "logprobs")
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "random_seed")
-_NO_LIMIT = 2**31 - 1  # the room in the model's context ends the answer
-_GENERATION = frozenset({"n", "do_sample", *_PLAIN, *_SAMPLING})
 
 _TRANSFORMERS = {
     "dtype": "dtype",
@@ -41,34 +31,6 @@ _ALWAYS_SO = frozenset(
 """What the transformers engine does anyway, or what has nothing to act on there."""
 
 
-def generation_config(config: Any) -> messages.GenerationConfig:
-    """Our config for LMDeploy's. Greedy means greedy there: without ``do_sample`` the repetition penalty is off too.
-
-    Raises:
-        UnsupportedOptionError: a field is set that no engine here can honour.
-        InvalidRequestError: a value is wrong, or ``config`` is no GenerationConfig.
-    """
-    if config is None:
-        config = GenerationConfig()
-    if type(config).__name__ != "GenerationConfig" or not _has_fields(config, _GENERATION):
-        raise InvalidRequestError(
-            f"gen_config must be a GenerationConfig (or a list of one per prompt), not {type(config).__name__}.",
-            "gen_config",
-        )
-    _refuse([name for name in _changed(config) if name not in _GENERATION], "GenerationConfig")
-    if config.n != 1:
-        _log.warning("GenerationConfig.n=%s is taken for 1, as LMDeploy does", config.n)
-    fields = {name: getattr(config, name) for name in _PLAIN}
-    if config.max_new_tokens is None:
-        fields["max_new_tokens"] = _NO_LIMIT
-    fields["do_sample"] = bool(config.do_sample)
-    if config.do_sample:
-        fields.update({name: getattr(config, name) for name in _SAMPLING})
-        if config.top_p == 0:  # the smallest set of all is the most likely token
-            fields.update(top_p=None, top_k=1)
-    return messages.GenerationConfig().merged(fields)  # type: ignore[arg-type]
-
-
 def transformers_options(config: Any) -> dict[str, Any]:
     """The transformers engine's options for an engine config; LMDeploy's defaults leave the engine its own.
 
@@ -78,7 +40,7 @@ def transformers_options(config: Any) -> dict[str, Any]:
     if config is None:
         return {}
     _check_engine_config(config)
-    changed = _changed(config)
+    changed = changed_fields(config)
     where = f"{type(config).__name__} on the transformers engine"
     _refuse([name for name in changed if name not in _TRANSFORMERS and name not in _ALWAYS_SO], where)
     options = {_TRANSFORMERS[name]: value for name, value in changed.items() if name in _TRANSFORMERS}
@@ -120,7 +82,9 @@ def lmdeploy_chat_template(config: Any, library: Any) -> Any:
 def _rebuilt(config: Any, theirs: Any) -> Any:
     """An object of LMDeploy's class with what was changed in ours."""
     known = {field.name: field for field in dataclasses.fields(theirs)}
-    changed = {name: value for name, value in _changed(config).items() if name not in ("thread_safe", "enable_metrics")}
+    changed = {
+        name: value for name, value in changed_fields(config).items() if name not in ("thread_safe", "enable_metrics")
+    }
     _refuse([name for name in changed if name not in known], f"{theirs.__name__} of the installed LMDeploy")
     return theirs(**{name: _their_value(value, known[name].default) for name, value in changed.items()})
 
@@ -134,16 +98,14 @@ def _their_value(value: Any, default: Any) -> Any:
 
 
 def _check_engine_config(config: Any) -> None:
-    if type(config).__name__ not in ("PytorchEngineConfig", "TurbomindEngineConfig") or not _has_fields(
-        config, ("tp",)
-    ):
+    if type(config).__name__ not in ("PytorchEngineConfig", "TurbomindEngineConfig") or not has_fields(config, ("tp",)):
         raise InvalidRequestError(
             f"backend_config must be a PytorchEngineConfig or a TurbomindEngineConfig, not {type(config).__name__}.",
             "backend_config",
         )
 
 
-def _changed(config: Any) -> dict[str, Any]:
+def changed_fields(config: Any) -> dict[str, Any]:
     """The fields that differ from their defaults, those without a default included."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
@@ -156,7 +118,7 @@ def _refuse(names: list[str], where: str) -> None:
         raise UnsupportedOptionError(f"{where} cannot honour {', '.join(names)}; leave it out.", param=names[0])
 
 
-def _has_fields(config: Any, names: Any) -> bool:
+def has_fields(config: Any, names: Any) -> bool:
     return dataclasses.is_dataclass(config) and set(names) <= {field.name for field in dataclasses.fields(config)}
 
 

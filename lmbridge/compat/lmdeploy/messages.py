@@ -13,6 +13,28 @@ from typing import Any, Literal
 from lmbridge.errors import InvalidRequestError
 
 
+class AssertedError(InvalidRequestError, AssertionError):
+    """A value that LMDeploy asserts something of: who catches AssertionError for it there does so here."""
+
+
+class ResponseType(enum.Enum):
+    """How a step of LMDeploy's engine ended, for code that names it; a Response says so by its ``finish_reason``."""
+
+    SUCCESS = enum.auto()
+    FINISH = enum.auto()
+    ENGINE_STOP_ERROR = enum.auto()
+    SESSION_REPEAT = enum.auto()
+    SESSION_NOT_EXIST = enum.auto()
+    HANDLER_NOT_EXIST = enum.auto()
+    INPUT_LENGTH_ERROR = enum.auto()
+    INTERNAL_ENGINE_ERROR = enum.auto()
+    CANCEL = enum.auto()
+    PREFIX_CACHE_CONFLICT = enum.auto()
+    NO_QUEUE = enum.auto()
+    NOT_SUPPORTED = enum.auto()
+    OUT_OF_MEMORY = enum.auto()
+
+
 class QuantPolicy(enum.IntEnum):
     """How the cache is quantized."""
 
@@ -260,13 +282,14 @@ class Response:
     Attributes:
         text: the answer, or what this part adds.
         generate_token_len: tokens generated so far, the ending one left out.
-        input_token_len: tokens of the prompt, the chat template's included; 0 in a part that is not the last.
+        input_token_len: tokens of the prompt, the chat template's included; an engine of your own that does not tell a
+            prompt's tokens has it in the last part only.
         finish_reason: ``stop``, ``length``, ``abort`` or ``error``; None in a part that is not the last.
         token_ids: the tokens of ``text``.
         logprobs: per token id of the answer, token id to log-probability; None unless asked for.
         index: position of the prompt in the list given.
         error_code, error_message: why, where ``finish_reason`` is ``error``.
-        logits, last_hidden_state, routed_experts, cached_tokens: LMDeploy's fields; never filled here.
+        logits, last_hidden_state, routed_experts, cached_tokens: what LMDeploy's engine tells, in the last part.
     """
 
     text: str
@@ -308,6 +331,7 @@ class Response:
 
 _LATEST = (
     "generate_token_len", "input_token_len", "finish_reason", "index", "routed_experts", "error_code", "error_message",
+    "logits", "last_hidden_state", "cached_tokens",
 )  # fmt: skip
 _SHOWN = (
     "input_token_len", "generate_token_len", "finish_reason", "token_ids", "logprobs", "logits", "last_hidden_state",
@@ -329,4 +353,4 @@ def _check_common(config: TurbomindEngineConfig | PytorchEngineConfig) -> None:
 
 def _require(holds: bool, name: str, expected: str, value: object) -> None:
     if not holds:
-        raise InvalidRequestError(f"{name} must be {expected}, not {value!r}.", param=name)
+        raise AssertedError(f"{name} must be {expected}, not {value!r}.", param=name)

@@ -7,7 +7,7 @@ the meaning of a call without it alone.
 from __future__ import annotations
 
 import atexit
-import itertools
+import copy
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,18 +16,30 @@ from typing import Any
 
 from lmbridge.bridge import Bridge
 from lmbridge.compat.lmdeploy import answers
-from lmbridge.compat.lmdeploy.convert import generation_config
 from lmbridge.compat.lmdeploy.engines import choose_engine
+from lmbridge.compat.lmdeploy.generation import Ability, generation_config
+from lmbridge.compat.lmdeploy.keywords import read_keywords, told_once
 from lmbridge.compat.lmdeploy.messages import Response
 from lmbridge.compat.lmdeploy.prompts import each_prompt, is_single
-from lmbridge.compat.lmdeploy.sessions import ChatTurn, Session, Turn
+from lmbridge.compat.lmdeploy.scores import lists_of_ids, perplexity, scoring_config
+from lmbridge.compat.lmdeploy.sessions import ChatTurn, Session, Sessions, Turn
 from lmbridge.compat.lmdeploy.standin import chosen
 from lmbridge.compat.lmdeploy.streaming import Asked, ResponseStream
+from lmbridge.compat.lmdeploy.tokenizer import words_of
 from lmbridge.engines.base import Engine
-from lmbridge.errors import InvalidRequestError, LMBridgeError, UnsupportedOptionError
+from lmbridge.errors import InvalidRequestError, LMBridgeError
 
-_NEUTRAL: dict[str, Any] = {"multiplex": True, "sequence_start": True, "sequence_end": True, "step": 0}
-"""Arguments that LMDeploy's calls take, with a value that asks for nothing; None never does."""
+_IGNORED = ("model_name", "vision_config")
+"""Arguments of LMDeploy's ``pipeline`` that change nothing."""
+_GONE = {
+    "async_engine": "what it is used for has a word of its own: pipe.bridge has health(), requests(), stats() and "
+    "metrics, and pipe.get_ppl() and pipe.session() are as in LMDeploy",
+    "generate": "await pipe.async_batch_infer(...), or iterate over pipe.bridge.astream(...)",
+    "internal_thread": "the engine's thread is the bridge's; any thread may call the pipeline",
+    "limiter": "pipe.bridge.requests() tells what waits and what runs",
+    "session_mgr": "pipe.session() begins a session, and its abort() ends what it generates",
+}
+"""Attributes of LMDeploy's Pipeline that would hand out an engine that any thread may not touch; what to use."""
 
 
 class Pipeline:
@@ -39,7 +51,7 @@ class Pipeline:
         backend_config: a PytorchEngineConfig or a TurbomindEngineConfig, ours or LMDeploy's own.
         chat_template_config: a ChatTemplateConfig, ours or LMDeploy's own; for the LMDeploy engine.
         log_level: of LMDeploy's logger and ours, for the whole process.
-        max_log_len: accepted; prompts are never logged.
+        max_log_len: ignored, as ``model_name`` and ``vision_config`` are; prompts are never logged.
         trust_remote_code: run code that comes with the model.
         speculative_config: refused; the engines do not decode speculatively.
         allowed_media_domains: refused; the engines would not keep to it.
@@ -56,7 +68,8 @@ class Pipeline:
 
     Attributes:
         bridge: the Bridge below, for what LMDeploy has no word for: ``health``, ``requests``, ``metrics``, ``swap``.
-        backend_config: the one given.
+        backend_config: with what the engine has made of it, where LMDeploy's is loaded: ``session_len``,
+            ``max_batch_size``, ``num_gpu_blocks``.
     """
 
     def __init__(
@@ -75,9 +88,13 @@ class Pipeline:
         stall_timeout: float | None = 300.0,
         **engine_options: Any,
     ) -> None:
-        self.backend_config = backend_config
+        self._given_config = backend_config
         self._timeout = timeout
-        self._session_ids = itertools.count()
+        self._sessions = Sessions()
+        ignored = {"max_log_len": max_log_len, **{name: engine_options.pop(name, None) for name in _IGNORED}}
+        for name in ignored:
+            if ignored[name] is not None:
+                told_once("The argument %s of pipeline() has no effect", name)
         given = {
             "chat_template_config": chat_template_config,
             "speculative_config": speculative_config,
@@ -85,9 +102,11 @@ class Pipeline:
         }
         model_path, backend = chosen(model_path, backend)
         engine, options = choose_engine(model_path, backend, backend_config, given, trust_remote_code, log_level)
+        self._word_ids = words_of(model_path, trust_remote_code)
         self.bridge = Bridge(model_path, engine, stall_timeout=stall_timeout, **options, **engine_options)
         try:
             self.bridge.start()
+            self._supports = self.bridge.supports()
             _open[weakref.ref(self, _open.pop)] = None
         except BaseException:
             self.bridge.close()
@@ -113,7 +132,11 @@ class Pipeline:
             gen_config: how to generate; a list has one for each prompt.
             do_preprocess: False gives a text to the model as it is, without the chat template.
             use_tqdm: show a progress bar.
+            adapter_name: one of the ``adapters`` in the ``backend_config``, for LMDeploy's engine.
             timeout: seconds for all of it; None takes the pipeline's.
+            kwargs: ``enable_thinking``, ``chat_template_kwargs``, ``reasoning_effort`` and ``tools`` for the chat
+                template; ``media_io_kwargs`` and ``mm_processor_kwargs`` for LMDeploy's engine. Others are ignored,
+                with a warning.
 
         Returns:
             A Response, or a list of them. A prompt that fails by itself has one with ``finish_reason="error"``.
@@ -169,7 +192,7 @@ class Pipeline:
     def stream_infer(
         self,
         prompts: Any,
-        sessions: Session | Sequence[Session | None] | None = None,
+        sessions: Session | int | Sequence[Session | int | None] | None = None,
         gen_config: Any = None,
         do_preprocess: bool = True,
         adapter_name: str | None = None,
@@ -181,7 +204,8 @@ class Pipeline:
         """Send the prompts and return the parts of their answers as they come; ``index`` says whose a part is.
 
         Args:
-            sessions: one for each prompt, to ``abort()`` it by; each is taken until its answer was read or left.
+            sessions: one for each prompt, or its number, to ``abort()`` it by; each is taken until its answer was read
+                or left.
             stream_response: False gives each answer as one whole, when it is complete.
             prompts, gen_config, do_preprocess, timeout: as for ``infer``.
 
@@ -190,7 +214,7 @@ class Pipeline:
             LMBridgeError: what reading on may raise; see ``infer``.
         """
         asked = self._asked(prompts, gen_config, do_preprocess, adapter_name, timeout, kwargs)
-        owners = _per_prompt(sessions, len(asked.prompts), "sessions")
+        owners = map(self._sessions.find, _per_prompt(sessions, len(asked.prompts), "sessions"))
         turns = [None if session is None else Turn(session, index) for index, session in enumerate(owners)]
         return self._stream(turns, lambda: asked, not stream_response)
 
@@ -254,17 +278,34 @@ class Pipeline:
 
     def session(self) -> Session:
         """A new conversation."""
-        return Session(next(self._session_ids))
+        return self._sessions.new()
 
-    # --- what has no counterpart here ---
+    # --- scores ---
 
     def get_ppl(self, input_ids: Any) -> list[float]:
-        """Not here: the engines score no prompts."""
-        raise UnsupportedOptionError("get_ppl is not supported: no engine of lmbridge scores prompts.", "get_ppl")
+        """The mean cross-entropy of each prompt's tokens.
+
+        Args:
+            input_ids: token ids, at least two, or a list of such lists.
+
+        Raises:
+            InvalidRequestError: they are none, or what ``infer`` raises; also where a prompt fails by itself.
+            UnsupportedOptionError: the engine scores no prompts.
+        """
+        config, prompts = scoring_config("ppl", self._ability()), lists_of_ids(input_ids, least=2)
+        answered = self.bridge.infer(prompts, config, timeout=self._timeout)
+        return [
+            float(one.value if one.value is not None else perplexity(one.prompt_logprobs or ())) for one in answered
+        ]
 
     def get_reward_score(self, input_ids: Any) -> list[float]:
-        """Not here: the engines run no reward models."""
-        raise UnsupportedOptionError("get_reward_score is not supported: no engine runs reward models.", "input_ids")
+        """What a reward model thinks of each prompt; on LMDeploy's engine, for the models that it knows.
+
+        Raises:
+            InvalidRequestError: the model is none; and as ``get_ppl``.
+        """
+        config, prompts = scoring_config("reward", self._ability()), lists_of_ids(input_ids, least=1)
+        return [float(one.value) for one in self.bridge.infer(prompts, config, timeout=self._timeout)]
 
     # --- lifetime ---
 
@@ -281,6 +322,17 @@ class Pipeline:
     def __repr__(self) -> str:
         return f"<Pipeline over {self.bridge!r}>"
 
+    def __getattr__(self, name: str) -> Any:
+        """Only asked for what is not there."""
+        if name in _GONE:
+            raise AttributeError(f"Pipeline.{name} is LMDeploy's own and not here; instead: {_GONE[name]}.")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def backend_config(self) -> Any:
+        resolved = getattr(self.bridge._server_thread.engine, "backend_config", None)
+        return self._given_config if resolved is None else copy.copy(resolved)
+
     # --- from LMDeploy's arguments to the Bridge's ---
 
     def _asked(
@@ -292,15 +344,18 @@ class Pipeline:
         timeout: float | None,
         others: dict[str, Any],
     ) -> Asked:
-        others = {"adapter_name": adapter_name, **others}
-        unknown = [name for name, value in others.items() if value is not None and _NEUTRAL.get(name) != value]
-        if unknown:
-            raise UnsupportedOptionError(f"{', '.join(unknown)}: not supported here; leave it out.", unknown[0])
-        plain = each_prompt(prompts)
-        configs = [generation_config(config) for config in _per_prompt(gen_config, len(plain), "gen_config")]
+        plain, ability = each_prompt(prompts), self._ability()
+        keywords = read_keywords({"adapter_name": adapter_name, **others}, template=do_preprocess)
+        given = _per_prompt(gen_config, len(plain), "gen_config")
+        configs = [generation_config(config, ability, keywords) for config in given]
         return Asked(
             plain, configs, {"raw": not do_preprocess, "timeout": self._timeout if timeout is None else timeout}
         )
+
+    def _ability(self) -> Ability:
+        """What the engine can do, or the last one could while a new one is built."""
+        self._supports = self.bridge.supports() or self._supports
+        return Ability(self._supports, self._word_ids)
 
 
 def _per_prompt(given: Any, count: int, name: str) -> list[Any]:

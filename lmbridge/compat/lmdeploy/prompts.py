@@ -45,10 +45,12 @@ def _prompt(prompt: Any, place: int) -> Prompt:
     if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):
         return [_message(message) for message in prompt]
     if isinstance(prompt, tuple) and len(prompt) == 2:
-        text, images = prompt if _is_text_of(prompt) else (prompt[1], prompt[0])
+        text_first = _is_text_of(prompt)
+        text, images = prompt if text_first else (prompt[1], prompt[0])
         images = images if isinstance(images, list) else [images]
         if isinstance(text, str) and all(map(_is_image, images)):
-            return [{"role": "user", "content": [{"type": "text", "text": text}, *map(_image_part, images)]}]
+            said, shown = [{"type": "text", "text": text}], [*map(_image_part, images)]
+            return [{"role": "user", "content": [*said, *shown] if text_first else [*shown, *said]}]
     raise InvalidRequestError(
         f"Prompt {place} must be a text, a list of messages such as {{'role': 'user', 'content': '…'}}, or a pair of "
         f"text and image (or images), not {prompt!r:.80}.",

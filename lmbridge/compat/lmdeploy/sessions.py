@@ -6,6 +6,7 @@ Rule: plain state of the callers', any thread; the pipeline does the asking.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import threading
 import weakref
@@ -96,6 +97,31 @@ class Session:
     def __str__(self) -> str:
         turns = "".join(f"\nUSER: \n{asked}\nASSISTANT: \n{answered}" for asked, answered in self.history)
         return f"Session(id={self.session_id}){turns and f'{chr(10)}History:{turns}{chr(10)}'}"
+
+
+class Sessions:
+    """A pipeline's sessions by their numbers, as long as somebody holds them. Any thread."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+        self._alive: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()  # under _lock
+
+    def new(self) -> Session:
+        """One with a number that no other has."""
+        with _lock:
+            number = next(number for number in self._numbers if number not in self._alive)
+            session = self._alive[number] = Session(number)
+            return session
+
+    def find(self, given: Any) -> Any:
+        """The session of that number, a new one where there is none; what is no number is given back."""
+        if not isinstance(given, int) or isinstance(given, bool):
+            return given
+        with _lock:
+            found = self._alive.get(given)
+            if found is None:
+                found = self._alive[given] = Session(given)
+            return found
 
 
 class Turn:

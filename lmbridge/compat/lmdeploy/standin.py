@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 _NAME = "lmdeploy"
-_MODULES = frozenset({_NAME, *(f"{_NAME}.{name}" for name in ("api", "messages", "model", "pipeline"))})
+_MODULES = frozenset({_NAME, *(f"{_NAME}.{name}" for name in ("api", "messages", "model", "pipeline", "vl"))})
 """LMDeploy's modules that have a counterpart here; its others are its own for everybody."""
 _EXEMPT = frozenset({_NAME, "lmbridge"})
 
@@ -82,9 +82,9 @@ class Installation(AbstractContextManager["Installation"]):
 def install(*, backend: str | None = None, model: str | None = None) -> Installation:
     """From now on ``import lmdeploy`` and ``from lmdeploy import …`` give the drop-in, everywhere in this process.
 
-    It takes import statements of ``lmdeploy`` and its modules ``api``, ``messages``, ``model`` and ``pipeline``; those
-    that LMDeploy and lmbridge make themselves are left alone, and so is ``importlib.import_module``. A second call
-    replaces the first.
+    It takes import statements of ``lmdeploy`` and its modules ``api``, ``messages``, ``model``, ``pipeline`` and
+    ``vl``; those that LMDeploy and lmbridge make themselves are left alone, and so is ``importlib.import_module``. A
+    second call replaces the first.
 
     Args:
         backend: ``"lmdeploy"`` or ``"transformers"``, for pipelines built without a ``backend``.

@@ -32,8 +32,8 @@ class Asked:
 class ResponseStream:
     """The parts of the answers, as they come: ``for out in pipe.stream_infer(...)``.
 
-    Leaving the loop, ``close``, the end of a ``with`` and dropping the stream stop the engine. ``next`` reads
-    by hand.
+    ``close``, the end of a ``with`` and dropping the stream stop the engine; so does leaving a ``for`` loop that alone
+    holds it. One that is held goes on where the last ``for`` or ``next`` stopped.
     """
 
     def __init__(self, turns: Sequence[Turn | None], whole: bool) -> None:
@@ -61,12 +61,7 @@ class ResponseStream:
             self._group.stop(index)
 
     def __iter__(self) -> Iterator[Response]:
-        # A generator of its own: only the for loop holds it, so that `break` drops it and this finally runs at once.
-        try:
-            while (part := self._next()) is not None:
-                yield part
-        finally:
-            self.close()
+        return self
 
     def __next__(self) -> Response:
         """The next part.
@@ -76,10 +71,16 @@ class ResponseStream:
             RuntimeError: another thread reads already.
             RequestTimeoutError, BridgeClosedError, ForkedError: what ends the reading of all of them.
         """
-        part = self._next()
-        if part is None:
-            raise StopIteration
-        return part
+        try:
+            part = self._read()
+            if part is None:
+                raise StopIteration
+            return part
+        except BaseException as error:  # KeyboardInterrupt too: nobody reads on
+            if type(error) not in (StopIteration, RuntimeError):  # that one says that another thread reads
+                self._failed = True
+                self.close()
+            raise
 
     def close(self) -> None:
         """Stop what still runs. Any thread, any time."""
@@ -105,17 +106,8 @@ class ResponseStream:
 
     # --- the reader ---
 
-    def _next(self) -> Response | None:
-        """The next part; None at the end."""
-        try:
-            return self._read()
-        except BaseException as error:  # KeyboardInterrupt too: nobody reads on
-            if type(error) is not RuntimeError:  # that one says that another thread does
-                self._failed = True
-                self.close()
-            raise
-
     def _read(self) -> Response | None:
+        """The next part; None at the end."""
         while not self._failed:
             with contextlib.suppress(IndexError):
                 part = self._ready.popleft()
