@@ -44,7 +44,7 @@ class OpenAIEngine(Engine):
     """
 
     name: ClassVar[str] = "openai"
-    libraries = (Library("openai", "1.40 to 3.57", INSTALL),)
+    libraries = (Library("openai", "1.55 to 3.57", INSTALL),)
     supports: ClassVar[frozenset[str]] = ANY
 
     def __init__(

@@ -163,7 +163,7 @@ def test_a_server_that_tells_numbers_as_they_are(rude: Callable[..., Rude]) -> N
 
 def test_shares_add_up() -> None:
     """The tokens that a server counts for a batch are all somebody's."""
-    items = [jobs._Item(jobs.Embed("a" * length)) for length in (1, 2, 30, 7)]
+    items = [jobs._Item(Embed("a" * length)) for length in (1, 2, 30, 7)]
     jobs._share(17, items)
     assert sum(item.usage.prompt_tokens for item in items) == 17
 
