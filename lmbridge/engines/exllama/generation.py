@@ -1,0 +1,256 @@
+"""ExLlama's generator, on the thread that owns it.
+
+Rule: what is under "generation thread" runs there, all else on the server thread. They meet in two deques, which one
+side fills and the other empties, so that neither waits for the other.
+
+ExLlama's own async wrappers are not used: they call ``iterate()`` on the loop, which stands still while a prompt is
+read, and with it every deadline, abort and health check; and a device could not be shared. Everything that touches the
+generator (``enqueue``, ``cancel``, ``iterate``) happens on the one thread that has loaded the model, whose current
+stream ExLlama sets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmbridge.engines.base import Party, engine_error
+from lmbridge.engines.batching import is_out_of_memory
+from lmbridge.engines.standing import where_is
+from lmbridge.engines.thread import EngineThread
+from lmbridge.errors import EngineDeadError, EngineError
+from lmbridge.log import shown
+from lmbridge.messages import FinishReason, Logprobs
+
+_REASONS: Mapping[str, FinishReason] = {"stop_token": "stop", "max_new_tokens": "length", "end_filter": "stop"}
+"""ExLlama's ``eos_reason``; the others come of settings that are never made."""
+
+
+@dataclass
+class News:
+    """What became of a job since it was last looked at.
+
+    Attributes:
+        tokens: new tokens of its answer, the ending one left out.
+        logprobs: one entry for each, where asked for.
+        reason: why it has ended.
+        error: what has ended it.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    reason: FinishReason | None = None
+    error: BaseException | None = None
+
+    def add(self, other: News) -> None:
+        """Take in what came after."""
+        self.tokens += other.tokens
+        self.logprobs += other.logprobs
+        self.reason = self.reason or other.reason
+        self.error = self.error or other.error
+
+
+class Job:
+    """One request in the generator; server thread, but for what is marked.
+
+    Attributes:
+        inner: ExLlama's job, once it is made. Generation thread.
+        moves: how often the generator has told anything of it.
+        waits: it is in the generator's line, and no cache has been given to it.
+    """
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.make = make
+        self.inner: Any = None
+        self.moves = 0
+        self.waits = True
+        self.ended = False
+        self._news = News()
+        self._bell = asyncio.Event()
+
+    def tell(self, news: News) -> None:
+        """Keep it until somebody asks; what is kept is one piece however much comes."""
+        self.ended = self.ended or news.reason is not None or news.error is not None
+        self._news.add(news)
+        self._bell.set()
+
+    async def news(self) -> News:
+        """All that has come since the last call, as soon as there is any."""
+        await self._bell.wait()
+        self._bell.clear()
+        news, self._news = self._news, News()
+        return news
+
+
+class Generation:
+    """A generator of ExLlama's, stepping while it has jobs.
+
+    Args:
+        thread: owns the generator, and has loaded its model.
+        on_end: hears, once, why it cannot go on; no job inside hears more then.
+
+    Attributes:
+        steps, tokens: how many there were.
+    """
+
+    def __init__(
+        self, thread: EngineThread, generator: Any, party: Party, on_end: Callable[[BaseException], None]
+    ) -> None:
+        self.steps = self.tokens = 0
+        self._thread, self._generator, self._party, self._on_end = thread, generator, party, on_end
+        self._loop = asyncio.get_running_loop()
+        self._orders: deque[Callable[[], None]] = deque()  # filled here, emptied by the generation thread
+        self._told: deque[tuple[Job, str, News]] = deque()  # the other way round
+        self._jobs: dict[Any, Job] = {}  # by ExLlama's; generation thread
+        self._ident: int | None = None  # of the generation thread; set there
+        self._closing = False  # set here
+        self._dead: BaseException | None = None
+        self._work: asyncio.Task[None] | None = None  # there while there is something to do
+
+    def begin(self, make: Callable[[], Any]) -> Job:
+        """Have the generator work on what ``make`` returns; that is called on its thread.
+
+        Raises:
+            EngineDeadError: it cannot go on.
+        """
+        if self._dead is not None or self._closing:
+            raise EngineDeadError("The ExLlama engine has ended; it takes no requests.") from self._dead
+        job = Job(make)
+        self._order(lambda: self._enqueue(job))
+        return job
+
+    def end(self, job: Job) -> None:
+        """Free what the job holds, before the next step; nothing where it has ended by itself."""
+        if not job.ended and self._dead is None:
+            job.ended = True
+            self._order(lambda: self._cancel(job))
+
+    def progress(self, job: Job) -> int:
+        """A number that changes while the generator works on the job, or on others before it."""
+        return job.moves + (self.steps if job.waits else 0)
+
+    def where(self) -> str:
+        """Where its thread stands. Any thread."""
+        return where_is(self._ident) if self._work is not None else ""
+
+    async def close(self, timeout: float) -> bool:
+        """Stop before the next step; False if the one under way does not end within ``timeout`` seconds."""
+        self._closing = True
+        if self._work is not None:
+            await asyncio.wait([self._work], timeout=timeout)
+        return self._work is None
+
+    def _order(self, order: Callable[[], None]) -> None:
+        self._orders.append(order)
+        if self._work is None:  # the context of whoever comes first is not for the others
+            self._work = self._loop.create_task(self._serve(), name="lmbridge exllama", context=contextvars.Context())
+
+    async def _serve(self) -> None:
+        try:
+            while self._orders and not self._closing:
+                await self._thread.run(self._step_on)
+        except Exception as cause:
+            traceback.clear_frames(cause.__traceback__)  # they hold the generator, and the cache with it
+            self._dead = cause
+            self._orders.clear()
+            self._on_end(cause)
+        finally:
+            self._work = None
+
+    def _hear(self) -> None:
+        """Hand out what the generator has told."""
+        while self._told:
+            job, stage, news = self._told.popleft()
+            job.moves += 1
+            job.waits = job.waits and not stage
+            self.tokens += len(news.tokens)
+            if not job.ended:
+                job.tell(news)
+
+    # ------------------------------------------------------------------------------------------------ generation thread
+
+    def _step_on(self) -> None:
+        """Step until there is nothing to do. What is raised is the generator's end: no job of it can be trusted then.
+
+        Raises:
+            Exception: whatever ``iterate()`` does.
+        """
+        self._ident = threading.get_ident()
+        while not self._closing:
+            while self._orders:
+                self._orders.popleft()()
+            if not self._generator.num_remaining_jobs():
+                return
+            with self._party.turn():
+                results = self._generator.iterate()
+            self.steps += 1
+            for result in results:
+                if result["stage"] == "error" and is_lost(result["error"]):
+                    raise result["error"]
+                job = self._jobs.get(result["job"])
+                if job is not None:
+                    self._post(job, result["stage"], read(result))
+                    if result["eos"]:
+                        del self._jobs[result["job"]]
+
+    def _enqueue(self, job: Job) -> None:
+        try:
+            inner = job.make()
+            self._generator.enqueue(inner)
+        except EngineError as error:
+            self._post(job, "", News(error=error))
+        except Exception as cause:  # this one alone: it is in no queue
+            self._post(job, "", News(error=engine_error(f"ExLlama refused the request: {shown(cause)}.", cause)))
+        else:
+            job.inner, self._jobs[inner] = inner, job
+
+    def _cancel(self, job: Job) -> None:
+        if self._jobs.pop(job.inner, None) is not None:  # or it has ended by itself meanwhile
+            self._generator.cancel(job.inner)
+
+    def _post(self, job: Job, stage: str, news: News) -> None:
+        self._told.append((job, stage, news))
+        if len(self._told) <= 1:  # of several, the first has called for whoever empties it, and has not been taken yet
+            with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile: nobody waits
+                self._loop.call_soon_threadsafe(self._hear)
+
+
+def read(result: Mapping[str, Any]) -> News:
+    """What one of ExLlama's results says."""
+    if result["stage"] == "error":
+        cause = result["error"]
+        traceback.clear_frames(cause.__traceback__)
+        return News(error=engine_error(f"ExLlama failed the request: {shown(cause)}.", cause))
+    if result["stage"] != "streaming":
+        return News()
+    news = News(reason=_REASONS.get(result.get("eos_reason", ""), "stop") if result["eos"] else None)
+    for part in (result, result.get("held", {})):  # what ExLlama had held back when the answer ended
+        news.tokens += part["token_ids"][0].tolist() if "token_ids" in part else []
+        news.logprobs += _logprobs(part) if "token_probs" in part else []
+    if result.get("eos_reason") == "stop_token":  # it comes last, and is no part of the answer
+        news.tokens, news.logprobs = news.tokens[:-1], news.logprobs[:-1]
+    return news
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether the device is lost: every later call to it will fail, too. A guess by name; lack of memory is none."""
+    named = type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
+    return named and not is_out_of_memory(error)
+
+
+def _logprobs(part: Mapping[str, Any]) -> list[Logprobs]:
+    tokens, own = part["token_ids"][0].tolist(), part["token_probs"].log()[0].tolist()
+    if "top_k_tokens" not in part:
+        return [{token: value} for token, value in zip(tokens, own, strict=True)]
+    likely, values = part["top_k_tokens"][0].tolist(), part["top_k_probs"].log()[0].tolist()
+    return [
+        {token: value, **dict(zip(*others, strict=True))}
+        for token, value, *others in zip(tokens, own, likely, values, strict=True)
+    ]
