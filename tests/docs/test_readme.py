@@ -28,7 +28,16 @@ def run(source: str) -> str:
 
 def test_there_are_blocks() -> None:
     """The README has the examples that the other tests here run, and those for real models."""
-    assert [options for options, _ in blocks()] == ["", ":class: needs-a-hub", "", "", "", ":class: needs-a-hub", ""]
+    assert [options for options, _ in blocks()] == [
+        "",
+        ":class: needs-a-hub",
+        "",
+        "",
+        "",
+        ":class: needs-a-hub",
+        "",
+        "",
+    ]
 
 
 def test_first_example() -> None:
@@ -74,12 +83,17 @@ def test_encoder_example_compiles() -> None:
     compile(blocks()[5][1], "README.rst", "exec")
 
 
+def test_text_function_example() -> None:
+    """A function that yields answers prompts."""
+    assert run(blocks()[6][1]).split() == ["HELLO", "WORLD"]
+
+
 @pytest.mark.long
 def test_flask_example() -> None:
     """The Flask views answer, the second in a stream."""
     ask = 'print(app.test_client().post("/ask", json={"prompt": "What is the capital of Kenya?"}).get_json())'
     tell = 'print(app.test_client().post("/tell", json={"prompt": "What is the capital of Peru?"}).text)'
-    out = run("\n".join([blocks()[6][1], ask, tell]))
+    out = run("\n".join([blocks()[7][1], ask, tell]))
     assert "Nairobi" in out
     assert "Lima" in out
 
