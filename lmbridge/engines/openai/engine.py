@@ -19,7 +19,7 @@ from lmbridge.engines.openai.errors import NotServedError, in_our_words
 from lmbridge.engines.openai.flavours import ANY, FLAVOURS, Flavour
 from lmbridge.engines.openai.jobs import Jobs
 from lmbridge.engines.openai.library import INSTALL, import_library, make_client, post, stream
-from lmbridge.engines.openai.options import read_options
+from lmbridge.engines.openai.options import read_options, shown_url
 from lmbridge.engines.openai.reading import AnswerReader, Words
 from lmbridge.engines.openai.servers import Errand, Group, Server
 from lmbridge.engines.thread import EngineThread
@@ -76,7 +76,7 @@ class OpenAIEngine(Engine):
         self._tokens = 0
 
     def describe(self) -> str:
-        urls = ", ".join(server.url for server in self._servers) or ", ".join(self._options.urls)
+        urls = ", ".join(server.url for server in self._servers) or ", ".join(map(shown_url, self._options.urls))
         model = next((server.model for server in self._servers if server.model), self._options.model or "a model")
         return f"{model} at {urls}"
 

@@ -39,7 +39,11 @@ class NotServedError(Exception):
 
 
 class AwayError(NotServedError):
-    """It cannot be reached, or cannot serve anybody."""
+    """It cannot be reached, or cannot serve anybody. ``broke``: a connection that was there broke, an old one maybe."""
+
+    def __init__(self, said: str, broke: bool = False) -> None:
+        super().__init__(said)
+        self.broke = broke
 
 
 class BusyError(NotServedError):
@@ -75,7 +79,8 @@ def in_our_words(url: str, question: Question | None = None) -> Iterator[None]:
     except openai.APIStatusError as error:
         raise _of_status(url, error, question) from error
     except openai.APIConnectionError as error:
-        raise AwayError(said(error.__cause__ or error)) from error
+        cause = error.__cause__ or error
+        raise AwayError(said(cause), broke=not type(cause).__name__.startswith("Connect")) from error
     except openai.APIError as error:  # in the midst of a stream
         raise _of_event(url, error) from error
     except (openai.OpenAIError, OSError) as error:

@@ -8,9 +8,11 @@ library's has to be built of each token.
 from __future__ import annotations
 
 import importlib
+import os
+import socket
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import Any
+from typing import Any, cast
 
 from lmbridge.engines.parts import missing_members, missing_parameters
 from lmbridge.errors import MissingDependencyError
@@ -20,6 +22,9 @@ CONNECT_TIMEOUT = 5.0
 """Seconds for a connection to be made."""
 ANSWER_TIMEOUT = 10.0
 """Seconds for the answer to a question about the server itself."""
+
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+"""Seconds of silence before the first question, seconds between two, and how many may go unanswered."""
 
 PARAMETERS = {
     "openai:AsyncOpenAI": ("base_url", "api_key", "max_retries", "timeout"),
@@ -59,8 +64,6 @@ def import_library() -> None:
 
 def make_client(url: str, api_key: str | None) -> Any:
     """A client for one server. Many servers want no key, and the library insists on one."""
-    import os
-
     import openai
 
     key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
@@ -85,10 +88,20 @@ async def stream(client: Any, path: str, body: Mapping[str, Any]) -> AbstractAsy
     import openai
 
     kind = openai.AsyncStream[object]
-    opened: AbstractAsyncContextManager[Any] = await client.post(
-        path, body=body, cast_to=object, options=_patient(), stream=True, stream_cls=kind
-    )
-    return opened
+    opened = await client.post(path, body=body, cast_to=object, options=_patient(), stream=True, stream_cls=kind)
+    _keep_alive(opened.response.extensions.get("network_stream"))
+    return cast("AbstractAsyncContextManager[Any]", opened)
+
+
+def _keep_alive(connection: Any) -> None:
+    """Have the system notice a host that is gone without a word, or that has been started anew since."""
+    found = None if connection is None else connection.get_extra_info("socket")
+    if found is None:
+        return
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEP_ALIVE.items():
+        if hasattr(socket, name):
+            found.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _patient() -> dict[str, Any]:

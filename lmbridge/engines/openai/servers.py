@@ -32,6 +32,8 @@ LOOK = 1.0
 """Seconds between two questions to a server that is away."""
 SILENCE = 10.0
 """Seconds for which a server may say nothing of what it works on before it is asked whether it lives."""
+LEAST_WAIT = 0.1
+"""Seconds that one who is full is left alone for, however few it asks for."""
 MOST_REFUSALS = 3
 """How often a request is sent again to servers that are unwell, and say when they may be better."""
 
@@ -218,6 +220,7 @@ class Errand:
     def __init__(self, group: Group) -> None:
         self._group = group
         self._tried: set[Server] = set()
+        self._broke: set[Server] = set()
         self._refusals = 0
 
     async def next(self) -> Server:
@@ -237,14 +240,16 @@ class Errand:
         if isinstance(what, UnwantedError):
             server.unwanted |= {what.field}
             return
-        if isinstance(what, AwayError):
-            server.rest(what.said)
-            self._tried.add(server)
-        elif isinstance(what, BusyError):
-            server.held_until = asyncio.get_running_loop().time() + what.seconds
-            self._refusals += what.ails
         if begun:
             raise lost(server.url, what) from what
+        if isinstance(what, BusyError):
+            server.held_until = asyncio.get_running_loop().time() + max(what.seconds, LEAST_WAIT)
+            self._refusals += what.ails
+        elif isinstance(what, AwayError) and what.broke and server not in self._broke:
+            self._broke.add(server)  # it may have closed an old connection as this went out on it: a new one will tell
+        else:
+            server.rest(what.said)
+            self._tried.add(server)
         if self._refusals > MOST_REFUSALS:
             raise passing(
                 f"The server {server.url} cannot serve now: {what.said}. Send it again later.", what

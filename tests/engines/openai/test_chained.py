@@ -64,6 +64,7 @@ def far_running(demo: Served) -> float:
     return float(demo.model()["engine"]["in_flight"])
 
 
+@pytest.mark.long
 def test_twenty_flask_threads_share_a_remote_model(demo: Served, near: str) -> None:
     """Each view gets the answer to its own question, the one that the far end gives to it alone."""
     prompts = [f"Tell me about the number {number}." for number in range(20)]
@@ -80,6 +81,7 @@ def test_twenty_flask_threads_share_a_remote_model(demo: Served, near: str) -> N
     assert together == [message["content"] for message in alone]
 
 
+@pytest.mark.long
 def test_whoever_leaves_the_near_end_frees_the_far_one(demo: Served, near: str) -> None:
     """Browser tabs are closed: the far end's engine stops within a second, through both bridges."""
     told = [post(near, "/tell", f"Tell me story {number}.") for number in range(4)]

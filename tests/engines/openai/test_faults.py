@@ -261,6 +261,33 @@ def test_an_abort_of_a_request_that_was_not_answered_yet(rude: Callable[..., Rud
 # --- servers that are away ---
 
 
+def test_an_old_connection_that_was_closed_costs_nothing(rude: Callable[..., Rude]) -> None:
+    """Servers close connections that were idle, just as the next request goes out on one: it is sent again."""
+    server = rude(b"", answer("yes"))
+    with Bridge(server.url) as bridge:
+        assert bridge.infer("hello", timeout=PATIENCE).text == "yes"
+        assert not bridge.stats()["servers_away"]
+    assert len(server.asked) == 2
+
+
+def test_a_host_that_is_gone_without_a_word_is_noticed(
+    rude: Callable[..., Rude], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system is told to look after connections that are silent: a host that lost its power closes none."""
+    sockets: list[Any] = []
+    keep_alive = library._keep_alive
+
+    def seen(connection: Any) -> None:
+        keep_alive(connection)
+        sockets.append(connection.get_extra_info("socket"))
+        assert sockets[-1].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+    monkeypatch.setattr(library, "_keep_alive", seen)
+    with Bridge(rude(answer("yes")).url) as bridge:
+        assert bridge.infer("hello", timeout=PATIENCE).text == "yes"
+    assert sockets
+
+
 def test_a_start_without_a_server_names_it() -> None:
     """The address and the reason, rather than a first request that fails."""
     port = free_port()
