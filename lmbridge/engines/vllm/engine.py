@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import gc
 import itertools
-import multiprocessing
 import os
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from lmbridge.engines.models import find_model
 from lmbridge.engines.text import Vocabulary
 from lmbridge.engines.thread import EngineThread
 from lmbridge.engines.vllm.library import INSTALL
-from lmbridge.engines.vllm.loading import load, load_tokenizer
+from lmbridge.engines.vllm.loading import load, load_tokenizer, prepare
 from lmbridge.engines.vllm.options import VLLMOptions
 from lmbridge.engines.vllm.sampling import PARAMS, sampling_params, structured
 from lmbridge.errors import (
@@ -42,8 +41,10 @@ from lmbridge.messages import Delta, GenerationConfig, Logprobs, Request
 
 SHUTDOWN_TIMEOUT = 5.0
 """Seconds that vLLM's engine process may take to end by itself; it is killed then."""
+KILL_TIMEOUT = 1.0
+"""Seconds that a killed process may take to be gone."""
 HANDLER_TIMEOUT = 1.0
-"""Seconds that what vLLM has on the loop may take to end after that."""
+"""Seconds that what vLLM has on the loop may take to end."""
 BUSY = 1.0
 """Seconds without further requests once vLLM has refused one because it has too many."""
 
@@ -129,6 +130,7 @@ class VLLMEngine(Engine):
             Exception: what else vLLM raises when it cannot load the model.
         """
         self._started = True
+        await self._thread.run(prepare)
         core = await self._thread.run(self._load)
         tasks = await core.get_supported_tasks()
         if "generate" not in tasks:
@@ -162,7 +164,10 @@ class VLLMEngine(Engine):
             raise EngineStartError(f"vLLM ended its first answer with {reasons[-1]!r}.")
 
     def _on_end(self, _: asyncio.Task[None]) -> None:
-        self._die(RuntimeError("vLLM's engine process has ended; what vLLM has logged before that says why"))
+        if self._core is not None:
+            codes = [process.exitcode for process in _processes(self._core)]
+            why = f" with code {', '.join(map(str, codes))}" if any(codes) else ""
+            self._die(RuntimeError(f"vLLM's engine process ended{why}; what vLLM logged before that says more"))
 
     def _die(self, cause: BaseException) -> None:
         if self._core is not None and self._dead is None:
@@ -174,12 +179,13 @@ class VLLMEngine(Engine):
         started, self._started = self._started, False
         try:
             await super().close()
-            if started:
-                await self._thread.run(self._shut_down)
             if core is not None:
+                core.output_handler.cancel()  # before its end, which it would tell as an error
                 await asyncio.wait([core.output_handler], timeout=HANDLER_TIMEOUT)
                 del core
-                await self._thread.run(gc.collect)
+            if started:
+                await self._thread.run(self._shut_down)
+                await self._thread.run(gc.collect)  # sockets go with it
         finally:
             self._thread.close()
 
@@ -187,8 +193,10 @@ class VLLMEngine(Engine):
         """On the worker thread, for it blocks until the processes have ended; also when the start was given up."""
         core, self._loaded = self._loaded, None
         if core is not None:
+            processes = _processes(core)
             core.shutdown(timeout=SHUTDOWN_TIMEOUT)
-            multiprocessing.active_children()  # reaps those that were killed
+            for process in processes:
+                process.join(KILL_TIMEOUT)
 
     # --------------------------------------------------------------------------------------------------------- requests
 
@@ -291,6 +299,11 @@ class VLLMEngine(Engine):
 
     def stats(self) -> dict[str, float]:
         return {**super().stats(), "tokens": float(self._tokens)}
+
+
+def _processes(core: Any) -> list[Any]:
+    """vLLM's engine processes; none where they are Ray's."""
+    return list(getattr(core.engine_core.resources.engine_manager, "processes", ()))
 
 
 def _taken(completion: Any) -> tuple[list[int], list[Logprobs] | None]:

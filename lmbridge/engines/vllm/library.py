@@ -57,8 +57,8 @@ MEMBERS = {
 """Class to the names of its members."""
 
 ATTRIBUTES = (
-    "model_config.get_vocab_size", "model_config.max_model_len", "model_config.tokenizer",
-    "model_config.tokenizer_revision", "model_config.trust_remote_code", "output_handler",
+    "engine_core.resources.engine_manager", "model_config.get_vocab_size", "model_config.max_model_len",
+    "model_config.tokenizer", "model_config.tokenizer_revision", "model_config.trust_remote_code", "output_handler",
     "vllm_config.scheduler_config.max_num_seqs",
 )  # fmt: skip
 """What an engine that has been built has."""

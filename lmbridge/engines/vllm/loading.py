@@ -28,17 +28,28 @@ _CPU_CACHE = 4 << 30
 """The most bytes of the cache on a CPU, where vLLM would take nine tenths of the machine's memory."""
 
 
-def load(options: VLLMOptions) -> Any:
-    """vLLM's ``AsyncLLM`` for the model, its engine process running, and nothing yet on any loop.
+def prepare() -> None:
+    """Import vLLM.
+
+    A call of its own: an error that some library met and kept while it was imported keeps all who had called it, and
+    with ``load`` the engine that it made.
 
     Raises:
         MissingDependencyError: vLLM is missing, or has changed.
-        InvalidRequestError: it has no such engine argument.
-        Exception: what else vLLM raises when it cannot load the model.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import_library()
+
+
+def load(options: VLLMOptions) -> Any:
+    """vLLM's ``AsyncLLM`` for the model, its engine process running, and nothing yet on any loop.
+
+    Raises:
+        MissingDependencyError: vLLM has changed.
+        InvalidRequestError: it has no such engine argument.
+        Exception: what else vLLM raises when it cannot load the model.
+    """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 

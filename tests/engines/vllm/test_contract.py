@@ -1,0 +1,25 @@
+"""The engine contract on vLLM's real engine, scheduler and CPU kernels."""
+
+from __future__ import annotations
+
+from lmbridge import Engine
+from lmbridge.testing import EngineContract
+from tests.engines.vllm.conftest import QUIET, small
+
+pytestmark = QUIET
+
+
+class TestVLLMEngine(EngineContract):
+    """The vLLM engine keeps the contract."""
+
+    prompts = (
+        "What is the capital of France?", "Tell me a story about a dog.", "Hello!", "Count to ten.",
+        "Who are you?", "What colour is the sky?",
+    )  # fmt: skip
+    long_prompt = "Tell me a long story about a fox and a bear."
+    poison = (10**9,)
+    patience = 120.0
+    stall_timeout = 20.0
+
+    def engine(self) -> Engine:
+        return small()
