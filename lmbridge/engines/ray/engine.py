@@ -23,7 +23,7 @@ from lmbridge.engines.ray.sending import Sender
 from lmbridge.engines.thread import EngineThread
 from lmbridge.errors import EngineDeadError, EngineStartError, InvalidRequestError
 from lmbridge.log import said
-from lmbridge.messages import Delta, Request
+from lmbridge.messages import Delta, GenerationConfig, Request
 
 LOOK_INTERVAL = 1.0
 """Seconds between two looks at whether the application still is there."""
@@ -82,6 +82,7 @@ class RayEngine(Engine):
             self.max_batch_size = settings.replicas * pattern.max_batch_size
         else:
             self._app = _checked_app(model, app, settings)
+            self.supports = frozenset(GenerationConfig().__dict__)  # type: ignore[misc]  # what is refused is known once it has started
         self._settings = settings
         self._thread = EngineThread("lmbridge ray")
         weakref.finalize(self, self._thread.close).atexit = False
@@ -172,7 +173,7 @@ class RayEngine(Engine):
             return
         self._joined = False
         try:
-            if self._deployed and serving.connected():
+            if self._deployed:
                 serving.delete(self._app)
         finally:
             serving.leave()
@@ -201,7 +202,8 @@ class RayEngine(Engine):
     def _die(self, cause: BaseException) -> None:
         if self._dead is None:
             self._dead = cause
-            self.on_death(cause)
+            if not serving.ending():  # then no other engine could follow
+                self.on_death(cause)
 
     # --------------------------------------------------------------------------------------------------------- requests
 
@@ -212,6 +214,8 @@ class RayEngine(Engine):
             EngineDeadError: the application is gone.
             EngineError: the replica has died; ``retryable``.
         """
+        if not serving.connected():
+            self._die(ConnectionError("Ray has been shut down in this process"))
         if self._sender is None or self._dead is not None:
             raise EngineDeadError(f"Serve's application {self._app} is gone.") from self._dead
         self._under_way.add(request.id)

@@ -6,6 +6,8 @@ connection to Ray, which its engines share.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import threading
 import time
@@ -41,12 +43,18 @@ class Look:
 
 
 class _Connection:
-    """This process's connection to Ray: made by the first engine that needs one, closed by the last if it was made."""
+    """This process's connection to Ray: made by the first engine that needs one, closed by the last if it was made.
+
+    Ray ends itself at exit, before the bridges that nobody closed end. So what is left then is deleted before that, and
+    nothing asks Ray for anything any more: it would start anew.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._engines = 0  # guarded by _lock, as is the next
         self._made = False
+        self.apps: set[str] = set()  # deployed from here; each entered and removed in one atomic step
+        self.ending = False  # the interpreter ends; set once, by its thread
 
     def join(self, address: str | None) -> None:
         """Be connected to Ray, and have Serve run there."""
@@ -54,13 +62,17 @@ class _Connection:
         from ray import serve
 
         with self._lock:
+            if self.ending:
+                raise ConnectionError("The interpreter is ending, and Ray with it.")
             if not ray.is_initialized():
                 local = address == "local" or (address is None and not os.environ.get("RAY_ADDRESS"))
                 dashboard = {"include_dashboard": False} if local else {}
                 ray.init(address=address, logging_level="WARNING", log_to_driver=False, **dashboard)
                 self._made = True
+            atexit.unregister(self._end)
+            atexit.register(self._end)  # the last to register is the first to be called
             self._engines += 1
-            serve.start(proxy_location="Disabled", logging_config=QUIET)  # does nothing where it runs already
+        serve.start(proxy_location="Disabled", logging_config=QUIET)  # does nothing where it runs already
 
     def leave(self) -> None:
         """One engine less; a Ray that was started on this machine ends with the last of them."""
@@ -70,7 +82,14 @@ class _Connection:
             self._engines -= 1
             if not self._engines and self._made:
                 self._made = False
-                ray.shutdown()
+                if not self.ending:
+                    ray.shutdown()
+
+    def _end(self) -> None:
+        self.ending = True
+        for app in list(self.apps):
+            with contextlib.suppress(Exception):
+                delete(app)
 
 
 _connection = _Connection()
@@ -93,10 +112,28 @@ def leave() -> None:
 
 
 def connected() -> bool:
-    """Whether Ray is there still; at the end of the interpreter it may have gone before."""
+    """Whether Ray is there still: somebody may have shut it down. Any thread; blocks for nothing."""
     import ray
 
     return bool(ray.is_initialized())
+
+
+def ending() -> bool:
+    """Whether Ray has gone, or is about to, since the interpreter ends. Any thread."""
+    return _connection.ending
+
+
+def _serve() -> Any:
+    """Ray Serve, for a question: without a connection it would start a Ray to ask.
+
+    Raises:
+        ConnectionError: there is none.
+    """
+    from ray import serve
+
+    if not connected():
+        raise ConnectionError("Ray has been shut down in this process.")
+    return serve
 
 
 def application(args: Mapping[str, Any]) -> Any:
@@ -114,27 +151,28 @@ def application(args: Mapping[str, Any]) -> Any:
 _SETTINGS = ("model", "inner_engine", "replicas", "num_cpus", "num_gpus", "runtime_env")
 
 
-def build(options: RayOptions) -> Any:
-    """The application that was asked for. A replica takes twice what its engine computes on at once, so that the next
-    one is there when a place is free; its own bridge has them wait.
+def build(options: RayOptions, **settings: Any) -> Any:
+    """The application that was asked for; ``settings`` are the deployment's, over those made here.
+
+    A replica takes twice what its engine computes on at once, so that the next one is there when a place is free; its
+    own bridge has them wait.
     """
     from ray import serve
 
     from lmbridge.engines.ray.replica import Replica
 
     places = options.pattern().max_batch_size
-    deployment = serve.deployment(
-        Replica,
-        name="Replica",
-        num_replicas=options.replicas,
-        ray_actor_options=options.actor,
-        max_ongoing_requests=2 * places,
-        graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=5.0,
-        health_check_period_s=2.0,
-        max_constructor_retry_count=1,
-        logging_config=QUIET,
-    )
+    usual: dict[str, Any] = {
+        "num_replicas": options.replicas,
+        "ray_actor_options": options.actor,
+        "max_ongoing_requests": 2 * places,
+        "graceful_shutdown_wait_loop_s": 0.1,
+        "graceful_shutdown_timeout_s": 5.0,
+        "health_check_period_s": 2.0,
+        "max_constructor_retry_count": 1,
+        "logging_config": QUIET,
+    }
+    deployment = serve.deployment(Replica, name="Replica", **{**usual, **settings})
     return deployment.bind(options.model, options.inner_engine, places, options.inner)
 
 
@@ -156,14 +194,17 @@ def deploy(app: str, options: RayOptions) -> None:
             param="app",
         )
     target = RunTarget(build(options), name=app, route_prefix=None, logging_config=QUIET)
+    _connection.apps.add(app)
     run_many([target], wait_for_applications_running=False)
 
 
 def look(app: str) -> Look | None:
-    """What Serve says of an application; None where there is none of that name."""
-    from ray import serve
+    """What Serve says of an application; None where there is none of that name.
 
-    found = serve.status().applications.get(app)
+    Raises:
+        ConnectionError: Ray has been shut down. Exception: Ray's own, where it does not answer.
+    """
+    found = _serve().status().applications.get(app)
     if found is None:
         return None
     deployments = found.deployments.values()
@@ -174,20 +215,16 @@ def look(app: str) -> Look | None:
 
 def applications() -> list[str]:
     """The names of all that Serve has."""
-    from ray import serve
-
-    return sorted(serve.status().applications)
+    return sorted(_serve().status().applications)
 
 
 def handle(app: str) -> Any:
     """What requests are sent by."""
-    from ray import serve
-
-    return serve.get_app_handle(app)
+    return _serve().get_app_handle(app)
 
 
 def delete(app: str) -> None:
-    """End an application; returns when its processes have ended."""
-    from ray import serve
-
-    serve.delete(app)
+    """End an application that was deployed here; returns when its processes have ended."""
+    _connection.apps.discard(app)
+    if connected():
+        _serve().delete(app)
