@@ -85,8 +85,15 @@ def in_our_words(url: str, question: Question | None = None) -> Iterator[None]:
         raise _of_event(url, error) from error
     except (openai.OpenAIError, OSError) as error:
         raise AwayError(said(error)) from error
-    except Exception as error:  # what it sent is nothing that can be read
+    except Exception as error:
+        if _is_of_transport(error):  # which older clients leave as it is in the midst of a stream
+            raise AwayError(said(error), broke=True) from error
         raise passing(f"The server {url} sent what cannot be read: {shown(error)}. Send it again.") from error
+
+
+def _is_of_transport(error: Exception) -> bool:
+    """Whether it is one of the HTTP library's, which is another one with older clients."""
+    return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
 
 
 def lost(url: str, what: NotServedError) -> EngineError:
