@@ -16,7 +16,8 @@ from lmbridge.engines.dialect.telling import told, written_out
 from lmbridge.engines.llamacpp.forms import grammar_of
 from lmbridge.engines.llamacpp.loading import Model
 from lmbridge.errors import InvalidRequestError
-from lmbridge.messages import GenerationConfig, Request
+from lmbridge.messages import GenerationConfig, Message, Request
+from lmbridge.tools import Calling
 
 _SAMPLERS = ("penalties", "temperature", "top_k", "top_p", "min_p")  # in the order in which other engines have them
 _SEEDS = (1 << 32) - 1  # the highest means a seed of llama.cpp's choice
@@ -29,12 +30,10 @@ class Asked:
     Attributes:
         body: JSON.
         chat: it is a conversation.
-        forced: the answer is one call as JSON, which llama.cpp does not know to be one.
     """
 
     body: str = field(repr=False)
     chat: bool
-    forced: bool
 
 
 def asked_of(request: Request, model: Model) -> Asked:
@@ -45,7 +44,6 @@ def asked_of(request: Request, model: Model) -> Asked:
     """
     config, prompt = request.config, request.prompt
     fields = {**_usual(config), **_sampling(config, model)}
-    forced = config.calling is not None and not model.knows_tools
     if config.form is not None:
         if config.calling is not None:
             raise InvalidRequestError(f"llama.cpp takes no {config.form.param} beside tools; give one.", "tools")
@@ -53,12 +51,12 @@ def asked_of(request: Request, model: Model) -> Asked:
     bare = isinstance(prompt, str) and (request.raw or not model.header.has_template)
     chat = not bare and (isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], Mapping)))
     if chat:
-        fields.update(_chat(prompt, config, model, forced))
+        fields.update(_chat(prompt, config, model))
     else:
         _refuse_chat_fields(config)
         fields["prompt"] = prompt if isinstance(prompt, str) else _ids(prompt, model)
     try:
-        return Asked(json.dumps(fields, allow_nan=False), chat, forced)
+        return Asked(json.dumps(fields, allow_nan=False), chat)
     except (TypeError, ValueError, RecursionError) as cause:
         raise InvalidRequestError(f"The prompt holds what JSON cannot say: {cause}.", "prompt") from None
 
@@ -99,7 +97,7 @@ def _sampling(config: GenerationConfig, model: Model) -> dict[str, Any]:
     return fields
 
 
-def _chat(prompt: Any, config: GenerationConfig, model: Model, forced: bool) -> dict[str, Any]:
+def _chat(prompt: Any, config: GenerationConfig, model: Model) -> dict[str, Any]:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [_message(each) for each in prompt]
     if not model.header.has_template:
         raise InvalidRequestError(
@@ -110,31 +108,42 @@ def _chat(prompt: Any, config: GenerationConfig, model: Model, forced: bool) -> 
         "add_generation_prompt": not config.continue_final_message if begins is None else begins,
         "continue_final_message": config.continue_final_message,
         "chat_template_kwargs": dict(config.chat_template_kwargs or {}),
-        "reasoning_format": "auto" if config.separate_reasoning or config.calling is not None else "none",
+        "reasoning_format": "auto" if _parts_thoughts(config) else "none",
     }
     if not model.knows_tools:
         messages = written_out(messages)
-    if forced:
-        messages, grammar = _forced(messages, config)
-        fields["grammar"] = grammar
-    elif config.calling is not None:
-        fields["tools"] = config.calling.tools
-        fields["tool_choice"] = "required" if config.calling.required else "auto"
-        fields["parallel_tool_calls"] = config.calling.parallel
+    if config.calling is not None:
+        messages, more = _told(messages, config.calling, model)
+        fields.update(more)
     return {**fields, "messages": messages}
 
 
-def _forced(messages: list[dict[str, Any]], config: GenerationConfig) -> tuple[list[dict[str, Any]], str]:
-    """For a template that knows no tools: who tells the model of them, and the one form its answer may have."""
-    calling = config.calling
-    assert calling is not None
-    if not calling.required:
+def _parts_thoughts(config: GenerationConfig) -> bool:
+    """Whether llama.cpp is to give thoughts apart; an answer with a form begins with it, and has none."""
+    if config.form is not None or (config.calling is not None and config.calling.required):
+        return False
+    return config.separate_reasoning or config.calling is not None
+
+
+def _told(messages: list[Message], calling: Calling, model: Model) -> tuple[list[Message], dict[str, Any]]:
+    """The conversation of a model that may call functions, or must, and the fields that tell llama.cpp.
+
+    A call that must come is written and read by us: llama.cpp 11549 lets the answer go free for most templates
+    (``tool_choice`` "required" with those of Qwen, Llama, Mistral and DeepSeek), and knows no call where there are no
+    tools in the template.
+    """
+    if not calling.required and not model.knows_tools:
         raise InvalidRequestError(
             "The model's chat template knows no tools, so that the model cannot choose whether to call one. Send "
             'tool_choice "required", or name the function: its arguments will keep to their schema.',
             "tools",
         )
-    return told(messages, calling.tools), grammar_of(calls_schema(calling, None))
+    tools = {"tools": calling.tools} if model.knows_tools else {}
+    if not calling.required:
+        return messages, {**tools, "tool_choice": "auto", "parallel_tool_calls": calling.parallel}
+    if not model.knows_tools:
+        messages = told(messages, calling.tools)
+    return messages, {**tools, "tool_choice": "none", "grammar": grammar_of(calls_schema(calling, None))}
 
 
 def _refuse_chat_fields(config: GenerationConfig) -> None:
@@ -143,7 +152,7 @@ def _refuse_chat_fields(config: GenerationConfig) -> None:
             raise InvalidRequestError(f"{name} are for a chat template, and this prompt goes without one.", name)
 
 
-def _message(message: Any) -> dict[str, Any]:
+def _message(message: Any) -> Message:
     spoken = isinstance(message, Mapping) and isinstance(message.get("role"), str)
     if not spoken or ("content" not in message and "tool_calls" not in message):
         raise InvalidRequestError(f"A message is a dict with 'role' and 'content', not {message!r:.80}.", "prompt")

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 Handle = Callable[[str, Callable[[str], bool]], None]
@@ -69,26 +69,17 @@ class Call:
         """Have llama.cpp give it up at its next word: a token, or a chunk of the prompt."""
         self._stopped = True
 
-    async def words(self, work: asyncio.Task[None]) -> AsyncIterator[list[dict[str, Any]]]:
-        """What is heard, all that is there at once, until ``work``, which makes the call, has ended.
-
-        Raises:
-            BaseException: what ended the call.
-        """
-        work.add_done_callback(lambda _: self.news.set())
+    async def words(self, work: asyncio.Task[None]) -> list[dict[str, Any]]:
+        """What has come since the last time, once there is something; nothing when ``work``, the call, has ended."""
         while True:
             self.news.clear()
             ended = work.done()  # asked first: whatever came before its end is there then
             words = []
             while self._words:
                 words.append(self._words.popleft())
-            if words:
-                yield words
-            elif ended:
-                work.result()
-                return
-            else:
-                await self.news.wait()
+            if words or ended:
+                return words
+            await self.news.wait()
 
     def _listen(self) -> Generator[bool, str, None]:
         """Takes llama.cpp's words; says whether to stop.

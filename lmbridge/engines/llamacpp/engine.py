@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import os
 import time
 import weakref
@@ -176,47 +177,35 @@ class LlamaCppEngine(Engine):
             return
         call = self._calls[request.id] = Call(self._bell)
         work = self._begun(slot, _answer, request, model, call)
+        work.add_done_callback(lambda _: call.news.set())
+        reading = Reading(request.config, self._texts)
         try:
-            async with contextlib.aclosing(self._deltas(request, model, call, work)) as deltas:
-                async for delta in deltas:
+            while not reading.stopped and (words := await self._heard(call, work)):
+                delta = reading.take(words)
+                if delta is not None:
                     yield delta
+            last = reading.finish()
         finally:
             call.stop()
             if not work.done():
                 await asyncio.wait([work])
+            self._tokens += reading.tokens
             if self._calls.get(request.id) is call:
                 del self._calls[request.id]
+        yield last
 
-    async def _deltas(
-        self, request: Request, model: Model, call: Call, work: asyncio.Task[Any]
-    ) -> AsyncGenerator[Delta, None]:
-        forced = request.config.calling is not None and not model.knows_tools
-        reading = Reading(request.config, self._texts, forced)
-        try:
-            async for words in call.words(work):
-                self._last_word = time.monotonic()
-                delta = reading.take(words)
-                if reading.stopped:
-                    break
-                if delta is not None:
-                    yield delta
-        except LMBridgeError:
-            raise
-        except Exception as cause:
-            raise _failed(cause) from cause
-        finally:
-            self._tokens += reading.tokens
-        if reading.stopped:
-            call.stop()
-            await asyncio.wait([work])
-            if delta is not None:
-                yield delta
-        yield reading.finish()
+    async def _heard(self, call: Call, work: asyncio.Task[Any]) -> list[dict[str, Any]]:
+        """What has come, all that is there at once; nothing when the call has returned."""
+        words = await call.words(work)
+        self._last_word = time.monotonic()
+        if not words:
+            self._result(work)
+        return words
 
     def _begun(self, slot: EngineThread, function: Any, *args: Any) -> asyncio.Task[Any]:
         """The call on the slot's thread; the slot is free when it has returned, whoever waits for it meanwhile."""
         work = asyncio.get_running_loop().create_task(slot.run(function, *args))
-        work.add_done_callback(lambda task: self._back(slot, task))
+        work.add_done_callback(functools.partial(self._back, slot))
         return work
 
     def _back(self, slot: EngineThread, work: asyncio.Task[Any]) -> None:
@@ -268,7 +257,8 @@ def _answer(request: Request, model: Model, call: Call) -> None:
     except (RuntimeError, ValueError) as cause:  # what llama.cpp raises of a request that it cannot read
         if call.heard:
             raise
-        raise InvalidRequestError(f"llama.cpp refused the request: {cause}", "prompt") from cause
+        reason = str(cause).rpartition("Jinja Exception: ")[2].strip()  # of a template, what it says itself
+        raise InvalidRequestError(f"llama.cpp refused the request: {reason}", "prompt") from cause
 
 
 def _failed(cause: Exception) -> LMBridgeError:

@@ -15,6 +15,8 @@ from lmbridge.grammar import Grammar
 
 _HEAD = "%llguidance {}\n"
 _GBNF = "::="
+_WRITTEN = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+"""JSON as Python writes it: small models that may put blanks anywhere put nothing else from then on."""
 
 
 def grammar_of(form: Grammar) -> str:
@@ -40,7 +42,8 @@ def grammar_of(form: Grammar) -> str:
 
 def _lark(form: Grammar) -> str:
     if form.kind == "json":
-        return "start: %json " + json.dumps(followable(form.value, form.param))
+        schema = followable(form.value, form.param)
+        return "start: %json " + json.dumps({**_WRITTEN, **schema} if isinstance(schema, dict) else schema)
     if form.kind == "regex":
         return "start: /" + re.sub(r"\\.|/", _escaped, form.value, flags=re.DOTALL) + "/"
     return "\n".join(choice_lines("start", form.value)) if form.kind == "choice" else str(form.value)

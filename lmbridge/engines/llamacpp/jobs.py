@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 from lmbridge.engines.llamacpp.loading import Model
@@ -66,13 +67,14 @@ def _fitted(text: Any, truncate: str, ask: Any) -> Any:
         except PromptTooLongError as error:
             if truncate == "error":
                 raise
-            text = text[: _share(error, len(text))]
+            text = text[: _fitting(error, len(text))]
     raise EngineError("No part of the text was found that llama.cpp has room for.")
 
 
-def _share(error: PromptTooLongError, length: int) -> int:
-    count = getattr(error, "count", None)
-    share = error.most / count if error.most and count else 0.5
+def _fitting(error: PromptTooLongError, length: int) -> int:
+    """How much of a text of this length may fit, by what llama.cpp says of its tokens."""
+    count = re.search(r"\((\d+) tokens\)", str(error))
+    share = error.most / int(count[1]) if error.most and count else 0.5
     return int(length * min(share, 1.0) * _MARGIN)
 
 

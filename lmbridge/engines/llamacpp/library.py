@@ -28,7 +28,7 @@ MEMBERS = {
     "xllamacpp:CommonParams": (
         "model", "n_ctx", "n_parallel", "n_batch", "n_ubatch", "n_gpu_layers", "cpuparams", "cpuparams_batch",
         "api_keys", "ui", "endpoint_slots", "endpoint_metrics", "prefill_assistant", "cache_ram_mib", "kv_unified",
-        "embedding", "pooling_type", "verbosity", "ctx_shift",
+        "embedding", "pooling_type", "verbosity", "ctx_shift", "warmup",
     ),
     "xllamacpp:CommonParamsModel": ("path",),
     "xllamacpp:CpuParams": ("n_threads",),

@@ -16,6 +16,7 @@ from lmbridge.engines.llamacpp.options import LlamaCppOptions, fill
 from lmbridge.errors import EngineStartError
 
 _SILENT, _ERRORS = -1, 1  # of llama.cpp's levels of what it prints
+_CHUNK = 1 << 24  # bytes
 _PATIENCE = 30.0  # seconds for a server in this process to say what it is
 
 
@@ -49,6 +50,7 @@ def load(options: LlamaCppOptions) -> Model:
     task = header.task if options.task == "auto" else options.task
     xllamacpp = library.import_library()
     params = xllamacpp.CommonParams()
+    _read_ahead(options.path)
     key = fill(params, options, header, task, xllamacpp.llama_pooling_type)
     try:
         server = _server(xllamacpp.Server, params)
@@ -61,6 +63,17 @@ def load(options: LlamaCppOptions) -> Model:
     library.refuse([path for path in library.PROPERTIES if _at(said, path) is None])
     room = _at(said, "default_generation_settings.n_ctx")
     return Model(server, header, task, int(room), bool(_at(said, "chat_template_caps.supports_tools")))
+
+
+def _read_ahead(path: str) -> None:
+    """Have the file in memory before llama.cpp loads it: xllamacpp holds the GIL meanwhile, and nothing in Python runs.
+
+    What is left then is the work, without the waiting for a disk.
+    """
+    chunk = bytearray(_CHUNK)
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(chunk):
+            pass
 
 
 def _server(build: Any, params: Any) -> Any:

@@ -62,6 +62,7 @@ def fill(params: Any, options: LlamaCppOptions, header: Header, task: str, pooli
         params.pooling_type = poolings.LLAMA_POOLING_TYPE_RANK
     elif task == "embed" and not header.pooling:
         params.pooling_type = poolings.LLAMA_POOLING_TYPE_MEAN
+    params.warmup = False  # it would hold the GIL; the engine's own first question warms as much
     params.api_keys, params.ui, params.endpoint_slots = [key], False, False
     params.endpoint_metrics = True  # the one question that is answered between two steps
     if options.threads is not None:

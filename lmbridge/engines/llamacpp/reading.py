@@ -7,6 +7,7 @@ what it has not yet sent only, before it takes calls and thoughts out of the tex
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Iterable
 from typing import Any
@@ -23,14 +24,13 @@ class Reading:
 
     Args:
         texts: token id to its text; filled here.
-        forced: the answer is one call as JSON.
 
     Attributes:
         stopped: a stop word or stop token has ended it; llama.cpp is to be told.
         tokens: how many were generated, the ending one included.
     """
 
-    def __init__(self, config: GenerationConfig, texts: dict[int, str], forced: bool = False) -> None:
+    def __init__(self, config: GenerationConfig, texts: dict[int, str]) -> None:
         self.stopped = False
         self.tokens = 0
         words = config.stop_words
@@ -38,7 +38,8 @@ class Reading:
         self._stop_ids = frozenset(config.stop_token_ids or ())
         self._most_likely = config.logprobs
         self._texts = texts
-        self._call = "" if forced else None  # the text of the one call
+        calling = config.calling
+        self._call = "" if calling is not None and calling.required else None  # the answer is the JSON of one call
         self._prompt_tokens = 0
         self._reason: FinishReason | None = None
         self._received = self._shown = 0  # characters
@@ -158,7 +159,7 @@ def failure(error: Any) -> LMBridgeError:
     error = error if isinstance(error, dict) else {"message": str(error)}
     message, kind = str(error.get("message", "no reason given")), error.get("type")
     if kind == "exceed_context_size_error" or "too large to process" in message:
-        most = error.get("n_ctx")
+        most = error.get("n_ctx") or next(map(int, re.findall(r"batch size: (\d+)", message)), None)
         return PromptTooLongError(
             f"llama.cpp: {message}. Shorten it, or raise max_context where the model allows it.", "prompt", most
         )

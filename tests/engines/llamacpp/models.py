@@ -26,11 +26,11 @@ _NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-WORDS = (*"[PAD] [UNK] [CLS] [SEP] [MASK]".split(), *(f"\u2581{word}" for word in "a b c d e f g h".split()))
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"\u2581{letter}" for letter in "abcdefgh"))
 
 
-def write_demo(path: Path, *, template: bool = True, architecture: str = "llama") -> str:
-    """The bundled model as a GGUF file."""
+def write_demo(path: Path, *, template: str | None = None, bare: bool = False, architecture: str = "llama") -> str:
+    """The bundled model as a GGUF file, with its own chat template, another, or none."""
     config = json.loads((DEMO_FOLDER / "config.json").read_text("utf-8"))
     writer = GGUFWriter(path, architecture)
     writer.add_context_length(config["max_position_embeddings"])
@@ -43,8 +43,8 @@ def write_demo(path: Path, *, template: bool = True, architecture: str = "llama"
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_rope_dimension_count(config["head_dim"])
     _add_bpe(writer, config)
-    if template:
-        writer.add_chat_template((DEMO_FOLDER / "chat_template.jinja").read_text("utf-8"))
+    if not bare:
+        writer.add_chat_template(template or (DEMO_FOLDER / "chat_template.jinja").read_text("utf-8"))
     for name, weight in load_file(DEMO_FOLDER / "model.safetensors").items():
         writer.add_tensor(*_llama_tensor(name, weight.astype(numpy.float32), config))
     return _written(writer, path)

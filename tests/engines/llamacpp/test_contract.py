@@ -24,6 +24,7 @@ class TestLlamaCppEngine(EngineContract):
     long_prompt = "Tell me a story about a fox."
     poison = (10**9,)
     workers = ("lmbridge llamacpp slot",)
+    stall_timeout = 1.5
 
     @pytest.fixture(autouse=True)
     def _model(self, demo: str) -> None:
