@@ -148,6 +148,7 @@ class ExLlamaEngine(Engine):
         news = await job.news()
         while news.reason is None and news.error is None:
             news = await job.news()
+        self._proof = None
         if news.error is not None:
             raise EngineStartError(f"{self.describe()} failed its first request: {shown(news.error)}") from news.error
 

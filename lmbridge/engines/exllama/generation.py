@@ -25,7 +25,7 @@ from lmbridge.engines.base import Party, engine_error
 from lmbridge.engines.batching import is_out_of_memory
 from lmbridge.engines.standing import where_is
 from lmbridge.engines.thread import EngineThread
-from lmbridge.errors import EngineDeadError, EngineError
+from lmbridge.errors import EngineDeadError
 from lmbridge.log import shown
 from lmbridge.messages import FinishReason, Logprobs
 
@@ -61,7 +61,7 @@ class Job:
     """One request in the generator; server thread, but for what is marked.
 
     Attributes:
-        inner: ExLlama's job, once it is made. Generation thread.
+        inner: ExLlama's job, while it is in the generator. Generation thread.
         moves: how often the generator has told anything of it.
         waits: it is in the generator's line, and no cache has been given to it.
     """
@@ -104,7 +104,8 @@ class Generation:
         self, thread: EngineThread, generator: Any, party: Party, on_end: Callable[[BaseException], None]
     ) -> None:
         self.steps = self.tokens = 0
-        self._thread, self._generator, self._party, self._on_end = thread, generator, party, on_end
+        self._thread, self._party, self._on_end = thread, party, on_end
+        self._generator: Any = generator  # None once it is closed
         self._loop = asyncio.get_running_loop()
         self._orders: deque[Callable[[], None]] = deque()  # filled here, emptied by the generation thread
         self._told: deque[tuple[Job, str, News]] = deque()  # the other way round
@@ -141,11 +142,17 @@ class Generation:
         return where_is(self._ident) if self._work is not None else ""
 
     async def close(self, timeout: float) -> bool:
-        """Stop before the next step; False if the one under way does not end within ``timeout`` seconds."""
+        """Stop before the next step, and let go; False if the one under way does not end in ``timeout`` seconds."""
         self._closing = True
         if self._work is not None:
             await asyncio.wait([self._work], timeout=timeout)
-        return self._work is None
+        if self._work is not None:
+            return False
+        self._generator = None
+        for job in self._jobs.values():
+            job.inner = None
+        self._jobs.clear()
+        return True
 
     def _order(self, order: Callable[[], None]) -> None:
         self._orders.append(order)
@@ -198,22 +205,29 @@ class Generation:
                 if job is not None:
                     self._post(job, result["stage"], read(result))
                     if result["eos"]:
-                        del self._jobs[result["job"]]
+                        self._forget(job)
 
     def _enqueue(self, job: Job) -> None:
         try:
-            inner = job.make()
-            self._generator.enqueue(inner)
-        except EngineError as error:
-            self._post(job, "", News(error=error))
+            self._take_in(job)
         except Exception as cause:  # this one alone: it is in no queue
+            traceback.clear_frames(cause.__traceback__)
             self._post(job, "", News(error=engine_error(f"ExLlama refused the request: {shown(cause)}.", cause)))
-        else:
-            job.inner, self._jobs[inner] = inner, job
+
+    def _take_in(self, job: Job) -> None:
+        inner = job.make()
+        self._generator.enqueue(inner)
+        job.inner, self._jobs[inner] = inner, job
 
     def _cancel(self, job: Job) -> None:
-        if self._jobs.pop(job.inner, None) is not None:  # or it has ended by itself meanwhile
-            self._generator.cancel(job.inner)
+        inner = job.inner
+        if inner is not None:  # or it has ended by itself meanwhile, or never came in
+            self._forget(job)
+            self._generator.cancel(inner)
+
+    def _forget(self, job: Job) -> None:
+        del self._jobs[job.inner]
+        job.inner = None  # which holds the generator
 
     def _post(self, job: Job, stage: str, news: News) -> None:
         self._told.append((job, stage, news))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +19,7 @@ from tests.engines.exllama.scripted_cuda import script
 
 WAYS = ("v2", "v2 paged", "v3")
 CACHE = 8192
+PATIENCE = 10.0
 
 Make = Callable[..., ExLlamaEngine]
 
@@ -54,12 +58,17 @@ def way(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def make(way: str, model: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
-    """A new engine of this way; in the end none may hold a model."""
+    """A new engine of this way; in the end none may hold a model or a cache."""
     yield scripted(monkeypatch, way, model)
     script.gate.set()
     script.failure = None
     loaded, script.loaded = script.loaded, 0
     assert loaded == 0, "a model was not freed"
+    end, tick = time.monotonic() + PATIENCE, threading.Event()
+    while script.caches:  # a thread of the engine may hold what it has just been at
+        gc.collect()
+        assert time.monotonic() < end, "a cache was not freed"
+        tick.wait(0.01)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import os
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest.mock import MagicMock
@@ -42,6 +43,7 @@ class Script:
         self.steps = 0
         self.loaded = 0  # models that hold memory
         self.rows: list[int] = []  # sequences in each step that generates
+        self.caches: weakref.WeakSet[Cache] = weakref.WeakSet()
 
     def step(self, rows: int) -> None:
         """At the begin of each step."""
@@ -96,6 +98,7 @@ class Cache:
         self.tokens = torch.zeros((1, self.max_num_tokens, 1, 1), dtype=torch.long)
         self.num_slots, self.max_history = 256, 0
         model.caches.append(self)
+        script.caches.add(self)
 
     def all_tensors(self) -> list[torch.Tensor]:
         return [self.tokens]
