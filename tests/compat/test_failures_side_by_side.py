@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -16,12 +11,9 @@ if importlib.util.find_spec("lmdeploy") is None:  # one that is installed and ca
     pytest.skip("needs LMDeploy; .ci/run installs it without a GPU", allow_module_level=True)
 
 from tests.compat.failing import EVENTS
+from tests.compat.side_by_side import PAGE, SIDES, Cells
+from tests.compat.side_by_side import observed as observed_cells
 from tests.engines.conftest import save_model
-
-ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "migrating-from-lmdeploy.rst"
-SIDES = ("lmdeploy", "lmbridge")
-Cells = dict[str, dict[str, str]]  # by event, by side
 
 
 def documented() -> Cells:
@@ -40,24 +32,9 @@ def documented() -> Cells:
 
 
 @pytest.fixture(scope="module")
-def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cells]:
-    """Both sides go through all events, each in a process of its own: what hangs there ends with it."""
-    model = save_model(tmp_path_factory.mktemp("models") / "llama")
-    command = [sys.executable, "-m", "tests.compat.failing"]
-    running = {
-        side: subprocess.Popen([*command, side, model], cwd=ROOT, stdout=-1, stderr=-1, text=True) for side in SIDES
-    }
-    cells: Cells = {event: {} for event in EVENTS}
-    try:
-        for side, process in running.items():
-            out, problems = process.communicate(timeout=100)
-            assert process.returncode == 0, problems
-            for event, found in map(json.loads, out.splitlines()):
-                cells[event][side] = found
-        yield cells
-    finally:
-        for process in running.values():
-            process.kill()
+def observed(tmp_path_factory: pytest.TempPathFactory) -> Cells:
+    """Both sides go through all events."""
+    return observed_cells("tests.compat.failing", EVENTS, save_model(tmp_path_factory.mktemp("models") / "llama"))
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -150,12 +150,13 @@ def test_a_call_that_fails_gives_the_session_back() -> None:
     with pipeline(engine) as pipe:
         session = pipe.session()
         errors = []
-        for prompt, more, kind in (
-            ("a", {"gen_config": 7}, ValueError),
-            ("a", {"chat_template_kwargs": 7}, ValueError),
-            (7, {}, ValueError),
-        ):
-            with pytest.raises(kind) as error:
+        calls: list[tuple[Any, dict[str, Any]]] = [
+            ("a", {"gen_config": 7}),
+            ("a", {"chat_template_kwargs": 7}),
+            (7, {}),
+        ]
+        for prompt, more in calls:
+            with pytest.raises(ValueError) as error:
                 pipe.chat(prompt, session, **more)
             errors.append(error)
         assert engine.started == []

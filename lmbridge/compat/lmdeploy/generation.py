@@ -110,6 +110,9 @@ def _plain(config: Any) -> dict[str, Any]:
     fields = {name: getattr(config, name) for name in _PLAIN}
     if config.max_new_tokens is None:
         fields["max_new_tokens"] = _NO_LIMIT
+    elif config.min_new_tokens and not 0 <= config.min_new_tokens <= config.max_new_tokens:
+        told_once("GenerationConfig.min_new_tokens=%s is taken for none, as LMDeploy does", config.min_new_tokens)
+        fields["min_new_tokens"] = None
     fields["do_sample"] = bool(config.do_sample)
     if config.do_sample:
         fields.update({name: getattr(config, name) for name in _SAMPLING})
