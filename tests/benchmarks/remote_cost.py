@@ -6,7 +6,8 @@ turn:
 - direct: each thread reads a stream of one ``openai.OpenAI`` client that all share
 - bridge: each thread reads ``bridge.stream`` over the engine ``openai``, whose client is on the bridge's loop
 
-Tokens a second, CPU microseconds of this process for each token, and the median time to the first token.
+Tokens a second, CPU microseconds of this process for each token, and the median time from the start of all threads to the
+first token of one.
 
 Run: ``python -m tests.benchmarks.remote_cost [--threads 64] [--tokens 100] [--step-ms 20] [--rounds 5]``
 """
@@ -74,7 +75,7 @@ def measure(read: Read, threads: int) -> Result:
     counts: list[int] = []
 
     def run() -> None:
-        began, count = time.perf_counter(), 0
+        count = 0
         for _ in read():
             if not count:
                 firsts.append(time.perf_counter() - began)
@@ -82,12 +83,12 @@ def measure(read: Read, threads: int) -> Result:
         counts.append(count)
 
     workers = [threading.Thread(target=run) for _ in range(threads)]
-    wall, cpu = time.perf_counter(), time.process_time()
+    began, cpu = time.perf_counter(), time.process_time()
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    wall, cpu, tokens = time.perf_counter() - wall, time.process_time() - cpu, threads * arguments.tokens
+    wall, cpu, tokens = time.perf_counter() - began, time.process_time() - cpu, threads * arguments.tokens
     assert len(counts) == threads
     return Result(tokens / wall, cpu / tokens * 1e6, statistics.median(firsts) * 1000)
 
