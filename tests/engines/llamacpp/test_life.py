@@ -283,3 +283,16 @@ def test_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60).stdout == "None\n"
+
+
+def test_two_models_live_beside_each_other(demo: str, encoder: str) -> None:
+    """A swap, or a second model, would take the first with it: llama.cpp frees its backend whenever a server ends."""
+    with Bridge(demo, engine="llamacpp", threads=1) as bridge:
+        stream = bridge.stream(STORY, max_new_tokens=200, ignore_eos=True, timeout=60)
+        next(stream)
+        with Bridge(encoder, engine="llamacpp", threads=1) as other:
+            assert other.embed("a b", timeout=60).shape == (64,)
+        before = bridge.infer("What is 2 + 3?", timeout=60).text
+        bridge.swap(demo, engine="llamacpp", threads=1, overlap=True)
+        assert bridge.infer("What is 2 + 3?", timeout=60).text == before
+        assert "".join(delta.text for delta in stream)
