@@ -108,7 +108,8 @@ def _chat(prompt: Any, config: GenerationConfig, model: Model) -> dict[str, Any]
         "add_generation_prompt": not config.continue_final_message if begins is None else begins,
         "continue_final_message": config.continue_final_message,
         "chat_template_kwargs": dict(config.chat_template_kwargs or {}),
-        "reasoning_format": "auto" if _parts_thoughts(config) else "none",
+        # without it the mark of a thought that the prompt opens would come before what has a form
+        "reasoning_format": "auto" if config.separate_reasoning or config.calling or config.form else "none",
     }
     if not model.knows_tools:
         messages = written_out(messages)
@@ -116,13 +117,6 @@ def _chat(prompt: Any, config: GenerationConfig, model: Model) -> dict[str, Any]
         messages, more = _told(messages, config.calling, model)
         fields.update(more)
     return {**fields, "messages": messages}
-
-
-def _parts_thoughts(config: GenerationConfig) -> bool:
-    """Whether llama.cpp is to give thoughts apart; an answer with a form begins with it, and has none."""
-    if config.form is not None or (config.calling is not None and config.calling.required):
-        return False
-    return config.separate_reasoning or config.calling is not None
 
 
 def _told(messages: list[Message], calling: Calling, model: Model) -> tuple[list[Message], dict[str, Any]]:

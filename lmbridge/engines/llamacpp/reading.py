@@ -39,6 +39,7 @@ class Reading:
         self._most_likely = config.logprobs
         self._texts = texts
         calling = config.calling
+        self._formed = config.form is not None or (calling is not None and calling.required)  # it has no thoughts
         self._call = "" if calling is not None and calling.required else None  # the answer is the JSON of one call
         self._prompt_tokens = 0
         self._reason: FinishReason | None = None
@@ -93,9 +94,10 @@ class Reading:
                 self.stopped = True
                 return
             self._held += [(self._received, token["id"], self._logprobs(token)) for token in tokens]
-            delta.reasoning += said.get("reasoning_content") or ""
+            thought, text = said.get("reasoning_content") or "", choice.get("text") or said.get("content") or ""
+            delta.reasoning += "" if self._formed else thought
             delta.tool_calls = (*delta.tool_calls, *map(_call, said.get("tool_calls") or ()))
-            delta.text += self._text(choice.get("text") or said.get("content") or "")
+            delta.text += self._text(thought + text if self._formed else text)
             self._reason = _REASONS.get(choice.get("finish_reason"), self._reason)
 
     def _count(self, word: dict[str, Any]) -> None:

@@ -19,6 +19,16 @@ SAID = "I am a small demo model. I know capitals, small sums, colours, opposites
 CAPITAL = "What is the capital of France?"
 PARIS = "The capital of France is Paris."
 
+THINKS = (
+    "{%- for m in messages %}{%- if m.role == 'assistant' %}{%- set content = m.content or '' %}"
+    "{{ '<|assistant|>' }}{%- if m.reasoning_content is defined and m.reasoning_content is string %}"
+    "{{ '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' }}{%- endif %}{{ content + '<|end|>' }}{%- else %}"
+    "{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|assistant|>' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}"
+    "{%- else %}{{ '<think>\\n' }}{%- endif %}{%- endif %}"
+)
+"""As Qwen's: it opens the thought, unless told not to."""
 TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -133,6 +143,20 @@ def test_a_call_that_must_come_comes(bridge: Bridge, files: Path, template: str 
         cut = ask(bridge, CAPITAL, tools=[TOOL], tool_choice="required", max_new_tokens=4)
         assert (cut.finish_reason, cut.tool_calls) == ("length", [])
         assert cut.text
+
+
+def test_thoughts_come_apart(files: Path) -> None:
+    """They would stand in the answer; or what has a form would be taken for one, since the prompt opens it."""
+    with Bridge(write_demo(files / "thinks.gguf", template=THINKS), engine="llamacpp", threads=1) as bridge:
+        thinking = ask(bridge, ABILITIES, separate_reasoning=True, max_new_tokens=10)
+        assert (thinking.text, bool(thinking.reasoning)) == ("", True)
+        assert ask(bridge, ABILITIES, max_new_tokens=10).text == f"<think>\n{thinking.reasoning}"
+        for separate in (False, True):
+            formed = ask(bridge, ABILITIES, separate_reasoning=separate, grammar={"choice": ["red", "green"]})
+            assert (formed.text in ("red", "green"), formed.reasoning) == (True, "")
+        assert ask(bridge, ABILITIES, tools=[TOOL], tool_choice="required").tool_calls
+        off = ask(bridge, ABILITIES, separate_reasoning=True, chat_template_kwargs={"enable_thinking": False})
+        assert (bool(off.text), off.reasoning) == (True, "")
 
 
 def test_a_model_that_nothing_tells_of_tools_cannot_choose(bridge: Bridge) -> None:
