@@ -6,8 +6,8 @@ turn:
 - direct: each thread reads a stream of one ``openai.OpenAI`` client that all share
 - bridge: each thread reads ``bridge.stream`` over the engine ``openai``, whose client is on the bridge's loop
 
-Tokens a second, CPU microseconds of this process for each token, and the median time from the start of all threads to the
-first token of one.
+Tokens a second, CPU microseconds of this process for each token, and the median time from the start of all threads to
+the first token of one.
 
 Run: ``python -m tests.benchmarks.remote_cost [--threads 64] [--tokens 100] [--step-ms 20] [--rounds 5]``
 """

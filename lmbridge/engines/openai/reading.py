@@ -5,7 +5,7 @@ Rule: plain JSON in, deltas out; server thread only. What makes no sense raises,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lmbridge.engines.openai.errors import passing
@@ -24,25 +24,28 @@ _ID = "token_id:"
 
 
 class Words:
-    """Ids for tokens of which a server tells the text alone, from the first one seen on: they are this engine's own."""
+    """The texts of tokens, and ids for those of which a server tells the text alone: these are this engine's own."""
 
     def __init__(self) -> None:
         self._ids: dict[str, int] = {}
-        self._texts: list[str] = []
+        self._texts: dict[int, str] = {}
 
-    def id_of(self, token: str) -> int:
-        """The token's id: its own where that is what stands there."""
+    def id_of(self, token: str, told: Any = None) -> int:
+        """The token's id: its own where that is told, or is what stands there."""
+        if isinstance(told, int):
+            self._texts[told] = token
+            return told
         if token.startswith(_ID) and token[len(_ID) :].isdecimal():
             return int(token[len(_ID) :])
         found = self._ids.get(token)
         if found is None:
-            found = self._ids[token] = len(self._texts)
-            self._texts.append(token)
+            found = self._ids[token] = len(self._ids)
+            self._texts[found] = token
         return found
 
     def texts(self, ids: Sequence[int]) -> list[str]:
-        """The texts of ids that were given here; "" for others."""
-        return [self._texts[each] if 0 <= each < len(self._texts) else "" for each in ids]
+        """The texts of ids that were seen here; "" for others."""
+        return [self._texts.get(each, "") for each in ids]
 
 
 class AnswerReader:
@@ -114,7 +117,8 @@ class AnswerReader:
     def _add_tokens(self, delta: Delta, choice: dict[str, Any]) -> None:
         told = choice.get("logprobs")
         if told and self._config.logprobs is not None:
-            delta.logprobs = [self._entry(*place) for place in (_chat_places if self._is_chat else _places)(told)]
+            places = _places_of_chat(told, self._words) if "content" in told else _places(told, self._words)
+            delta.logprobs = [_entry(*place) for place in places]
             delta.token_ids = [next(iter(entry)) for entry in delta.logprobs]
         elif self._flavour.tells_ids:
             delta.token_ids = [int(token) for token in choice.get("token_ids") or ()]
@@ -124,27 +128,32 @@ class AnswerReader:
             if delta.logprobs:
                 del delta.logprobs[-1]
 
-    def _entry(self, token: str, logprob: float, others: Iterable[tuple[str, float]]) -> Logprobs:
-        entry = {self._words.id_of(token): float(logprob)}
-        for other, value in others:
-            entry.setdefault(self._words.id_of(other), float(value))
-        return entry
+
+_Place = tuple[int, float, list[tuple[int, float]]]
+"""A token, its log-probability, and the likeliest ones."""
 
 
-_Place = tuple[str, float, list[tuple[str, float]]]
+def _entry(token: int, logprob: float, others: list[tuple[int, float]]) -> Logprobs:
+    entry = {token: float(logprob)}
+    for other, value in others:
+        entry.setdefault(other, float(value))
+    return entry
 
 
-def _chat_places(told: dict[str, Any]) -> Iterator[_Place]:
-    for place in told.get("content") or ():
-        others = [(other["token"], other["logprob"]) for other in place.get("top_logprobs") or ()]
-        yield place["token"], place["logprob"], others
+def _places_of_chat(told: dict[str, Any], words: Words) -> Iterator[_Place]:
+    """llama.cpp's server writes those of a text like this too, and tells the tokens' ids."""
+    for place in told["content"] or ():
+        ids = [
+            (words.id_of(each["token"], each.get("id")), each["logprob"]) for each in place.get("top_logprobs") or ()
+        ]
+        yield words.id_of(place["token"], place.get("id")), place["logprob"], ids
 
 
-def _places(told: dict[str, Any]) -> Iterator[_Place]:
+def _places(told: dict[str, Any], words: Words) -> Iterator[_Place]:
     tokens = told.get("tokens") or ()
     others = told.get("top_logprobs") or [None] * len(tokens)
     for token, logprob, beside in zip(tokens, told.get("token_logprobs") or (), others, strict=True):
-        yield token, logprob, list((beside or {}).items())
+        yield words.id_of(token), logprob, [(words.id_of(each), value) for each, value in (beside or {}).items()]
 
 
 def _call(piece: dict[str, Any], place: int) -> ToolCall:

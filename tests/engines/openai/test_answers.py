@@ -77,6 +77,17 @@ def test_tokens_of_which_only_the_text_is_told(rude: Callable[..., Rude]) -> Non
         assert list(response.logprobs[0].values()) == [-0.5, -1.5]
 
 
+def test_ids_that_are_told_beside_the_texts(rude: Callable[..., Rude]) -> None:
+    """llama.cpp's server tells both, and writes those of a raw text as a chat's."""
+    place = {"id": 7, "token": "ye", "logprob": -0.5, "top_logprobs": [{"id": 9, "token": "no", "logprob": -1.5}]}
+    said = {"choices": [{"text": "ye", "finish_reason": "stop", "logprobs": {"content": [place]}}]}
+    server = rude(events(said, "[DONE]"), models=http(200, {"data": [{"id": "m", "owned_by": "llamacpp"}]}))
+    with Bridge(server.url) as bridge:
+        response = bridge.infer("a", raw=True, logprobs=1, timeout=PATIENCE)
+        assert (response.token_ids, response.logprobs) == ([7], [{7: -0.5, 9: -1.5}])
+        assert bridge.token_texts([7, 9, 8]) == ["ye", "no", ""]
+
+
 def test_the_ending_token_is_left_out(rude: Callable[..., Rude]) -> None:
     """vLLM tells it among the others; a stop word's tokens are not it."""
     chunks: list[Any] = [chunk("a"), chunk("", "stop")]
