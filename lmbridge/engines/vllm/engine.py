@@ -16,7 +16,7 @@ import itertools
 import os
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from lmbridge.engines.answer import Answer
 from lmbridge.engines.base import Engine, Library, engine_error
@@ -39,6 +39,7 @@ from lmbridge.errors import (
 )
 from lmbridge.messages import Delta, GenerationConfig, Logprobs, Request
 
+_E = TypeVar("_E", bound=EngineError)
 SHUTDOWN_TIMEOUT = 5.0
 """Seconds that vLLM's engine process may take to end by itself; it is killed then."""
 KILL_TIMEOUT = 1.0
@@ -164,15 +165,15 @@ class VLLMEngine(Engine):
             raise EngineStartError(f"vLLM ended its first answer with {reasons[-1]!r}.")
 
     def _on_end(self, _: asyncio.Task[None]) -> None:
-        if self._core is not None:
-            codes = [process.exitcode for process in _processes(self._core)]
-            why = f" with code {', '.join(map(str, codes))}" if any(codes) else ""
-            self._die(RuntimeError(f"vLLM's engine process ended{why}; what vLLM logged before that says more"))
+        self._die()
 
-    def _die(self, cause: BaseException) -> None:
-        if self._core is not None and self._dead is None:
-            self._dead = cause
-            self.on_death(cause)
+    def _die(self) -> None:
+        if self._core is None or self._dead is not None:
+            return
+        codes = [process.exitcode for process in _processes(self._core)]
+        why = f" with code {', '.join(map(str, codes))}" if any(codes) else ""
+        self._dead = RuntimeError(f"vLLM's engine process ended{why}; what vLLM logged before that says more")
+        self.on_death(self._dead)
 
     async def close(self) -> None:
         core, self._core = self._core, None  # from here on its end is no death
@@ -228,9 +229,7 @@ class VLLMEngine(Engine):
                 if answer.stopped:
                     break
         if not answer.stopped and reason not in ("stop", "length", "abort"):
-            error = EngineError(f"vLLM failed the request: it ended it with {reason!r}.")
-            error.retryable = True
-            raise error
+            raise _retryable(EngineError(f"vLLM failed the request: it ended it with {reason!r}."))
         yield answer.finish("stop" if answer.stopped else reason)
 
     async def _read(self, request: Request) -> tuple[list[int], dict[str, str] | None]:
@@ -267,9 +266,12 @@ class VLLMEngine(Engine):
 
     def _alive(self) -> Any:
         if self._dead is not None or self._core is None:
-            state = "has died" if self._dead is not None else "is not running"
-            raise EngineDeadError(f"The vLLM engine {state}; it takes no requests.") from self._dead
+            raise self._death() from self._dead
         return self._core
+
+    def _death(self) -> EngineDeadError:
+        state = "is not running" if self._dead is None else f"has died: {self._dead}"
+        return _retryable(EngineDeadError(f"The vLLM engine {state}."))
 
     @contextlib.contextmanager
     def _errors_named(self) -> Iterator[None]:
@@ -282,8 +284,8 @@ class VLLMEngine(Engine):
         except LMBridgeError:
             raise
         except engine_exceptions.EngineDeadError as error:
-            self._die(error)
-            raise EngineDeadError(f"vLLM: {error}") from error
+            self._die()
+            raise self._death() from error
         except (exceptions.QueueOverflowError, exceptions.MaxQueuedTokensError) as error:
             self.on_busy(BUSY)
             raise QueueFullError(f"vLLM: {error}") from error
@@ -325,6 +327,11 @@ def _prompt_logprobs(output: Any, ids: list[int], config: GenerationConfig) -> l
 
 def _plain(entry: Mapping[int, Any]) -> Logprobs:
     return {token: found.logprob for token, found in entry.items()}
+
+
+def _retryable(error: _E) -> _E:
+    error.retryable = True
+    return error
 
 
 def _refusal(error: BaseException) -> InvalidRequestError:

@@ -1,11 +1,7 @@
-"""Engines small enough for a CPU; without a vLLM the modules that need one are left out.
-
-``tests/engines/vllm/run.sh`` makes an environment with vLLM's build for CPUs and runs them.
-"""
+"""Engines small enough for a CPU."""
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -14,7 +10,6 @@ from lmbridge.engines.vllm import VLLMEngine
 
 QUIET = pytest.mark.filterwarnings("ignore:Unclosed context:ResourceWarning")
 """vLLM leaves its sockets' context to be collected."""
-collect_ignore = [] if importlib.util.find_spec("vllm") else ["test_answers.py", "test_contract.py", "test_life.py"]
 
 
 def small(model: str = "demo", **options: Any) -> VLLMEngine:
