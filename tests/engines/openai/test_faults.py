@@ -28,6 +28,12 @@ from tests.conftest import until
 from tests.engines.openai.conftest import PATIENCE, Far, Rude, answer, chunk, events, far_end, http, rude_server
 
 
+@pytest.fixture(autouse=True)
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is away is asked ten times a second."""
+    monkeypatch.setattr(servers, "LOOK", 0.1)
+
+
 def error_body(message: str = "No.", **more: Any) -> dict[str, Any]:
     return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None, **more}}
 
