@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.machinery
+import inspect
 import os
 import sys
 import threading
@@ -42,6 +43,7 @@ class Script:
         self.gate.set()
         self.steps = 0
         self.loaded = 0  # models that hold memory
+        self.loads: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []  # how models were loaded
         self.rows: list[int] = []  # sequences in each step that generates
         self.caches: weakref.WeakSet[Cache] = weakref.WeakSet()
 
@@ -136,12 +138,22 @@ class Model:
     def from_config(cls, config: Any) -> Model:
         return cls(config)
 
-    def load(self, *_: Any, **__: Any) -> None:
+    def load(self, *given: Any, **named: Any) -> None:
+        if hasattr(self, "load_gen"):  # V3's, of which load takes the parameters
+            inspect.signature(self.load_gen).bind(*given, **named)
+        self._load("load", *given, **named)
+
+    def load_autosplit(self, cache: Cache) -> None:
+        self._load("load_autosplit")
+
+    def load_tp(self, *given: Any, **named: Any) -> None:
+        self._load("load_tp", *given, **named)
+
+    def _load(self, how: str, *given: Any, **named: Any) -> None:
+        script.loads.append((how, given, named))
         script.loaded += 1
         for cache in self.caches:
             cache.initialized = True
-
-    load_autosplit = load_tp = load
 
     def unload(self) -> None:
         script.loaded -= 1
@@ -358,7 +370,8 @@ def script_v2(patch: pytest.MonkeyPatch, paged: bool) -> None:
     """
     import_v2()
     patch.setattr("exllamav2.ExLlamaV2", Model)
-    patch.setattr("exllamav2.ExLlamaV2Cache", Cache)
+    for name in ("ExLlamaV2Cache", "ExLlamaV2Cache_Q4", "ExLlamaV2Cache_TP"):
+        patch.setattr(f"exllamav2.{name}", Cache)
     patch.setattr("exllamav2.attn.has_flash_attn_with_paged", paged)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from typing import Any
@@ -17,6 +18,20 @@ from tests.engines.exllama.scripted_cuda import PAGE, script
 need("exllamav2", "exllamav3")
 
 PATIENCE = 30.0
+SPLIT = [20.0, 24.0]
+V2_LOADS: list[tuple[dict[str, Any], str, tuple[Any, ...], dict[str, Any]]] = [
+    ({"device": "cuda:1"}, "load", ([0.0, 1e6],), {}),
+    ({"gpu_split": SPLIT}, "load", (SPLIT,), {}),
+    ({"gpu_split": SPLIT, "tp": 2}, "load_tp", (SPLIT,), {}),
+    ({"cache_bits": 4}, "load_autosplit", (), {}),
+]
+V3_LOADS: list[tuple[dict[str, Any], str, tuple[Any, ...], dict[str, Any]]] = [
+    ({"device": "cuda:1"}, "load", (), {"device": "cuda:1"}),
+    ({"gpu_split": SPLIT}, "load", (), {"use_per_device": SPLIT}),
+    ({"gpu_split": SPLIT, "tp": 2}, "load", (), {"use_per_device": SPLIT, "tensor_p": True}),
+    ({"cache_bits": 4}, "load", (), {"device": None}),
+]
+"""Options, the library's way of loading, and what that is given."""
 
 
 def inner(engines: WitnessedEngines) -> Any:
@@ -176,6 +191,15 @@ def test_a_lost_device_is_the_engines_end(make: Make) -> None:
         assert isinstance(failed.exception(PATIENCE), EngineDeadError)
         with pytest.raises(EngineDeadError, match="restart the process"):
             bridge.infer("hello!", timeout=PATIENCE)
+
+
+def test_the_options_reach_the_loader(make: Make, way: str) -> None:
+    """One GPU, a split, layers spread over GPUs, and a narrow cache come out as the library wants them."""
+    for options, how, given, named in V3_LOADS if way == "v3" else V2_LOADS:
+        with Bridge(functools.partial(make, **options)) as bridge:
+            assert bridge.infer("hello!", timeout=PATIENCE).text
+        assert script.loads[-1][:2] == (how, given)
+        assert named.items() <= script.loads[-1][2].items()
 
 
 def test_the_numbers_are_told(bridge: Bridge) -> None:
