@@ -178,8 +178,10 @@ def test_scores_come_through_a_bridge(llama: str) -> None:
 
 def test_a_field_that_the_installed_lmdeploy_lacks(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The request would fail with a TypeError from inside."""
-    known = ("max_new_tokens", "min_new_tokens", "do_sample", "top_k", "temperature", "repetition_penalty")
-    known += ("ignore_eos", "skip_special_tokens", "random_seed", "response_format", "logprobs", "stop_token_ids")
+    known = [
+        "max_new_tokens", "min_new_tokens", "do_sample", "top_k", "temperature", "repetition_penalty", "ignore_eos",
+        "skip_special_tokens", "random_seed", "response_format", "logprobs", "stop_token_ids",
+    ]  # fmt: skip
     older = dataclasses.make_dataclass("GenerationConfig", [(name, Any, None) for name in known])
 
     async def scenario(driver: Driver, cues: Cues) -> None:
