@@ -7,16 +7,22 @@ processes take turns; what it cannot repair, Serve replaces with the process.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 from lmbridge.bridge import Bridge
+from lmbridge.caller.async_streams import AsyncStream
 from lmbridge.engines.base import Engine
 from lmbridge.engines.ray.errand import Errand
 from lmbridge.errors import LMBridgeError
 from lmbridge.messages import Apply, Delta, Job, Rerank
+
+PAUSE = 0.001
+"""Seconds between two deltas of a stream, for each stream that runs: Ray takes about a thousand a second to a process,
+and what a stream says meanwhile goes together."""
 
 InnerEngine = str | Callable[..., Engine]
 """An engine's name, or what builds one from the model and the options."""
@@ -34,6 +40,7 @@ class Replica:
 
     def __init__(self, model: Any, inner_engine: InnerEngine, places: int, options: dict[str, Any]) -> None:
         self._places = places
+        self._streams = 0  # that run now; Serve's loop only
         if isinstance(inner_engine, str):
             self._bridge = Bridge(model, inner_engine, **options)
         else:
@@ -59,16 +66,30 @@ class Replica:
             if errand.job is not None:
                 yield await self._do(errand.job, errand.call)
                 return
-            delta = None
             prompt: Any = errand.prompt
-            async with self._bridge.astream(prompt, **errand.call, **errand.config) as stream:
-                async for delta in stream:
+            async with (
+                self._bridge.astream(prompt, **errand.call, **errand.config) as stream,
+                contextlib.aclosing(self._paced(stream)) as deltas,
+            ):
+                async for delta in deltas:
                     yield delta
-            if delta is None or delta.finish_reason is None:
-                yield Delta(finish_reason=stream.response.finish_reason, usage=stream.response.usage)
         except LMBridgeError as error:
             error.index = None  # there is no list here
             yield Delta(error=error)
+
+    async def _paced(self, stream: AsyncStream) -> AsyncGenerator[Delta]:
+        """The stream's deltas, the first at once, the others not more often than Ray takes them."""
+        delta = None
+        self._streams += 1
+        try:
+            async for delta in stream:
+                yield delta
+                if delta.finish_reason is None:
+                    await asyncio.sleep(PAUSE * self._streams)
+        finally:
+            self._streams -= 1
+        if delta is None or delta.finish_reason is None:
+            yield Delta(finish_reason=stream.response.finish_reason, usage=stream.response.usage)
 
     async def _do(self, job: Job, call: dict[str, Any]) -> Delta:
         """What a job gives, by the verb it came from."""
