@@ -72,7 +72,7 @@ def _sparing_threads() -> Iterator[None]:
     """Have OpenMP's threads, once loaded in here, wait for each other by spinning 1,000 times instead of 300,000.
 
     They meet a few hundred times for a token. One of them that another program keeps from its core has the others spin
-    that long each time, on cores that are wanted: two threads on two busy cores made 2 to 9 tokens/s, and 22 to 30 with
+    that long each time, on cores that are wanted: two threads on two busy cores made 2 to 9 tokens/s, and 20 to 30 with
     this, as one thread does. On idle cores it costs nothing. OpenMP reads it when it is loaded, never again.
     """
     if _WAITING in os.environ or "OMP_WAIT_POLICY" in os.environ:
