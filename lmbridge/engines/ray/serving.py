@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -69,6 +70,7 @@ class _Connection:
                 dashboard = {"include_dashboard": False} if local else {}
                 ray.init(address=address, logging_level="WARNING", log_to_driver=False, **dashboard)
                 self._made = True
+                logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it tells of each step
             atexit.unregister(self._end)
             atexit.register(self._end)  # the last to register is the first to be called
             self._engines += 1
