@@ -14,9 +14,10 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from lmbridge.engines.ailments import is_out_of_memory
 from lmbridge.engines.base import Sink, engine_error
 from lmbridge.errors import EngineError, LMBridgeError
-from lmbridge.log import logger, said, shown
+from lmbridge.log import logger, shown
 from lmbridge.messages import Delta, Usage
 
 T = TypeVar("T")
@@ -266,10 +267,3 @@ async def _tame(run: Callable[[list[T]], Awaitable[Sequence[Any]]], items: list[
         return list(await run(items))
     except (SystemExit, KeyboardInterrupt) as cause:  # which would end the loop, and all who are on it
         raise RuntimeError(f"{shown(cause)} was raised") from cause
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device, or the process, had too little memory; torch has words of its own for a CPU's."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return any(words in said(error) for words in ("out of memory", "can't allocate memory"))

@@ -202,8 +202,7 @@ class PromptEncoder:
             add_generation_prompt=not going_on if begins is None else begins,
             continue_final_message=going_on,
             tokenize=False,
-            tools=self._dialect.tools(config),
-            **(config.chat_template_kwargs or {}),
+            **{"tools": self._dialect.tools(config), **(config.chat_template_kwargs or {})},
         )
         return text
 

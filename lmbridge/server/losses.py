@@ -9,8 +9,6 @@ from lmbridge.errors import EngineStartError, LMBridgeError
 from lmbridge.log import said, shown
 from lmbridge.server.place import Place
 
-MAX_CAUSES = 10  # of a chain that are looked at; an exception may be its own cause
-
 
 def died(cause: BaseException) -> str:
     return f"the engine died: {shown(cause)}"
@@ -35,22 +33,6 @@ def swap_error(cause: BaseException, place: Place | None, unloaded: bool = False
     if isinstance(cause, LMBridgeError):
         return cause
     return _error(f"The new model could not be loaded: {said(cause)}. {_goes_on(place, unloaded)}", cause)
-
-
-def is_sticky(cause: BaseException) -> bool:
-    """Whether the cause is a device error after which every later call to the device fails too.
-
-    A guess by name: torch's AcceleratorError, and messages of older versions. Lack of memory is not sticky.
-    """
-    link: BaseException | None = cause
-    for _ in range(MAX_CAUSES):
-        if link is None:
-            break
-        text = said(link)
-        if type(link).__name__ == "AcceleratorError" or "CUDA error" in text or "device-side assert" in text:
-            return True
-        link = link.__cause__
-    return False
 
 
 def _goes_on(place: Place | None, unloaded: bool) -> str:

@@ -12,11 +12,12 @@ import functools
 import time
 from typing import Any
 
+from lmbridge.engines.ailments import is_sticky
 from lmbridge.errors import BridgeClosedError, EngineDeadError, EngineStartError, LMBridgeError, RequestTimeoutError
 from lmbridge.log import logger, shown
 from lmbridge.server.lodging import Lodging
 from lmbridge.server.loop import ServerLoop
-from lmbridge.server.losses import died, is_sticky, not_again, start_error, swap_error
+from lmbridge.server.losses import died, not_again, start_error, swap_error
 from lmbridge.server.place import Place
 from lmbridge.server.places import Places
 from lmbridge.server.rest import Rest

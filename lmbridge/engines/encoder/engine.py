@@ -15,8 +15,9 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from lmbridge.engines.ailments import is_out_of_memory, is_sticky
 from lmbridge.engines.base import Engine, Library, Sink
-from lmbridge.engines.batching import Batcher, is_out_of_memory
+from lmbridge.engines.batching import Batcher
 from lmbridge.engines.encoder.encoding import CHARACTERS, cost
 from lmbridge.engines.encoder.given import check_options_of_object, task_of_object
 from lmbridge.engines.encoder.options import EncoderOptions
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MAX_CAUSES = 10  # of a chain that are looked at
 LONG_TEXTS = 16
 LONG_CHARACTERS = 32_000
 """So many long texts, and so many characters of them, become tokens between two batches: about as long as a batch."""
@@ -308,7 +308,7 @@ class EncoderEngine(Engine):
             return await self._thread.run(self._work, items, while_awaited=True)
         except Exception as cause:
             traceback.clear_frames(cause.__traceback__)  # they hold what the model was computing
-            if _is_sticky(cause):
+            if is_sticky(cause):
                 self._die(cause)
             elif is_out_of_memory(cause):
                 await self._thread.run(_free_memory)
@@ -358,18 +358,3 @@ def _free_memory() -> None:
     from lmbridge.engines.transformers.loading import free_memory
 
     free_memory()
-
-
-def _is_sticky(cause: BaseException) -> bool:
-    """Whether it is a device error after which every later call to the device fails too. Lack of memory is not.
-
-    A guess by name: torch's AcceleratorError, and messages of older versions.
-    """
-    link: BaseException | None = cause
-    for _ in range(MAX_CAUSES):
-        if link is None or is_out_of_memory(link):
-            break
-        if type(link).__name__ == "AcceleratorError" or "CUDA error" in str(link) or "device-side assert" in str(link):
-            return True
-        link = link.__cause__
-    return False

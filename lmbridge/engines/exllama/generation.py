@@ -21,8 +21,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lmbridge.engines.ailments import is_sticky
 from lmbridge.engines.base import Party, engine_error
-from lmbridge.engines.batching import is_out_of_memory
 from lmbridge.engines.standing import where_is
 from lmbridge.engines.thread import EngineThread
 from lmbridge.errors import EngineDeadError
@@ -199,7 +199,7 @@ class Generation:
                 results = self._generator.iterate()
             self.steps += 1
             for result in results:
-                if result["stage"] == "error" and is_lost(result["error"]):
+                if result["stage"] == "error" and is_sticky(result["error"]):
                     raise result["error"]
                 job = self._jobs.get(result["job"])
                 if job is not None:
@@ -251,12 +251,6 @@ def read(result: Mapping[str, Any]) -> News:
     if result.get("eos_reason") == "stop_token":  # it comes last, and is no part of the answer
         news.tokens, news.logprobs = news.tokens[:-1], news.logprobs[:-1]
     return news
-
-
-def is_lost(error: BaseException) -> bool:
-    """Whether the device is lost: every later call to it will fail, too. A guess by name; lack of memory is none."""
-    named = type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
-    return named and not is_out_of_memory(error)
 
 
 def _logprobs(part: Mapping[str, Any]) -> list[Logprobs]:
