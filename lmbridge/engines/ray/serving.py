@@ -156,8 +156,8 @@ _SETTINGS = ("model", "inner_engine", "replicas", "num_cpus", "num_gpus", "runti
 def build(options: RayOptions, **settings: Any) -> Any:
     """The application that was asked for; ``settings`` are the deployment's, over those made here.
 
-    A replica takes twice what its engine computes on at once, so that the next one is there when a place is free; its
-    own bridge has them wait.
+    A replica takes what its engine computes on at once and no more: Serve's choice among replicas is a rough one, and a
+    request would wait at one while another has room.
     """
     from ray import serve
 
@@ -167,7 +167,7 @@ def build(options: RayOptions, **settings: Any) -> Any:
     usual: dict[str, Any] = {
         "num_replicas": options.replicas,
         "ray_actor_options": options.actor,
-        "max_ongoing_requests": 2 * places,
+        "max_ongoing_requests": places,
         "graceful_shutdown_wait_loop_s": 0.1,
         "graceful_shutdown_timeout_s": 5.0,
         "health_check_period_s": 2.0,
