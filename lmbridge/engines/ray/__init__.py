@@ -1,8 +1,8 @@
 """The Ray engine, file by file as a prompt passes.
 
-``engine`` takes the request, ``sending`` sends it to the cluster as an ``errand``, and ``replica`` answers it there,
-with a Bridge of its own over any engine. ``options`` says what was asked for, ``serving`` deploys the replicas and
-looks after them, and ``library`` knows which parts of Ray all this relies on.
+``engine`` takes the request, ``sending`` sends it to the cluster as an ``errand``, and ``lmbridge.replica`` answers it
+there, with a Bridge of its own over any engine. ``options`` says what was asked for, ``serving`` deploys the replicas
+and looks after them, and ``library`` knows which parts of Ray all this relies on.
 
 Rule: importing this package loads no Ray.
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import logging
 import os
 import threading
@@ -22,6 +23,8 @@ from lmbridge.errors import InvalidRequestError
 
 GONE_PATIENCE = 30.0
 """Seconds for an application of the same name that is being deleted to go."""
+REPLICA = "lmbridge.replica"
+"""What runs in a replica's process. By name, since it uses the bridge, which no engine knows."""
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 """Serve would log a line for each request."""
 DEAD = ("DELETING", "DEPLOY_FAILED", "NOT_STARTED")
@@ -161,8 +164,7 @@ def build(options: RayOptions, **settings: Any) -> Any:
     """
     from ray import serve
 
-    from lmbridge.engines.ray.replica import Replica
-
+    replica = importlib.import_module(REPLICA).Replica
     places = options.pattern().max_batch_size
     usual: dict[str, Any] = {
         "num_replicas": options.replicas,
@@ -174,7 +176,7 @@ def build(options: RayOptions, **settings: Any) -> Any:
         "max_constructor_retry_count": 1,
         "logging_config": QUIET,
     }
-    deployment = serve.deployment(Replica, name="Replica", **{**usual, **settings})
+    deployment = serve.deployment(replica, name="Replica", **{**usual, **settings})
     return deployment.bind(options.model, options.inner_engine, places, options.inner)
 
 

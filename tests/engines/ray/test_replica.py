@@ -12,8 +12,8 @@ import pytest
 
 from lmbridge import Delta, InvalidRequestError
 from lmbridge.engines.ray.errand import Errand
-from lmbridge.engines.ray.replica import Replica
 from lmbridge.messages import Apply, Embed, Job, Rerank
+from lmbridge.replica import Replica
 from lmbridge.testing import ScriptedEncoder, ScriptedEngine
 from lmbridge.testing.scripted_encoder import score_of, vector_of
 from tests.conftest import until_then

@@ -1,4 +1,6 @@
-"""One replica: any engine under a Bridge of its own, in a process that Ray Serve started somewhere.
+"""One replica of the Ray engine: any engine under a Bridge of its own, in a process that Ray Serve started somewhere.
+
+It stands above the bridge, which it uses as any program does; the engine that has it started knows it by name.
 
 Rule: runs in the replica's process, on Serve's loop there, and knows no Ray. What it says pickles: an error is the last
 delta's, as in any engine. The Bridge in here restarts a dead engine, finds a stuck one, and lets requests of several
