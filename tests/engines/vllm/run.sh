@@ -1,5 +1,5 @@
 #!/bin/bash
-# The vLLM engine on vLLM's own build for CPUs (x86-64 with AVX2): an environment of its own, 3.5 GB, with what the tests need.
+# The vLLM engine on a build of vLLM for CPUs (x86-64 with AVX2), in an environment of its own: 3.5 GB, with what the tests need.
 #
 #     tests/engines/vllm/run.sh [folder of the environment, .vllm by default] [pytest's arguments]
 #
