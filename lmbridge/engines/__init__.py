@@ -123,7 +123,10 @@ def engine_around(model: object, options: dict[str, Any]) -> Engine | None:
 
 
 def _known(cls: Callable[..., Engine], name: str, options: dict[str, Any]) -> dict[str, Any]:
-    known = list(inspect.signature(cls).parameters)[1:]  # the model comes first
+    parameters = inspect.signature(cls).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return options  # some are for an engine inside, which checks them itself
+    known = list(parameters)[1:]  # the model comes first
     for option in options:
         if option not in known:
             raise InvalidRequestError(

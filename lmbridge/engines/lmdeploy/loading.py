@@ -8,14 +8,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
-import threading
 from collections.abc import Iterator
-from importlib.machinery import ModuleSpec
 from typing import Any
 
 from lmbridge.engines.lmdeploy.library import check_engine, import_library
 from lmbridge.engines.lmdeploy.options import LMDeployOptions, build_config
+from lmbridge.engines.spawning import without_main
 from lmbridge.errors import EngineStartError
 
 
@@ -32,7 +30,7 @@ def load(options: LMDeployOptions) -> Any:
 
     logger = get_logger("lmdeploy")
     logger.setLevel(options.log_level)
-    with _told_exit(logger), _without_main:
+    with _told_exit(logger), without_main:
         path = options.model
         if not os.path.exists(path):
             path = get_model(path, None, options.revision)
@@ -60,36 +58,6 @@ def vocabulary_size(core: Any) -> int:
     config = core.hf_cfg
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return int(text.vocab_size)
-
-
-class _WithoutMain:
-    """While entered, the processes that LMDeploy starts (its look at the GPU, its ranks) do not run the user's script.
-
-    A spawned process imports the script first, and one without the ``__main__`` guard would build its engine in there.
-    LMDeploy's need nothing of it, and multiprocessing leaves a main module alone whose name ends in ``__main__``. The
-    danger: a process that the user's own threads spawn meanwhile does not find the script's functions.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._entered = 0  # guarded by _lock, as is the next; two engines may load at once
-        self._spec: ModuleSpec | None = None
-
-    def __enter__(self) -> None:
-        with self._lock:
-            main = sys.modules["__main__"]
-            if self._entered == 0:
-                self._spec, main.__spec__ = main.__spec__, ModuleSpec("lmbridge.__main__", None)
-            self._entered += 1
-
-    def __exit__(self, *exc_info: object) -> None:
-        with self._lock:
-            self._entered -= 1
-            if self._entered == 0:
-                sys.modules["__main__"].__spec__ = self._spec
-
-
-_without_main = _WithoutMain()
 
 
 @contextlib.contextmanager
