@@ -19,7 +19,8 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from lmbridge.engines import engine_class, engine_factory
-from lmbridge.engines.transformers import TransformersEngine, encoding, library, paged, starting
+from lmbridge.engines import encoding
+from lmbridge.engines.transformers import TransformersEngine, library, paged, starting
 from lmbridge.errors import (
     EngineDeadError,
     EngineError,
