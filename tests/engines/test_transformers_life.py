@@ -18,8 +18,7 @@ import torch
 import transformers
 from transformers.utils import logging as transformers_logging
 
-from lmbridge.engines import engine_class, engine_factory
-from lmbridge.engines import encoding
+from lmbridge.engines import encoding, engine_class, engine_factory
 from lmbridge.engines.transformers import TransformersEngine, library, paged, starting
 from lmbridge.errors import (
     EngineDeadError,

@@ -98,7 +98,9 @@ WRONG: list[tuple[type[Engine], str]] = [
 ]
 
 
-BESIDE = {engines.ForgetsOneOfTwoThatEndTogether: {"test_twenty_streams_at_once_do_not_mix"}}
+BESIDE: dict[type[Engine], set[str]] = {
+    engines.ForgetsOneOfTwoThatEndTogether: {"test_twenty_streams_at_once_do_not_mix"}
+}
 """Where chance decides whether another test finds the same fault."""
 ALONE = "test_close_with_work_in_flight"  # it looks at all of the process's threads
 
