@@ -63,7 +63,8 @@ class Health:
         state: as ``Bridge.state``; requests are served while it is ``ready``, and kept while it is ``starting`` or
             ``restarting``; the first one has a model that is ``unloaded`` loaded again.
         reason: why it is ``restarting``, ``failed``, ``unloaded`` or ``starting`` again; what a load waits for; what
-            holds a ``ready`` bridge's calls up (a swap, or an engine that has made no progress, and where it stands);
+            holds a ``ready`` bridge's calls up (a swap, an engine that is full, or one that has made no progress, and
+            where it stands);
             where the thread of a ``closed`` bridge is stuck; else "".
         waiting: requests that wait for the engine.
         running: requests in the engine.

@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import reprlib
 from collections.abc import Awaitable, Callable
+from typing import Any, get_args
 
 from lmbridge.crossing.call import Call
 from lmbridge.engines import EngineFactory, engine_around
 from lmbridge.engines.base import Engine, engine_error
 from lmbridge.errors import LMBridgeError, UnsupportedTaskError, fresh
 from lmbridge.log import logger, shown
-from lmbridge.messages import Delta, Request, Task, Usage
+from lmbridge.messages import Delta, FinishReason, Request, Task, ToolCall, Usage
 from lmbridge.values import as_int
 
 
@@ -114,7 +115,7 @@ _DOES: dict[Task, str] = {
     "call": "call a function (call, map)",
 }
 _WANTS: dict[Task, str] = {
-    "generate": "a language model",
+    "generate": "a language model; of a function, one with task='generate'",
     "embed": "an embedding model (engine='encoder'; --embed on the command line)",
     "rerank": "a reranking model (engine='encoder', with task='rerank'; --rerank on the command line)",
     "call": "Bridge(function_engine(your_function))",
@@ -136,26 +137,46 @@ def check_task(engine: Engine, request: Request) -> None:
     )
 
 
+MOST_TOKENS = 2**53
+"""What no engine has counted; more would not go into metrics, whose numbers are floats."""
+_REASONS: tuple[object, ...] = get_args(FinishReason)
+
+
 def flaw(delta: Delta) -> str | None:
     """What is wrong with what an engine said; None when nothing is."""
     if not isinstance(delta, Delta):
         return f"{shown(delta)} where a Delta belongs"
-    if not isinstance(delta.text, str):
-        return f"the text {shown(delta.text)}, which is no string"
-    if not isinstance(delta.token_ids, list):
-        return f"the token_ids {shown(delta.token_ids)}, which are no list"
-    if delta.logprobs is not None and not isinstance(delta.logprobs, list):
-        return f"the logprobs {shown(delta.logprobs)}, which are no list"
-    if delta.error is not None and not isinstance(delta.error, BaseException):
-        return f"the error {shown(delta.error)}, which is no exception"
-    usage = delta.usage
-    if usage is not None and not (isinstance(usage, Usage) and _counts(usage.prompt_tokens, usage.completion_tokens)):
-        return f"the usage {shown(usage)}, which counts no tokens"
+    for field, is_right, wrong in _CHECKS:
+        value = getattr(delta, field)
+        if not is_right(value):
+            return f"the {field} {shown(value)}, {wrong}"
     return None
 
 
+def _is_usage(value: object) -> bool:
+    return value is None or (isinstance(value, Usage) and _counts(value.prompt_tokens, value.completion_tokens))
+
+
+def _are_calls(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(piece, ToolCall) for piece in value)
+
+
 def _counts(*numbers: object) -> bool:
-    return all(as_int(number) is not None for number in numbers)
+    counts = [as_int(number) for number in numbers]
+    return all(count is not None and 0 <= count < MOST_TOKENS for count in counts)
+
+
+_CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("text", lambda value: isinstance(value, str), "which is no string"),
+    ("token_ids", lambda value: isinstance(value, list), "which are no list"),
+    ("logprobs", lambda value: value is None or isinstance(value, list), "which are no list"),
+    ("error", lambda value: value is None or isinstance(value, BaseException), "which is no exception"),
+    ("finish_reason", lambda value: value is None or value in _REASONS, "which is none"),
+    ("reasoning", lambda value: isinstance(value, str), "which is no string"),
+    ("tool_calls", _are_calls, "which are no list of such"),
+    ("usage", _is_usage, "which counts no tokens"),
+)
+"""Field of a Delta, what is right for it, and what is said of a value that is not."""
 
 
 def as_own(error: BaseException, call: Call) -> LMBridgeError:

@@ -132,6 +132,7 @@ class Calls:
         # As nearly all are; with a call of flaw() for each of them the loop would serve a twentieth fewer.
         usual = type(delta) is Delta and type(delta.text) is str and type(delta.token_ids) is list
         usual = usual and delta.logprobs is None and delta.finish_reason is None and delta.error is None
+        usual = usual and delta.reasoning == "" and delta.tool_calls == ()
         if not usual and (wrong := flaw(delta)) is not None:
             self._disbelieve(place, call, wrong)
             return
@@ -205,7 +206,8 @@ class Calls:
             self._gate.forget(call)
         book = self._gate.calls
         if book.pop(call, self) is None:  # in one step: a thread that was stuck may wake up
-            self._metrics.ended(call.outcomes[0])
+            with contextlib.suppress(Exception):  # whoever waits is told, whatever cannot be counted
+                self._metrics.ended(call.outcomes[0])
             if logger.isEnabledFor(logging.DEBUG):
                 log_end(call)
             if not book:

@@ -50,6 +50,8 @@ def _as_it_stands(told: Status, run: Run) -> Status:
         standing = place.where()
         reason = f"the engine has made no progress for {quiet:.0f} s" + (f"; {standing}" if standing else "")
         return _but(told, "ready", reason)
+    if (busy := place.busy) > 0:
+        return _but(told, "ready", f"the engine is full, and takes nothing for {busy:.1f} s more")
     return told
 
 

@@ -1,6 +1,7 @@
 """One engine's place at the server: what it works on, whether it moves, and whether it has died.
 
-Rule: server thread only, but for what others may read or call: ``standstill``, ``where``, and ``report_death``.
+Rule: server thread only, but for what others may read or call: ``standstill``, ``busy``, ``where``, and
+``report_death``.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from dataclasses import dataclass
 
 from lmbridge.crossing.call import Call
@@ -15,8 +17,10 @@ from lmbridge.engines.base import Engine
 from lmbridge.log import logger, shown
 from lmbridge.server.border import batch_size, check_tasks, furnish, name_of
 from lmbridge.server.lodging import Stay
+from lmbridge.values import as_number
 
 FAIR_LOOKS = 3  # at how many looks the engine must have gone on without a call before that says anything
+MOST_BUSY = 120.0  # seconds that an engine may take nothing for by one word
 ABORT_GRACE = 10.0  # seconds an engine may take to answer an abort before the place is given to somebody else
 
 
@@ -53,7 +57,7 @@ class Place:
         self._thread_id = threading.get_ident()
         self.dead: asyncio.Future[BaseException] = self._loop.create_future()
         self._size = 0  # how many calls the engine takes at once
-        self._busy_until = 0.0  # by the loop's clock: it takes none before
+        self._busy_until = 0.0  # on the monotonic clock: it takes none before; read by any thread
         self._quiet: asyncio.Event | None = None  # there while somebody waits for it
         self._seen = -1  # progress at the last look
         self._moves = False  # whether it had risen then
@@ -73,7 +77,7 @@ class Place:
     @property
     def room(self) -> int:
         """How many more calls the engine takes now."""
-        if self.dead.done() or (self._busy_until and self._loop.time() < self._busy_until):
+        if self.dead.done() or self.busy > 0:
             return 0
         return self._size - len(self.calls)
 
@@ -129,7 +133,16 @@ class Place:
 
     def report_busy(self, seconds: float) -> None:
         """What the engine calls when it takes nothing for a while; the sweep sees when that is over."""
-        self._busy_until = self._loop.time() + max(0.0, float(seconds))
+        said = as_number(seconds)
+        if said is None or said != said:
+            logger.error("The engine %s is busy for %s, which are no seconds.", name_of(self.engine), shown(seconds))
+            return
+        self._busy_until = time.monotonic() + float(min(max(0, said), MOST_BUSY))
+
+    @property
+    def busy(self) -> float:
+        """For how many seconds more the engine takes nothing. Any thread."""
+        return self._busy_until and max(0.0, self._busy_until - time.monotonic())
 
     # --- whether it moves ---
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -47,3 +49,27 @@ def test_it_ends_by_itself(scripted: Callable[..., tuple[Bridge, ScriptedEngine]
     assert list(stream)
     assert stream.response.text
     until(lambda: not bridge.requests())
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), 10**400, 1e308])
+def test_nobody_is_busy_for_ever(scripted: Callable[..., tuple[Bridge, ScriptedEngine]], seconds: float) -> None:
+    """However long an engine says, it is asked again in minutes, and health says what holds the calls up."""
+    bridge, _ = scripted()
+    bridge.start()
+    busy(bridge, seconds)
+    health = bridge.health()
+    assert health.state == "ready"
+    found = re.search(r"full, and takes nothing for ([\d.]+) s", health.reason)
+    assert found is not None
+    assert float(found[1]) <= 120
+    busy(bridge, 0)
+    assert bridge.health().reason == ""
+
+
+@pytest.mark.parametrize("seconds", [None, "5", float("nan")])
+def test_what_is_no_time(scripted: Callable[..., tuple[Bridge, ScriptedEngine]], seconds: Any) -> None:
+    """An engine that says nonsense costs nobody an answer."""
+    bridge, _ = scripted()
+    bridge.start()
+    busy(bridge, seconds)
+    assert bridge.infer("as ever", timeout=30).text

@@ -54,6 +54,12 @@ class Says(Engine):
         (Delta("a", [1], logprobs=3), "the logprobs 3"),  # type: ignore[arg-type]
         (Delta(error="out of memory"), "the error 'out of memory'"),  # type: ignore[arg-type]
         (Delta(finish_reason="stop", usage=Usage(None, 1)), "the usage"),  # type: ignore[arg-type]
+        (Delta(finish_reason="stop", usage=Usage(10**400, 1)), "the usage"),
+        (Delta(finish_reason="stop", usage=Usage(1, -1)), "the usage"),
+        (Delta(finish_reason=["stop"]), "the finish_reason"),  # type: ignore[arg-type]
+        (Delta("a", reasoning=None), "the reasoning"),  # type: ignore[arg-type]
+        (Delta("a", tool_calls=["paint"]), "the tool_calls"),  # type: ignore[list-item]
+        (Delta("a", tool_calls=5), "the tool_calls"),  # type: ignore[arg-type]
         (Delta(error=OSError("no room")), "no room"),  # type: ignore[arg-type]
     ],
 )
