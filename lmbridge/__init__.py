@@ -42,7 +42,17 @@ if TYPE_CHECKING:
         UnsupportedTaskError,
         WrongThreadError,
     )
-    from lmbridge.messages import Delta, GenerationConfig, Ranked, Request, Response, Timings, ToolCall, Usage
+    from lmbridge.messages import (
+        Delta,
+        GenerationConfig,
+        Ranked,
+        Request,
+        Response,
+        Timings,
+        ToolCall,
+        Usage,
+        prompt_text,
+    )
 
 __version__ = "0.1.0"
 
@@ -62,7 +72,9 @@ _HOMES = {
     "caller.stream_group": ("StreamGroup",),
     "caller.gathered": ("Gathered",),
     "engines.function": ("FunctionEngine", "function_engine"),
-    "messages": ("Delta", "GenerationConfig", "Ranked", "Request", "Response", "Timings", "ToolCall", "Usage"),
+    "messages": (
+        "Delta", "GenerationConfig", "Ranked", "Request", "Response", "Timings", "ToolCall", "Usage", "prompt_text",
+    ),
     "caller.async_streams": ("AsyncStream",),
     "caller.observer": ("Observer",),
     "caller.streams": ("Stream",),
@@ -77,6 +89,7 @@ __all__ = [
     "Ranked", "Request", "RequestAbortedError", "RequestInfo", "RequestTimeoutError", "Response", "ResponseFuture",
     "Stream", "StreamGroup", "Timings", "ToolCall", "UnknownEngineError", "UnsupportedEnvironmentError",
     "UnsupportedOptionError", "UnsupportedTaskError", "Usage", "WrongThreadError", "function_engine",
+    "prompt_text",
 ]  # fmt: skip
 
 

@@ -132,6 +132,22 @@ class Request:
         return "generate" if self.job is None else self.job.task
 
 
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt of any kind as one text: itself, what the last message of a conversation says, or the token ids.
+
+    For engines and functions that take a text and no conversation.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    last = prompt[-1]
+    if not isinstance(last, dict):
+        return " ".join(map(str, prompt))
+    content = last.get("content")
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return "" if content is None else str(content)
+
+
 @dataclass(slots=True)
 class Usage:
     """Token counts; ``completion_tokens`` counts what the engine generated, the ending token included."""

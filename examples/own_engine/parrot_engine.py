@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from lmbridge import Delta, Engine, EngineError, InvalidRequestError, PromptTooLongError, Request, Usage
+from lmbridge import Delta, Engine, EngineError, InvalidRequestError, PromptTooLongError, Request, Usage, prompt_text
 
 
 class ParrotEngine(Engine):
@@ -28,11 +28,10 @@ class ParrotEngine(Engine):
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
         from parrot_api import OverloadedError, TooManyWordsError
 
-        if not isinstance(request.prompt, str):
-            raise InvalidRequestError("The parrot takes one text; join the messages.", "prompt")
-        asked, most, said = len(request.prompt.split()), request.config.max_new_tokens, 0
+        prompt = prompt_text(request.prompt)  # of a conversation what was said last; the API takes no more
+        asked, most, said = len(prompt.split()), request.config.max_new_tokens, 0
         try:
-            async for word in self._client.complete(request.prompt, most):  # leaving this is the abort
+            async for word in self._client.complete(prompt, most):  # leaving this is the abort
                 said += 1
                 yield Delta(f"{word} ")
         except TooManyWordsError as error:

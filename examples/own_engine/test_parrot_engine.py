@@ -12,11 +12,17 @@ from lmbridge.testing import EngineContract
 class TestParrotEngine(EngineContract):
     prompts = ("one prompt", "another", "a third one")
     long_prompt = "word " * 300
-    poison = (1, 2, 3)  # token ids, which it refuses
+    poison = "word " * 401  # it reads 400
     stall_timeout = 0.5
 
     def engine(self) -> Engine:
         return ParrotEngine("loud")
+
+
+def test_a_conversation_is_answered() -> None:
+    """So that ``lmbridge chat`` and OpenAI's clients, which send conversations, are served."""
+    with Bridge(lambda: ParrotEngine("loud")) as bridge:
+        assert bridge.chat(system="Be brief.").ask("hello there", timeout=30).text == "HELLO THERE "
 
 
 def test_a_long_prompt_is_refused_by_its_own_error() -> None:

@@ -260,6 +260,12 @@ def _check_kinds(arguments: argparse.Namespace, models: Models) -> None:
 
     if arguments.embed and "embed" not in models.tasks(served_name(arguments.embed)):
         raise InvalidRequestError(f"{arguments.embed} is a reranking model; give it with --rerank.")
+    for name in models.names():
+        if not models.tasks(name) & set(_ROUTES):
+            raise InvalidRequestError(
+                f"{name} takes lists of items, which no route serves; a function that answers prompts yields, or needs "
+                "--option task=generate."
+            )
 
 
 def log_to_stderr(arguments: argparse.Namespace) -> None:

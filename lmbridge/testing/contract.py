@@ -113,6 +113,8 @@ class EngineContract:
             texts = pool.map(lambda prompt: bridge.infer(prompt, timeout=self.patience).text, asked)
             assert [answers[prompt] for prompt in asked] == list(texts)
             self.idle(bridge, engines)
+        elsewhere = engines.latest.elsewhere
+        assert not elsewhere, f"a sink was called by {elsewhere}; use loop.call_soon_threadsafe(sink, delta)"
 
     def test_twenty_streams_at_once_do_not_mix(self) -> None:
         """Twenty threads that read a stream each get the pieces of their own answer, in order."""
@@ -151,6 +153,8 @@ class EngineContract:
                 stream.close()
                 assert stream.response.finish_reason == "abort"
             self.idle(bridge, engines)
+            last = engines.latest.said[streams[0].request_id][-1]
+            assert last.finish_reason == "abort", f"it was aborted and ended with {last.finish_reason or last.error!r}"
             finished = bridge.submit(self.prompts[0])
             assert finished.result(self.patience).text
             assert not finished.cancel()

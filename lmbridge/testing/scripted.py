@@ -14,7 +14,7 @@ from dataclasses import replace
 from lmbridge.engines.base import Engine, Sink
 from lmbridge.engines.thread import EngineThread
 from lmbridge.errors import EngineError
-from lmbridge.messages import Delta, FinishReason, GenerationConfig, Logprobs, Prompt, Request, Usage
+from lmbridge.messages import Delta, FinishReason, GenerationConfig, Logprobs, Prompt, Request, Usage, prompt_text
 
 Script = Callable[[Request], Sequence[str | Delta]]
 
@@ -31,14 +31,6 @@ def echo(request: Request) -> list[str]:
 def _words_of(text: str) -> list[str]:
     """The words of a text, all but the first with the space before them."""
     return [word if place == 0 else f" {word}" for place, word in enumerate(text.split(" "))]
-
-
-def prompt_text(prompt: Prompt) -> str:
-    """A prompt of any kind as one text: the last message of a conversation, or the token ids."""
-    if isinstance(prompt, str):
-        return prompt
-    last = prompt[-1]
-    return str(last["content"]) if isinstance(last, dict) else " ".join(map(str, prompt))
 
 
 class ScriptedEngine(Engine):

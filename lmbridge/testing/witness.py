@@ -21,12 +21,15 @@ class Witness:
 
     Attributes:
         said: the deltas of each request that the engine took, by id, in the order in which they came.
+        elsewhere: names of threads other than the server's on which the engine has said something.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.said: dict[str, list[Delta]] = {}  # written by the server thread under _changed
+        self.elsewhere: set[str] = set()  # each entry made in one atomic step
         self._changed = threading.Condition()
+        self._thread = 0  # ident of the server's; set once, by itself
         self._loop: asyncio.AbstractEventLoop | None = None  # set once, by the server thread, as is the next
         self._started = False  # what it asks itself before that, to prove itself, is its own affair
         self._start, self._add = engine.start, engine.add_request
@@ -59,6 +62,7 @@ class Witness:
 
     async def _on_start(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         await self._start()
         self._started = True
 
@@ -69,6 +73,8 @@ class Witness:
         deltas: list[Delta] = []
 
         def heard(delta: Delta) -> None:
+            if threading.get_ident() != self._thread:
+                self.elsewhere.add(threading.current_thread().name)
             with self._changed:
                 deltas.append(delta)
                 self._changed.notify_all()

@@ -20,6 +20,7 @@ from lmbridge import (
     GenerationConfig,
     InvalidRequestError,
     ModelNotFoundError,
+    RequestTimeoutError,
     UnsupportedOptionError,
     UnsupportedTaskError,
     Usage,
@@ -168,6 +169,66 @@ def test_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Bridge("an_app_of_mine:five", engine="function")
     with pytest.raises(InvalidRequestError, match="module:name"):
         Bridge("an_app_of_mine", engine="function")
+
+
+def test_a_function_that_cannot_be_interrupted_gets_no_more_threads_than_it_was_given() -> None:
+    """Callers that leave a function while it blocks do not pile threads up; the next is answered once one is free."""
+    go, began = threading.Event(), threading.Semaphore(0)
+
+    def blocking(prompt: str) -> Iterator[str]:
+        if prompt == "block":
+            began.release()
+            go.wait(30)
+        yield prompt
+
+    with Bridge(function_engine(blocking, max_batch_size=2)) as bridge:
+        before = threading.active_count()
+        for _ in range(4):
+            with pytest.raises(RequestTimeoutError):
+                bridge.infer("block", timeout=0.05)
+        assert began.acquire(timeout=30)
+        assert began.acquire(timeout=30)
+        assert not began.acquire(blocking=False)
+        assert threading.active_count() - before <= 2
+        waiting = bridge.submit("go on")
+        go.set()
+        assert waiting.result(30).text == "go on"
+
+
+def test_a_slow_close_holds_its_own_thread_only() -> None:
+    """A stranger's prompt is not given to a thread that is still busy with what was left."""
+    closing, go = threading.Event(), threading.Event()
+
+    class Slow:
+        def __iter__(self) -> Iterator[str]:
+            return self
+
+        def __next__(self) -> str:
+            return "word "
+
+        def close(self) -> None:
+            closing.set()
+            go.wait(30)
+
+    with Bridge(function_engine(lambda prompt: Slow() if prompt == "slow" else "fine", task="generate")) as bridge:
+        next(stream := bridge.stream("slow", timeout=30))
+        stream.close()
+        assert closing.wait(30)
+        assert [bridge.infer("other", timeout=10).text for _ in range(3)] == ["fine"] * 3
+        go.set()
+
+
+def test_supports_needs_a_config() -> None:
+    """A function that is told nothing of a field cannot keep it, which is said where it is given."""
+    with pytest.raises(InvalidRequestError, match="parameter named config"):
+        function_engine(plain_words, supports={"temperature"})
+    assert function_engine(words, supports="top_k, temperature")().supports == {"top_k", "temperature"}
+
+
+def test_what_function_engine_has_made_is_no_function() -> None:
+    """Naming it where a function belongs is explained, rather than taken for a function from lists to lists."""
+    with pytest.raises(InvalidRequestError, match="name the function itself"):
+        function_engine(function_engine(words))
 
 
 @pytest.mark.parametrize(

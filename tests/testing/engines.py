@@ -211,3 +211,22 @@ def _with_usage(delta: Delta, prompt: int | None = None, more: int = 0) -> Delta
 
 class CallsNothing(_Steps):
     """It takes tools, and answers as if there were none."""
+
+
+class IgnoresAborts(_Steps):
+    """It goes on to the end, whoever has left."""
+
+    def abort_request(self, request_id: str) -> None:
+        pass
+
+
+class SpeaksOnItsOwnThread(_Steps):
+    """It calls a sink where the words are made."""
+
+    def add_request(self, request: Request, sink: Sink) -> None:
+        def heard(delta: Delta) -> None:
+            speaker = threading.Thread(target=sink, args=(delta,), name="speaker")
+            speaker.start()
+            speaker.join()
+
+        super().add_request(request, heard)

@@ -57,16 +57,16 @@ class TestThreadEngine(EngineContract):
         return ThreadEngine()
 
 
-def example_of_docs(capsys: pytest.CaptureFixture[str]) -> type[Engine]:
-    """The engine of docs/engines/own.rst, whose example has run as it stands there."""
-    after = DOCS.read_text().split("leaving the iterator is the abort::", 1)[1]
+def example_of_docs(capsys: pytest.CaptureFixture[str], after_words: str, name: str, prints: str) -> type[Engine]:
+    """An engine of docs/engines/own.rst, whose example has run as it stands there."""
+    after = DOCS.read_text().split(after_words, 1)[1]
     lines = after.splitlines()
     end = next(number for number, line in enumerate(lines) if line and not line.startswith(" "))
     names: dict[str, Any] = {}
     exec(textwrap.dedent("\n".join(lines[:end])), names)
-    assert capsys.readouterr().out.strip() == "HELLO WORLD"
-    shout: type[Engine] = names["Shout"]
-    return shout
+    assert capsys.readouterr().out.strip() == prints
+    engine: type[Engine] = names[name]
+    return engine
 
 
 class TestShout(EngineContract):
@@ -78,10 +78,25 @@ class TestShout(EngineContract):
 
     @pytest.fixture(autouse=True)
     def _example(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self.shout = example_of_docs(capsys)
+        self.shout = example_of_docs(capsys, "leaving the iterator is the abort::", "Shout", "HELLO WORLD")
 
     def engine(self) -> Engine:
         return self.shout()
+
+
+class TestPushing(EngineContract):
+    """So does the one that it shows for libraries with a thread of their own."""
+
+    prompts = PROMPTS
+    long_prompt = LONG
+    stall_timeout = 0.4
+
+    @pytest.fixture(autouse=True)
+    def _example(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.pushing = example_of_docs(capsys, "``abort_request`` instead::", "Pushing", "hello again")
+
+    def engine(self) -> Engine:
+        return self.pushing()
 
 
 WRONG: list[tuple[type[Engine], str]] = [
@@ -95,6 +110,8 @@ WRONG: list[tuple[type[Engine], str]] = [
     (engines.SaysMoreAfterTheEnd, "test_nothing_is_said_after_the_end"),
     (engines.EndsTwiceWhenAborted, "test_nothing_is_said_after_the_end"),
     (engines.CallsNothing, "test_a_tool_is_called"),
+    (engines.IgnoresAborts, "test_abort_while_queued_working_and_finished"),
+    (engines.SpeaksOnItsOwnThread, "test_answers_do_not_mix"),
 ]
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from lmbridge.engines.base import Engine, Sink
 from lmbridge.engines.batching import Batcher
-from lmbridge.engines.function.naming import find_function, is_async, yields
+from lmbridge.engines.function.naming import BUILDER, find_function, is_async, takes_config, yields
 from lmbridge.engines.function.texts import Texts
 from lmbridge.engines.thread import EngineThread, giving_way
 from lmbridge.errors import InvalidRequestError
@@ -40,8 +40,9 @@ class FunctionEngine(Engine):
         max_batch_size: the most items in a batch, or prompts at once. A plain function that answers prompts gets a
             thread for each of these.
         batch_timeout: seconds for which a batch that is not full waits for more; 0 runs what is there.
-        supports: fields of GenerationConfig that a function with ``config`` keeps; others are refused by name.
-        name: what the engine is called in messages; default: the function's name.
+        supports: fields of GenerationConfig that a function with ``config`` keeps, as a list or with commas; others are
+            refused by name.
+        name: what the engine is called in messages.
     """
 
     name: ClassVar[str] = "function"
@@ -60,7 +61,7 @@ class FunctionEngine(Engine):
     ) -> None:
         function = find_function(function)
         self.tasks = frozenset({_checked_task(task) or ("generate" if yields(function) else "call")})
-        self.supports = _checked_fields(supports)  # type: ignore[misc]  # this one's own
+        self.supports = _checked_fields(supports, function)  # type: ignore[misc]  # this one's own
         self.max_batch_size = _checked_size(max_batch_size)
         self._wait = _checked_wait(batch_timeout)
         self._function = function
@@ -68,7 +69,7 @@ class FunctionEngine(Engine):
             self.name = _checked_name(name)  # type: ignore[misc]  # this one's own
         self._label = name or str(getattr(function, "__name__", type(function).__name__))
         self._is_async = is_async(function)
-        self._texts = Texts(function, self._in_turn, self._label)
+        self._texts = Texts(function, self._in_turn, self.max_batch_size, self._label)
         self._thread = EngineThread(f"lmbridge {self._label}")
         weakref.finalize(self, self._thread.close).atexit = False
         self._batcher: Batcher[Any] | None = None
@@ -162,6 +163,7 @@ def function_engine(
         )
 
     build.__name__ = build()._label  # which also checks what was given
+    setattr(build, BUILDER, True)
     return build
 
 
@@ -180,11 +182,17 @@ def _checked_task(value: Any) -> Task | None:
     return task
 
 
-def _checked_fields(names: Any) -> frozenset[str]:
-    fields = frozenset({names} if isinstance(names, str) else names)
+def _checked_fields(names: Any, function: Function) -> frozenset[str]:
+    fields = frozenset(filter(None, map(str.strip, names.split(","))) if isinstance(names, str) else names)
     known = frozenset(GenerationConfig().__dict__)
     for name in fields - known:
         raise InvalidRequestError(f"supports names fields of GenerationConfig, and {shown(name)} is none.", "supports")
+    if fields and not takes_config(function):
+        raise InvalidRequestError(
+            f"The function cannot keep {', '.join(sorted(fields))}, of which it is told nothing: give it a parameter "
+            "named config, or leave supports out.",
+            "supports",
+        )
     return fields
 
 

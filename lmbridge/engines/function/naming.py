@@ -14,6 +14,9 @@ from typing import Any
 from lmbridge.errors import InvalidRequestError, ModelNotFoundError
 from lmbridge.log import shown
 
+BUILDER = "lmbridge_builds_engine"
+"""An attribute of what ``function_engine`` returns."""
+
 
 def find_function(given: Any) -> Callable[..., Any]:
     """The function itself, or the one that ``"module:name"`` names; modules in the working directory are found too.
@@ -28,6 +31,11 @@ def find_function(given: Any) -> Callable[..., Any]:
     elif not callable(given):
         raise InvalidRequestError(
             f"The function engine takes a function, or its name as 'module:name', not {shown(given)}.", "function"
+        )
+    if hasattr(found, BUILDER):
+        raise InvalidRequestError(
+            f"{given} is what function_engine() has made; name the function itself, and give its options beside it.",
+            "function",
         )
     if not callable(found):
         raise InvalidRequestError(f"{given} is {shown(found)}, which cannot be called; name a function.", "function")

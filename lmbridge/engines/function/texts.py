@@ -26,17 +26,20 @@ class Texts:
     Args:
         function: takes the prompt, and the request's config by name if it has a parameter ``config``.
         in_turn: calls what it is given in the engine's turn on its device; on a thread of the engine's.
+        most: threads at the most. One that is stuck in the function is not replaced: whoever needs it waits, until the
+            engine is taken for stuck itself.
         label: for the names of threads.
     """
 
-    def __init__(self, function: Callable[..., Any], in_turn: Callable[..., Any], label: str) -> None:
+    def __init__(self, function: Callable[..., Any], in_turn: Callable[..., Any], most: int, label: str) -> None:
         self._function = function
         self._in_turn = in_turn
         self._label = label
         self._is_async = is_async(function)
         self._takes_config = takes_config(function)
-        self._idle: list[EngineThread] = []
-        self._all: set[EngineThread] = set()
+        self._most = most
+        self._idle: asyncio.Queue[EngineThread] = asyncio.Queue()
+        self._all: list[EngineThread] = []
 
     async def answer(self, request: Request) -> AsyncIterator[Delta]:
         """The deltas of an answer, the last with a finish_reason."""
@@ -70,8 +73,7 @@ class Texts:
                 await close()
 
     async def _on_thread(self, request: Request, given: dict[str, Any]) -> AsyncGenerator[Any, None]:
-        thread = self._idle.pop() if self._idle else EngineThread(f"lmbridge {self._label}")
-        self._all.add(thread)
+        thread = await self._free_thread()
         pieces: Iterator[Any] | None = None
         try:
             result = await thread.run(self._in_turn, functools.partial(self._function, **given), request.prompt)
@@ -81,11 +83,23 @@ class Texts:
         finally:
             await self._put_back(thread, pieces)
 
+    async def _free_thread(self) -> EngineThread:
+        if self._idle.empty() and len(self._all) < self._most:
+            self._all.append(EngineThread(f"lmbridge {self._label}"))
+            return self._all[-1]
+        return await self._idle.get()
+
     async def _put_back(self, thread: EngineThread, pieces: Iterator[Any] | None) -> None:
-        """Once the function is through with the request: what cannot be interrupted is waited for."""
+        """Once the function is through with the request, which cannot be interrupted, though nobody may wait for it."""
+
+        def is_free(closing: asyncio.Future[None]) -> None:
+            if not closing.cancelled():
+                closing.exception()  # whoever waits gets it; nobody need
+            self._idle.put_nowait(thread)
+
         closing = asyncio.ensure_future(thread.run(_close, pieces))
-        closing.add_done_callback(lambda _: self._idle.append(thread))
-        await closing
+        closing.add_done_callback(is_free)
+        await asyncio.shield(closing)
 
 
 def _pieces(result: Any) -> Iterator[Any]:

@@ -59,8 +59,10 @@ def read_config(body: Body, supported: Set[str], **more: Any) -> GenerationConfi
             overrides[field.option] = field.convert(value)
     overrides.update(more)
     drop_idle(overrides)
-    if overrides.get("min_new_tokens", 0) > overrides["max_new_tokens"]:
-        most = given_name("max_new_tokens", body)
+    most = given_name("max_new_tokens", body)
+    if "max_new_tokens" not in supported and body.get(most) is None:  # a limit of our own is nothing to be refused
+        del overrides["max_new_tokens"]
+    elif overrides.get("min_new_tokens", 0) > overrides["max_new_tokens"]:
         body.refuse("min_tokens", f"at most {most}, which is {overrides['max_new_tokens']}")
     try:
         return GenerationConfig().merged(_typed(overrides))

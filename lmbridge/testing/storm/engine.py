@@ -13,8 +13,8 @@ from typing import Any
 from lmbridge.engines.base import Sink
 from lmbridge.engines.batching import Batcher
 from lmbridge.errors import EngineError
-from lmbridge.messages import Delta, Request, Task, Usage
-from lmbridge.testing.scripted import ScriptedEngine, echo, prompt_text
+from lmbridge.messages import Delta, Request, Task, Usage, prompt_text
+from lmbridge.testing.scripted import ScriptedEngine, echo
 from lmbridge.testing.storm.jobs import done
 
 FLAWS: Mapping[str, float] = {
