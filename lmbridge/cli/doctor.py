@@ -20,7 +20,6 @@ from lmbridge.cli.terminal import MODEL_HELP, add_engine_arguments, loaded, one_
 from lmbridge.device.sizes import in_words
 from lmbridge.engines import engine_class, engine_names
 from lmbridge.engines.base import Engine, Library
-from lmbridge.errors import MissingDependencyError
 from lmbridge.generation import GenerationConfig
 
 SUMMARY = "list engines, versions and devices, and what is missing"
@@ -63,8 +62,11 @@ def _devices() -> Iterator[str]:
     if importlib.util.find_spec("torch") is None:
         yield "no torch, so that no GPU can be seen: pip install torch"
         return
-    import torch
-
+    try:
+        import torch
+    except Exception as cause:
+        yield f"no GPU can be seen, since torch cannot be imported: {one_line(cause)}"
+        return
     if not torch.cuda.is_available():
         yield f"no GPU that torch {torch.__version__} can use"
     for number in range(torch.cuda.device_count()):
@@ -80,7 +82,7 @@ def _engines() -> Iterator[str]:
     for name in engine_names():
         try:
             yield from _engine(name, engine_class(name))
-        except MissingDependencyError as error:
+        except Exception as error:  # other people's packages may be anything, and the list is for whoever has trouble
             yield f"{name:<13} broken: {one_line(error)}"
 
 

@@ -81,7 +81,7 @@ def _loaded(point: importlib.metadata.EntryPoint) -> type[Engine]:
     package = point.dist.name if point.dist is not None else point.value
     try:
         found = point.load()
-    except Exception as cause:
+    except (Exception, SystemExit) as cause:
         raise MissingDependencyError(
             f"The engine {point.name!r} of the package {package} cannot be imported ({shown(cause)}); reinstall it: "
             f"pip install --force-reinstall {package}"

@@ -270,6 +270,41 @@ def test_models_of_several_kinds(run: Run) -> None:
         assert served.end() == 0
 
 
+def test_a_function(tmp_path: Path) -> None:
+    """A function that yields is served to OpenAI's clients as it stands; a limit is kept where it says that it does."""
+    (tmp_path / "an_app.py").write_text(FUNCTIONS)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "one two three"}]}
+    shout, keep = (("--engine", "function", f"an_app:{name}", "--no-page") for name in ("shout", "keep"))
+    with serving(*shout, PYTHONPATH=path) as served:
+        answer = served.ask("POST", "/v1/chat/completions", body)
+        assert answer.json["choices"][0]["message"]["content"] == "ONE TWO THREE "
+        assert served.ask("POST", "/v1/chat/completions", {**body, "max_tokens": 2}).status == 400
+    with serving(*keep, "--option", "supports=max_new_tokens", PYTHONPATH=path) as served:
+        answer = served.ask("POST", "/v1/chat/completions", {**body, "max_tokens": 2})
+        assert answer.json["choices"][0]["message"]["content"] == "one two "
+
+
+def test_a_function_of_lists(run: Run) -> None:
+    """What no route could serve is refused at the start, with what would help."""
+    done = run("serve", "builtins:sorted", "--engine", "function", "--port", "0")
+    assert done.returncode == 1
+    assert "task=generate" in done.stderr
+
+
+FUNCTIONS = """
+from lmbridge import prompt_text
+
+async def shout(prompt):
+    for word in prompt_text(prompt).split():
+        yield word.upper() + " "
+
+def keep(prompt, config):
+    for word in prompt_text(prompt).split()[: config.max_new_tokens]:
+        yield word + " "
+"""
+
+
 def test_an_encoder_alone() -> None:
     """Who wants no language model gets none: neither the bundled one beside --embed, nor another."""
     with serving("--no-page", "--embed", "minilm") as served:

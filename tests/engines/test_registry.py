@@ -74,6 +74,19 @@ def test_auto_and_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert named_engine("auto", str(file)) == "transformers"
 
 
+@pytest.mark.parametrize("name", ["127.0.0.1:9/v1", "my_app:answer"])
+def test_what_is_no_model_at_all(name: str) -> None:
+    """A server without http:// and a function without its engine are told what is missing, not asked for at a hub."""
+    with pytest.raises(ModelNotFoundError, match=r"http://.*engine='function'"):
+        Bridge(name)
+
+
+def test_a_config_nested_too_deeply(tmp_path: Path) -> None:
+    """A hostile file is no crash."""
+    (folder(tmp_path / "deep", {}) / "config.json").write_text("[" * 100_000)
+    assert named_engine("auto", str(tmp_path / "deep")) == "transformers"
+
+
 PACKAGE = """
 from lmbridge import Delta, Engine
 

