@@ -20,7 +20,7 @@ from flask import Request, current_app
 from werkzeug.local import LocalProxy
 
 from lmbridge.bridge import Bridge
-from lmbridge.engines import engine_class, named_engine
+from lmbridge.engines import engine_class, engine_factory, named_engine
 from lmbridge.engines.auto import AUTO
 from lmbridge.errors import BridgeClosedError, InvalidRequestError, ModelNotFoundError, UnsupportedTaskError
 from lmbridge.flask.config import ModelSource, Settings
@@ -28,6 +28,7 @@ from lmbridge.messages import GenerationConfig, Task
 
 EXTENSION = "lmbridge"
 _EVERYTHING = frozenset(GenerationConfig().__dict__)  # an engine says itself what it cannot do
+_BRIDGE_OPTIONS = frozenset(inspect.signature(Bridge).parameters)
 VERBS: dict[Task, str] = {"generate": "generate text", "embed": "embed", "rerank": "rerank", "call": "call a function"}
 
 
@@ -89,7 +90,9 @@ class Models:
 
     def supports(self, name: str) -> frozenset[str]:
         """The GenerationConfig fields that the model's engine honours, or will once loaded; all while not known."""
-        return self.bridge(name).supports() or self._supports.get(name, _EVERYTHING)
+        bridge = self.bridge(name)
+        found = bridge.supports()
+        return found if found or bridge.state == "ready" else self._supports.get(name, _EVERYTHING)
 
     def chosen(self, name: str | None, task: Task, timeout: float | None = None) -> str:
         """The model for a request: the one it names, else the first that does what is asked.
@@ -180,7 +183,8 @@ class Models:
         if isinstance(model, (str, Path)):
             engine = named_engine(engine, str(model))
             self._tasks[name] = _tasks_of(engine, options.get("task"))
-            self._supports[name] = engine_class(engine).supports or _EVERYTHING
+            own = {option: value for option, value in options.items() if option not in _BRIDGE_OPTIONS}
+            self._supports[name] = engine_factory(engine, str(model), own)().supports
         return bridge
 
     def _default_account(self, request: Request) -> str:

@@ -279,7 +279,7 @@ def test_a_function(tmp_path: Path) -> None:
     with serving(*shout, PYTHONPATH=path) as served:
         answer = served.ask("POST", "/v1/chat/completions", body)
         assert answer.json["choices"][0]["message"]["content"] == "ONE TWO THREE "
-        assert served.ask("POST", "/v1/chat/completions", {**body, "max_tokens": 2}).status == 400
+        assert served.ask("POST", "/v1/chat/completions", {**body, "max_tokens": 2}).status == 400, answer.text
     with serving(*keep, "--option", "supports=max_new_tokens", PYTHONPATH=path) as served:
         answer = served.ask("POST", "/v1/chat/completions", {**body, "max_tokens": 2})
         assert answer.json["choices"][0]["message"]["content"] == "one two "

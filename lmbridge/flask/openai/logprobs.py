@@ -21,12 +21,13 @@ class TokenTexts:
     """Each token's own text, asked of the engine once per answer and token; ``token_id:7`` where it cannot tell.
 
     Args:
-        as_ids: write all tokens like that.
+        as_ids: write all tokens like that; ``own`` still tells their texts.
     """
 
     def __init__(self, ask: AskTexts, as_ids: bool = False) -> None:
-        self._ask = _nothing if as_ids else ask
-        self._known: dict[int, str] = {}
+        self.as_ids = as_ids
+        self._ask = ask
+        self._known: dict[int, str] = {}  # "" where the engine cannot tell
 
     def learn(self, token_ids: Iterable[int]) -> None:
         """Ask for those that are not known yet, as few times as may be."""
@@ -34,15 +35,20 @@ class TokenTexts:
         for start in range(0, len(new), AT_ONCE):
             asked = new[start : start + AT_ONCE]
             texts = self._ask(asked)
-            self._known.update((token, text or f"token_id:{token}") for token, text in zip(asked, texts, strict=True))
+            self._known.update(zip(asked, texts, strict=True))
 
     def joined(self, token_ids: Sequence[int]) -> str:
         """A text of the tokens' texts; of a character that several tokens share, U+FFFD for each."""
         self.learn(token_ids)
-        return "".join([self._known[token] for token in token_ids])
+        return "".join([self[token] for token in token_ids])
+
+    def own(self, token: int) -> str:
+        """A token's text; "" where the engine cannot tell."""
+        return self._known[token]
 
     def __getitem__(self, token: int) -> str:
-        return self._known[token]
+        """How a token is written."""
+        return (not self.as_ids and self._known[token]) or f"token_id:{token}"
 
 
 class LogprobsForm(Protocol):
@@ -80,12 +86,13 @@ class ChatLogprobs:
         return {**self._token(chosen, entry[chosen]), "top_logprobs": [self._token(*item) for item in likeliest]}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._texts[token]
-        return {"token": text, "logprob": _finite(logprob), "bytes": _bytes(text)}
+        return {"token": self._texts[token], "logprob": _finite(logprob), "bytes": _bytes(self._texts.own(token))}
 
 
 class CompletionLogprobs:
     """``{"tokens", "token_logprobs", "top_logprobs", "text_offset"}``, lists of one entry per place.
+
+    Tokens written as ids are followed by ``token_texts``, which says what each of them stands for.
 
     Args:
         answers: how many there are.
@@ -97,14 +104,18 @@ class CompletionLogprobs:
 
     def render(self, index: int, entries: Sequence[Logprobs], first: int | None = None) -> dict[str, Any]:
         before = [] if first is None else [first]
-        self._texts.learn([*before, *(token for entry in entries for token in entry)])
+        mentioned = [*before, *(token for entry in entries for token in entry)]
+        self._texts.learn(mentioned)
         tokens = [self._texts[token] for token in [*before, *(next(iter(entry)) for entry in entries)]]
         unknown = [None] * len(before)
+        texts = self._texts
+        legend = {"token_texts": {texts[token]: texts.own(token) for token in mentioned}} if texts.as_ids else {}
         return {
             "tokens": tokens,
             "token_logprobs": [*unknown, *(_finite(next(iter(entry.values()))) for entry in entries)],
             "top_logprobs": [*unknown, *(self._top(entry) for entry in entries)],
             "text_offset": [self._advance(index, token) for token in tokens],
+            **legend,
         }
 
     def _top(self, entry: Logprobs) -> dict[str, float]:
@@ -119,10 +130,6 @@ class CompletionLogprobs:
         return offset
 
 
-def _nothing(token_ids: Sequence[int]) -> list[str]:
-    return [""] * len(token_ids)
-
-
 def _likeliest(entry: Logprobs) -> list[tuple[int, float]]:
     return sorted(entry.items(), key=lambda item: -_finite(item[1]))
 
@@ -132,5 +139,5 @@ def _finite(logprob: float) -> float:
 
 
 def _bytes(text: str) -> list[int] | None:
-    """None for a token that is part of a character, whose bytes its text does not show."""
-    return None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())
+    """None for a token whose text is not known, or is part of a character, whose bytes it does not show."""
+    return list(text.encode()) if text and "\N{REPLACEMENT CHARACTER}" not in text else None
