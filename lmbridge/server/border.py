@@ -132,8 +132,9 @@ def check_task(engine: Engine, request: Request) -> None:
     if task in engine.tasks:
         return
     does = " and ".join(_DOES.get(name, name) for name in sorted(engine.tasks))
+    use = getattr(engine, "instead", _WANTS).get(task, _WANTS[task])  # an engine may know better
     raise UnsupportedTaskError(
-        f"The engine {name_of(engine)!r} cannot {_DOES[task]}; it can {does or 'do nothing'}. Use {_WANTS[task]}."
+        f"The engine {name_of(engine)!r} cannot {_DOES[task]}; it can {does or 'do nothing'}. Use {use}."
     )
 
 

@@ -6,7 +6,7 @@ Rule: pure functions. What a server would not honour is refused by the name that
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lmbridge.engines.openai.flavours import CHAT_ONLY, Flavour
@@ -30,15 +30,22 @@ class Question:
 
     Attributes:
         added: names in the body that nobody has asked for, which a server need not take.
+        room: the field that says how long the answer may be, where nobody has said so; None otherwise.
     """
 
     path: str
     body: Mapping[str, Any]
     added: frozenset[str] = frozenset()
+    room: str | None = None
 
     @property
     def is_chat(self) -> bool:
         return self.path == CHATS
+
+    def with_what_is_left(self, tokens: int) -> Question:
+        """The same for an answer of what there is room for, which is what null means to chats, and to them alone."""
+        assert self.room is not None
+        return replace(self, body={**self.body, self.room: None if self.is_chat else tokens}, room=None)
 
     def to(self, model: str, unwanted: frozenset[str]) -> dict[str, Any]:
         """The body for a model, without what its server does not want."""
@@ -57,10 +64,11 @@ def put_question(request: Request, flavour: Flavour, extra: Mapping[str, Any]) -
     body: dict[str, Any] = {}
     if (is_text and not request.raw) or (prompt and isinstance(prompt[0], dict)):
         messages = [{"role": "user", "content": prompt}] if is_text else [dict(message) for message in prompt]  # type: ignore[arg-type]
-        path, body[flavour.max_tokens], body["messages"] = CHATS, config.max_new_tokens, messages
+        path, room, body["messages"] = CHATS, flavour.max_tokens, messages
     else:
         _refuse_chats_fields(config, flavour)
-        path, body["max_tokens"], body["prompt"] = COMPLETIONS, config.max_new_tokens, texts_of([prompt])[0]
+        path, room, body["prompt"] = COMPLETIONS, "max_tokens", texts_of([prompt])[0]
+    body[room] = config.max_new_tokens
     body |= _sampling(config, flavour) | _form(config, flavour) | _logprobs(config, flavour, path == CHATS)
     added = {"stream_options"}
     if flavour.tells_ids:
@@ -68,7 +76,8 @@ def put_question(request: Request, flavour: Flavour, extra: Mapping[str, Any]) -
         if not config.return_prompt_token_ids:
             added.add("return_token_ids")
     body |= {"stream": True, "stream_options": {"include_usage": True}, **extra}
-    return Question(path, body, frozenset(added))
+    is_default = room not in extra and "max_new_tokens" not in config.given()
+    return Question(path, body, frozenset(added), room if is_default else None)
 
 
 def our_name(param: str | None) -> str | None:

@@ -33,7 +33,8 @@ class OpenAIEngine(Engine):
         model: a URL, or several separated by commas; or the model's name, with ``base_url``.
         base_url: a URL, or a list of them: servers of one kind that serve the same model; default: what OPENAI_BASE_URL
             says, else OpenAI's own. A URL without a path gets ``/v1``.
-        model_name: what the servers call the model; default: the first that each of them lists.
+        model_name: what the servers call the model; default: the first that each of them lists, of those that do the
+            task.
         api_key: default: what OPENAI_API_KEY says.
         flavour: what kind of server it is, for the fields that it takes: ``lmbridge``, ``vllm``, ``lmdeploy``,
             ``tabbyapi``, ``llamacpp`` or ``openai``; None: what it says itself, and one that is not known takes
@@ -91,13 +92,16 @@ class OpenAIEngine(Engine):
         """
         options = self._options
         clients = await self._thread.run(self._make_clients)
-        self._servers = [Server(url, client, options.model) for url, client in zip(options.urls, clients, strict=True)]
+        self._servers = [
+            Server(url, client, options.model, options.tasks) for url, client in zip(options.urls, clients, strict=True)
+        ]
         self._group = Group(self._servers, lambda seconds: self.on_busy(seconds))
         first = await self._group.reach()
         self._flavour = flavour = FLAVOURS[options.flavour] if options.flavour else first.flavour
         assert flavour is not None
         self.supports = flavour.supports  # type: ignore[misc]
         self.tasks: frozenset[Task] = options.tasks or first.tasks or self.tasks
+        self.instead = {task: _instead(task, first) for task in ("generate", "embed", "rerank")}
         lanes = len(self._servers)
         self._jobs = Jobs(self._send, flavour, lanes, max(1, self.max_batch_size // (2 * lanes)))
         self._watches = [_start(server.watch(), f"lmbridge watch of {server.url}") for server in self._servers]
@@ -154,7 +158,7 @@ class OpenAIEngine(Engine):
                                 yield delta
                     return
                 except NotServedError as what:
-                    errand.failed(server, what, begun)
+                    question = await errand.failed(server, question, what, begun)
         finally:
             self._at.pop(request.id, None)
 
@@ -182,7 +186,7 @@ class OpenAIEngine(Engine):
                 with server.working(), in_our_words(server.url, question):
                     return await post(server.client, question.path, question.to(server.model, server.unwanted))
             except NotServedError as what:
-                errand.failed(server, what, False)
+                question = await errand.failed(server, question, what, False)
 
     # --- what can be seen ---
 
@@ -213,6 +217,14 @@ class OpenAIEngine(Engine):
             "servers": float(len(self._servers)),
             "servers_away": float(sum(server.away is not None for server in self._servers)),
         }
+
+
+def _instead(task: str, server: Server) -> str:
+    """What to use for a task that the model does not do."""
+    names = [name for name, tasks in server.offers.items() if task in tasks]
+    if names:
+        return f"the server's model that does: {' or '.join(f'model_name={name!r}' for name in names[:5])}"
+    return f"a model of the server's that does, by model_name=, with task={task!r} where the server does not say it"
 
 
 def _start(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

@@ -24,6 +24,8 @@ LONGEST_WAIT = 120.0
 _USUAL_WAIT = 1.0
 _TOO_LONG = ("maximum context length", "context_length_exceeded", "exceed_context_size", "available context size")
 _MOST = re.compile(r"maximum context length is (\d+) tokens")
+_LIMIT = re.compile(r"(?:maximum context length is |max_model_len=)(\d+)")
+_PROMPT = re.compile(r"(\d+) (?:input tokens|in (?:the|your) (?:messages|prompt))")
 _FULL, _AWAY = (429, 529), (502, 503)
 _FULL_CODES = ("queue_full", "rate_limit_exceeded")
 _AWAY_CODES = ("engine_unavailable", "shutting_down", "aborted")
@@ -39,11 +41,17 @@ class NotServedError(Exception):
 
 
 class AwayError(NotServedError):
-    """It cannot be reached, or cannot serve anybody. ``broke``: a connection that was there broke, an old one maybe."""
+    """It cannot be reached, or cannot serve anybody.
 
-    def __init__(self, said: str, broke: bool = False) -> None:
+    Attributes:
+        broke: a connection that was there broke, an old one maybe.
+        answered: it can be reached.
+    """
+
+    def __init__(self, said: str, broke: bool = False, answered: bool = False) -> None:
         super().__init__(said)
         self.broke = broke
+        self.answered = answered
 
 
 class BusyError(NotServedError):
@@ -61,6 +69,22 @@ class UnwantedError(NotServedError):
     def __init__(self, field: str) -> None:
         super().__init__(f"it does not take {field}")
         self.field = field
+
+
+class NoRoomError(NotServedError):
+    """It has less room than is asked for by default, and is to be asked for what is left: so many tokens at most."""
+
+    def __init__(self, said: str, tokens: int) -> None:
+        super().__init__(said)
+        self.tokens = tokens
+
+
+class GoneError(NotServedError):
+    """It does not know the model. ``refusal`` is what to tell a caller if it serves the model all the same."""
+
+    def __init__(self, said: str, refusal: InvalidRequestError) -> None:
+        super().__init__(said)
+        self.refusal = refusal
 
 
 @contextmanager
@@ -114,7 +138,7 @@ def _of_status(url: str, error: Any, question: Question | None) -> LMBridgeError
         return _busy(url, error, message, False)
     if status in _AWAY:
         has_time = "retry-after" in error.response.headers
-        return _busy(url, error, message, True) if has_time else AwayError(f"status {status}: {message}")
+        return _busy(url, error, message, True) if has_time else AwayError(f"status {status}: {message}", answered=True)
     if status in (401, 403):
         return EngineError(
             f"The server {url} refuses the API key (status {status}: {message}); give api_key=, or set OPENAI_API_KEY."
@@ -142,11 +166,31 @@ def _refusal(url: str, error: Any, message: str, question: Question | None) -> L
     named = str(param).partition(".")[0]
     if question is not None and named in question.added:
         return UnwantedError(named)
+    room = 0 if question is None else _room(question, message)
+    if room > 0:
+        return NoRoomError(message, room)
     text = f"The server {url} refused the request: {message}."
     if any(words in f"{error.code} {error.type} {message}" for words in _TOO_LONG):
         most = _MOST.search(message)
         return PromptTooLongError(text, param="prompt", most=int(most[1]) if most else None)
-    return InvalidRequestError(text, param=our_name(param))
+    refusal = InvalidRequestError(text, param=our_name(param))
+    return GoneError(message, refusal) if question is not None and _knows_no_model(error, message) else refusal
+
+
+def _room(question: Question, message: str) -> int:
+    """The tokens that are left, where a server refuses the default length of an answer; 0 where it refuses else.
+
+    vLLM's words have changed from version to version: "However, you requested 612 tokens (100 in the messages, 512 in
+    the completion)", "'max_tokens' is too large: 512", "max_tokens=512 cannot be greater than max_model_len=300".
+    """
+    limit, prompt = _LIMIT.search(message), _PROMPT.search(message)
+    refuses_length = question.room is not None and str(question.body[question.room]) in re.findall(r"\d+", message)
+    return int(limit[1]) - (int(prompt[1]) if prompt else 0) if limit and refuses_length else 0
+
+
+def _knows_no_model(error: Any, message: str) -> bool:
+    status = getattr(error, "status_code", None)
+    return error.code == "model_not_found" or (status == 404 and "model" in message.lower())
 
 
 def _busy(url: str, error: Any, message: str, ails: bool) -> LMBridgeError | BusyError:

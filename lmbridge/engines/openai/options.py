@@ -23,6 +23,7 @@ OPENAI = "https://api.openai.com/v1"
 MOST_AT_ONCE = 1000
 """Requests that the client has connections for."""
 _PER_SERVER = 64
+_ROUTES = ("/chat/completions", "/completions", "/embeddings", "/models", "/rerank", "/responses")
 _TASKS: dict[str, frozenset[Task]] = {name: frozenset({name}) for name in ("generate", "embed", "rerank")}
 
 
@@ -105,7 +106,11 @@ def _checked_url(url: str, param: str) -> str:
         good = False
     if not good or parts.query or parts.fragment:
         raise _wrong(param, 'a URL such as "http://host:8000/v1"', url)
-    return url.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
+    url = url.rstrip("/")
+    end = next((route for route in _ROUTES if url.endswith(route)), None)
+    if end is not None:
+        raise InvalidRequestError(f"{param} is one route of the server: leave {end} off {shown_url(url)!r}.", param)
+    return url + ("" if parts.path.strip("/") else "/v1")
 
 
 def _extra_body(value: Any) -> Mapping[str, Any]:

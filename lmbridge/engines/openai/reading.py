@@ -5,7 +5,7 @@ Rule: plain JSON in, deltas out; server thread only. What makes no sense raises,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lmbridge.engines.openai.errors import passing
@@ -30,11 +30,24 @@ class Words:
         self._ids: dict[str, int] = {}
         self._texts: dict[int, str] = {}
 
-    def id_of(self, token: str, told: Any = None) -> int:
-        """The token's id: its own where that is told, or is what stands there."""
+    def id_in(self, place: Mapping[str, Any]) -> int:
+        """The id of the token at a place; where an id stands for it, ``bytes`` may spell its text."""
+        token, told, spelled = place["token"], place.get("id"), place.get("bytes")
         if isinstance(told, int):
             self._texts[told] = token
             return told
+        if token.startswith(_ID) and spelled:
+            self.learn({token: bytes(spelled).decode(errors="replace")})
+        return self.id_of(token)
+
+    def learn(self, told: Mapping[str, str]) -> None:
+        """Texts of tokens for which ids stand."""
+        for token, text in told.items():
+            if text and text != token:  # vLLM spells the id where the token was not chosen
+                self._texts[self.id_of(token)] = text
+
+    def id_of(self, token: str) -> int:
+        """The token's id: its own where that stands there."""
         if token.startswith(_ID) and token[len(_ID) :].isdecimal():
             return int(token[len(_ID) :])
         found = self._ids.get(token)
@@ -143,14 +156,13 @@ def _entry(token: int, logprob: float, others: list[tuple[int, float]]) -> Logpr
 def _places_of_chat(told: dict[str, Any], words: Words) -> Iterator[_Place]:
     """llama.cpp's server writes those of a text like this too, and tells the tokens' ids."""
     for place in told["content"] or ():
-        ids = [
-            (words.id_of(each["token"], each.get("id")), each["logprob"]) for each in place.get("top_logprobs") or ()
-        ]
-        yield words.id_of(place["token"], place.get("id")), place["logprob"], ids
+        ids = [(words.id_in(each), each["logprob"]) for each in place.get("top_logprobs") or ()]
+        yield words.id_in(place), place["logprob"], ids
 
 
 def _places(told: dict[str, Any], words: Words) -> Iterator[_Place]:
     tokens = told.get("tokens") or ()
+    words.learn(told.get("token_texts") or {})
     others = told.get("top_logprobs") or [None] * len(tokens)
     for token, logprob, beside in zip(tokens, told.get("token_logprobs") or (), others, strict=True):
         yield words.id_of(token), logprob, [(words.id_of(each), value) for each, value in (beside or {}).items()]

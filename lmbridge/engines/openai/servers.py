@@ -12,9 +12,12 @@ import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
+from lmbridge.engines.openai.asking import Question
 from lmbridge.engines.openai.errors import (
     AwayError,
     BusyError,
+    GoneError,
+    NoRoomError,
     NotServedError,
     UnwantedError,
     in_our_words,
@@ -24,7 +27,7 @@ from lmbridge.engines.openai.errors import (
 from lmbridge.engines.openai.flavours import Flavour, flavour_of
 from lmbridge.engines.openai.library import get
 from lmbridge.engines.openai.options import shown_url
-from lmbridge.errors import EngineStartError
+from lmbridge.errors import EngineStartError, LMBridgeError
 from lmbridge.log import logger, said
 from lmbridge.messages import Task
 
@@ -46,24 +49,27 @@ class Server:
         model: what it calls the model; known once it has answered.
         flavour: what kind it is, as it says itself.
         tasks: what its model does; empty where it does not say.
+        offers: what each of its models does.
         away: why it gets no requests; None while it does.
         held_until: by the loop's clock: it has asked to be left alone until then.
         alive: rises whenever it was asked whether it lives, and does.
         unwanted: fields that it does not take.
     """
 
-    def __init__(self, url: str, client: Any, model: str | None) -> None:
+    def __init__(self, url: str, client: Any, model: str | None, tasks: frozenset[Task] | None = None) -> None:
         self.url = shown_url(url)
         self.client = client
         self.model = model or ""
         self.flavour: Flavour | None = None
-        self.tasks: frozenset[Task] = frozenset()
+        self.tasks = frozenset[Task]()
+        self.offers: dict[str, frozenset[Task]] = {}
         self.away: str | None = "it was not asked yet"
         self.held_until = 0.0
         self.alive = 0
         self.unwanted: frozenset[str] = frozenset()
         self.spoke = False  # since the last look
         self._wanted = model
+        self._wanted_tasks = tasks
         self._working: set[asyncio.Task[Any]] = set()  # that wait for it
         self._cut: set[asyncio.Task[Any]] = set()  # of those, the ones that are told that it is gone
 
@@ -71,22 +77,42 @@ class Server:
     def in_flight(self) -> int:
         return len(self._working)
 
+    @property
+    def trouble(self) -> str:
+        """Why it does not serve, beside its address."""
+        why = self.away or "it did not take the request"
+        return why if self.url in why else f"{self.url}: {why}"
+
     async def look(self) -> None:
-        """Ask it for its models.
+        """Ask it for its models, and choose: the one that was named, or else the first that does what is wanted.
 
         Raises:
             NotServedError, LMBridgeError: it does not answer, or serves no such model.
         """
         with in_our_words(self.url):
             listed = [model for model in (await get(self.client, "/models"))["data"] if isinstance(model["id"], str)]
-        names = [model["id"] for model in listed]
-        wanted = self._wanted or next(iter(names), "")
-        if wanted not in names:
-            serves = f"It serves {', '.join(names[:20])}; give one of these." if names else "It serves no model."
-            raise EngineStartError(f"The server {self.url} has no model {wanted!r}. {serves}")
-        found = listed[names.index(wanted)]
-        self.model, self.flavour = wanted, flavour_of(found.get("owned_by"))
-        self.tasks = _tasks(found.get("lmbridge"))
+        self.offers = {model["id"]: _tasks(model.get("lmbridge")) for model in listed}
+        chosen = self._choose()
+        if chosen is None:
+            raise self._lacks()
+        found = next(model for model in listed if model["id"] == chosen)
+        self.model, self.flavour = chosen, flavour_of(found.get("owned_by"))
+        self.tasks = self.offers[chosen] or self.tasks
+
+    def _choose(self) -> str | None:
+        """The one that it was, if it can be. One that does not say what it does comes after those that do it."""
+        wanted = self._wanted_tasks or self.tasks
+        names = [name for name in self.offers if self._wanted in (None, name)]
+        able = [name for name in names if not self.offers[name] or wanted <= self.offers[name]]
+        return min(able, key=lambda name: (name != self.model, not wanted <= self.offers[name]), default=None)
+
+    def _lacks(self) -> EngineStartError:
+        wanted = "" if self._wanted is None else f" {self._wanted!r}"
+        if self._wanted is None or self._wanted in self.offers:
+            wanted += f" that can {' and '.join(sorted(self._wanted_tasks or self.tasks))}"
+        serves = [f"{name} ({', '.join(sorted(does))})" if does else name for name, does in self.offers.items()]
+        hint = f"It serves {', '.join(serves[:20])}; give one of these as model_name=." if serves else ""
+        return EngineStartError(f"The server {self.url} has no model{wanted}. {hint or 'It serves no model.'}")
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
@@ -184,9 +210,14 @@ class Group:
                 if server.away is not None:
                     logger.warning("The server %s is away: %s.", server.url, server.away)
             return there[0]
-        causes = "; ".join(f"{server.url}: {server.away}" for server in self.servers)
-        cause = next((error for error in found if error is not None), None)
-        raise EngineStartError(f"No server could be reached ({causes}). Start it, or give another URL.") from cause
+        causes = "; ".join(server.trouble for server in self.servers)
+        cause = next((error for error in found if _has_answered(error)), None)
+        if cause is None:
+            text = f"No server could be reached ({causes}). Start it, or give another URL."
+            raise EngineStartError(text) from found[0]
+        if len(found) == 1 and isinstance(cause, LMBridgeError):
+            raise EngineStartError(str(cause)) from cause
+        raise EngineStartError(f"No server can be used ({causes}).") from cause
 
     async def free(self, tried: Collection[Server]) -> Server:
         """The server with the least to do of those that are there and were not tried; waits while all are full.
@@ -198,7 +229,7 @@ class Group:
         while True:
             there = [server for server in self.servers if server.away is None and server not in tried]
             if not there:
-                causes = "; ".join(f"{server.url}: {server.away or 'it did not take it'}" for server in self.servers)
+                causes = "; ".join(server.trouble for server in self.servers)
                 raise passing(f"No server is there for the request ({causes}). Send it again later.")
             now = loop.time()
             ready = [server for server in there if server.held_until <= now]
@@ -221,6 +252,7 @@ class Errand:
         self._group = group
         self._tried: set[Server] = set()
         self._broke: set[Server] = set()
+        self._renamed: set[Server] = set()
         self._refusals = 0
 
     async def next(self) -> Server:
@@ -231,29 +263,54 @@ class Errand:
         """
         return await self._group.free(self._tried)
 
-    def failed(self, server: Server, what: NotServedError, begun: bool) -> None:
-        """A server did not serve it; go on with ``next``.
+    async def failed(self, server: Server, question: Question, what: NotServedError, begun: bool) -> Question:
+        """A server did not serve it; what to go on with by ``next``.
 
         Raises:
-            EngineError: that is no use.
+            LMBridgeError: that is no use.
         """
+        if isinstance(what, NoRoomError):
+            return question.with_what_is_left(what.tokens)
         if isinstance(what, UnwantedError):
             server.unwanted |= {what.field}
-            return
-        if begun:
+        elif begun:
             raise lost(server.url, what) from what
+        elif isinstance(what, GoneError):
+            await self._look_again(server, what)
+        else:
+            self._go_on(server, what)
+        return question
+
+    async def _look_again(self, server: Server, what: GoneError) -> None:
+        """It may have come back with another model; one that lists the model, and does not know it, has had its say."""
+        if server in self._renamed:
+            raise what.refusal from what.__cause__
+        self._renamed.add(server)
+        try:
+            await server.look()
+        except (NotServedError, LMBridgeError) as cause:
+            self._leave(server, said(cause))
+
+    def _go_on(self, server: Server, what: NotServedError) -> None:
         if isinstance(what, BusyError):
             server.held_until = asyncio.get_running_loop().time() + max(what.seconds, LEAST_WAIT)
             self._refusals += what.ails
         elif isinstance(what, AwayError) and what.broke and server not in self._broke:
             self._broke.add(server)  # it may have closed an old connection as this went out on it: a new one will tell
         else:
-            server.rest(what.said)
-            self._tried.add(server)
+            self._leave(server, what.said)
         if self._refusals > MOST_REFUSALS:
             raise passing(
                 f"The server {server.url} cannot serve now: {what.said}. Send it again later.", what
             ) from what
+
+    def _leave(self, server: Server, why: str) -> None:
+        server.rest(why)
+        self._tried.add(server)
+
+
+def _has_answered(error: object) -> bool:
+    return not isinstance(error, AwayError) or error.answered
 
 
 def _tasks(told: Any) -> frozenset[Task]:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,14 +42,20 @@ class Far:
 
 
 @contextlib.contextmanager
-def far_end(engine: ScriptedEngine, name: str = "far", port: int = 0, **config: Any) -> Iterator[Far]:
-    """Serve an engine as ``lmbridge serve`` does; ``config`` is without the LMBRIDGE_ of its keys."""
+def far_end(
+    engine: ScriptedEngine, name: str = "far", port: int = 0, beside: Mapping[str, Bridge] | None = None, **config: Any
+) -> Iterator[Far]:
+    """Serve an engine as ``lmbridge serve`` does, beside others; ``config`` is without the LMBRIDGE_ of its keys."""
     with Bridge(
         engine, when_full=config.pop("when_full", "block"), max_pending=config.pop("max_pending", 1024)
     ) as bridge:
         keys = {f"LMBRIDGE_{key.upper()}": value for key, value in config.items()}
         server = HttpServer(
-            create_app({"LMBRIDGE_MODELS": {name: bridge}, **keys}, page=False), "127.0.0.1", port, 40, 1 << 20
+            create_app({"LMBRIDGE_MODELS": {name: bridge, **(beside or {})}, **keys}, page=False),
+            "127.0.0.1",
+            port,
+            40,
+            1 << 20,
         )
         server.open()
         try:

@@ -88,6 +88,21 @@ def test_ids_that_are_told_beside_the_texts(rude: Callable[..., Rude]) -> None:
         assert bridge.token_texts([7, 9, 8]) == ["ye", "no", ""]
 
 
+def test_texts_of_tokens_that_ids_stand_for(rude: Callable[..., Rude]) -> None:
+    """vLLM tells the text of a token that was chosen, and spells the id of the others: that is nobody's text."""
+
+    def place(token: int, logprob: float, text: str) -> dict[str, Any]:
+        return {"token": f"token_id:{token}", "logprob": logprob, "bytes": list(text.encode())}
+
+    chosen = {**place(5, -0.5, " né"), "top_logprobs": [place(5, -0.5, "token_id:5"), place(6, -1.0, "token_id:6")]}
+    said = chunk(" né", "stop")
+    said["choices"][0]["logprobs"] = {"content": [chosen, {**place(7, -0.1, ""), "bytes": None}]}
+    said["choices"][0]["stop_reason"] = "word"
+    with Bridge(rude(events(said, "[DONE]")).url) as bridge:
+        assert bridge.infer("a", logprobs=2, timeout=PATIENCE).logprobs == [{5: -0.5, 6: -1.0}, {7: -0.1}]
+        assert bridge.token_texts([5, 6, 7]) == [" né", "", ""]
+
+
 def test_the_ending_token_is_left_out(rude: Callable[..., Rude]) -> None:
     """vLLM tells it among the others; a stop word's tokens are not it."""
     chunks: list[Any] = [chunk("a"), chunk("", "stop")]

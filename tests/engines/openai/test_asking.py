@@ -9,12 +9,12 @@ from typing import Any
 import pydantic
 import pytest
 
-from lmbridge import Bridge, GenerationConfig, InvalidRequestError, UnsupportedOptionError
+from lmbridge import Bridge, GenerationConfig, InvalidRequestError, PromptTooLongError, UnsupportedOptionError
 from lmbridge.engines.openai.asking import put_question
 from lmbridge.engines.openai.flavours import ANY, FLAVOURS, flavour_of
 from lmbridge.messages import Overrides, Prompt, Request
 from lmbridge.testing import ScriptedEngine
-from tests.engines.openai.conftest import PATIENCE, Far, Rude, answer, http
+from tests.engines.openai.conftest import PATIENCE, Far, Rude, answer, events, http
 
 TOOL: dict[str, Any] = {
     "type": "function",
@@ -179,6 +179,10 @@ def test_keys_and_addresses_come_from_the_environment(
         ({"model": "http://"}, "model"),
         ({"model": "http://a/v1?x=1"}, "model"),
         ({"model": "http://a,ftp://b"}, "model"),
+        ({"model": "http://a/v1/chat/completions"}, "model"),
+        ({"model": "http://a/v1/completions/"}, "model"),
+        ({"model": "m", "base_url": ["http://a/v1", "http://b/v1/models"]}, "base_url"),
+        ({"model": "http://a/v1/embeddings"}, "model"),
         ({"model": "m", "base_url": "host:8000"}, "base_url"),
         ({"model": "m", "base_url": ""}, "base_url"),
         ({"model": "m", "base_url": []}, "base_url"),
@@ -199,3 +203,43 @@ def test_wrong_options_are_refused_at_once(options: Any, param: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         Bridge(options.pop("model"), engine="openai", **options)
     assert caught.value.param == param
+
+
+# --- the length of an answer that nobody has asked for ---
+
+LIMITS = [
+    "This model's maximum context length is 300 tokens. However, you requested 612 tokens (100 in the messages, 512 in "
+    "the completion). Please reduce the length of the messages or completion.",
+    "'max_tokens' or 'max_completion_tokens' is too large: 512. This model's maximum context length is 300 tokens and "
+    "your request has 100 input tokens (512 > 300 - 100).",
+    "This model's maximum context length is 300 tokens. However, you requested 512 output tokens and your prompt "
+    "contains 100 input tokens, for a total of 612 tokens.",
+    "max_tokens=512 cannot be greater than max_model_len=300. Please request fewer output tokens.",
+]
+"""What vLLM's versions say of it."""
+
+
+@pytest.mark.parametrize("words", LIMITS)
+def test_a_default_that_does_not_fit(rude: Callable[..., Rude], words: str) -> None:
+    """A long prompt is answered with what room is left, as every engine in the process does it."""
+    refusal = http(400, {"error": {"message": words, "type": "BadRequestError", "code": 400}})
+    said = events({"choices": [{"index": 0, "text": "yes", "finish_reason": "length"}]}, "[DONE]")
+    server = rude(refusal, answer("yes"), refusal, said)
+    with Bridge(server.url) as bridge:
+        assert bridge.infer("a", timeout=PATIENCE).text == "yes"
+        assert bridge.infer("a", raw=True, timeout=PATIENCE).text == "yes"
+    left = 300 if "max_model_len" in words else 200
+    assert [body["max_tokens"] for body in server.asked] == [512, None, 512, left]
+
+
+def test_a_length_of_the_callers_own_is_left_to_the_server(rude: Callable[..., Rude]) -> None:
+    """Who asks for 600 tokens wants no fewer without a word; and a prompt that is too long stays so."""
+    for words, tokens, times in (
+        (LIMITS[0].replace("512", "600"), 600, 1),
+        ("This model's maximum context length is 300 tokens. However, your prompt contains 512 input tokens.", 512, 1),
+        (LIMITS[0], 512, 2),
+    ):
+        server = rude(http(400, {"error": {"message": words, "type": "BadRequestError", "code": 400}}))
+        with Bridge(server.url) as bridge, pytest.raises(PromptTooLongError):
+            bridge.infer("a", max_new_tokens=tokens, timeout=PATIENCE)
+        assert len(server.asked) == times

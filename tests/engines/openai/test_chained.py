@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import http.client
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import Any, cast
@@ -101,6 +101,35 @@ def gateway(far: Far) -> Iterator[str]:
     with on_serve(app) as url:
         yield url
     app.extensions["lmbridge"].close(timeout=0.0)
+
+
+class Spelled(ScriptedEngine):
+    """It can tell its tokens' texts."""
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        return [{1: "The", 2: " end", 3: "A", 4: "\N{REPLACEMENT CHARACTER}"}.get(token, "") for token in token_ids]
+
+
+def test_texts_of_tokens_come_through_both() -> None:
+    """Log-probabilities through a gateway are read as if the model were there: by texts and bytes, not by ids."""
+    said = [Delta("The", logprobs=[{1: -0.5, 3: -1.5}]), Delta(" end", logprobs=[{2: -0.25, 9: -3.0}])]
+    with far_end(Spelled(lambda request: said)) as far, gateway(far) as url:
+        for at in (far.url, f"{url}/v1"):
+            client = OpenAI(base_url=at, api_key="none", max_retries=0, timeout=PATIENCE)
+            raw = client.completions.create(model="far", prompt="hello", logprobs=2).choices[0].logprobs
+            assert raw is not None
+            assert raw.tokens == ["The", " end"]
+            assert raw.top_logprobs == [{"The": -0.5, "A": -1.5}, {" end": -0.25, "token_id:9": -3.0}]
+            messages: Any = [{"role": "user", "content": "hello"}]
+            told = client.chat.completions.create(model="far", messages=messages, logprobs=True, top_logprobs=2)
+            assert told.choices[0].logprobs is not None
+            places = told.choices[0].logprobs.content or []
+            assert [(place.token, bytes(place.bytes or [])) for place in places] == [("The", b"The"), (" end", b" end")]
+            assert [(top.token, top.bytes) for top in places[1].top_logprobs] == [
+                (" end", list(b" end")),
+                ("token_id:9", None),
+            ]
+            client.close()
 
 
 def test_a_server_before_servers() -> None:

@@ -300,17 +300,20 @@ def test_a_start_without_a_server_names_it() -> None:
 @pytest.mark.parametrize(
     ("models", "options", "words"),
     [
-        (http(401, error_body("No key.")), {}, "OPENAI_API_KEY"),
+        (http(401, error_body("No key.")), {}, "refuses the API key.*No key.*OPENAI_API_KEY"),
+        (http(503, error_body("Loading.")), {}, "Loading"),
         (http(404, b"nothing here"), {}, "nothing here"),
         (http(200, b"hello"), {}, "read"),
         (http(200, {"data": []}), {}, "serves no model"),
-        (http(200, {"data": [{"id": "a"}, {"id": "b"}]}), {"model_name": "c"}, "'c'.*It serves a, b"),
+        (http(200, {"data": [{"id": "a"}, {"id": "b"}]}), {"model_name": "c"}, "'c'.*It serves a, b.*model_name="),
     ],
 )
 def test_a_start_that_cannot_work_says_why(rude: Callable[..., Rude], models: bytes, options: Any, words: str) -> None:
-    """A bridge that is ready has been answered."""
-    with pytest.raises(EngineStartError, match=words), Bridge(rude(None, models=models).url, **options):
+    """A bridge that is ready has been answered; and a server that answers is not said to be out of reach."""
+    with pytest.raises(EngineStartError, match=words) as caught, Bridge(rude(None, models=models).url, **options):
         pass
+    assert "reached" not in str(caught.value)
+    assert str(caught.value).count("http://") == 1
 
 
 def test_requests_go_to_the_servers_in_turn(serve: Callable[..., Far]) -> None:

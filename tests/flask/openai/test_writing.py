@@ -194,7 +194,17 @@ def test_a_chats_token_ids() -> None:
 def test_tokens_as_ids() -> None:
     """Tokens whose texts are no text of their own can be told apart by their ids."""
     texts = TokenTexts(lambda token_ids: [TEXTS[token] for token in token_ids], as_ids=True)
-    assert CompletionLogprobs(texts, 1).render(0, ENTRIES[:1])["tokens"] == ["token_id:1"]
+    rendered = CompletionLogprobs(texts, 1).render(0, ENTRIES[:1])
+    assert rendered["tokens"] == ["token_id:1"]
+    assert rendered["token_texts"] == {"token_id:1": "He", "token_id:2": "llo"}
+    (place,) = ChatLogprobs(texts, 1).render(0, ENTRIES[:1])["content"]
+    assert (place["token"], place["bytes"]) == ("token_id:1", list(b"He"))  # which say what stands there
+
+
+def test_a_token_whose_text_is_not_known_has_no_bytes() -> None:
+    """The bytes of the words that stand for it would be taken for its own."""
+    (place,) = ChatLogprobs(token_texts(), 0).render(0, ENTRIES[2:])["content"]
+    assert (place["token"], place["bytes"]) == ("token_id:4", None)
 
 
 def test_part_of_a_character_has_no_bytes() -> None:
