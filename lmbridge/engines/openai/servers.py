@@ -111,8 +111,9 @@ class Server:
         if self._wanted is None or self._wanted in self.offers:
             wanted += f" that can {' and '.join(sorted(self._wanted_tasks or self.tasks))}"
         serves = [f"{name} ({', '.join(sorted(does))})" if does else name for name, does in self.offers.items()]
-        hint = f"It serves {', '.join(serves[:20])}; give one of these as model_name=." if serves else ""
-        return EngineStartError(f"The server {self.url} has no model{wanted}. {hint or 'It serves no model.'}")
+        hint = "; give one of these as model_name=" if self._wanted not in (None, *self.offers) else ""
+        told = f"It serves {', '.join(serves[:20]) or 'no model'}{hint if serves else ''}."
+        return EngineStartError(f"The server {self.url} has no model{wanted}. {told}")
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
