@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 
 from lmbridge.cli.terminal import complain
+from lmbridge.engines import engine_names
+from lmbridge.engines.auto import AUTO
 
 SUMMARY = "run a script that was written for LMDeploy"
 
@@ -16,8 +18,10 @@ SUMMARY = "run a script that was written for LMDeploy"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine",
-        choices=["lmdeploy", "transformers"],
-        help="what runs the script's models (default: lmdeploy, and for demo transformers)",
+        metavar="NAME",
+        choices=[AUTO, *engine_names()],
+        help="what runs the script's models, as `lmbridge doctor` lists them (default: lmdeploy, and for demo "
+        "transformers)",
     )
     parser.add_argument("--model", help="loaded in place of the script's: a folder, a hub id, or demo")
     parser.add_argument("script", metavar="SCRIPT", help="a Python file")

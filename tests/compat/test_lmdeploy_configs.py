@@ -6,14 +6,14 @@ import dataclasses
 import enum
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from lmbridge import InvalidRequestError, MissingDependencyError, UnsupportedOptionError
+from lmbridge import InvalidRequestError, MissingDependencyError, UnsupportedOptionError, prompt_text
 from lmbridge.compat import lmdeploy as ours
 from lmbridge.compat.lmdeploy import (
     ChatTemplateConfig,
@@ -24,7 +24,7 @@ from lmbridge.compat.lmdeploy import (
     TurbomindEngineConfig,
     pipeline,
 )
-from lmbridge.compat.lmdeploy.convert import lmdeploy_engine_config, transformers_options
+from lmbridge.compat.lmdeploy.convert import common_options, lmdeploy_engine_config
 from lmbridge.compat.lmdeploy.generation import Ability, generation_config
 from lmbridge.compat.lmdeploy.keywords import Keywords
 from lmbridge.testing import ScriptedEngine
@@ -101,14 +101,14 @@ def test_configs_check_themselves() -> None:
 def test_what_cannot_be_honoured_is_named() -> None:
     """Nothing is dropped in silence: each option that the engine lacks is an error with its name."""
     with pytest.raises(UnsupportedOptionError, match="tp, adapters"):
-        transformers_options(PytorchEngineConfig(tp=2, adapters={"a": "path"}, session_len=64))
+        common_options(PytorchEngineConfig(tp=2, adapters={"a": "path"}, session_len=64))
     given: list[tuple[str, dict[str, Any]]] = [
         ("tp", {"backend_config": TurbomindEngineConfig(tp=2)}),
         ("chat_template_config", {"chat_template_config": ChatTemplateConfig("vicuna")}),
         ("speculative_config", {"speculative_config": SpeculativeConfig("eagle")}),
         ("allowed_media_domains", {"allowed_media_domains": ["example.org"]}),
         ("no_such_option", {"no_such_option": 1}),
-        ("backend", {"backend": "vllm"}),
+        ("backend", {"backend": "tensorrt"}),
         ("backend_config", {"backend_config": GenerationConfig()}),
     ]
     for name, options in given:
@@ -132,9 +132,9 @@ def test_what_cannot_be_honoured_is_named() -> None:
 
 def test_defaults_leave_the_engine_its_own() -> None:
     """LMDeploy's defaults are GPU choices; only what differs from them is asked of the transformers engine."""
-    assert transformers_options(PytorchEngineConfig(thread_safe=True, eager_mode=True)) == {}
+    assert common_options(PytorchEngineConfig(thread_safe=True, eager_mode=True)) == {}
     asked = TurbomindEngineConfig(session_len=64, cache_max_entry_count=32, cache_block_seq_len=16, dtype="bfloat16")
-    assert transformers_options(asked) == {
+    assert common_options(asked) == {
         "max_context": 64, "num_blocks": 32, "page_size": 16, "dtype": "bfloat16",
     }  # fmt: skip
 
@@ -185,3 +185,17 @@ def test_responses_extend() -> None:
     assert whole == Response("ab", 2, 9, "stop", [1, 2], [{1: -0.5}, {2: -0.25}])
     assert kept == [1]
     assert 'finish_reason="stop"' in str(whole)
+
+
+async def shout(prompt: Any) -> AsyncIterator[str]:
+    yield prompt_text(prompt).upper()
+
+
+def test_any_engine_runs_a_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code for LMDeploy runs over every engine by its name, a server or a function as well."""
+    monkeypatch.setitem(sys.modules, "an_app_of_mine", SimpleNamespace(shout=shout))
+    with pipeline("an_app_of_mine:shout", backend="function") as pipe:
+        assert pipe("hello").text == "HELLO"
+        assert sorted(part.text for part in pipe.stream_infer(["one", "two"]) if part.text) == ["ONE", "TWO"]
+    with pytest.raises(InvalidRequestError, match=r"auto, .*function.*lmdeploy.*not 'tensorrt'"):
+        pipeline("demo", backend="tensorrt")

@@ -31,17 +31,17 @@ _ALWAYS_SO = frozenset(
 """What the transformers engine does anyway, or what has nothing to act on there."""
 
 
-def transformers_options(config: Any) -> dict[str, Any]:
-    """The transformers engine's options for an engine config; LMDeploy's defaults leave the engine its own.
+def common_options(config: Any) -> dict[str, Any]:
+    """The options that engines other than LMDeploy's share, for an engine config; its defaults leave them their own.
 
     Raises:
-        UnsupportedOptionError: a field is set that the transformers engine cannot honour; the message names them all.
+        UnsupportedOptionError: a field is set that is LMDeploy's alone; the message names them all.
     """
     if config is None:
         return {}
     _check_engine_config(config)
     changed = changed_fields(config)
-    where = f"{type(config).__name__} on the transformers engine"
+    where = f"{type(config).__name__} on an engine other than LMDeploy's"
     _refuse([name for name in changed if name not in _TRANSFORMERS and name not in _ALWAYS_SO], where)
     options = {_TRANSFORMERS[name]: value for name, value in changed.items() if name in _TRANSFORMERS}
     if isinstance(options.get("cache_share"), int):  # TurboMind counts blocks then

@@ -9,11 +9,11 @@ import importlib
 import logging
 from typing import Any
 
-from lmbridge.compat.lmdeploy.convert import lmdeploy_chat_template, lmdeploy_engine_config, transformers_options
+from lmbridge.compat.lmdeploy.convert import common_options, lmdeploy_chat_template, lmdeploy_engine_config
+from lmbridge.engines import engine_names
+from lmbridge.engines.auto import AUTO
 from lmbridge.engines.models import DEMO
 from lmbridge.errors import InvalidRequestError, MissingDependencyError, UnsupportedOptionError
-
-BACKENDS = ("lmdeploy", "transformers")
 
 
 def choose_engine(
@@ -22,7 +22,7 @@ def choose_engine(
     """The engine's name and its options.
 
     Args:
-        backend: one of BACKENDS; None means transformers for the bundled model, and else LMDeploy.
+        backend: an engine's name; None means transformers for the bundled model, and else LMDeploy.
         given: pipeline's other configs by name, None where none was given.
 
     Raises:
@@ -30,15 +30,19 @@ def choose_engine(
         UnsupportedOptionError: the engine cannot honour what was given; the message names it.
         InvalidRequestError: a config is of the wrong type.
     """
-    if backend not in (None, *BACKENDS):
-        raise InvalidRequestError(f"backend must be 'lmdeploy', 'transformers' or None, not {backend!r}.", "backend")
+    names = (AUTO, *engine_names())
+    if backend not in (None, *names):
+        raise InvalidRequestError(f"backend must be None or one of {', '.join(names)}, not {backend!r}.", "backend")
     logging.getLogger("lmbridge").setLevel(log_level)
     if not hasattr(model, "__fspath__") and not isinstance(model, str):  # an engine of the caller's own
         _refuse_given({"backend": backend, "backend_config": backend_config, **given}, "an engine of your own")
         return "transformers", {}
     if backend == "transformers" or (backend is None and model == DEMO):
         _refuse_given(given, "the transformers engine")
-        return "transformers", {**transformers_options(backend_config), "trust_remote_code": trust}
+        return "transformers", {**common_options(backend_config), "trust_remote_code": trust}
+    if backend not in (None, "lmdeploy"):
+        _refuse_given(given, f"the engine {backend!r}")
+        return backend, {**common_options(backend_config), **({"trust_remote_code": True} if trust else {})}
     template = given.pop("chat_template_config")
     _refuse_given(given, "the LMDeploy engine")
     library = _import_lmdeploy()

@@ -55,7 +55,7 @@ class Pipeline:
         trust_remote_code: run code that comes with the model.
         speculative_config: refused; the engines do not decode speculatively.
         allowed_media_domains: refused; the engines would not keep to it.
-        backend: ``"lmdeploy"`` or ``"transformers"``; None takes transformers for the bundled model, and else LMDeploy.
+        backend: an engine's name; None takes transformers for the bundled model, and else LMDeploy.
         timeout: default deadline of every call, in seconds; None waits forever.
         stall_timeout: seconds of silence after which an engine with work is taken for dead; None trusts it.
         engine_options: the engine's own options.

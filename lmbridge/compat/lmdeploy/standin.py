@@ -87,7 +87,7 @@ def install(*, backend: str | None = None, model: str | None = None) -> Installa
     second call replaces the first.
 
     Args:
-        backend: ``"lmdeploy"`` or ``"transformers"``, for pipelines built without a ``backend``.
+        backend: an engine's name, for pipelines built without a ``backend``.
         model: what all pipelines load, whatever path they are given.
 
     Returns:
