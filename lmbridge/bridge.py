@@ -29,7 +29,7 @@ from lmbridge.crossing.gate import Gate
 from lmbridge.crossing.status import State
 from lmbridge.device import Device
 from lmbridge.engines import engine_around, engine_class, engine_factory, named_engine
-from lmbridge.engines.auto import AUTO
+from lmbridge.engines.auto import AUTO, shown_url
 from lmbridge.engines.base import Engine
 from lmbridge.errors import InvalidRequestError, RequestAbortedError
 from lmbridge.messages import GenerationConfig, Task
@@ -319,7 +319,7 @@ class Bridge(Verbs):
 def _recipe(model: Any, engine: str, options: dict[str, Any]) -> Recipe:
     if isinstance(model, (str, Path)):
         factory = engine_factory(named_engine(engine, str(model)), str(model), options)
-        return Recipe(factory, str(model), rebuildable=True)
+        return Recipe(factory, shown_url(str(model)), rebuildable=True)
     if (around := engine_around(model, options)) is not None:
         return Recipe(lambda: around, around.describe(), rebuildable=False)
     if options:

@@ -19,11 +19,13 @@ from lmbridge.engines.openai.errors import NotServedError, in_our_words
 from lmbridge.engines.openai.flavours import ANY, FLAVOURS, Flavour
 from lmbridge.engines.openai.jobs import Jobs
 from lmbridge.engines.openai.library import INSTALL, import_library, make_client, post, stream
-from lmbridge.engines.openai.options import read_options, shown_url
+from lmbridge.engines.openai.options import read_options
 from lmbridge.engines.openai.reading import AnswerReader, Words
 from lmbridge.engines.openai.servers import Errand, Group, Server
 from lmbridge.engines.thread import EngineThread
 from lmbridge.messages import Delta, Request, Task
+
+_END = object()
 
 
 class OpenAIEngine(Engine):
@@ -77,7 +79,7 @@ class OpenAIEngine(Engine):
         self._tokens = 0
 
     def describe(self) -> str:
-        urls = ", ".join(server.url for server in self._servers) or ", ".join(map(shown_url, self._options.urls))
+        urls = ", ".join(server.url for server in self._servers) or ", ".join(self._options.urls)
         model = next((server.model for server in self._servers if server.model), self._options.model or "a model")
         return f"{model} at {urls}"
 
@@ -95,7 +97,7 @@ class OpenAIEngine(Engine):
         self._servers = [
             Server(url, client, options.model, options.tasks) for url, client in zip(options.urls, clients, strict=True)
         ]
-        self._group = Group(self._servers, lambda seconds: self.on_busy(seconds))
+        self._group = Group(self._servers, lambda seconds: self.on_busy(seconds), options.flavour is None)
         first = await self._group.reach()
         self._flavour = flavour = FLAVOURS[options.flavour] if options.flavour else first.flavour
         assert flavour is not None
@@ -109,7 +111,8 @@ class OpenAIEngine(Engine):
     def _make_clients(self) -> list[Any]:
         """On the worker thread: the library takes its time, and so do the certificates."""
         import_library()
-        return [make_client(url, self._options.api_key) for url in self._options.urls]
+        options = self._options
+        return [make_client(url, options.api_key, options.logins.get(url)) for url in options.urls]
 
     async def close(self) -> None:
         for watch in self._watches:
@@ -145,32 +148,31 @@ class OpenAIEngine(Engine):
         """
         assert self._flavour is not None
         question = put_question(request, self._flavour, self._options.extra_body)
-        errand, begun = Errand(self._group), False
+        errand = Errand(self._group)
         try:
             while True:
                 self._at[request.id] = None
                 server = self._at[request.id] = await errand.next()
+                is_chat = question.is_chat
+                reader = AnswerReader(request.config, is_chat, self._flavour, self._words, server.url)
                 try:
                     with server.working():
-                        async with contextlib.aclosing(self._ask(server, question, request)) as deltas:
+                        async with contextlib.aclosing(self._ask(server, question, reader)) as deltas:
                             async for delta in deltas:
-                                begun = True
                                 yield delta
                     return
                 except NotServedError as what:
-                    question = await errand.failed(server, question, what, begun)
+                    question = await errand.failed(server, question, what, reader.has_begun)
         finally:
             self._at.pop(request.id, None)
 
-    async def _ask(self, server: Server, question: Question, request: Request) -> AsyncGenerator[Delta, None]:
+    async def _ask(self, server: Server, question: Question, reader: AnswerReader) -> AsyncGenerator[Delta, None]:
         """One server's answer."""
-        assert self._flavour is not None
-        reader = AnswerReader(request.config, question.is_chat, self._flavour, self._words, server.url)
         body = question.to(server.model, server.unwanted)
         with in_our_words(server.url, question):
             async with await stream(server.client, question.path, body) as chunks:
-                async for chunk in chunks:
-                    server.spoke = True
+                while (chunk := await _next(chunks, reader.deadline)) is not _END:
+                    server.heard += 1
                     delta = reader.take(chunk)
                     if delta is not None:
                         self._tokens += len(delta.token_ids)
@@ -198,9 +200,9 @@ class OpenAIEngine(Engine):
         """A server that is silent and lives is at work; whoever waits until one is less full has been told to."""
         if request_id in self._at:
             server = self._at[request_id]
-            return int(time.monotonic()) if server is None else server.alive
+            return int(time.monotonic()) if server is None else server.heard
         if self._jobs is not None and request_id in self._jobs:
-            return self._jobs.batches + sum(server.alive for server in self._servers)
+            return self._jobs.batches + sum(server.heard for server in self._servers)
         return None
 
     def where(self) -> str:
@@ -225,6 +227,15 @@ def _instead(task: str, server: Server) -> str:
     if names:
         return f"the server's model that does: {' or '.join(f'model_name={name!r}' for name in names[:5])}"
     return f"a model of the server's that does, by model_name=, with task={task!r} where the server does not say it"
+
+
+async def _next(chunks: Any, deadline: float | None) -> Any:
+    """What is streamed next. A server that has told all, and neither ends nor leaves, is not waited for."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await anext(chunks)
+    except (StopAsyncIteration, TimeoutError):
+        return _END
 
 
 def _start(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

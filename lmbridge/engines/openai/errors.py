@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lmbridge.engines.auto import shown_url
 from lmbridge.engines.openai.asking import Question, our_name
+from lmbridge.engines.openai.library import NO_KEY, trip_of
 from lmbridge.errors import EngineError, InvalidRequestError, LMBridgeError, PromptTooLongError, QueueFullError
 from lmbridge.log import said, shown
 
@@ -26,7 +28,8 @@ _TOO_LONG = ("maximum context length", "context_length_exceeded", "exceed_contex
 _MOST = re.compile(r"maximum context length is (\d+) tokens")
 _LIMIT = re.compile(r"(?:maximum context length is |max_model_len=)(\d+)")
 _PROMPT = re.compile(r"(\d+) (?:input tokens|in (?:the|your) (?:messages|prompt))")
-_FULL, _AWAY = (429, 529), (502, 503)
+_LONGEST_SAID = 86400.0
+_FULL, _AWAY, _BAD_GATEWAY = (429, 529), (502, 503), 502
 _FULL_CODES = ("queue_full", "rate_limit_exceeded")
 _AWAY_CODES = ("engine_unavailable", "shutting_down", "aborted")
 _PASSING_TYPES = ("rate_limit_error", "timeout_error", "overloaded_error")
@@ -44,23 +47,31 @@ class AwayError(NotServedError):
     """It cannot be reached, or cannot serve anybody.
 
     Attributes:
-        broke: a connection that was there broke, an old one maybe.
-        answered: it can be reached.
+        broke: it may have begun with the request.
+        was_old: the connection was, and may have been closed just as the request went out on it.
+        answered: its response had begun.
     """
 
-    def __init__(self, said: str, broke: bool = False, answered: bool = False) -> None:
+    def __init__(self, said: str, broke: bool = False, was_old: bool = False, answered: bool = False) -> None:
         super().__init__(said)
         self.broke = broke
+        self.was_old = was_old
         self.answered = answered
 
 
 class BusyError(NotServedError):
-    """It wants to be left alone for so many seconds. ``ails``: it is not full but unwell, and may stay so."""
+    """It wants to be left alone for so many seconds.
 
-    def __init__(self, said: str, seconds: float, ails: bool) -> None:
+    Attributes:
+        ails: it is not full but unwell, and may stay so.
+        broke: who stands behind it may have begun with the request.
+    """
+
+    def __init__(self, said: str, seconds: float, ails: bool, broke: bool = False) -> None:
         super().__init__(said)
         self.seconds = seconds
         self.ails = ails
+        self.broke = broke
 
 
 class UnwantedError(NotServedError):
@@ -101,17 +112,16 @@ def in_our_words(url: str, question: Question | None = None) -> Iterator[None]:
     except (LMBridgeError, NotServedError):
         raise
     except openai.APIStatusError as error:
-        raise _of_status(url, error, question) from error
+        raise _of_status(url, error, question) from _fit_to_show(error)
     except openai.APIConnectionError as error:
-        cause = error.__cause__ or error
-        raise AwayError(said(cause), broke=not type(cause).__name__.startswith("Connect")) from error
+        raise _of_connection(error) from error
     except openai.APIError as error:  # in the midst of a stream
-        raise _of_event(url, error) from error
+        raise _of_event(url, error) from _fit_to_show(error)
     except (openai.OpenAIError, OSError) as error:
         raise AwayError(said(error)) from error
     except Exception as error:
         if _is_of_transport(error):  # which older clients leave as it is in the midst of a stream
-            raise AwayError(said(error), broke=True) from error
+            raise AwayError(said(error), broke=True, answered=True) from error
         raise passing(f"The server {url} sent what cannot be read: {shown(error)}. Send it again.") from error
 
 
@@ -137,8 +147,10 @@ def _of_status(url: str, error: Any, question: Question | None) -> LMBridgeError
     if status in _FULL and error.code != "insufficient_quota":
         return _busy(url, error, message, False)
     if status in _AWAY:
-        has_time = "retry-after" in error.response.headers
-        return _busy(url, error, message, True) if has_time else AwayError(f"status {status}: {message}", answered=True)
+        return _busy(url, error, f"status {status}: {message}", True)
+    if 300 <= status < 400:
+        place = shown_url(str(error.response.headers.get("location"))[:200])
+        return EngineError(f"The server {url} sends its requests on to {place}; give the URL that it has there.")
     if status in (401, 403):
         return EngineError(
             f"The server {url} refuses the API key (status {status}: {message}); give api_key=, or set OPENAI_API_KEY."
@@ -147,6 +159,14 @@ def _of_status(url: str, error: Any, question: Question | None) -> LMBridgeError
         return _refusal(url, error, message, question)
     text = f"The server {url} failed the request (status {status}: {message})."
     return passing(f"{text} Send it again.") if status in (408, 409, 425, 504) else EngineError(text)
+
+
+def _of_connection(error: Any) -> LMBridgeError | NotServedError:
+    cause = error.__cause__ or error
+    if isinstance(cause, LMBridgeError):  # our own word on a response
+        return cause
+    trip, broke = trip_of(error.request), not type(cause).__name__.startswith("Connect")
+    return AwayError(said(cause), broke, was_old=broke and not trip.is_new, answered=trip.answered)
 
 
 def _of_event(url: str, error: Any) -> LMBridgeError | NotServedError:
@@ -199,7 +219,7 @@ def _busy(url: str, error: Any, message: str, ails: bool) -> LMBridgeError | Bus
         full = QueueFullError(f"The server {url} takes no request for {seconds:.0f} s: {message}. Send it again then.")
         full.retry_after = seconds
         return full
-    return BusyError(message, seconds, ails)
+    return BusyError(message, seconds, ails, broke=error.status_code == _BAD_GATEWAY)
 
 
 def retry_after(headers: Any) -> float:
@@ -208,17 +228,36 @@ def retry_after(headers: Any) -> float:
     try:
         seconds = float(given)
     except ValueError:
-        date = email.utils.parsedate_tz(given)
-        seconds = math.nan if date is None else email.utils.mktime_tz(date) - time.time()
-    return max(seconds, 0.0) if math.isfinite(seconds) else _USUAL_WAIT
+        seconds = _until(given)
+    return min(max(seconds, 0.0), _LONGEST_SAID) if math.isfinite(seconds) else _USUAL_WAIT
+
+
+def _until(date: str) -> float:
+    try:
+        parts = email.utils.parsedate_tz(date)
+        return math.nan if parts is None else email.utils.mktime_tz(parts) - time.time()
+    except (ValueError, OverflowError):  # there is no such date
+        return math.nan
 
 
 def _message(error: Any) -> str:
-    """The server's own words, without a full stop; ours where it has none."""
+    """The server's own words, without a full stop and without the key; ours where it has none."""
     body = error.body
     if isinstance(body, dict):
         inner = body.get("error")
         body = inner if isinstance(inner, dict) else body
         body = body.get("message") or body.get("detail") or inner or body
     words = body if isinstance(body, str) and body.strip() else (str(body) if body else said(error))
-    return words.strip().rstrip(".")[:1000]
+    return _without_key(words, error).strip().rstrip(".")[:1000]
+
+
+def _without_key(words: str, error: Any) -> str:
+    """Some servers repeat what they were sent."""
+    key = error.request.headers.get("authorization", "").rpartition(" ")[2]
+    return words if key in ("", NO_KEY) else re.sub(rf"(?<!\w){re.escape(key)}(?!\w)", "***", words)
+
+
+def _fit_to_show(error: Any) -> Any:
+    """The client's own error as the cause, unless the key stands in it."""
+    words = f"{error} {error.body}"
+    return error if _without_key(words, error) == words else None

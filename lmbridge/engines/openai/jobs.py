@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,18 +16,20 @@ from lmbridge.engines.base import Sink
 from lmbridge.engines.batching import Batcher
 from lmbridge.engines.openai.asking import Question, texts_of
 from lmbridge.engines.openai.flavours import Flavour
-from lmbridge.errors import EngineError, UnsupportedOptionError
+from lmbridge.errors import EngineError, InvalidRequestError, UnsupportedOptionError, fresh
 from lmbridge.messages import Embed, Request, Rerank, Usage
 
 Ask = Callable[[Question], Awaitable[Any]]
+_NO_NUMBERS = "The server made numbers of this item that are none (NaN or infinite)."
 
 
 @dataclass(eq=False, slots=True)
 class _Item:
-    """One job; ``usage`` is filled in when its batch is done."""
+    """One job; ``usage`` is filled in when its batch is done, ``failed`` when a server broke on it and others."""
 
     job: Embed | Rerank
     usage: Usage = field(default_factory=Usage)
+    failed: bool = False
 
     @property
     def text(self) -> Any:
@@ -104,7 +107,9 @@ class Jobs:
         results: dict[_Item, Any] = {}
         for alike, outcome in zip(kinds.values(), done, strict=True):
             if isinstance(outcome, BaseException):
-                raise outcome  # the batch is taken apart then, down to the items that fail by themselves
+                if _is_of_one(outcome, alike):
+                    raise outcome  # the batch is taken apart then, down to the items that fail by themselves
+                outcome = [fresh(outcome) for _ in alike]
             results.update(zip(alike, outcome, strict=True))
         return [results[item] for item in items]
 
@@ -116,7 +121,7 @@ class Jobs:
             found = answer["data"] if embeds else answer["results"]
             told = {int(each["index"]): each["embedding" if embeds else "relevance_score"] for each in found}
             results = [told[place] for place in range(len(items))]
-            results = [_vector(each, job.normalize) for each in results] if isinstance(job, Embed) else results
+            results = [_vector(each, job.normalize) if isinstance(job, Embed) else _score(each) for each in results]
             _share(int((answer.get("usage") or {}).get("prompt_tokens") or 0), items)
         except Exception as cause:
             raise EngineError(f"The server's answer to {len(items)} items cannot be read.") from cause
@@ -139,12 +144,34 @@ class Jobs:
         return Question("/rerank", body)
 
 
+def _is_of_one(error: BaseException, items: list[_Item]) -> bool:
+    """Whether halves may fare better: what a server finds wrong is one item's fault, and what breaks it may be.
+
+    Of an ailing server, each text would be asked twice otherwise.
+    """
+    status = getattr(error.__cause__, "status_code", None)
+    if status == 500 and not any(item.failed for item in items):
+        for item in items:
+            item.failed = True
+        return True
+    return not isinstance(error, Exception) or (isinstance(error, InvalidRequestError) and status != 404)
+
+
+def _score(told: Any) -> Any:
+    score = float(told)
+    return score if math.isfinite(score) else EngineError(_NO_NUMBERS)
+
+
 def _vector(told: Any, normalize: bool) -> Any:
     """float32, of length 1 where that is wanted; servers that know no base64 tell numbers."""
     import numpy as np
 
     known = isinstance(told, str)
     vector = np.frombuffer(base64.b64decode(told), "<f4") if known else np.asarray(told, np.float32)
+    if vector.ndim != 1 or not vector.size:
+        raise ValueError("it is no vector")
+    if not np.isfinite(vector).all():
+        return EngineError(_NO_NUMBERS)
     length = float(np.linalg.norm(vector)) if normalize else 1.0
     return vector.astype(np.float32) if length in (0.0, 1.0) else (vector / length).astype(np.float32)
 

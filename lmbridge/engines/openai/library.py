@@ -7,36 +7,45 @@ library's has to be built of each token.
 
 from __future__ import annotations
 
+import asyncio
 import importlib
-import os
+import re
 import socket
-from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any, cast
 
 from lmbridge.engines.parts import missing_members, missing_parameters
-from lmbridge.errors import MissingDependencyError
+from lmbridge.errors import EngineError, MissingDependencyError
 
 INSTALL = 'pip install "lmbridge[openai]"'
+NO_KEY = "none"
 CONNECT_TIMEOUT = 5.0
 """Seconds for a connection to be made."""
 ANSWER_TIMEOUT = 10.0
-"""Seconds for the answer to a question about the server itself."""
+"""Seconds for the whole answer to a question about the server itself."""
+MOST_OF_AN_EVENT = 1 << 24
+"""Bytes of one event of a stream."""
+MOST_OF_AN_ANSWER = 1 << 26
+"""Bytes of an answer that is no stream."""
 
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """Seconds of silence before the first question, seconds between two, and how many may go unanswered."""
+_EVENTS = "text/event-stream"
+_END_OF_EVENT = re.compile(rb"\r?\n\r?\n|\r\r")
 
 PARAMETERS = {
-    "openai:AsyncOpenAI": ("base_url", "api_key", "max_retries", "timeout"),
+    "openai:AsyncOpenAI": ("base_url", "api_key", "max_retries", "timeout", "http_client", "default_headers"),
     "openai:AsyncOpenAI.get": ("path", "cast_to", "options"),
     "openai:AsyncOpenAI.post": ("path", "cast_to", "body", "options", "stream", "stream_cls"),
     "openai:AsyncOpenAI.close": (),
+    "openai:DefaultAsyncHttpxClient": ("follow_redirects", "event_hooks"),
     "openai:Timeout": ("timeout", "connect"),
 }
 """Callable to the parameters given to it."""
 MEMBERS = {
     "openai:AsyncStream": ("__aenter__", "__aexit__", "__anext__", "response"),
-    "openai:APIError": ("message", "body", "code", "param", "type"),
+    "openai:APIError": ("message", "body", "code", "param", "request", "type"),
     "openai:APIStatusError": ("status_code", "response"),
     "openai:APIConnectionError": (),
     "openai:OpenAIError": (),
@@ -62,12 +71,72 @@ def import_library() -> None:
         )
 
 
-def make_client(url: str, api_key: str | None) -> Any:
-    """A client for one server. Many servers want no key, and the library insists on one."""
+def make_client(url: str, api_key: str | None, login: str | None) -> Any:
+    """A client for one server. Many servers want no key, and the library insists on one.
+
+    Nobody is followed elsewhere with a prompt and a key, and nothing is unpacked: a kilobyte may hold a gigabyte.
+    """
     import openai
 
-    key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
-    return openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=0, timeout=None)
+    hooks: dict[str, list[Callable[..., Any]]] = {"request": [_follow], "response": [_guard]}
+    http = openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks=hooks)
+    headers = {"Accept-Encoding": "identity", **({"Authorization": login} if login else {})}
+    return openai.AsyncOpenAI(
+        base_url=url, api_key=api_key or NO_KEY, max_retries=0, timeout=None, http_client=http, default_headers=headers
+    )
+
+
+class Trip:
+    """What has become of a request so far; the HTTP library says it.
+
+    Attributes:
+        is_new: its connection was made for it. An old one may have been closed as the request went out.
+        answered: the response has begun.
+    """
+
+    def __init__(self) -> None:
+        self.is_new = False
+        self.answered = False
+
+    async def __call__(self, name: str, info: object) -> None:
+        self.is_new = self.is_new or name.startswith("connection.connect")
+        self.answered = self.answered or name.endswith("receive_response_headers.complete")
+
+
+async def _follow(request: Any) -> None:
+    request.extensions = {**request.extensions, "trace": Trip()}
+
+
+def trip_of(request: Any) -> Trip:
+    """What has become of a request that the client has sent."""
+    found = request.extensions.get("trace")
+    return found if isinstance(found, Trip) else Trip()
+
+
+async def _guard(response: Any) -> None:
+    """Take no more of a response than makes sense.
+
+    Raises:
+        EngineError: it is packed, though none was asked for that is.
+    """
+    coding = response.headers.get("content-encoding") or "identity"
+    if coding.strip().lower() != "identity":
+        raise EngineError(f"{response.url} sent an answer that is packed ({coding[:40]}), though it was asked not to.")
+    raw, streamed = response.aiter_raw, response.request.headers.get("accept") == _EVENTS
+
+    async def counted(chunk_size: int | None = None) -> AsyncGenerator[bytes, None]:
+        size, end = 0, b""
+        async with aclosing(raw(chunk_size)) as pieces:
+            async for piece in pieces:
+                size += len(piece)
+                if streamed and _END_OF_EVENT.search(end + piece):
+                    size = 0
+                end = (end + piece)[-3:]
+                if size > (MOST_OF_AN_EVENT if streamed else MOST_OF_AN_ANSWER):
+                    raise EngineError(f"{response.url} sent more at a time than makes sense ({size >> 20} MiB).")
+                yield piece
+
+    response.aiter_raw = counted
 
 
 async def get(client: Any, path: str) -> Any:
@@ -75,7 +144,11 @@ async def get(client: Any, path: str) -> Any:
     import openai
 
     timeout = openai.Timeout(ANSWER_TIMEOUT, connect=CONNECT_TIMEOUT)
-    return await client.get(path, cast_to=object, options={"timeout": timeout})
+    try:
+        async with asyncio.timeout(ANSWER_TIMEOUT):  # the client's own counts from one piece to the next
+            return await client.get(path, cast_to=object, options={"timeout": timeout})
+    except TimeoutError:
+        raise TimeoutError(f"it has not answered within {ANSWER_TIMEOUT:g} s") from None
 
 
 async def post(client: Any, path: str, body: Mapping[str, Any]) -> Any:
@@ -88,7 +161,8 @@ async def stream(client: Any, path: str, body: Mapping[str, Any]) -> AbstractAsy
     import openai
 
     kind = openai.AsyncStream[object]
-    opened = await client.post(path, body=body, cast_to=object, options=_patient(), stream=True, stream_cls=kind)
+    options = {**_patient(), "headers": {"Accept": _EVENTS}}
+    opened = await client.post(path, body=body, cast_to=object, options=options, stream=True, stream_cls=kind)
     _keep_alive(opened.response.extensions.get("network_stream"))
     return cast("AbstractAsyncContextManager[Any]", opened)
 

@@ -5,14 +5,15 @@ Rule: standard library only, any thread; nobody is asked here.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
-from lmbridge.engines.auto import is_url
+from lmbridge.engines.auto import is_url, shown_url
 from lmbridge.engines.openai.flavours import FLAVOURS
 from lmbridge.errors import InvalidRequestError
 from lmbridge.log import shown
@@ -32,10 +33,11 @@ class OpenAIOptions:
     """What an engine was asked for; its own docstring says what each means.
 
     Attributes:
-        urls: at least one.
+        urls: at least one, without logins.
+        logins: by a URL, the header that stands for the user and the password in it; never shown.
         model: as the servers call it; None: what each serves.
         tasks: what it does; None: what the servers say.
-        api_key: never shown.
+        api_key: the one given, or the environment's; never shown.
     """
 
     urls: tuple[str, ...]
@@ -45,6 +47,7 @@ class OpenAIOptions:
     max_batch_size: int
     extra_body: Mapping[str, Any]
     api_key: str | None = field(repr=False)
+    logins: Mapping[str, str] = field(repr=False)
 
 
 def read_options(
@@ -56,9 +59,8 @@ def read_options(
         InvalidRequestError: one is wrong; ``param`` names it.
     """
     urls, model_name = _places(str(model), base_url, model_name)
-    for name, value in (("model_name", model_name), ("api_key", api_key)):
-        if value is not None and (not isinstance(value, str) or not value):
-            raise InvalidRequestError(f"{name} must be a string that is not empty, or None.", name)
+    if model_name is not None and (not isinstance(model_name, str) or not model_name):
+        raise InvalidRequestError("model_name must be a string that is not empty, or None.", "model_name")
     if flavour is not None and flavour not in FLAVOURS:
         raise _wrong("flavour", f"one of {', '.join(FLAVOURS)}, or None", flavour)
     if task != "auto" and task not in _TASKS:
@@ -67,14 +69,32 @@ def read_options(
     if size is None or size < 1 or (max_batch_size is not None and size > MOST_AT_ONCE):
         raise _wrong("max_batch_size", f"an int from 1 to {MOST_AT_ONCE}", max_batch_size)
     return OpenAIOptions(
-        urls, model_name, flavour, _TASKS.get(task), min(size, MOST_AT_ONCE), _extra_body(extra), api_key
+        tuple(dict.fromkeys(map(shown_url, urls))),
+        model_name,
+        flavour,
+        _TASKS.get(task),
+        min(size, MOST_AT_ONCE),
+        _extra_body(extra),
+        _key(api_key),
+        {shown_url(url): login for url in urls if (login := _login(url))},
     )
 
 
-def shown_url(url: str) -> str:
-    """The URL without a password in it."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+def _key(given: Any) -> str | None:
+    """What a header can hold; a key read from a file may end with a line's end."""
+    name, key = ("OPENAI_API_KEY", os.environ.get("OPENAI_API_KEY")) if given is None else ("api_key", given)
+    if given is None and not key:
+        return None
+    key = key.strip() if isinstance(key, str) else ""
+    if not key or not key.isascii() or not key.isprintable():
+        raise InvalidRequestError(f"{name} must be a string of printable ASCII, or not be given.", "api_key")
+    return key
+
+
+def _login(url: str) -> str:
+    """The header for the user and the password in a URL; "" where there are none."""
+    user, at, _ = urlsplit(url).netloc.rpartition("@")
+    return f"Basic {base64.b64encode(unquote(user).encode()).decode()}" if at else ""
 
 
 def _places(model: str, base_url: Any, model_name: Any) -> tuple[tuple[str, ...], Any]:
@@ -94,10 +114,10 @@ def _urls(given: Any, param: str) -> tuple[str, ...]:
     listed = given.split(",") if isinstance(given, str) else as_list(given)
     if not listed or not all(isinstance(url, str) for url in listed):
         raise _wrong(param, "a URL or a list of URLs", given)
-    return tuple(dict.fromkeys(_checked_url(url.strip(), param) for url in listed))
+    return tuple(dict.fromkeys(_checked_url(url.strip(), param, given) for url in listed))
 
 
-def _checked_url(url: str, param: str) -> str:
+def _checked_url(url: str, param: str, given: Any) -> str:
     """A URL without a path means the usual one: ``http://host:8000`` is ``http://host:8000/v1``."""
     try:
         parts = urlsplit(url)
@@ -105,7 +125,8 @@ def _checked_url(url: str, param: str) -> str:
     except ValueError:
         good = False
     if not good or parts.query or parts.fragment:
-        raise _wrong(param, 'a URL such as "http://host:8000/v1"', url)
+        # All that was given: a part may hold half of a password with a comma in it.
+        raise _wrong(param, 'a URL such as "http://host:8000/v1"', given)
     url = url.rstrip("/")
     end = next((route for route in _ROUTES if url.endswith(route)), None)
     if end is not None:
@@ -126,4 +147,4 @@ def _extra_body(value: Any) -> Mapping[str, Any]:
 
 
 def _wrong(name: str, expected: str, value: object) -> InvalidRequestError:
-    return InvalidRequestError(f"{name} must be {expected}, not {shown(value)}.", name)
+    return InvalidRequestError(f"{name} must be {expected}, not {shown_url(shown(value))}.", name)

@@ -5,6 +5,8 @@ Rule: plain JSON in, deltas out; server thread only. What makes no sense raises,
 
 from __future__ import annotations
 
+import asyncio
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +23,11 @@ _REASONS: dict[str, FinishReason] = {
     "function_call": "tool_calls",
 }
 _ID = "token_id:"
+LAST_WORDS = 5.0
+"""Seconds for what a server may say after an answer's end: how many tokens it took, and that this was all."""
+ALL_SAID = 1.0
+"""Seconds for the latter alone."""
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class Words:
@@ -66,6 +73,10 @@ class AnswerReader:
 
     Args:
         url: the server's, for messages.
+
+    Attributes:
+        has_begun: something was streamed.
+        deadline: by the loop's clock: nothing is waited for after it, since the answer is complete.
     """
 
     def __init__(self, config: GenerationConfig, is_chat: bool, flavour: Flavour, words: Words, url: str) -> None:
@@ -74,9 +85,12 @@ class AnswerReader:
         self._flavour = flavour
         self._words = words
         self._url = url
+        self.has_begun = False
+        self.deadline: float | None = None
         self._reason: str | None = None
         self._usage: Usage | None = None
-        self._calls = False
+        self._calls: dict[str, int] = {}  # id -> index, of those that came without an index
+        self._has_calls = False
         self._prompt_ids: Sequence[int] | None = None  # until they are told
 
     def take(self, chunk: Any) -> Delta | None:
@@ -85,22 +99,29 @@ class AnswerReader:
         Raises:
             Exception: it makes no sense.
         """
+        self.has_begun = True
         if chunk.get("usage"):
             counts = chunk["usage"]
             self._usage = Usage(int(counts["prompt_tokens"]), int(counts.get("completion_tokens") or 0))
-        choices = chunk.get("choices")
-        if not choices:
+        choice = next((each for each in chunk.get("choices") or () if not each.get("index")), None)
+        if choice is not None:  # others are of second answers, which extra_body may have asked for
+            self._reason = choice.get("finish_reason") or self._reason
+        self._set_deadline()
+        if choice is None:
             return None
-        choice = choices[0]
-        self._reason = choice.get("finish_reason") or self._reason
         if self._config.return_prompt_token_ids:
             self._prompt_ids = chunk.get("prompt_token_ids") or choice.get("prompt_token_ids") or self._prompt_ids
-        delta = self._of_chat(choice.get("delta") or {}) if self._is_chat else Delta(str(choice.get("text") or ""))
+        delta = self._of_chat(choice.get("delta") or {}) if self._is_chat else Delta(_text(choice.get("text")))
         self._add_tokens(delta, choice)
         if not (delta.text or delta.token_ids or delta.reasoning or delta.tool_calls):
             return None
         delta.prompt_token_ids, self._prompt_ids = self._prompt_ids, None
         return delta
+
+    def _set_deadline(self) -> None:
+        if self._reason is not None:
+            end = asyncio.get_running_loop().time() + (LAST_WORDS if self._usage is None else ALL_SAID)
+            self.deadline = min(end, self.deadline or end)
 
     def finish(self) -> Delta:
         """The last delta.
@@ -114,18 +135,27 @@ class AnswerReader:
         if reason is None:
             text = f"The server {self._url} ended the answer early: finish_reason {self._reason!r}."
             raise passing(f"{text} Send it again.") if self._reason in ("abort", "error") else EngineError(text)
-        if reason == "stop" and self._calls:  # as OpenAI's says where a call was asked for by name
+        if reason == "stop" and self._has_calls:  # as OpenAI's says where a call was asked for by name
             reason = "tool_calls"
         return Delta(finish_reason=reason, usage=self._usage, prompt_token_ids=self._prompt_ids)
 
     def _of_chat(self, said: dict[str, Any]) -> Delta:
-        calls = [_call(piece, place) for place, piece in enumerate(said.get("tool_calls") or ())]
-        self._calls = self._calls or bool(calls)
+        calls = [self._call(piece) for piece in said.get("tool_calls") or ()]
+        self._has_calls = self._has_calls or bool(calls)
         return Delta(
-            str(said.get("content") or said.get("refusal") or ""),
-            reasoning=str(said.get("reasoning_content") or said.get("reasoning") or ""),
+            _text(said.get("content") or said.get("refusal")),
+            reasoning=_text(said.get("reasoning_content") or said.get("reasoning")),
             tool_calls=calls,
         )
+
+    def _call(self, piece: dict[str, Any]) -> ToolCall:
+        function = piece.get("function") or {}
+        name, key, index = _text(function.get("name")), _text(piece.get("id")), piece.get("index")
+        if index is None and (key or name):
+            index = self._calls.setdefault(key or f"the {len(self._calls)}.", len(self._calls))
+        elif index is None:  # it goes on with the last
+            index = max(0, len(self._calls) - 1)
+        return ToolCall(int(index), key, name, _text(function.get("arguments")))
 
     def _add_tokens(self, delta: Delta, choice: dict[str, Any]) -> None:
         told = choice.get("logprobs")
@@ -168,12 +198,7 @@ def _places(told: dict[str, Any], words: Words) -> Iterator[_Place]:
         yield words.id_of(token), logprob, [(words.id_of(each), value) for each, value in (beside or {}).items()]
 
 
-def _call(piece: dict[str, Any], place: int) -> ToolCall:
-    function = piece.get("function") or {}
-    index = piece.get("index")
-    return ToolCall(
-        place if index is None else int(index),
-        str(piece.get("id") or ""),
-        str(function.get("name") or ""),
-        str(function.get("arguments") or ""),
-    )
+def _text(told: Any) -> str:
+    """Text that can be encoded: halves of surrogate pairs are JSON, and no characters."""
+    text = str(told or "")
+    return text if text.isascii() else _HALF.sub("\ufffd", text)

@@ -30,8 +30,9 @@ from tests.engines.openai.conftest import PATIENCE, Far, Rude, answer, chunk, ev
 
 @pytest.fixture(autouse=True)
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that is away is asked ten times a second."""
+    """A server that is away is asked ten times a second, and one that is unwell as often."""
     monkeypatch.setattr(servers, "LOOK", 0.1)
+    monkeypatch.setattr(errors, "_USUAL_WAIT", 0.1)
 
 
 def error_body(message: str = "No.", **more: Any) -> dict[str, Any]:
@@ -201,8 +202,10 @@ def test_times_to_wait() -> None:
         errors.retry_after({"retry-after": "soon"})
         == errors.retry_after({})
         == errors.retry_after({"retry-after": "nan"})
-        == 1.0
+        == errors.retry_after({"retry-after": "Thu, 01 Jan 99999999 00:00:00 GMT"})
+        == errors._USUAL_WAIT
     )
+    assert errors.retry_after({"retry-after": "1e300"}) == 86400
 
 
 def test_a_far_end_with_a_queue_that_is_full(serve: Callable[..., Far]) -> None:
