@@ -6,6 +6,7 @@ Rule: plain data, any thread. Whether a grammar can be followed is the engine's 
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ _FORMATS = '{"type": "json_schema", "json_schema": {"schema": …}}, {"type": "j
 _GRAMMARS = '{"json": schema}, {"regex": "…"}, {"choice": ["…", …]}, {"lark": "…"}, or the text of a Lark grammar'
 _MOST_CHOICES = 10_000
 _SCHEMA_WORDS = {"properties", "$ref", "$defs", "anyOf", "items"}
+_GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)  # in a comment or a text it stands elsewhere
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ def read_grammar(response_format: object, grammar: object) -> Grammar | None:
     if wanted is not None:
         raise InvalidRequestError("response_format and grammar both say what form the answer has: give one.", "grammar")
     return _of_grammar(grammar)
+
+
+def is_gbnf(text: str) -> bool:
+    """Whether a grammar is written in llama.cpp's notation rather than in Lark."""
+    return _GBNF_RULE.search(text) is not None
 
 
 def _of_format(value: object) -> Grammar | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from lmbridge.engines.dialect.spelling import calls_schema
 from lmbridge.engines.dialect.telling import told, written_out
-from lmbridge.engines.llamacpp.forms import grammar_of
+from lmbridge.engines.llamacpp.forms import Form
 from lmbridge.engines.llamacpp.loading import Model
 from lmbridge.errors import InvalidRequestError
 from lmbridge.messages import GenerationConfig, Message, Request
@@ -30,10 +30,12 @@ class Asked:
     Attributes:
         body: JSON.
         chat: it is a conversation.
+        form: what the answer must be.
     """
 
     body: str = field(repr=False)
     chat: bool
+    form: Form | None
 
 
 def asked_of(request: Request, model: Model) -> Asked:
@@ -43,11 +45,12 @@ def asked_of(request: Request, model: Model) -> Asked:
         InvalidRequestError: the prompt is empty or of no known kind, or something asked for does not go together.
     """
     config, prompt = request.config, request.prompt
-    fields = {**_usual(config), **_sampling(config, model)}
-    if config.form is not None:
-        if config.calling is not None:
-            raise InvalidRequestError(f"llama.cpp takes no {config.form.param} beside tools; give one.", "tools")
-        fields["grammar"] = grammar_of(config.form)
+    fields = {**_usual(config, model), **_sampling(config, model)}
+    if config.form is not None and config.calling is not None:
+        raise InvalidRequestError(f"llama.cpp takes no {config.form.param} beside tools; give one.", "tools")
+    form = _form(config)
+    if form is not None:
+        fields["grammar"] = form.grammar
     bare = isinstance(prompt, str) and (request.raw or not model.header.has_template)
     chat = not bare and (isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], Mapping)))
     if chat:
@@ -56,19 +59,28 @@ def asked_of(request: Request, model: Model) -> Asked:
         _refuse_chat_fields(config)
         fields["prompt"] = prompt if isinstance(prompt, str) else _ids(prompt, model)
     try:
-        return Asked(json.dumps(fields, allow_nan=False), chat)
+        body = json.dumps(fields, allow_nan=False, ensure_ascii=False)
+        body.encode()  # halves of surrogate pairs are no text; two that meet would become one character
+        return Asked(body, chat, form)
     except (TypeError, ValueError, RecursionError) as cause:
         raise InvalidRequestError(f"The prompt holds what JSON cannot say: {cause}.", "prompt") from None
 
 
-def _usual(config: GenerationConfig) -> dict[str, Any]:
+def _form(config: GenerationConfig) -> Form | None:
+    """What the answer must be; a call that must come is a form, too."""
+    if config.calling is not None and config.calling.required:
+        return Form(calls_schema(config.calling, None))
+    return None if config.form is None else Form(config.form)
+
+
+def _usual(config: GenerationConfig, model: Model) -> dict[str, Any]:
     counts = bool(config.stop_words or config.stop_token_ids)  # an answer that we end hears no last count
     return {
         "stream": True,
         "stream_options": {"include_usage": True},
         "return_progress": True,  # a word before each chunk of a prompt, at which it can be stopped
         "timings_per_token": counts,
-        "max_tokens": config.max_new_tokens,
+        "max_tokens": min(config.max_new_tokens, model.room),  # it counts in 32 bits
         "n_probs": max(1, config.logprobs or 0),  # with it come the token ids
         "post_sampling_probs": config.logprobs is None,  # costs nothing, where the others cost a sort of the vocabulary
     }
@@ -85,7 +97,7 @@ def _sampling(config: GenerationConfig, model: Model) -> dict[str, Any]:
     if config.samples:
         fields |= {
             "temperature": 1.0 if config.temperature is None else config.temperature,
-            "top_k": config.top_k or 0,
+            "top_k": min(config.top_k or 0, model.header.vocabulary),
             "top_p": 1.0 if config.top_p is None else config.top_p,
             "min_p": config.min_p or 0.0,
         }
@@ -137,7 +149,7 @@ def _told(messages: list[Message], calling: Calling, model: Model) -> tuple[list
         return messages, {**tools, "tool_choice": "auto", "parallel_tool_calls": calling.parallel}
     if not model.knows_tools:
         messages = told(messages, calling.tools)
-    return messages, {**tools, "tool_choice": "none", "grammar": grammar_of(calls_schema(calling, None))}
+    return messages, {**tools, "tool_choice": "none"}
 
 
 def _refuse_chat_fields(config: GenerationConfig) -> None:

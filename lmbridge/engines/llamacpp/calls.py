@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any
 
+from lmbridge.engines.llamacpp.forms import Form
+
 Handle = Callable[[str, Callable[[str], bool]], None]
 """xllamacpp's: takes JSON and a callback, which gets JSON and returns whether to stop. It blocks."""
 
@@ -44,11 +46,13 @@ class Call:
     Attributes:
         heard: how many words have come; changes while a prompt is read, too. Slot's thread.
         news: there may be words to read. Server thread.
+        form: what the answer must be. Set by the slot's thread before the first word, the server thread's from then on.
     """
 
     def __init__(self, bell: Bell) -> None:
         self.heard = 0
         self.news = asyncio.Event()
+        self.form: Form | None = None
         self._bell = bell
         self._words: deque[dict[str, Any]] = deque()  # appended by the slot's thread, emptied by the server thread
         self._stopped = False  # set by the server thread, read by the slot's

@@ -34,7 +34,7 @@ from lmbridge.log import logger, shown
 from lmbridge.messages import Delta, Embed, GenerationConfig, Job, Request, Rerank, Task
 
 CLOSE_TIMEOUT = 3.0
-"""Seconds to wait at the end for llama.cpp to free the model; then it is left behind."""
+"""Seconds to wait at the end for calls to return, and again for the model to be freed; then they are left behind."""
 _PROOF = 3  # tokens
 
 
@@ -92,6 +92,7 @@ class LlamaCppEngine(Engine):
         self._model: Model | None = None
         self._loaded: list[Model] = []  # the same; worker thread only
         self._calls: dict[str, Call] = {}  # request id -> its call, while it is in llama.cpp
+        self._working: set[asyncio.Task[Any]] = set()  # calls that have not returned
         self._texts: dict[int, str] = {}  # of tokens that were told
         self._tokens = 0
         self._last_word = 0.0  # monotonic
@@ -141,9 +142,11 @@ class LlamaCppEngine(Engine):
         await super().close()
         model, self._model = self._model, None
         try:
-            busy = self._free.qsize() < len(self._slots) if model is not None else False
-            if busy:
-                logger.warning("llama.cpp does not return from a call; the call and its model are left behind.")
+            if self._working:
+                await asyncio.wait(self._working, timeout=CLOSE_TIMEOUT)
+            if self._working and model is not None:
+                logger.warning("llama.cpp does not return from a call; the call is left behind, and its model with it.")
+                model.server = None  # whichever call is the last to return frees it
             else:
                 del model
                 await asyncio.wait_for(self._loader.run(self._unload), CLOSE_TIMEOUT)
@@ -181,6 +184,7 @@ class LlamaCppEngine(Engine):
         reading = Reading(request.config, self._texts)
         try:
             while not reading.stopped and (words := await self._heard(call, work)):
+                reading.form = call.form
                 delta = reading.take(words)
                 if delta is not None:
                     yield delta
@@ -205,10 +209,12 @@ class LlamaCppEngine(Engine):
     def _begun(self, slot: EngineThread, function: Any, *args: Any) -> asyncio.Task[Any]:
         """The call on the slot's thread; the slot is free when it has returned, whoever waits for it meanwhile."""
         work = asyncio.get_running_loop().create_task(slot.run(function, *args))
+        self._working.add(work)
         work.add_done_callback(functools.partial(self._back, slot))
         return work
 
     def _back(self, slot: EngineThread, work: asyncio.Task[Any]) -> None:
+        self._working.discard(work)
         self._free.put_nowait(slot)
         if not work.cancelled():
             work.exception()  # seen: whoever gave the request up does not ask
@@ -251,6 +257,7 @@ class LlamaCppEngine(Engine):
 def _answer(request: Request, model: Model, call: Call) -> None:
     """The whole call, on a slot's thread: a long prompt, or a schema, takes its time to be put into words."""
     asked: Asked = asked_of(request, model)
+    call.form = asked.form
     handle = model.server.handle_chat_completions if asked.chat else model.server.handle_completions
     try:
         call.make(handle, asked.body)

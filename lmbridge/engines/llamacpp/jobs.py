@@ -80,7 +80,9 @@ def _fitting(error: PromptTooLongError, length: int) -> int:
 
 def _said(handle: Any, **asked: Any) -> Any:
     try:
-        said = json.loads(handle(json.dumps(asked)))
+        body = json.dumps(asked, ensure_ascii=False)
+        body.encode()  # halves of surrogate pairs are no text
+        said = json.loads(handle(body))
     except (RuntimeError, ValueError, TypeError) as cause:
         raise InvalidRequestError(f"llama.cpp refused the text: {cause}", "prompt") from cause
     if "error" in said:

@@ -20,12 +20,13 @@ _CHUNK = 1 << 24  # bytes
 _PATIENCE = 30.0  # seconds for a server in this process to say what it is
 
 
-@dataclass(frozen=True)
+@dataclass
 class Model:
     """A model that is loaded.
 
     Attributes:
-        server: xllamacpp's; its methods may be called by many threads at once, and block them.
+        server: xllamacpp's; its methods may be called by many threads at once, and block them. None when the model is
+            to be freed as soon as nobody is in one.
         task: what it does.
         room: the most tokens of one request.
         knows_tools: its chat template tells it of tools.

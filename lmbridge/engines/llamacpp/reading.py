@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Iterable
 from typing import Any
 
+from lmbridge.engines.llamacpp.forms import Form
 from lmbridge.engines.text import StopWords
 from lmbridge.errors import EngineError, InvalidRequestError, LMBridgeError, PromptTooLongError
 from lmbridge.messages import Delta, FinishReason, GenerationConfig, Logprobs, ToolCall, Usage
@@ -26,11 +27,13 @@ class Reading:
         texts: token id to its text; filled here.
 
     Attributes:
+        form: what the answer must be; known when its first words are.
         stopped: a stop word or stop token has ended it; llama.cpp is to be told.
         tokens: how many were generated, the ending one included.
     """
 
     def __init__(self, config: GenerationConfig, texts: dict[int, str]) -> None:
+        self.form: Form | None = None
         self.stopped = False
         self.tokens = 0
         words = config.stop_words
@@ -65,13 +68,15 @@ class Reading:
         """The last delta, with all that was held back.
 
         Raises:
-            EngineError: the answer has no end.
+            EngineError: the answer has no end, or not the form that it must have.
         """
         delta = Delta(finish_reason="stop" if self.stopped else self._reason)
         if delta.finish_reason is None:
             raise EngineError("llama.cpp ended the answer without a finish_reason.")
         if not self._prompt_tokens:
             raise InvalidRequestError("The prompt is empty: no token comes of it. Give it some text.", "prompt")
+        if self.form is not None and delta.finish_reason == "stop" and not self.stopped:
+            self.form.finish()
         if self._stop_words is not None and not self.stopped:
             delta.text = self._stop_words.finish()
             self._shown += len(delta.text)
@@ -116,6 +121,8 @@ class Reading:
 
     def _text(self, text: str) -> str:
         self._received += len(text)
+        if self.form is not None and text:
+            self.form.take(text)
         if self._call is not None:
             self._call += text
             text = ""

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("xllamacpp", reason='needs xllamacpp; run: pip install "lmbridge[llamacpp]"')
 
-from lmbridge import Bridge, InvalidRequestError, PromptTooLongError
+from lmbridge import Bridge, EngineError, InvalidRequestError, PromptTooLongError
 from tests.engines.dialect.templates import FORMS, THINKING
 from tests.engines.llamacpp.models import write_demo
 
@@ -123,6 +123,68 @@ def test_forms_are_kept(bridge: Bridge, form: Any, fits: Any) -> None:
     assert fits(ask(bridge, CAPITAL, max_new_tokens=40, **form).text)
 
 
+def test_thousands_of_choices_are_kept(bridge: Bridge) -> None:
+    """From 2,000 on llama.cpp would let the answer go free, and say nothing."""
+    texts = [f"item number {number * 7919 % 99991}" for number in range(9990)]
+    texts += ["a/b|c(d)", 'q"\n\\é😀']
+    assert ask(bridge, CAPITAL, max_new_tokens=60, grammar={"choice": texts}).text in texts
+    assert ask(bridge, CAPITAL, grammar={"choice": texts[-2:]}).text in texts[-2:]
+
+
+def test_an_answer_that_llama_cpp_lets_go_free_is_an_error(bridge: Bridge) -> None:
+    """A program that relies on the form would read prose."""
+    rule = "start: " + " | ".join(f'"item number {number}"' for number in range(2500))
+    with pytest.raises(EngineError, match="cannot be followed on"):
+        ask(bridge, CAPITAL, grammar={"lark": rule})
+
+
+def test_an_answer_cut_off_within_its_form_is_none(bridge: Bridge) -> None:
+    """A limit or a stop word would make an error of what is right so far."""
+    form: dict[str, Any] = {"grammar": {"regex": "[0-9]{9}x"}}
+    assert ask(bridge, CAPITAL, max_new_tokens=3, **form).finish_reason == "length"
+    assert ask(bridge, CAPITAL, stop_words=list("0123456789"), **form).text == ""
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        "root ::= " + "(" * 30_000 + '"a"' + ")" * 30_000,
+        "root ::= " + "(" * 50_000 + '"a"' + ")" * 50_000,
+        "root ::= r0\n" + "\n".join(f"r{place} ::= r{place + 1}" for place in range(2000)) + '\nr2000 ::= "a"',
+    ],
+)
+def test_a_gbnf_grammar_that_is_too_large_is_refused(bridge: Bridge, grammar: str) -> None:
+    """One request would end the process: llama.cpp's own reader goes into itself for each bracket and each rule."""
+    with pytest.raises(InvalidRequestError, match=r"too large|too deeply") as caught:
+        ask(bridge, CAPITAL, grammar=grammar)
+    assert caught.value.param == "grammar"
+
+
+def test_gbnf_with_many_parts_that_may_be_left_out_is_quick(bridge: Bridge) -> None:
+    """llama.cpp would stand still for minutes over it, and everybody else's answers with it."""
+    assert set(ask(bridge, CAPITAL, max_new_tokens=5, grammar="root ::= " + '"a"? ' * 500).text) <= {"a"}
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        (r'root ::= "\u00e9\u0041\x42" [\u0061] "\U0001F600"', "éABa😀"),
+        ('start: "a ::= b"', "a ::= b"),
+        ('// a ::= b\nstart: "c"', "c"),
+        ('start: "a"\n  | "a" // ::=', "a"),
+    ],
+)
+def test_the_notation_is_told_by_the_rules(bridge: Bridge, grammar: str, text: str) -> None:
+    """A Lark grammar with "::=" in a text would be taken for GBNF; a character's number in GBNF for others."""
+    assert ask(bridge, CAPITAL, grammar=grammar).text == text
+
+
+def test_numbers_beyond_what_llama_cpp_counts_are_the_most_there_is(bridge: Bridge) -> None:
+    """2**40 tokens would be one."""
+    assert ask(bridge, CAPITAL, max_new_tokens=2**40).text == PARIS
+    assert ask(bridge, CAPITAL, max_new_tokens=5, temperature=0.1, top_k=2**40).text
+
+
 @pytest.mark.parametrize("grammar", ["start: (((", {"regex": "((("}, "root ::= (((", "root ::= nobody"])
 def test_a_grammar_that_is_none_is_refused(bridge: Bridge, grammar: Any) -> None:
     """llama.cpp would let the answer go free, and nobody would know."""
@@ -184,7 +246,7 @@ def test_a_model_without_a_template_goes_on_with_the_text(files: Path) -> None:
 @pytest.mark.parametrize(
     "prompt",
     [
-        [], (), [3072], [-1], [True], "half of a pair \ud800", [{"role": "pirate", "content": "x"}],
+        [], (), [3072], [-1], [True], "half of a pair \ud800", "two \ud83d\ude00", [{"role": "pirate", "content": "x"}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/"}}]}],
     ],
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import textwrap
 import threading
 import urllib.error
 import urllib.request
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ pytest.importorskip("xllamacpp", reason='needs xllamacpp; run: pip install "lmbr
 from lmbridge import Bridge
 from lmbridge.engines.auto import engine_for
 from lmbridge.engines.llamacpp import LlamaCppEngine, library
+from lmbridge.engines.llamacpp import engine as engine_module
 from lmbridge.engines.llamacpp.header import read_header
 from lmbridge.errors import (
     EngineError,
@@ -28,6 +31,7 @@ from lmbridge.errors import (
     MissingDependencyError,
     ModelNotFoundError,
 )
+from lmbridge.messages import Embed
 from tests.conftest import until_then
 from tests.engines.llamacpp.conftest import Answer, driven, request
 from tests.engines.llamacpp.models import write_demo
@@ -118,8 +122,11 @@ def test_news_of_many_requests_wakes_the_loop_once(demo: str) -> None:
     asyncio.run(scenario())
 
 
-def test_a_call_that_is_stuck_is_named_and_left_behind(demo: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_call_that_is_stuck_is_named_and_left_behind(
+    demo: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """close() would wait for a library that does not return."""
+    monkeypatch.setattr(engine_module, "CLOSE_TIMEOUT", 0.2)
     stuck, entered = threading.Event(), threading.Event()
 
     def hang(body: str, callback: Any) -> None:
@@ -129,7 +136,7 @@ def test_a_call_that_is_stuck_is_named_and_left_behind(demo: str, caplog: pytest
     async def scenario() -> None:
         async with driven(demo) as engine:
             assert engine._model is not None
-            object.__setattr__(engine._model, "server", _Server(engine._model.server, hang))
+            engine._model.server = _Server(engine._model.server, hang)
             answer = Answer()
             asked = request(STORY)
             engine.add_request(asked, answer.sink)
@@ -144,6 +151,50 @@ def test_a_call_that_is_stuck_is_named_and_left_behind(demo: str, caplog: pytest
         assert "does not return from a call" in caplog.text
     finally:
         stuck.set()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_job_that_nobody_waits_for_does_not_keep_the_model(
+    encoder: str, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """A swap or close just after would leave the model in memory for good."""
+    entered, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+    monkeypatch.setattr(engine_module, "CLOSE_TIMEOUT", 0.2 if late else 30)
+    server: Any = None
+
+    async def scenario() -> None:
+        nonlocal server
+        async with driven(encoder) as engine:
+            assert engine._model is not None
+            engine._model.server = _Slow(engine._model.server, entered, go_on, ended)
+            server = weakref.ref(engine._model.server)
+            answer = Answer()
+            asked = dataclasses.replace(request("a b"), job=Embed("a b"))
+            engine.add_request(asked, answer.sink)
+            await until_then(entered.is_set)
+            engine.abort_request(asked.id)
+            if not late:
+                asyncio.get_running_loop().call_later(0.1, go_on.set)
+
+    asyncio.run(scenario())
+    assert ended.is_set() is not late
+    go_on.set()
+    assert ended.wait(30)
+    asyncio.run(until_then(lambda: server() is None))
+
+
+class _Slow:
+    """xllamacpp's server whose vectors take until they may go on; it is freed with this."""
+
+    def __init__(self, real: Any, entered: threading.Event, go_on: threading.Event, ended: threading.Event) -> None:
+        self._real, self._entered, self._go_on, self._ended = real, entered, go_on, ended
+        self.handle_metrics = real.handle_metrics
+
+    def handle_embeddings(self, body: str) -> Any:
+        self._entered.set()
+        self._go_on.wait(60)
+        self._ended.set()
+        return self._real.handle_embeddings(body)
 
 
 class _Server:
@@ -165,7 +216,7 @@ def test_what_llama_cpp_raises_midway_is_an_error_that_may_be_tried_again(demo: 
         async with driven(demo) as engine:
             assert engine._model is not None
             real = engine._model.server
-            object.__setattr__(engine._model, "server", _Server(real, fail))
+            engine._model.server = _Server(real, fail)
             answer = Answer()
             engine.add_request(request(STORY), answer.sink)
             await asyncio.wait_for(answer.ended.wait(), 60)
@@ -173,7 +224,7 @@ def test_what_llama_cpp_raises_midway_is_an_error_that_may_be_tried_again(demo: 
             assert isinstance(error, EngineError)
             assert error.retryable
             assert "no more memory" in str(error)
-            object.__setattr__(engine._model, "server", real)
+            engine._model.server = real
             again = Answer()
             engine.add_request(request(STORY), again.sink)
             assert (await again.wait()).text
@@ -234,6 +285,8 @@ def test_options_are_checked_at_once(demo: str, files: Path) -> None:
         assert caught.value.param == next(iter(options))
     with pytest.raises(ModelNotFoundError, match=r"\.gguf"):
         LlamaCppEngine("demo")
+    with pytest.raises(ModelNotFoundError, match=r"There is no file .*demo2\.gguf \(did you mean '.*demo\.gguf'"):
+        LlamaCppEngine(str(Path(demo).with_name("demo2.gguf")))
 
 
 def test_a_file_that_is_no_model_says_so(demo: str, files: Path, capfd: pytest.CaptureFixture[str]) -> None:
