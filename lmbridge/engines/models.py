@@ -84,7 +84,7 @@ def _looks_like_path(name: str) -> bool:
 def _model_at(path: Path, what: str) -> str:
     if not path.exists():
         if path.suffix.lower() == GGUF:
-            raise ModelNotFoundError(f"There is no file {path}{did_you_mean(str(path))}; check the path.")
+            raise ModelNotFoundError(f"The file {path} does not exist{did_you_mean(str(path))}; check the path.")
         raise ModelNotFoundError(
             f"{what}, but {path} does not exist{did_you_mean(str(path))}; check the path, or give a hub id."
         )

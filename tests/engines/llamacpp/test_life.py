@@ -285,7 +285,7 @@ def test_options_are_checked_at_once(demo: str, files: Path) -> None:
         assert caught.value.param == next(iter(options))
     with pytest.raises(ModelNotFoundError, match=r"\.gguf"):
         LlamaCppEngine("demo")
-    with pytest.raises(ModelNotFoundError, match=r"There is no file .*demo2\.gguf \(did you mean '.*demo\.gguf'"):
+    with pytest.raises(ModelNotFoundError, match=r"^The file .*demo2\.gguf does not exist \(did you mean .*demo\.g"):
         LlamaCppEngine(str(Path(demo).with_name("demo2.gguf")))
 
 
