@@ -113,9 +113,7 @@ def _plain(config: Any) -> dict[str, Any]:
     elif config.min_new_tokens and not 0 <= config.min_new_tokens <= config.max_new_tokens:
         told_once("GenerationConfig.min_new_tokens=%s is taken for none, as LMDeploy does", config.min_new_tokens)
         fields["min_new_tokens"] = None
-    if (
-        config.do_sample
-    ):  # else nothing here asks for sampling, and an engine without such fields does as well
+    if config.do_sample:  # else nothing here asks for sampling, and an engine without such fields does as well
         fields.update(do_sample=True, **{name: getattr(config, name) for name in _SAMPLING})
         if config.top_p == 0:  # the smallest set of all is the most likely token
             fields.update(top_p=None, top_k=1)

@@ -89,7 +89,7 @@ def _regex_schema(pattern: str) -> dict[str, Any]:
 
 
 def _gbnf(text: str) -> dict[str, Any] | None:
-    return {"grammar": text} if "::=" in text else None
+    return {"grammar": text} if is_gbnf(text) else None
 
 
 def _gbnf_choice(texts: Sequence[str]) -> dict[str, Any]:

@@ -19,8 +19,9 @@ import torch
 
 from lmbridge.engines.base import engine_error
 from lmbridge.engines.schemas import choice_lines, followable
+from lmbridge.engines.schemas.gbnf import lark_of_gbnf
 from lmbridge.errors import InvalidRequestError, MissingDependencyError
-from lmbridge.grammar import Grammar
+from lmbridge.grammar import Grammar, is_gbnf
 
 _SHARED = 1 << 20
 """Tokens of all masks together from which several threads are quicker than one, which need to be woken."""
@@ -191,11 +192,9 @@ def _json(matcher: Any, schema: Any, param: str) -> str:
     return str(matcher.grammar_from_json_schema(json.dumps(followable(schema, param))))
 
 
-def _lark(matcher: Any, text: str, _: str) -> str:
+def _lark(matcher: Any, text: str, param: str) -> str:
     """Of llama.cpp's notation, too."""
-    from llguidance.gbnf_to_lark import any_to_lark
-
-    return str(matcher.grammar_from_lark(any_to_lark(text) if "::=" in text else text))
+    return str(matcher.grammar_from_lark(lark_of_gbnf(text, param) if is_gbnf(text) else text))
 
 
 def _choice(matcher: Any, texts: Any, _: str) -> str:
