@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lmbridge.grammar import is_gbnf
+
 Form = Callable[[Any], "dict[str, Any] | None"]
 """From what an answer must be to the fields that ask for it; None where this server cannot be asked for it."""
 
