@@ -15,13 +15,15 @@ from typing import Any, ClassVar
 
 from lmbridge.engines.base import Engine, Library, Sink
 from lmbridge.engines.openai.asking import Question, put_question
+from lmbridge.engines.openai.errand import Errand
 from lmbridge.engines.openai.errors import NotServedError, in_our_words
 from lmbridge.engines.openai.flavours import ANY, FLAVOURS, Flavour
+from lmbridge.engines.openai.group import Group
 from lmbridge.engines.openai.jobs import Jobs
 from lmbridge.engines.openai.library import INSTALL, import_library, make_client, post, stream
 from lmbridge.engines.openai.options import read_options
 from lmbridge.engines.openai.reading import AnswerReader, Words
-from lmbridge.engines.openai.servers import Errand, Group, Server
+from lmbridge.engines.openai.server import Server
 from lmbridge.engines.thread import EngineThread
 from lmbridge.messages import Delta, Request, Task
 

@@ -22,7 +22,8 @@ from lmbridge import (
     QueueFullError,
     RequestTimeoutError,
 )
-from lmbridge.engines.openai import errors, library, servers
+from lmbridge.engines.openai import errand, errors, library
+from lmbridge.engines.openai import server as one
 from lmbridge.testing import ScriptedEngine
 from tests.conftest import until
 from tests.engines.openai.conftest import PATIENCE, Far, Rude, answer, chunk, events, far_end, http, rude_server
@@ -31,7 +32,7 @@ from tests.engines.openai.conftest import PATIENCE, Far, Rude, answer, chunk, ev
 @pytest.fixture(autouse=True)
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is away is asked ten times a second, and one that is unwell as often."""
-    monkeypatch.setattr(servers, "LOOK", 0.1)
+    monkeypatch.setattr(one, "LOOK", 0.1)
     monkeypatch.setattr(errors, "_USUAL_WAIT", 0.1)
 
 
@@ -191,7 +192,7 @@ def test_a_server_that_stays_unwell(rude: Callable[..., Rude]) -> None:
     error = ask(server.url)
     assert error.retryable
     assert "The engine is down" in str(error)
-    assert len(server.asked) == servers.MOST_REFUSALS + 1
+    assert len(server.asked) == errand.MOST_REFUSALS + 1
 
 
 def test_times_to_wait() -> None:
@@ -385,8 +386,8 @@ def test_one_of_two_that_was_down_at_the_start_joins(caplog: pytest.LogCaptureFi
 
 def test_a_server_that_hangs_is_found_out(rude: Callable[..., Rude], monkeypatch: pytest.MonkeyPatch) -> None:
     """One that says nothing and answers no question fails what it has, without a deadline, and the bridge lives."""
-    monkeypatch.setattr(servers, "LOOK", 0.05)
-    monkeypatch.setattr(servers, "SILENCE", 0.2)
+    monkeypatch.setattr(one, "LOOK", 0.05)
+    monkeypatch.setattr(one, "SILENCE", 0.2)
     monkeypatch.setattr(library, "ANSWER_TIMEOUT", 0.2)
     server = rude(events(chunk("half")))
     with Bridge(server.url) as bridge:
@@ -403,8 +404,8 @@ def test_a_server_that_is_silent_and_lives_is_waited_for(
     rude: Callable[..., Rude], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A long prompt is read without a word: no stall is made of that while the server answers questions."""
-    monkeypatch.setattr(servers, "LOOK", 0.05)
-    monkeypatch.setattr(servers, "SILENCE", 0.1)
+    monkeypatch.setattr(one, "LOOK", 0.05)
+    monkeypatch.setattr(one, "SILENCE", 0.1)
     server = rude(None)
     with Bridge(server.url, stall_timeout=1.5) as bridge:
         future = bridge.submit("hello")

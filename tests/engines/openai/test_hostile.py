@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from lmbridge import Bridge, EngineError, EngineStartError, InvalidRequestError, LMBridgeError, QueueFullError
-from lmbridge.engines.openai import errors, library, reading, servers
+from lmbridge.engines.openai import errand, errors, group, library, reading
+from lmbridge.engines.openai import server as one
 from tests.conftest import until
 from tests.engines.openai.conftest import MODELS, PATIENCE, Rude, answer, chunk, events, http, rude_server
 
@@ -28,7 +29,7 @@ USAGE = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
 @pytest.fixture(autouse=True)
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is away is asked ten times a second, and one that is unwell as often."""
-    monkeypatch.setattr(servers, "LOOK", 0.1)
+    monkeypatch.setattr(one, "LOOK", 0.1)
     monkeypatch.setattr(errors, "_USUAL_WAIT", 0.1)
 
 
@@ -137,7 +138,7 @@ def test_a_line_without_an_end_is_not_read(rude: Callable[..., Rude], monkeypatc
 
 def test_a_server_that_drips_holds_up_no_start(rude: Callable[..., Rude], monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one is there; alone, it is given up after as long as an answer may take."""
-    monkeypatch.setattr(servers, "LATE", 0.2)
+    monkeypatch.setattr(group, "LATE", 0.2)
     monkeypatch.setattr(library, "ANSWER_TIMEOUT", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -303,7 +304,7 @@ def test_what_has_begun_is_not_sent_again(rude: Callable[..., Rude], more: list[
     [
         (http(401, {"error": {"message": "key"}}), 1),
         (http(404, {"error": {"message": "no such route"}}), 1),
-        (http(503, {"error": {"message": "ill"}}), servers.MOST_REFUSALS + 1),
+        (http(503, {"error": {"message": "ill"}}), errand.MOST_REFUSALS + 1),
         (http(500, {"error": {"message": "broken"}}), 3),
     ],
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from lmbridge import Bridge, EngineError, EngineStartError, InvalidRequestError, UnsupportedTaskError
-from lmbridge.engines.openai import servers
+from lmbridge.engines.openai import server as one
 from lmbridge.testing import ScriptedEncoder, ScriptedEngine
 from tests.conftest import until
 from tests.engines.openai.conftest import PATIENCE, Far, Rude, answer, far_end, http
@@ -16,7 +16,7 @@ from tests.engines.openai.conftest import PATIENCE, Far, Rude, answer, far_end, 
 @pytest.fixture(autouse=True)
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is away is asked ten times a second."""
-    monkeypatch.setattr(servers, "LOOK", 0.1)
+    monkeypatch.setattr(one, "LOOK", 0.1)
 
 
 def listing(*names: str) -> bytes:
