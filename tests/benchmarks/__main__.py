@@ -1,5 +1,5 @@
 """The bridge's cost beside every other way there is, in one run: calls, calls beside a busy thread, streams, idleness,
-memory, the bundled model, WSGI servers, and the engine beside what else runs the same model.
+memory, the bundled model, WSGI servers, the engine beside what else runs the same model, and a server elsewhere.
 
 Run on a quiet machine: ``python -m tests.benchmarks [--rounds 5]`` (about an hour)
 """
@@ -23,6 +23,7 @@ RUNS = [
     ["long_prompt"],
     ["real_model", "--serve", "--profile"],
     ["device_turns"],
+    ["remote_cost"],
 ]
 
 
