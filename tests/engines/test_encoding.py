@@ -21,6 +21,7 @@ from lmbridge.engines.encoding import PromptEncoder, characters
 from lmbridge.engines.length import WHITE_SPACE, LengthBound, length_bound
 from lmbridge.engines.models import find_model
 from lmbridge.errors import InvalidRequestError, PromptTooLongError
+from lmbridge.messages import GenerationConfig
 from tests.engines.conftest import TEMPLATE, byte_level_tokenizer
 
 MILLIONS = 4_000_000  # characters
@@ -476,6 +477,14 @@ def test_messages_need_a_template() -> None:
     """A conversation would reach a model that was never told where a turn begins."""
     with pytest.raises(InvalidRequestError, match="no chat template"):
         PromptEncoder(byte_level_tokenizer(None), PLENTY).encode([{"role": "user", "content": "x"}])
+
+
+def test_a_template_may_be_given_tools_as_a_variable() -> None:
+    """LMDeploy's ``tools=`` are shown to the model and no more: they reach the template by its own variables."""
+    template = "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{{ messages[0].content }}"
+    encoder = PromptEncoder(wrapped(of_bytes(), template), 1000)
+    given = GenerationConfig(chat_template_kwargs={"tools": [{"type": "function", "function": {"name": "add"}}]})
+    assert encoder.text("a question", config=given) == "add a question"
 
 
 def test_parts_of_a_message_are_joined() -> None:
