@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, defaultdict
+import weakref
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from functools import partial
 from itertools import accumulate
@@ -27,14 +28,24 @@ class Answers:
     """What one app has answered; a collector for a registry of prometheus_client."""
 
     def __init__(self) -> None:
+        self._ended: deque[tuple[str, int, float]] = deque()  # not counted yet
         self._lock = threading.Lock()
         self._counts: Counter[tuple[str, int]] = Counter()  # guarded by _lock, as is the next
         self._seconds: defaultdict[str, Histogram] = defaultdict(Histogram)
 
     def count(self, route: str, status: int, began: float) -> None:
-        """Count an answer that was sent, or whose client has left."""
-        seconds = time.monotonic() - began
-        with self._lock:
+        """Count an answer that was sent, or whose client has left. Never waits: a finalizer may call it anywhere."""
+        self._ended.append((route, status, time.monotonic() - began))
+        if self._lock.acquire(blocking=False):  # else whoever holds it counts this one, or the next who comes
+            try:
+                self._settle()
+            finally:
+                self._lock.release()
+
+    def _settle(self) -> None:
+        """Count what has ended; the lock is held."""
+        while self._ended:
+            route, status, seconds = self._ended.popleft()
             self._counts[route, status] += 1
             self._seconds[route].observe(seconds)
 
@@ -50,6 +61,7 @@ class Answers:
         histogram = HistogramMetricFamily("lmbridge_http_seconds", text, labels=["route"])
         bounds = [*map(str, SECONDS), "+Inf"]
         with self._lock:
+            self._settle()
             for (route, status), count in self._counts.items():
                 counter.add_metric([route, str(status)], count)
             for route, seconds in self._seconds.items():
@@ -83,5 +95,5 @@ def _end(_: Flask, response: Response, **more: Any) -> None:
     count = partial(current_answers().count, route, response.status_code, g.get("lmbridge_began", time.monotonic()))
     if response.direct_passthrough:  # a file, which the server sends by its own means; nobody hears of the end
         count()
-    else:
-        response.call_on_close(count)
+    else:  # Werkzeug's server closes no answer whose client resets the connection once it has all: then it is collected
+        response.call_on_close(weakref.finalize(response, count))

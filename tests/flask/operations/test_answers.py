@@ -11,8 +11,10 @@ from flask import Flask
 from openai import NotFoundError, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
 from prometheus_client.parser import text_string_to_metric_families
+from werkzeug.test import EnvironBuilder
 
 from lmbridge import Bridge
+from lmbridge.flask.answers import current_answers
 from lmbridge.flask.serving import create_app
 from lmbridge.testing import ScriptedEngine
 from tests.conftest import until
@@ -59,6 +61,13 @@ def counted(url: str) -> dict[tuple[str, str], float]:
     }
 
 
+def collected(app: Flask) -> float:
+    """How many chats the app has answered."""
+    with app.app_context():
+        counter, _ = current_answers().collect()
+    return sum(float(sample.value) for sample in counter.samples if sample.labels["route"] == CHAT)
+
+
 def test_answers_are_counted_by_route_and_status(app: Flask, serve: Serve) -> None:
     """What was refused, not found, or failed is seen by whoever watches, and no path of a client's becomes a label."""
     with serve(app) as url, OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
@@ -77,6 +86,17 @@ def test_answers_are_counted_by_route_and_status(app: Flask, serve: Serve) -> No
             ("/health", "seconds"): 1,
         }  # fmt: skip
         until(lambda: counted(url) == expected, PATIENCE)  # an answer is counted once its last byte is on its way
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_the_server_never_closes_is_counted(app: Flask, stream: bool) -> None:
+    """Werkzeug's server leaves an answer open whose client resets the connection once it has all of it."""
+    body = {"model": "demo", "messages": QUESTION, "stream": stream}
+    environ = EnvironBuilder(path=CHAT, method="POST", json=body).get_environ()
+    parts = app.wsgi_app(environ, lambda *_: lambda data: None)
+    assert len(b"".join(parts)) > 0
+    del parts
+    assert collected(app) == 1
 
 
 def test_a_stream_is_counted_at_its_end(serve: Serve) -> None:
