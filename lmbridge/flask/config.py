@@ -1,7 +1,7 @@
 """The keys ``LMBRIDGE_*`` of an app's configuration.
 
 Rule: ``Settings`` is made of ``app.config`` once, by ``init_app``, which refuses what is wrong by the key's name. The
-table ``KEYS`` is the documentation too: docs/http.rst has it.
+table ``KEYS`` is the documentation too: docs/http/index.rst has it.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class LMBridge:
         return current_models()
 
     def stream_response(self, reader: Reader) -> Response:
-        """Send what ``reader`` reads as server-sent events; see docs/http.rst.
+        """Send what ``reader`` reads as server-sent events; see docs/http/index.rst.
 
         Args:
             reader: of ``stream``, ``stream_many`` or ``Chat.stream``.

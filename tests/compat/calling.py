@@ -1,7 +1,7 @@
 """What the calls of a Pipeline give: LMDeploy's own and the drop-in, by the same calls.
 
 Run: ``python -m tests.compat.calling {lmdeploy,lmbridge} MODEL``; it prints as JSON what was seen of each call, in the
-words of the table in docs/migrating-from-lmdeploy.rst. LMDeploy is all there; only the executor that drives the GPU is
+words of the table in docs/moving/from-lmdeploy.rst. LMDeploy is all there; only the executor that drives the GPU is
 scripted: it answers a prompt with the prompt.
 """
 

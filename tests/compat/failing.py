@@ -1,7 +1,7 @@
 """What becomes of a Pipeline when something goes wrong: LMDeploy's own and the drop-in, by the same calls.
 
 Run: ``python -m tests.compat.failing {lmdeploy,lmbridge} MODEL``; it prints as JSON what was observed at each event,
-in the words of the table in docs/migrating-from-lmdeploy.rst. LMDeploy is all there; only the executor that drives the
+in the words of the table in docs/moving/from-lmdeploy.rst. LMDeploy is all there; only the executor that drives the
 GPU is scripted. What hangs is left behind, and the process ends without waiting for it.
 """
 

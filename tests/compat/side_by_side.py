@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "migrating-from-lmdeploy.rst"
+PAGE = ROOT / "docs" / "moving" / "from-lmdeploy.rst"
 SIDES = ("lmdeploy", "lmbridge")
 Cells = dict[str, dict[str, str]]  # by row, by side
 _TITLES = ("LMDeploy 0.18", "lmbridge")

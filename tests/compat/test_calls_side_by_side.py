@@ -1,4 +1,4 @@
-"""The table of calls in docs/migrating-from-lmdeploy.rst: each cell is what LMDeploy's own Pipeline gives, or ours."""
+"""The table of calls in docs/moving/from-lmdeploy.rst: each cell is what LMDeploy's own Pipeline gives, or ours."""
 
 from __future__ import annotations
 

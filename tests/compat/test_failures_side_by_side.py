@@ -1,4 +1,4 @@
-"""The table of docs/migrating-from-lmdeploy.rst: each cell is what LMDeploy's own Pipeline does, or what ours does."""
+"""The table of docs/moving/from-lmdeploy.rst: each cell is what LMDeploy's own Pipeline does, or what ours does."""
 
 from __future__ import annotations
 

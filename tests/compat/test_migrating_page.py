@@ -1,4 +1,4 @@
-"""The code of docs/migrating-from-lmdeploy.rst runs as it stands there, with the bundled model for a large one."""
+"""The code of docs/moving/from-lmdeploy.rst runs as it stands there, with the bundled model for a large one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 from lmbridge.compat.lmdeploy import Pipeline, install
 
-PAGE = Path(__file__).parents[2] / "docs" / "migrating-from-lmdeploy.rst"
+PAGE = Path(__file__).parents[2] / "docs" / "moving" / "from-lmdeploy.rst"
 BLOCK = re.compile(r"\.\. code-block:: python\n\n((?:(?:   .*)?\n)+)")
 QUESTION = "What is 2 + 2?"
 Names = dict[str, Any]

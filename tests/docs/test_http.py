@@ -1,4 +1,4 @@
-"""docs/http.rst shows code that runs, and every key there is."""
+"""docs/http/index.rst shows code that runs, and every key there is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from lmbridge.flask.config import KEYS
 
-PAGE = (Path(__file__).parents[2] / "docs" / "http.rst").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "http" / "index.rst").read_text()
 BLOCKS = [textwrap.dedent(source) for source in re.findall(r"\.\. code-block:: python\n\n((?:(?:   .*)?\n)+)", PAGE)]
 
 

@@ -13,7 +13,7 @@ from lmbridge.engines import engine_class
 from lmbridge.flask.openai.responses.table import RESPONSES
 from lmbridge.flask.openai.table import CHAT, COMPLETIONS, Fate, Field
 
-PATH = Path(__file__).parents[3] / "docs" / "fields.inc"
+PATH = Path(__file__).parents[3] / "docs" / "http" / "fields.inc"
 RESPONSES_PATH = PATH.with_name("responses_fields.inc")
 HEADINGS = ("Field", "Route", "Values", "By", "Default, and what else there is to know")
 OPENING = """\

@@ -277,7 +277,7 @@ def test_json_beside_tools(client: OpenAI, played: Played) -> None:
 
 def test_the_documentations_examples(client: OpenAI, played: Played, capsys: pytest.CaptureFixture[str]) -> None:
     """Whoever copies them from the page has a loop that calls the function and ends with the answer."""
-    page = (Path(__file__).parents[3] / "docs" / "http.rst").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "http" / "index.rst").read_text()
     calling, thinking = re.findall(r"code-block:: python\n\n((?:   .*\n|\n)+)", page.split("\nTools\n~~~")[1])[:2]
 
     def answer(request: Request) -> list[str | Delta]:

@@ -1,4 +1,4 @@
-"""docs/responses.rst shows code that runs."""
+"""docs/http/responses.rst shows code that runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lmbridge.testing import ScriptedEngine
 from tests.flask.openai.conftest import build_app, serving
 from tests.flask.openai.responses.conftest import Script
 
-PAGE = (Path(__file__).parents[4] / "docs" / "responses.rst").read_text()
+PAGE = (Path(__file__).parents[4] / "docs" / "http" / "responses.rst").read_text()
 BLOCKS = [textwrap.dedent(source) for source in re.findall(r"\.\. code-block:: python\n\n((?:(?:   .*)?\n)+)", PAGE)]
 
 
