@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))  # for pictures
 
 import lmbridge
 
@@ -13,7 +14,7 @@ project = "lmbridge"
 copyright = "2026, the lmbridge authors"
 author = "the lmbridge authors"
 release = lmbridge.__version__
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "pictures"]
 html_theme = "alabaster"
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
