@@ -1,0 +1,40 @@
+"""A Flask view that starts a job and returns; ``GET /jobs/0`` then gives the first job's answers.
+
+Run it with ``python examples/flask_background.py [PORT]``, and start a job::
+
+    curl http://127.0.0.1:5000/jobs -d 'prompt=What is the capital of Peru?' -d 'prompt=What is the opposite of hot?'
+"""
+
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from flask import Flask, request
+
+from lmbridge import Client
+from lmbridge.flask import LMBridge
+
+app = Flask(__name__)
+app.config["LMBRIDGE_MODEL"] = "demo"
+lm = LMBridge(app)
+pool = ThreadPoolExecutor(4)
+jobs: list[Future[list[str]]] = []
+
+
+def work(client: Client, prompts: list[str]) -> list[str]:  # not current_bridge: its requests end with the view
+    with client:
+        return [client.infer(prompt).text for prompt in prompts]
+
+
+@app.post("/jobs")
+def start() -> tuple[dict[str, int], int]:
+    jobs.append(pool.submit(work, lm.models.bridge().client("jobs"), request.form.getlist("prompt")))
+    return {"job": len(jobs) - 1}, 202
+
+
+@app.get("/jobs/<int:job>")
+def result(job: int) -> dict[str, list[str] | None]:
+    return {"texts": jobs[job].result() if jobs[job].done() else None}
+
+
+if __name__ == "__main__":
+    app.run(port=int(sys.argv[1]) if len(sys.argv) > 1 else 5000)
