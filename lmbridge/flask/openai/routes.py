@@ -16,6 +16,7 @@ from flask import Blueprint, Response
 from werkzeug.exceptions import default_exceptions
 
 from lmbridge.bridge import Bridge
+from lmbridge.engines.models import DEMO
 from lmbridge.flask.models import Models, current_models
 from lmbridge.flask.openai import astray, guard
 from lmbridge.flask.openai.answering import Answering
@@ -111,10 +112,12 @@ def _facts(model: str) -> tuple[str, int, str]:
 
 
 def _model(models: Models, name: str) -> dict[str, Any]:
-    """``lmbridge.tasks`` is ours: what the model does, where that is known."""
+    """``lmbridge`` is ours: ``tasks``, where they are known, and whether it is the model that comes with lmbridge."""
     facts = {"id": name, "object": "model", "created": models.created(name), "owned_by": "lmbridge"}
-    tasks = sorted(models.tasks(name))
-    return {**facts, "lmbridge": {"tasks": tasks}} if tasks else facts
+    ours: dict[str, Any] = {"tasks": tasks} if (tasks := sorted(models.tasks(name))) else {}
+    if models.bridge(name).describe().partition(" on ")[0] == DEMO:
+        ours["bundled"] = True
+    return {**facts, "lmbridge": ours} if ours else facts
 
 
 def _json(value: object) -> Response:

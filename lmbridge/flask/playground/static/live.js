@@ -35,7 +35,7 @@ function batchSize(now, before) {
   if (batches > 0) return change(now, before, "items") / batches;
   if (batches === 0) return 0;
   const steps = change(now, before, "steps");
-  if (steps > 0) return change(now, before, "tokens") / steps;
+  if (steps > 0) return Math.max(1, change(now, before, "tokens") / steps); // reading a prompt takes steps too
   return steps === 0 ? 0 : now.running;
 }
 
@@ -134,7 +134,7 @@ export class Live {
     this.#before = now;
     byId("figures").classList.remove("stale");
     const [kind, text] = status.draining ? ["bad", "The server is shutting down"] : STATES[now.state] ?? ["bad", now.state];
-    showState(kind, now.reason ? `${text}: ${now.reason}` : text, now.state === "starting");
+    showState(kind, text, now.reason, now.state === "starting");
   }
 
   #lost() {
@@ -144,9 +144,10 @@ export class Live {
   }
 }
 
-function showState(kind, text, loading = false) {
+/** `reason` is for whoever runs the server, and shown to whoever points at the state. */
+function showState(kind, text, reason = "", loading = false) {
   byId("loading").hidden = !loading;
   byId("state").dataset.kind = kind;
-  byId("state").title = text;
+  byId("state").title = reason ? `${text}: ${reason}` : text;
   if (byId("state").textContent !== text) byId("state").textContent = text; // which is read out
 }

@@ -3,21 +3,28 @@
 // Rule: knows nothing of the page. What goes wrong is a ServerError with words for the user. The API key is kept in
 // memory only: any script of this origin could read a store.
 
+import { wordsFor } from "./words.js";
+
 const LOST = "The connection was lost before the answer was complete.";
+const UNREACHABLE = "The server cannot be reached. Check your connection, then try again.";
 
 export class ServerError extends Error {
-  /** What went wrong, in words for the user; `status` is 0 where no response came, `param` the field at fault. */
-  constructor(message, status = 0, param = null) {
+  /** `details` are the server's own words, `status` is 0 where no response came, `param` is the field at fault. */
+  constructor(message, { details = "", status = 0, param = null } = {}) {
     super(message);
-    this.status = status;
-    this.param = param;
+    Object.assign(this, { details, status, param });
+  }
+
+  /** Of an error in the API's form. */
+  static told(error, status) {
+    const { message, details } = wordsFor(error, status);
+    return new ServerError(message, { details, status, param: error.param });
   }
 
   static async of(response) {
     const said = await response.json().catch(() => null);
-    const error = said?.error?.message ? said.error : { message: said?.error };
-    const message = error.message || `The server answered ${response.status} ${response.statusText}`.trim() + ".";
-    return new ServerError(message, response.status, error.param);
+    const error = said?.error?.message ? said.error : { message: said?.error ?? response.statusText };
+    return ServerError.told(error, response.status);
   }
 }
 
@@ -29,10 +36,14 @@ export class Server {
     this.routes = routes;
   }
 
-  /** Each model with its tasks; there are none while they are not known. */
+  /** Each model with its tasks, of which there are none while they are not known, and whether it is the bundled one. */
   async models() {
     const response = await this.#ask(this.routes.models);
-    return (await response.json()).data.map(({ id, lmbridge }) => ({ name: id, tasks: lmbridge?.tasks ?? [] }));
+    return (await response.json()).data.map(({ id, lmbridge }) => ({
+      name: id,
+      tasks: lmbridge?.tasks ?? [],
+      bundled: Boolean(lmbridge?.bundled),
+    }));
   }
 
   async status() {
@@ -59,7 +70,7 @@ export class Server {
       for await (const data of eventsOf(response.body)) {
         if (data === "[DONE]") return;
         const chunk = JSON.parse(data);
-        if (chunk.error) throw new ServerError(chunk.error.message, response.status, chunk.error.param);
+        if (chunk.error) throw ServerError.told(chunk.error, 0);
         yield chunk;
       }
     } catch (error) {
@@ -83,7 +94,7 @@ export class Server {
   async #ask(address, options = {}) {
     const headers = { ...options.headers, ...(this.key && { Authorization: `Bearer ${this.key}` }) };
     const response = await fetch(address, { ...options, headers }).catch((error) => {
-      throw error.name === "AbortError" ? error : new ServerError("The server cannot be reached.");
+      throw error.name === "AbortError" ? error : new ServerError(UNREACHABLE);
     });
     if (!response.ok) throw await ServerError.of(response);
     return response;

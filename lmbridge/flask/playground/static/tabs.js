@@ -7,10 +7,10 @@ import { byId } from "./dom.js";
 const tabs = () => [...byId("tabs").children].filter((tab) => !tab.hidden);
 
 export class Tabs {
-  /** `onOpen` is called with the name of each tab that is opened. */
-  constructor(onOpen) {
-    this.onOpen = onOpen;
-    this.current = null;
+  onOpen = () => {}; // called when a tab is opened
+  current = null;
+
+  constructor() {
     byId("tabs").addEventListener("click", (event) => {
       const tab = event.target.closest("[role=tab]");
       if (tab) this.open(tab.dataset.opens);
@@ -32,7 +32,7 @@ export class Tabs {
       tab.tabIndex = tab.dataset.opens === name ? 0 : -1; // arrows go from one to the next
     }
     for (const part of document.querySelectorAll("[data-tab]")) part.hidden = part.dataset.tab !== name;
-    this.onOpen(name);
+    this.onOpen();
   }
 
   #onKey(event) {

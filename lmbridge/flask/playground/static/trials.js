@@ -67,23 +67,23 @@ class Trial {
   async #run() {
     const controller = (this.#running = new AbortController());
     const began = performance.now();
-    this.#show("");
+    this.#explain("");
     try {
       const { count, tokens, words } = await this.ask(controller.signal);
       this.part(".outcome").textContent = `${count} and ${tokens} tokens in ${duration((performance.now() - began) / 1000)}`;
       this.host.announce(words);
     } catch (error) {
       if (!controller.signal.aborted) this.host.onError(error);
-      this.#show(controller.signal.aborted ? "" : error.message);
+      this.#explain(controller.signal.aborted ? "" : error.message);
     }
     this.#running = null;
     this.#showRunning();
   }
 
-  /** Begin anew, or show what went wrong. */
-  #show(trouble) {
-    this.part(".result").hidden = true;
-    this.part(".outcome").textContent = "";
+  /** Show what went wrong, in place of what came last; "" while nothing has. */
+  #explain(trouble) {
+    if (trouble) this.part(".result").hidden = true;
+    if (trouble) this.part(".outcome").textContent = "";
     this.part(".trouble").textContent = trouble;
     this.part(".trouble").hidden = !trouble;
     this.#showRunning();
