@@ -239,6 +239,8 @@ def _ask(engine: Engine, recipe: Recipe) -> tuple[Device, int | None]:
     device = recipe.device or _device_of(engine)
     try:
         size = as_size(engine.estimate())
+    except ImportError:  # loading it says what to install
+        size = None
     except BaseException as cause:  # an engine that cannot tell may well be able to load
         logger.warning("The engine %s could not estimate its memory: %s", name_of(engine), shown(cause))
         size = None

@@ -105,7 +105,7 @@ def import_library() -> None:
     except ImportError as cause:
         raise MissingDependencyError(
             f"The transformers engine needs torch, transformers >= 5.24 and psutil ({cause}); "
-            'install them with: pip install --upgrade torch "transformers>=5.24,<5.25" psutil'
+            'install them with: pip install --upgrade torch "transformers>=5.24,<5.25" psutil jinja2 llguidance'
         ) from cause
     _refuse(list(missing_parameters(PLAIN)))
 
