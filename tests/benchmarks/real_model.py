@@ -8,6 +8,7 @@ Candidates, each once in a round, the first one changing from round to round:
 - native-ours: the same with lmbridge's attention; what is left of the difference to lmbridge is what we cost
 - static batch: one padded ``model.generate`` for all; nobody may come later
 - lock: a thread a caller runs ``model.generate`` behind a lock
+- polled: native-ours behind LMDeploy's recipe for threads: a pair of queues for each caller, polled on the loop
 - serve: ``transformers serve --continuous-batching`` in a process of its own, only with ``--serve``
 - limit: the model's bare forward of as many rows, a token each: no cache, no attention to the past, no prompt
 
@@ -27,6 +28,7 @@ import contextlib
 import http.client
 import itertools
 import json
+import queue
 import statistics
 import threading
 import time
@@ -186,30 +188,68 @@ class Native:
         return asyncio.run(self._ask(questions))
 
     async def _ask(self, questions: Sequence[str]) -> Reading:
-        firsts: dict[str, float] = {}
-        ended: set[str] = set()
+        began = time.perf_counter()
+        firsts = await asyncio.gather(*map(self.first_token, questions))
+        seconds = time.perf_counter() - began
+        return Reading(len(questions) * TOKENS / seconds, [first - began for first in firsts])
+
+    async def first_token(self, question: str) -> float:
+        """Ask, wait for the end, and return when the first token came."""
+        firsts: list[float] = []
         done = asyncio.Event()
 
         def take(output: Any) -> None:
-            firsts.setdefault(output.request_id, time.perf_counter())
+            firsts.append(time.perf_counter())
             if output.is_finished():
                 assert len(output.generated_tokens) == TOKENS, output.error
-                ended.add(output.request_id)
-                if len(ended) == len(questions):
-                    done.set()
+                done.set()
 
-        began = time.perf_counter()
-        for question in questions:
-            key = f"native-{next(self._numbers)}"
-            self._manager.register_result_handler(key, take)
-            ids = encode(self._tokenizer, question)
-            self._manager.add_request(ids, request_id=key, max_new_tokens=TOKENS, streaming=True)
+        key = f"native-{next(self._numbers)}"
+        self._manager.register_result_handler(key, take)
+        ids = encode(self._tokenizer, question)
+        self._manager.add_request(ids, request_id=key, max_new_tokens=TOKENS, streaming=True)
         await done.wait()
-        seconds = time.perf_counter() - began
-        return Reading(len(questions) * TOKENS / seconds, [first - began for first in firsts.values()])
+        return firsts[0]
 
     def close(self) -> None:
         self._manager.stop(block=True, timeout=10)
+
+
+class Polled:
+    """LMDeploy's recipe before an engine: two queues for each thread, and a task for each that polls ``sleep(0)``."""
+
+    def __init__(self, native: Native) -> None:
+        self._native = native
+        self._own = threading.local()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+
+    def read(self, question: str) -> float:
+        if not hasattr(self._own, "pair"):
+            self._own.pair = queue.Queue(), queue.Queue()
+            asyncio.run_coroutine_threadsafe(self._serve(*self._own.pair), self._loop)
+        inbox, outbox = self._own.pair
+        inbox.put(question)
+        return float(outbox.get(timeout=300))
+
+    async def _serve(self, inbox: queue.Queue[str], outbox: queue.Queue[float]) -> None:
+        while True:
+            if inbox.empty():
+                await asyncio.sleep(0)
+            else:
+                outbox.put(await self._native.first_token(inbox.get()))
+
+    def close(self) -> None:
+        async def cancel_all() -> None:
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
+
+        asyncio.run_coroutine_threadsafe(cancel_all(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._native.close()
 
 
 def read_served(port: int, folder: str, question: str) -> float:
@@ -274,6 +314,8 @@ def candidates(folder: str, threads: int, serve: bool) -> Iterator[dict[str, Ask
         found: dict[str, Ask] = {"lmbridge": Crowd(lambda question: read_stream(bridge, question))}
         for name, ours in (("native", False), ("native-ours", True)):
             found[name] = stack.enter_context(contextlib.closing(Native(load(folder), tokenizer, ours=ours)))
+        polled = stack.enter_context(contextlib.closing(Polled(Native(load(folder), tokenizer, ours=True))))
+        found["polled"] = Crowd(polled.read)
         found |= {"static batch": generate.in_one_batch, "lock": Crowd(generate.behind_a_lock)}
         if serve:
             from tests.benchmarks.engine_speed import Serve  # its packages are an extra
