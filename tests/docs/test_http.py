@@ -1,4 +1,4 @@
-"""docs/http/index.rst shows code that runs, and every key there is."""
+"""The pages of docs/http show code that runs, and every key there is."""
 
 from __future__ import annotations
 
@@ -6,14 +6,26 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from flask import Flask
 
+from lmbridge.flask import LMBridge, openai, rerank
 from lmbridge.flask.config import KEYS
+from lmbridge.flask.testing import scripted_encoder
+from tests.flask.conftest import on_werkzeug
 
-PAGE = (Path(__file__).parents[2] / "docs" / "http" / "index.rst").read_text()
-BLOCKS = [textwrap.dedent(source) for source in re.findall(r"\.\. code-block:: python\n\n((?:(?:   .*)?\n)+)", PAGE)]
+FOLDER = Path(__file__).parents[2] / "docs" / "http"
+BLOCK = re.compile(r"\.\. code-block:: python\n((?:   :.*\n)*)\n((?:(?:   .*)?\n)+)")
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(options, source) of each Python block."""
+    found = BLOCK.findall((FOLDER / page).read_text())
+    return [(options.strip(), textwrap.dedent(source)) for options, source in found]
 
 
 def run(source: str) -> str:
@@ -24,12 +36,62 @@ def run(source: str) -> str:
 
 @pytest.mark.long
 def test_the_app_answers_and_its_test_passes() -> None:
-    """The factory answers through the bundled model, and the page's own test of it passes."""
-    asked = 'print(create_app().test_client().post("/ask", json={"prompt": "What is the capital of Kenya?"}).json)'
-    assert "Nairobi" in run("\n".join([BLOCKS[0], BLOCKS[1], "test_ask()", asked]))
+    """The factory answers through the bundled model, and the page's own tests pass."""
+    asked = 'print(app.test_client().post("/ask", json={"prompt": "What is the capital of Kenya?"}).json)'
+    page = "\n".join([source for _, source in blocks("flask.rst")])
+    assert "Nairobi" in run("\n".join([page, "test_ask()", "test_embed()", asked]))
 
 
 def test_every_key_is_in_the_table() -> None:
     """Whoever looks for a setting looks here."""
-    shown = set(re.findall(r"\* - ``(LMBRIDGE_\w+)``", PAGE))
+    shown = set(re.findall(r"\* - ``(LMBRIDGE_\w+)``", (FOLDER / "flask.rst").read_text()))
     assert shown == set(KEYS)
+
+
+# --- clients, which need a server ---
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """The bundled model and two scripted encoders, under the names that the pages give them."""
+    app = Flask(__name__)
+    encoders = {name: {"model": "demo", "engine": "encoder"} for name in ("minilm", "ranker")}
+    app.config["LMBRIDGE_MODELS"] = {"demo": "demo", **encoders}
+    models = LMBridge(app)
+    app.register_blueprint(openai.blueprint)
+    app.register_blueprint(rerank.blueprint)
+    with ExitStack() as stack:
+        for name in encoders:
+            stack.enter_context(scripted_encoder(app, name))
+        yield stack.enter_context(on_werkzeug(app))
+        with app.app_context():
+            models.models.close()
+
+
+def of_a_client(page: str, address: str) -> list[str]:
+    """The page's blocks that need a server, with the one they need."""
+    return [source.replace("http://127.0.0.1:8000", address) for options, source in blocks(page) if options]
+
+
+@pytest.mark.long
+def test_the_official_client(address: str) -> None:
+    """The first client of the page is answered, whole and in a stream."""
+    assert run(of_a_client("openai.rst", address)[0]).count("Paris") == 2
+
+
+@pytest.mark.long
+def test_responses(address: str) -> None:
+    """The newer API answers the page's questions, one of them with an object of the class that it asks for."""
+    text, person = run(of_a_client("responses.rst", address)[0]).splitlines()
+    assert "Paris" in text
+    assert person.startswith("name=")
+
+
+@pytest.mark.long
+def test_vectors_and_ranks(address: str) -> None:
+    """OpenAI's, Cohere's and litellm's clients get what they ask for by the page's words."""
+    pytest.importorskip("cohere", reason="needs Cohere's client: pip install cohere")
+    pytest.importorskip("litellm", reason="needs litellm: pip install litellm")
+    embed, rank = of_a_client("vectors.rst", address)
+    assert run(f"{embed}\nprint(len(vectors))") == "2\n"
+    assert run(f"{rank}\nprint(best in documents, len(answer.results))") == "True 2\n"

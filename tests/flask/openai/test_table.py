@@ -47,7 +47,7 @@ def test_every_field_of_the_clients_is_known(table: Mapping[str, Field], params:
 def test_the_documentation_has_the_table() -> None:
     """Readers see what is served by which engine, as the code has it today."""
     assert fields_table.PATH.read_text() == fields_table.written(), "run python -m tests.flask.openai.fields_table"
-    assert ".. include:: fields.inc" in fields_table.PATH.with_name("index.rst").read_text()
+    assert ".. include:: fields.inc" in fields_table.PATH.with_name("fields.rst").read_text()
 
 
 @pytest.mark.parametrize("route", ["chat", "completions"])

@@ -277,8 +277,8 @@ def test_json_beside_tools(client: OpenAI, played: Played) -> None:
 
 def test_the_documentations_examples(client: OpenAI, played: Played, capsys: pytest.CaptureFixture[str]) -> None:
     """Whoever copies them from the page has a loop that calls the function and ends with the answer."""
-    page = (Path(__file__).parents[3] / "docs" / "http" / "index.rst").read_text()
-    calling, thinking = re.findall(r"code-block:: python\n\n((?:   .*\n|\n)+)", page.split("\nTools\n~~~")[1])[:2]
+    page = (Path(__file__).parents[3] / "docs" / "http" / "openai.rst").read_text()
+    calling, thinking = re.findall(r"code-block:: python\n.*\n\n((?:   .*\n|\n)+)", page.split("\nTools\n---")[1])
 
     def answer(request: Request) -> list[str | Delta]:
         last = request.prompt[-1]

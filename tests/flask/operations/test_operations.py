@@ -30,7 +30,7 @@ from lmbridge.prometheus import ENGINE_COUNTERS, ENGINE_GAUGES
 from lmbridge.testing import ScriptedEngine
 
 PATIENCE = 30.0
-HTTP_PAGE = Path(__file__).parents[3] / "docs" / "http" / "index.rst"
+HTTP_PAGE = Path(__file__).parents[3] / "docs" / "http" / "operations.rst"
 gates: dict[str, threading.Event] = {}  # by model: an engine waits for its own while it loads
 
 
@@ -182,7 +182,7 @@ def test_metrics_in_the_newer_format(app: Flask) -> None:
 
 
 def test_the_table_of_metrics_has_what_is_exported() -> None:
-    """Who writes an alert looks a name up in docs/http/index.rst, and finds all there are with their kinds."""
+    """Who writes an alert looks a name up in docs/http/operations.rst, and finds all there are with their kinds."""
     app = create_app({"LMBRIDGE_MODEL": "demo"})
     bridge_of(app, "demo").infer("Hello", max_new_tokens=2)
     text = app.test_client().get("/metrics").text
