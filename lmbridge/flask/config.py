@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from lmbridge.bridge import Bridge
+from lmbridge.bridge import Bridge, Model
 from lmbridge.engines.auto import is_url
+from lmbridge.engines.base import Engine
 from lmbridge.errors import InvalidRequestError
 from lmbridge.flask.hosts import allowed_name
 
-ModelSource = str | Mapping[str, Any] | Bridge
-"""Where a served model comes from: a model's name, ``{"model": …, "engine": …, option: value}``, or a Bridge."""
+ModelSource = Model | Mapping[str, Any] | Bridge
+"""Where a served model comes from: what a Bridge takes, ``{"model": …, "engine": …, option: value}``, or a Bridge."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Settings:
     """What an app is configured to do; ``KEYS`` says what each key means."""
 
     models: Mapping[str, ModelSource]
+    preload: bool = False
     timeout: float | None = 600.0
     max_pending: int = 1024
     max_pending_per_client: int = 256
@@ -121,15 +123,18 @@ def _optional(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _model(value: Any) -> Any:
-    return value if isinstance(value, Bridge) else _text(str(value) if isinstance(value, Path) else value)
+    if isinstance(value, (Bridge, Engine)) or callable(value):
+        return value
+    return _text(str(value) if isinstance(value, Path) else value)
 
 
 KEYS: dict[str, Key] = {
     "LMBRIDGE_MODEL": Key(
         None,
         _optional(_model),
-        "a model's name or folder, or a Bridge",
-        "The model: ``demo``, a folder, a hub id, or a Bridge of your own, which you close yourself.",
+        "a model's name or folder, an Engine, a function that builds one, or a Bridge",
+        "The model: ``demo``, a folder, a hub id, an Engine, a function that builds one (``function_engine(…)``), or a "
+        "Bridge of your own, which you close yourself.",
     ),
     "LMBRIDGE_ENGINE": Key("auto", _text, "an engine's name", "The engine that runs ``LMBRIDGE_MODEL``."),
     "LMBRIDGE_ENGINE_OPTIONS": Key({}, _mapping, "a dict of options", "The engine's own options."),
@@ -139,6 +144,13 @@ KEYS: dict[str, Key] = {
         "a dict of names to models",
         "Several models instead of one: name to model, or to ``{'model': …, 'engine': …, option: value}``, or to a "
         "Bridge. The first of each kind is the default.",
+    ),
+    "LMBRIDGE_PRELOAD": Key(
+        False,
+        _flag,
+        "True or False",
+        "Load all models when the process that serves starts, not at the first request: under gunicorn, also with "
+        "``--preload``, ``waitress-serve`` and ``flask run``. Elsewhere call ``lm.preload(app)``.",
     ),
     "LMBRIDGE_TIMEOUT": Key(
         600.0, _optional(_seconds), "seconds > 0 or None", "Default and upper bound of a request's deadline."
@@ -182,9 +194,10 @@ KEYS: dict[str, Key] = {
 }
 
 _AS_THEY_ARE = (
-    "LMBRIDGE_TIMEOUT", "LMBRIDGE_MAX_PENDING", "LMBRIDGE_MAX_PENDING_PER_CLIENT", "LMBRIDGE_WHEN_FULL",
-    "LMBRIDGE_STALL_TIMEOUT", "LMBRIDGE_HEARTBEAT", "LMBRIDGE_ADMIN_KEY", "LMBRIDGE_ALLOW_REMOTE_CODE",
-    "LMBRIDGE_ALLOWED_HOSTS", "LMBRIDGE_MAX_REQUEST_BYTES", "LMBRIDGE_CORS_ORIGINS", "LMBRIDGE_LOG_PROMPTS",
+    "LMBRIDGE_PRELOAD", "LMBRIDGE_TIMEOUT", "LMBRIDGE_MAX_PENDING", "LMBRIDGE_MAX_PENDING_PER_CLIENT",
+    "LMBRIDGE_WHEN_FULL", "LMBRIDGE_STALL_TIMEOUT", "LMBRIDGE_HEARTBEAT", "LMBRIDGE_ADMIN_KEY",
+    "LMBRIDGE_ALLOW_REMOTE_CODE", "LMBRIDGE_ALLOWED_HOSTS", "LMBRIDGE_MAX_REQUEST_BYTES", "LMBRIDGE_CORS_ORIGINS",
+    "LMBRIDGE_LOG_PROMPTS",
 )  # fmt: skip
 
 
@@ -213,8 +226,9 @@ def _models(values: Mapping[str, Any]) -> Mapping[str, ModelSource]:
         return dict(several)
     if isinstance(one, Bridge):
         return {"default": one}
+    name = served_name(one) if isinstance(one, str) else "default"
     source = {"model": one, "engine": values["LMBRIDGE_ENGINE"], **values["LMBRIDGE_ENGINE_OPTIONS"]}
-    return {served_name(one): source}
+    return {name: source}
 
 
 def served_name(model: str) -> str:

@@ -15,7 +15,7 @@ from lmbridge.flask.caller import end_with_requests, request_bridge
 from lmbridge.flask.config import Settings
 from lmbridge.flask.errors import error_response
 from lmbridge.flask.hosts import HostError, check_host
-from lmbridge.flask.models import EXTENSION, Models, current_models
+from lmbridge.flask.models import EXTENSION, Models, current_models, models_of
 from lmbridge.flask.sse import Reader, event_stream, first_pieces, plain_payloads
 
 
@@ -39,7 +39,7 @@ class LMBridge:
             self.init_app(app)
 
     def init_app(self, app: Flask) -> None:
-        """Read ``app.config`` and build the bridges it names, which loads nothing yet.
+        """Read ``app.config`` and build the bridges it names, which loads nothing yet but for ``LMBRIDGE_PRELOAD``.
 
         Raises:
             RuntimeError: the app has an lmbridge already.
@@ -53,6 +53,26 @@ class LMBridge:
         end_with_requests(app)
         app.register_error_handler(LMBridgeError, error_response)
         app.register_error_handler(HostError, error_response)
+        if models.settings.preload:
+            models.preload_where_served()
+
+    def preload(self, app: Flask) -> None:
+        """Begin to load the app's models in the background, and return; ``/ready`` says how far they are.
+
+        With ``LMBRIDGE_PRELOAD``, ``init_app`` does so under gunicorn, ``waitress-serve`` and ``flask run``. Under
+        another server, or in a program of your own, call it in the process that serves.
+        """
+        models_of(app).preload()
+
+    def close(self, app: Flask, *, drain: bool = False, timeout: float = 10.0) -> None:
+        """Take no new requests, and end the bridges that the app built, which happens at the process's end anyway.
+
+        Args:
+            app: the app; no context of it is needed.
+            drain: let what was asked finish.
+            timeout: seconds for that; what is left then is aborted.
+        """
+        models_of(app).close(drain=drain, timeout=timeout)
 
     def bridge(self, name: str | None = None) -> Client:
         """The model of that name, or the default one, as the current HTTP request sees it.

@@ -1,7 +1,7 @@
 """The bridges of one app, by the names its clients know them under.
 
 Rule: ``app.extensions["lmbridge"]`` is the app's ``Models``. Bridges are built with it, which loads nothing; each
-starts at its first use, in the process that serves, so a server may fork between the two.
+starts at its first use, or with LMBRIDGE_PRELOAD earlier, in the process that serves, so a server may fork before that.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flask import Request, current_app
 from werkzeug.local import LocalProxy
@@ -24,11 +24,20 @@ from lmbridge.engines import engine_class, engine_factory, named_engine
 from lmbridge.engines.auto import AUTO
 from lmbridge.errors import BridgeClosedError, InvalidRequestError, ModelNotFoundError, UnsupportedTaskError
 from lmbridge.flask.config import ModelSource, Settings
+from lmbridge.flask.loading import load, logger, show_in_console
+from lmbridge.flask.worker import after_fork, complaint, is_served, role
 from lmbridge.messages import GenerationConfig, Task
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
 
 EXTENSION = "lmbridge"
 _EVERYTHING = frozenset(GenerationConfig().__dict__)  # an engine says itself what it cannot do
 _BRIDGE_OPTIONS = frozenset(inspect.signature(Bridge).parameters)
+_NOT_PRELOADED = (
+    "LMBRIDGE_PRELOAD had no effect: it knows gunicorn, waitress-serve and `flask run`. Under another server, or in a "
+    "program of your own, call lm.preload(app) in the process that serves."
+)
 VERBS: dict[Task, str] = {"generate": "generate text", "embed": "embed", "rerank": "rerank", "call": "call a function"}
 
 
@@ -48,6 +57,9 @@ class Models:
         self.draining = False
         self.disconnects = 0  # guarded by _lock when written
         self._lock = threading.Lock()
+        self._loading: dict[str, Bridge] = {}  # whose load was begun here; guarded by _lock
+        self._elsewhere: set[str] = set()  # those that another server has
+        self._looked = False  # at a request that a server made; set by any thread
         self._created = int(time.time())
         self._own: list[Bridge] = []  # closed with the app; those handed in belong to somebody else
         self._tasks: dict[str, frozenset[Task]] = {}  # as last seen; set in one atomic step by any thread
@@ -128,8 +140,45 @@ class Models:
         until = None if timeout is None else time.monotonic() + timeout
         while not (able := self._able(task)) and len(unknown) > 1:
             first = unknown.pop(0)
+            self.load(first)
             self.bridge(first).start(None if until is None else max(0.0, until - time.monotonic()))
         return next(iter(able or unknown), self.default)
+
+    def preload(self) -> None:
+        """Begin to load every model, in the background."""
+        show_in_console()
+        for name in self.names():
+            self.load(name)
+
+    def preload_where_served(self) -> None:
+        """The same in the process that will serve the app, if this or a child of it is recognised as that."""
+        if (found := role()) == "serves":
+            self.preload()
+        elif found == "forks":
+            preload = weakref.WeakMethod(self.preload)
+            after_fork(lambda: (method := preload()) and method())
+
+    def load(self, name: str) -> None:
+        """Begin to load the model of that name, in the background, unless that was begun."""
+        bridge = self.bridge(name)
+        if bridge.state != "new":
+            return
+        with self._lock:
+            if self._loading.get(name) is bridge:
+                return
+            self._loading[name] = bridge
+        load(name, bridge)
+
+    def look_at(self, environ: WSGIEnvironment) -> None:
+        """See by the first request that a server makes whether that server suits, and say so in the log."""
+        if self._looked or not is_served(environ):
+            return
+        self._looked = True
+        show_in_console()
+        if text := complaint(environ, copied=self._elsewhere < set(self.names())):
+            logger.warning("%s", text)
+        if self.settings.preload and any(self.bridge(name).state == "new" for name in self.names()):
+            logger.warning("%s", _NOT_PRELOADED)
 
     def check_open(self) -> None:
         """Raise BridgeClosedError once the end has begun."""
@@ -154,6 +203,11 @@ class Models:
         until = time.monotonic() + timeout
         for bridge in self._own:
             bridge.close(drain=drain, timeout=max(0.0, until - time.monotonic()))
+
+    def close_what_was_handed_in(self) -> None:
+        """The process ends, and nobody else can close a Bridge that a module has made."""
+        for bridge in self._bridges.values():
+            bridge.close(timeout=0.0)
 
     def _build(self, name: str, source: ModelSource) -> Bridge:
         if isinstance(source, Bridge):
@@ -182,6 +236,8 @@ class Models:
         self._own.append(bridge)
         if isinstance(model, (str, Path)):
             engine = named_engine(engine, str(model))
+            if engine == "openai":
+                self._elsewhere.add(name)
             self._tasks[name] = _tasks_of(engine, options.get("task"))
             own = {option: value for option, value in options.items() if option not in _BRIDGE_OPTIONS}
             self._supports[name] = engine_factory(engine, str(model), own)().supports
@@ -230,3 +286,4 @@ def _close_all() -> None:
     """An app has no end of its own. Runs before the bridges' own exit, which would take them for forgotten."""
     for models in list(_open):
         models.close(timeout=0.0)
+        models.close_what_was_handed_in()

@@ -60,6 +60,9 @@ class RequestScope:
         found = self._clients.get(model)
         if found is not None:
             return found
+        if self._request is not None:
+            self._models.look_at(self._request.environ)
+        self._models.load(model)
         account = "application" if self._request is None else self._models.account(self._request)
         with self._lock:
             if self._end is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from flask import Flask, Response, request
 
-from lmbridge import Bridge, EngineError, InvalidRequestError, ModelNotFoundError, Stream
+from lmbridge import Bridge, EngineError, InvalidRequestError, ModelNotFoundError, Stream, function_engine
 from lmbridge.flask import LMBridge, answered, current_bridge, failed
 from lmbridge.flask.config import KEYS, served_name
 from lmbridge.flask.models import models_of
@@ -30,11 +30,11 @@ def create_app(**config: Any) -> Flask:
 
     @app.post("/ask")
     def ask() -> dict[str, str]:
-        return {"text": current_bridge.infer(request.get_json()["prompt"]).text}
+        return {"text": current_bridge.infer(request.get_json().get("prompt", "")).text}
 
     @app.post("/tell")
     def tell() -> Response:
-        return lm.stream_response(current_bridge.stream(request.get_json()["prompt"]))
+        return lm.stream_response(current_bridge.stream(request.get_json().get("prompt", "")))
 
     @app.post("/begin")
     def begin() -> Response:
@@ -114,6 +114,24 @@ def test_several_models_and_several_apps() -> None:
             assert current_bridge.infer("x").text == "second"
 
 
+@pytest.mark.parametrize("source", [ScriptedEngine, ScriptedEngine(), {"LMBRIDGE_MODELS": {"default": ScriptedEngine}}])
+def test_an_engine_as_the_model(source: Any) -> None:
+    """What a Bridge takes as its model, an app takes too."""
+    app = create_app(**({"LMBRIDGE_MODEL": None} | source if isinstance(source, dict) else {"LMBRIDGE_MODEL": source}))
+    assert models_of(app).names() == ["default"]
+    assert app.test_client().post("/ask", json={"prompt": "hello"}).get_json()["text"] == "hello"
+    models_of(app).close()
+
+
+def test_a_function_as_the_model() -> None:
+    """A function that answers prompts, or lists of items, is shared by views without a Bridge of one's own."""
+    shared = function_engine(lambda words: [word.upper() for word in words])
+    app = create_app(LMBRIDGE_MODEL=shared)
+    with app.app_context():
+        assert current_bridge.call("hello") == "HELLO"
+    models_of(app).close()
+
+
 def test_the_app_leaves_a_bridge_that_was_handed_in_to_its_owner() -> None:
     """Closing the app must not end a bridge that others use too."""
     with Bridge(ScriptedEngine()) as bridge:
@@ -140,6 +158,9 @@ def test_not_initialised_says_so() -> None:
         ({}, "LMBRIDGE_MODEL"),
         ({"LMBRIDGE_MODEL": "demo", "LMBRIDGE_MODELS": {"a": "demo"}}, "exactly one"),
         ({"LMBRIDGE_MODEL": "demo", "LMBRIDGE_TIMEOUTS": 3}, "did you mean LMBRIDGE_TIMEOUT"),
+        ({"LMBRIDGE_MODEL": 3}, "LMBRIDGE_MODEL must be a model's name or folder, an Engine, a function"),
+        ({"LMBRIDGE_MODEL": lambda texts: texts}, "function_engine"),
+        ({"LMBRIDGE_MODEL": "demo", "LMBRIDGE_PRELOAD": "yes"}, "LMBRIDGE_PRELOAD must be True or False"),
         ({"LMBRIDGE_MODEL": "demo", "LMBRIDGE_TIMEOUT": -1}, "LMBRIDGE_TIMEOUT must be seconds > 0"),
         ({"LMBRIDGE_MODEL": "demo", "LMBRIDGE_MAX_PENDING": True}, "LMBRIDGE_MAX_PENDING must be an int"),
         ({"LMBRIDGE_MODEL": "demo", "LMBRIDGE_WHEN_FULL": "wait"}, "'block' or 'reject'"),
@@ -236,6 +257,25 @@ def test_bad_input_and_a_full_queue_have_theirs() -> None:
         engine.wait_for(lambda engine: len(engine.started) == 2)
         engine.step()
         assert (running.text, waiting.text) == ("begun: a", "begun: b")
+
+
+@pytest.mark.parametrize("route", ["/ask", "/tell"])
+@pytest.mark.parametrize(
+    ("sent", "status", "told"),
+    [
+        ({"json": {}}, 400, "The prompt is empty"),
+        ({"json": {"prompt": None}}, 400, "A prompt is a string"),
+        ({"json": {"prompt": 3}}, 400, "A prompt is a string"),
+        ({"json": {"prompt": {"text": "x"}}}, 400, "A prompt is a string"),
+        ({"data": "{", "content_type": "application/json"}, 400, "Bad Request"),
+        ({"data": {"prompt": "x"}}, 415, "Unsupported Media Type"),
+    ],
+)
+def test_a_body_without_a_prompt(app: Flask, route: str, sent: dict[str, Any], status: int, told: str) -> None:
+    """A visitor who sends something else is told so, rather than that the server failed."""
+    with scripted_engine(app):
+        answer = app.test_client().post(route, **sent)
+    assert (answer.status_code, told in answer.text) == (status, True)
 
 
 def test_a_stream_that_fails_early_has_a_status(app: Flask) -> None:

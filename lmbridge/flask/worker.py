@@ -1,0 +1,77 @@
+"""What kind of process an app is in: one that serves, one that forks those that will, or another.
+
+Rule: looks at the process and at a request's WSGI environment; nothing is loaded or logged here.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+import click
+from flask.cli import run_command
+from flask.helpers import get_debug_flag
+from werkzeug.serving import is_running_from_reloader
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+Role = Literal["serves", "forks", "unknown"]
+
+_SERVING = ("gunicorn.workers.", "waitress.runner.")  # modules that import an app in the process that serves it
+_FORKING = ("gunicorn.",)  # with --preload, in gunicorn's master
+
+
+def role() -> Role:
+    """Which one this is, by who is importing the app; ``unknown`` too where a program makes it by itself.
+
+    Most processes that make an app do not serve it: tests, scripts, ``flask shell``, task queues, the reloader's
+    parent. So those that do are recognised, and nothing is taken for one that is not.
+    """
+    context = click.get_current_context(silent=True)
+    if context is not None and context.command is run_command:
+        return "unknown" if _watches_only(context) else "serves"
+    modules = [f"{frame.f_globals.get('__name__')}." for frame, _ in traceback.walk_stack(None)]
+    if any(module.startswith(_SERVING) for module in modules):
+        return "serves"
+    return "forks" if any(module.startswith(_FORKING) for module in modules) else "unknown"
+
+
+def _watches_only(context: click.Context) -> bool:
+    """Whether this is the parent of the process that ``flask run --debug`` starts again after each change."""
+    reload = context.params.get("reload")
+    return bool(get_debug_flag() if reload is None else reload) and not is_running_from_reloader()
+
+
+def after_fork(function: Callable[[], object]) -> None:
+    """Call ``function`` in each child that this process forks from now on, not in theirs."""
+    parent = os.getpid()
+
+    def run() -> None:
+        if os.getppid() == parent:
+            function()
+
+    os.register_at_fork(after_in_child=run)
+
+
+def is_served(environ: WSGIEnvironment) -> bool:
+    """Whether a server made this request, not a test."""
+    return "SERVER_SOFTWARE" in environ
+
+
+def complaint(environ: WSGIEnvironment, copied: bool) -> str:
+    """What to change about the server that made this request; "" when it suits.
+
+    Args:
+        copied: whether several processes mean several copies of a model.
+    """
+    faults = []
+    if copied and environ["wsgi.multiprocess"]:
+        faults.append("runs several processes, each with its own copy of the model and its own batch")
+    if not environ["wsgi.multithread"]:
+        faults.append("takes one request at a time, so no two are generated together")
+    if not faults:
+        return ""
+    return f"The server {', and '.join(faults)}. Run one process with threads: gunicorn -w 1 -k gthread --threads 32"
