@@ -29,9 +29,9 @@ def request_bridge(name: str | None = None) -> Client:
     """
     if not has_app_context():
         raise RuntimeError(
-            "current_bridge was used outside of a request and of an app's context. In a generator that a response "
-            "streams: begin the stream in the view and read it in the generator, or wrap the generator in "
-            "flask.stream_with_context. Elsewhere: use `with app.app_context()`."
+            "current_bridge was used outside a request and outside an app's context. In a generator that a response "
+            "streams, start the stream in the view and read it in the generator, or wrap the generator in "
+            "flask.stream_with_context. Elsewhere use `with app.app_context()`."
         )
     models = current_models()
     return _scope().client(models.default if name is None else name)

@@ -23,10 +23,10 @@ group = AppGroup("lmbridge", help="The models of this app.")
 
 
 @group.command()
-@click.option("--load", is_flag=True, help="Load each model here and have it do its work once.")
-@click.option("--url", help="Ask a running server, such as http://127.0.0.1:8000, how it is.")
+@click.option("--load", is_flag=True, help="Load each model in this process and try it once.")
+@click.option("--url", help="Ask a running server, such as http://127.0.0.1:8000, whether it is ready.")
 def status(load: bool, url: str | None) -> None:
-    """Show the app's models, and with --load or --url whether they work."""
+    """List the app's models; with --load or --url, show whether they work."""
     try:
         models = current_models()
     except RuntimeError as error:
@@ -55,7 +55,7 @@ def _try(name: str) -> str:
 
 
 def _say(bridge: Bridge, tasks: Set[Task]) -> str:
-    """Have a model do once what it does, and say what came of it."""
+    """Have a model do what it does once, and say what it did."""
     if "generate" in tasks:
         return f"answered {bridge.infer('Hello', max_new_tokens=8).text!r}"
     if "embed" in tasks:
@@ -76,4 +76,4 @@ def _ask(url: str) -> str:
     try:
         return json.dumps(json.loads(body), indent=2)
     except ValueError:
-        raise click.ClickException(f"{url}/ready is no lmbridge: {body[:80]!r}") from None
+        raise click.ClickException(f"{url}/ready did not answer as lmbridge does, but with {body[:80]!r}") from None

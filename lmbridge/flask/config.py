@@ -1,7 +1,7 @@
 """The keys ``LMBRIDGE_*`` of an app's configuration.
 
-Rule: ``Settings`` is made of ``app.config`` once, by ``init_app``, which refuses what is wrong by the key's name. The
-table ``KEYS`` is the documentation too: docs/http/index.rst has it.
+Rule: ``Settings`` is made of ``app.config`` once, by ``init_app``, which refuses an invalid one by the key's name. The
+table ``KEYS`` is the documentation too: docs/http/flask.rst has it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Settings:
         """The settings that ``config`` has.
 
         Raises:
-            InvalidRequestError: a key is unknown, or its value is wrong; ``param`` is the key.
+            InvalidRequestError: a key is unknown, or its value is invalid; ``param`` is the key.
         """
         given = {key: value for key, value in config.items() if key.startswith("LMBRIDGE_")}
         for key in given:
@@ -65,7 +65,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Key:
-    """One key: its default, how a value is read (an error says it is wrong), what it must be, and what it means."""
+    """One key: its default, how a value is read (an error means it is invalid), what it must be, and what it means."""
 
     default: Any
     read: Callable[[Any], Any]
@@ -149,33 +149,42 @@ KEYS: dict[str, Key] = {
         False,
         _flag,
         "True or False",
-        "Load all models when the process that serves starts, not at the first request: under gunicorn, also with "
-        "``--preload``, ``waitress-serve`` and ``flask run``. Elsewhere call ``lm.preload(app)``.",
+        "Load all models when the serving process starts, not at the first request. Works under gunicorn (with its "
+        "``--preload`` too), ``waitress-serve`` and ``flask run``; elsewhere call ``lm.preload(app)``.",
     ),
     "LMBRIDGE_TIMEOUT": Key(
-        600.0, _optional(_seconds), "seconds > 0 or None", "Default and upper bound of a request's deadline."
+        600.0,
+        _optional(_seconds),
+        "seconds > 0 or None",
+        "Default and upper bound of a request's deadline, in seconds.",
     ),
     "LMBRIDGE_MAX_PENDING": Key(1024, _count, "an int >= 1", "How many requests may wait for a model."),
-    "LMBRIDGE_MAX_PENDING_PER_CLIENT": Key(256, _count, "an int >= 1", "How many of them may be one account's."),
+    "LMBRIDGE_MAX_PENDING_PER_CLIENT": Key(256, _count, "an int >= 1", "How many of them may belong to one account."),
     "LMBRIDGE_WHEN_FULL": Key(
         "reject",
         _choice,
         "'block' or 'reject'",
-        "``reject`` answers 429 when the queue is full; ``block`` has the request wait for room.",
+        "``reject`` answers 429 when the queue is full; with ``block`` the request waits for room.",
     ),
     "LMBRIDGE_STALL_TIMEOUT": Key(
-        300.0, _optional(_seconds), "seconds > 0 or None", "An engine silent for this long with work is restarted."
+        300.0,
+        _optional(_seconds),
+        "seconds > 0 or None",
+        "An engine that has work and is silent for so many seconds is restarted.",
     ),
     "LMBRIDGE_HEARTBEAT": Key(
-        5.0, _seconds, "seconds > 0", "Silence in a stream after which a comment keeps the connection alive."
+        5.0, _seconds, "seconds > 0", "Seconds of silence in a stream until a comment keeps the connection alive."
     ),
     "LMBRIDGE_API_KEYS": Key(
-        (), _texts, "a list of texts, or one text with commas", "Who may ask; none: everybody who can connect."
+        (),
+        _texts,
+        "a list of strings, or one string with commas",
+        "Who may use the ready-made routes; none: everybody who can connect.",
     ),
     "LMBRIDGE_API_KEYS_FILE": Key(
         None, _optional(str), "a file's path", "More API keys, one a line; lines that begin with # are comments."
     ),
-    "LMBRIDGE_ADMIN_KEY": Key(None, _optional(_text), "a text", "Who may exchange models; none: nobody."),
+    "LMBRIDGE_ADMIN_KEY": Key(None, _optional(_text), "a string", "Who may exchange models; none: nobody."),
     "LMBRIDGE_ALLOW_REMOTE_CODE": Key(
         False, _flag, "True or False", "Let the admin key load models that run code of their own."
     ),
@@ -188,7 +197,10 @@ KEYS: dict[str, Key] = {
     ),
     "LMBRIDGE_MAX_REQUEST_BYTES": Key(4 * 1024 * 1024, _count, "an int >= 1", "The largest body that is read."),
     "LMBRIDGE_CORS_ORIGINS": Key(
-        (), _texts, "a list of origins, or '*'", "Whose pages may ask from a browser; none: only the server's own."
+        (),
+        _texts,
+        "a list of origins, or '*'",
+        "Whose pages may use the ready-made routes; none: only the server's own.",
     ),
     "LMBRIDGE_LOG_PROMPTS": Key(False, _flag, "True or False", "Write prompts into the log."),
 }
@@ -218,8 +230,8 @@ def _models(values: Mapping[str, Any]) -> Mapping[str, ModelSource]:
     one, several = values["LMBRIDGE_MODEL"], values["LMBRIDGE_MODELS"]
     if (one is None) == (not several):
         raise InvalidRequestError(
-            "Set LMBRIDGE_MODEL, such as app.config['LMBRIDGE_MODEL'] = 'demo', or LMBRIDGE_MODELS for several; "
-            "exactly one of them.",
+            "Set exactly one of LMBRIDGE_MODEL, such as app.config['LMBRIDGE_MODEL'] = 'demo', and LMBRIDGE_MODELS, "
+            "for several models.",
             "LMBRIDGE_MODEL",
         )
     if several:

@@ -1,4 +1,4 @@
-"""What an error is over HTTP: one table for plain views, the OpenAI routes and operations.
+"""How an error is told over HTTP: one table for plain views, the OpenAI routes and operations.
 
 Rule: pure functions; nothing is sent here.
 """
@@ -62,7 +62,7 @@ class HttpError:
 
 
 def http_error(error: BaseException) -> HttpError:
-    """What ``error`` is over HTTP: one of the bridge's, one of werkzeug's, or a fault of the server's own."""
+    """How ``error`` is told over HTTP: one of the bridge's, one of Werkzeug's, or any fault of the server."""
     if isinstance(error, LMBridgeError):
         return _of_bridge(error)
     if isinstance(error, HTTPException) and error.code is not None:
@@ -70,7 +70,7 @@ def http_error(error: BaseException) -> HttpError:
         skipped = {"content-type", "content-length"}
         headers = {name: value for name, value in error.get_headers() if name.lower() not in skipped}
         return HttpError(error.code, error.description or error.name, kind, headers=headers)
-    return HttpError(500, "The server failed; its log says how.", "server_error")
+    return HttpError(500, "The server failed; its log says why.", "server_error")
 
 
 def error_response(error: LMBridgeError) -> Response:

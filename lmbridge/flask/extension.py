@@ -22,13 +22,13 @@ from lmbridge.flask.sse import Reader, event_stream, first_pieces, plain_payload
 class LMBridge:
     """Gives Flask apps their bridges: ``lm = LMBridge()`` and ``lm.init_app(app)``, or ``LMBridge(app)``.
 
-    Views use ``current_bridge``, or ``lm.bridge("name")`` where an app has several models. What a view raises of the
-    bridge's errors is answered with 400, 404, 429, 503 or 504 and what goes with them; what it has left running is
-    aborted when it ends, fails, or its client goes away.
+    Views use ``current_bridge``, or ``lm.bridge("name")`` where an app has several models. A bridge's error that a view
+    raises is answered with its status: 400, 404, 429, 500, 503 or 504. What a view leaves running is aborted when the
+    view returns or fails, or when its client disconnects.
 
     Args:
-        app: the app, where there is one already.
-        account: from a request to the account whose turn it takes in the fair queue, such as
+        app: the app to initialise; None: call ``init_app`` later.
+        account: returns the account that a request counts towards in the fair queue, such as
             ``lambda request: request.headers["X-Tenant"]``; default: the API key where keys are configured, else the
             address.
     """
@@ -39,14 +39,14 @@ class LMBridge:
             self.init_app(app)
 
     def init_app(self, app: Flask) -> None:
-        """Read ``app.config`` and build the bridges it names, which loads nothing yet but for ``LMBRIDGE_PRELOAD``.
+        """Read ``app.config`` and build the bridges it names; nothing is loaded yet, except with ``LMBRIDGE_PRELOAD``.
 
         Raises:
-            RuntimeError: the app has an lmbridge already.
-            InvalidRequestError, ModelNotFoundError, UnknownEngineError: the configuration cannot work.
+            RuntimeError: the app has been initialised already.
+            InvalidRequestError, ModelNotFoundError, UnknownEngineError: the configuration is invalid.
         """
         if EXTENSION in app.extensions:
-            raise RuntimeError(f"The Flask app {app.name!r} has an lmbridge already; initialise it once.")
+            raise RuntimeError(f"LMBridge is already initialised for the Flask app {app.name!r}; call init_app once.")
         models = app.extensions[EXTENSION] = Models(Settings.of(app.config), self._account)
         if models.settings.allowed_hosts:
             app.before_request(partial(check_host, models.settings.allowed_hosts))
@@ -57,44 +57,44 @@ class LMBridge:
             models.preload_where_served()
 
     def preload(self, app: Flask) -> None:
-        """Begin to load the app's models in the background, and return; ``/ready`` says how far they are.
+        """Start loading the app's models in the background, and return at once; ``/ready`` says when they are loaded.
 
-        With ``LMBRIDGE_PRELOAD``, ``init_app`` does so under gunicorn, ``waitress-serve`` and ``flask run``. Under
+        With ``LMBRIDGE_PRELOAD``, ``init_app`` does this under gunicorn, ``waitress-serve`` and ``flask run``. Under
         another server, or in a program of your own, call it in the process that serves.
         """
         models_of(app).preload()
 
     def close(self, app: Flask, *, drain: bool = False, timeout: float = 10.0) -> None:
-        """Take no new requests, and end the bridges that the app built, which happens at the process's end anyway.
+        """Refuse new requests, and close the bridges that the app built; without this the end of the process does.
 
         Args:
-            app: the app; no context of it is needed.
-            drain: let what was asked finish.
+            app: the app; its context is not needed.
+            drain: let the requests that were made finish.
             timeout: seconds for that; what is left then is aborted.
         """
         models_of(app).close(drain=drain, timeout=timeout)
 
     def bridge(self, name: str | None = None) -> Client:
-        """The model of that name, or the default one, as the current HTTP request sees it.
+        """The bridge of the model with that name, or of the default one, as the current HTTP request sees it.
 
         Raises:
-            ModelNotFoundError: there is none of that name.
+            ModelNotFoundError: there is no model of that name.
         """
         return request_bridge(name)
 
     @property
     def models(self) -> Models:
-        """The current app's models with their bridges, for what lies outside requests."""
+        """The current app's models with their bridges, for use outside requests."""
         return current_models()
 
     def stream_response(self, reader: Reader) -> Response:
-        """Send what ``reader`` reads as server-sent events; see docs/http/index.rst.
+        """Send what ``reader`` reads as server-sent events; see docs/http/streaming.rst.
 
         Args:
-            reader: of ``stream``, ``stream_many`` or ``Chat.stream``.
+            reader: what ``stream``, ``stream_many`` or ``Chat.stream`` returned.
 
         Raises:
-            LMBridgeError: it failed before anything was sent, and the view's response can still say so.
+            LMBridgeError: it failed before anything was sent, so the response can still have the error's status.
         """
         first = first_pieces(reader)
         heartbeat = current_models().settings.heartbeat

@@ -1,4 +1,4 @@
-"""Loads a model in the background, and tells the log how that goes.
+"""Loads a model in the background, and logs how that goes.
 
 Rule: each load has a thread of its own here, which waits for the bridge and writes to the log; nobody waits for it.
 """
@@ -22,9 +22,9 @@ NEWS = 10.0  # seconds after which a load that takes long is told of again
 
 
 def load(name: str, bridge: Bridge) -> None:
-    """Begin to load the model of that name, and return."""
+    """Start loading the model of that name, and return at once."""
     logger.info("Loading the model %s in process %d", name, os.getpid())
-    with contextlib.suppress(LMBridgeError):  # it is not ready at once; whatever else there is, the thread finds too
+    with contextlib.suppress(LMBridgeError):  # it is not ready at once; the thread meets any other error again
         bridge.start(timeout=0)
     threading.Thread(target=_tell, args=(name, bridge), name="lmbridge loading", daemon=True).start()
 
@@ -47,7 +47,7 @@ def _tell(name: str, bridge: Bridge) -> None:
 
 
 class _Console(logging.Handler):
-    """Writes as Flask does, until somebody configures the log."""
+    """Writes as Flask does, as long as nobody has configured logging."""
 
     def emit(self, record: logging.LogRecord) -> None:
         others = [*logging.getLogger().handlers, *logger.handlers]
@@ -59,9 +59,9 @@ _console = _Console()
 
 
 def show_in_console() -> None:
-    """Show what is told here where nobody has configured logging, as Werkzeug does with its own lines when it serves.
+    """Show our INFO lines where nobody has configured logging, as Werkzeug does with its own when it serves.
 
-    A first load takes minutes, and Python shows warnings only.
+    Loading may take minutes, and by default Python shows warnings only: whoever waits would take the app for dead.
     """
     if not logger.hasHandlers() and logger.level == logging.NOTSET:
         logger.addHandler(_console)

@@ -59,7 +59,7 @@ class Models:
         self._lock = threading.Lock()
         self._loading: dict[str, Bridge] = {}  # whose load was begun here; guarded by _lock
         self._elsewhere: set[str] = set()  # those that another server has
-        self._looked = False  # at a request that a server made; set by any thread
+        self._looked = False  # at the server's first request; set by any thread
         self._created = int(time.time())
         self._own: list[Bridge] = []  # closed with the app; those handed in belong to somebody else
         self._tasks: dict[str, frozenset[Task]] = {}  # as last seen; set in one atomic step by any thread
@@ -145,13 +145,13 @@ class Models:
         return next(iter(able or unknown), self.default)
 
     def preload(self) -> None:
-        """Begin to load every model, in the background."""
+        """Start loading every model, in the background."""
         show_in_console()
         for name in self.names():
             self.load(name)
 
     def preload_where_served(self) -> None:
-        """The same in the process that will serve the app, if this or a child of it is recognised as that."""
+        """The same where this process, or a child that it forks, is recognised as one that serves the app."""
         if (found := role()) == "serves":
             self.preload()
         elif found == "forks":
@@ -159,7 +159,7 @@ class Models:
             after_fork(lambda: (method := preload()) and method())
 
     def load(self, name: str) -> None:
-        """Begin to load the model of that name, in the background, unless that was begun."""
+        """Start loading the model of that name, in the background, unless that has begun."""
         bridge = self.bridge(name)
         if bridge.state != "new":
             return
@@ -170,7 +170,7 @@ class Models:
         load(name, bridge)
 
     def look_at(self, environ: WSGIEnvironment) -> None:
-        """See by the first request that a server makes whether that server suits, and say so in the log."""
+        """Check the server at its first request, and warn in the log where it does not suit."""
         if self._looked or not is_served(environ):
             return
         self._looked = True
@@ -183,7 +183,7 @@ class Models:
     def check_open(self) -> None:
         """Raise BridgeClosedError once the end has begun."""
         if self.draining:
-            raise BridgeClosedError("The server is shutting down and takes no new requests; send it again elsewhere.")
+            raise BridgeClosedError("The server is shutting down and takes no new requests; try again later.")
 
     def count_disconnect(self) -> None:
         """Any thread."""
@@ -198,14 +198,14 @@ class Models:
         return old
 
     def close(self, *, drain: bool = False, timeout: float = 10.0) -> None:
-        """Take no new requests, and end the bridges that the app built; ``drain`` and ``timeout`` as for a Bridge."""
+        """Refuse new requests, and close the bridges that the app built; ``drain`` and ``timeout`` as for a Bridge."""
         self.draining = True
         until = time.monotonic() + timeout
         for bridge in self._own:
             bridge.close(drain=drain, timeout=max(0.0, until - time.monotonic()))
 
     def close_what_was_handed_in(self) -> None:
-        """The process ends, and nobody else can close a Bridge that a module has made."""
+        """At the end of the process: nobody else can close a Bridge that a module built."""
         for bridge in self._bridges.values():
             bridge.close(timeout=0.0)
 
@@ -214,12 +214,12 @@ class Models:
             return source
         options: dict[str, Any] = dict(source) if isinstance(source, Mapping) else {"model": source}
         if "model" not in options:
-            raise InvalidRequestError(f"LMBRIDGE_MODELS: {name!r} names no 'model'.", "LMBRIDGE_MODELS")
+            raise InvalidRequestError(f"LMBRIDGE_MODELS: {name!r} has no 'model'.", "LMBRIDGE_MODELS")
         settings = self.settings
         for option in ("timeout", "max_pending", "max_pending_per_client", "when_full", "stall_timeout"):
             if option in options:
                 raise InvalidRequestError(
-                    f"LMBRIDGE_MODELS: {option} of {name!r} is one for all models; set LMBRIDGE_{option.upper()}.",
+                    f"LMBRIDGE_MODELS: {option} of {name!r} applies to all models; set LMBRIDGE_{option.upper()}.",
                     "LMBRIDGE_MODELS",
                 )
         model, engine = options.pop("model"), options.pop("engine", AUTO)

@@ -22,10 +22,10 @@ from lmbridge.flask.reporting import Reporter
 from lmbridge.flask.signals import disconnected, tell
 
 _OVER = (
-    "The HTTP request has ended, and what it had left running was aborted. Read an answer to its end in the view, or "
+    "The HTTP request has ended, and what it left running was aborted. Read an answer to its end in the view, or "
     "return a response that streams it."
 )
-_GONE = "The HTTP client went away; generation was aborted."
+_GONE = "The HTTP client disconnected; generation was aborted."
 
 
 class RequestScope:
@@ -85,7 +85,7 @@ class RequestScope:
         self._clients.clear()
 
     def lost(self) -> None:
-        """The HTTP client has gone: abort everything, and tell. The first end counts."""
+        """The HTTP client has disconnected: abort everything, and tell. The first end counts."""
         models = self._close(DisconnectedError(_GONE))
         if models:
             self._models.count_disconnect()
@@ -127,7 +127,7 @@ class _Body:
             raise ConnectionResetError(errno.ECONNRESET, str(error)) from error
         except RequestTimeoutError as error:  # an OSError, which servers take for a lost connection and do not log
             self._end()
-            raise RuntimeError(f"A response that streams was cut off: {error}") from error
+            raise RuntimeError(f"A streaming response was cut off: {error}") from error
         except BaseException:  # StopIteration too
             self._end()
             raise

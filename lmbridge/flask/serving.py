@@ -34,7 +34,7 @@ def create_app(config: Mapping[str, Any], *, page: bool = True) -> Flask:
         page: serve the page at ``/`` too.
 
     Raises:
-        LMBridgeError: a key's value is wrong, or the model does not exist.
+        LMBridgeError: a key's value is invalid, or the model does not exist.
     """
     app = Flask(__name__)
     app.config.update(config)
@@ -48,7 +48,7 @@ def create_app(config: Mapping[str, Any], *, page: bool = True) -> Flask:
     @app.before_request
     def refuse_in_a_crowd() -> None:
         if _CROWDED in request.environ:
-            raise QueueFullError("The server works on as many requests as it has places for; try again later.")
+            raise QueueFullError("The server is at capacity; try again later.")
 
     return app
 

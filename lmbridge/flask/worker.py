@@ -25,10 +25,10 @@ _FORKING = ("gunicorn.",)  # with --preload, in gunicorn's master
 
 
 def role() -> Role:
-    """Which one this is, by who is importing the app; ``unknown`` too where a program makes it by itself.
+    """Which one this is, as far as the code that imports the app tells.
 
-    Most processes that make an app do not serve it: tests, scripts, ``flask shell``, task queues, the reloader's
-    parent. So those that do are recognised, and nothing is taken for one that is not.
+    Most processes that build an app do not serve it: tests, scripts, ``flask shell``, task queues, the reloader's
+    parent. None of them must load a model, so a process counts as serving only where that is certain.
     """
     context = click.get_current_context(silent=True)
     if context is not None and context.command is run_command:
@@ -57,12 +57,12 @@ def after_fork(function: Callable[[], object]) -> None:
 
 
 def is_served(environ: WSGIEnvironment) -> bool:
-    """Whether a server made this request, not a test."""
+    """Whether this request came through a server, and not from a test client."""
     return "SERVER_SOFTWARE" in environ
 
 
 def complaint(environ: WSGIEnvironment, copied: bool) -> str:
-    """What to change about the server that made this request; "" when it suits.
+    """What to change about the server that this request came through; "" where it suits.
 
     Args:
         copied: whether several processes mean several copies of a model.

@@ -166,7 +166,7 @@ def test_not_initialised_says_so() -> None:
         ({"LMBRIDGE_MODEL": "demo", "LMBRIDGE_WHEN_FULL": "wait"}, "'block' or 'reject'"),
         ({"LMBRIDGE_MODEL": "demo", "LMBRIDGE_ENGINE_OPTIONS": {"max_batch": 3}}, "no option 'max_batch'"),
         ({"LMBRIDGE_MODEL": "demo", "LMBRIDGE_API_KEYS_FILE": "/nowhere/keys"}, "cannot be read"),
-        ({"LMBRIDGE_MODELS": {"a": {"engine": "transformers"}}}, "names no 'model'"),
+        ({"LMBRIDGE_MODELS": {"a": {"engine": "transformers"}}}, "has no 'model'"),
         ({"LMBRIDGE_MODELS": {"a": {"model": "demo", "timeout": 5}}}, "set LMBRIDGE_TIMEOUT"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The official OpenAI client against every server that docs/http/servers.rst names, with the bundled model behind it."""
+"""The official OpenAI client against every server in docs/http/servers.rst, with the bundled model behind it."""
 
 from __future__ import annotations
 
