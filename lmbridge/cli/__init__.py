@@ -1,24 +1,31 @@
-"""The command ``lmbridge``: one module per subcommand.
+# PYTHON_ARGCOMPLETE_OK
+"""The command ``lmbridge``: one module or package per subcommand.
 
 Rule: importing this package loads neither torch, transformers, flask nor rich; a command imports what it
-needs when it runs. A command is a module with ``SUMMARY``, ``add_arguments(parser)`` and ``run(arguments)``,
-which gives the exit status or raises; its docstring is the text of its ``--help``. ``COMMANDS`` lists it.
+needs when it runs. A command has ``SUMMARY``, ``USAGE``, ``EXAMPLES``, ``add_arguments(parser)`` and
+``run(arguments)``, which gives the exit status or raises; its docstring is the text of its ``--help``.
+``COMMANDS`` lists it.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn, Protocol
+import sys
+from typing import Protocol
 
 import lmbridge
 from lmbridge.cli import bench, chat, demo, doctor, run, serve
+from lmbridge.cli.parser import Parser, UsageError, complete
 from lmbridge.cli.terminal import guarded
+from lmbridge.cli.values import did_you_mean
 
 
 class Command(Protocol):
     """What a command's module offers."""
 
     SUMMARY: str
+    USAGE: str
+    EXAMPLES: str
 
     def add_arguments(self, parser: argparse.ArgumentParser, /) -> None: ...
 
@@ -28,9 +35,9 @@ class Command(Protocol):
 COMMANDS: dict[str, Command] = {
     "demo": demo,
     "chat": chat,
+    "serve": serve,
     "bench": bench,
     "run": run,
-    "serve": serve,
     "doctor": doctor,
 }
 
@@ -39,35 +46,56 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's own) and return the exit status.
 
     0: it worked; 1: it did not, and one line on stderr says why; 2: the command line is wrong; 130: Ctrl-C.
+    Without a command the help is printed, with status 2 all the same: a script whose command is missing has failed.
     """
-    arguments = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
+    complete(parser)
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        parser.error(f"there is no command {words[0]!r}{did_you_mean(words[0], COMMANDS)}")
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        arguments.parser.refuse(unknown[0])
+    if "command" not in arguments:
+        parser.print_help()
+        return 2
+    return guarded(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
     command: Command = arguments.command
-    return guarded(lambda: command.run(arguments))
+    try:
+        return command.run(arguments)
+    except UsageError as error:
+        parser: Parser = arguments.parser
+        parser.error(str(error))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line, every command's own part included."""
-    parser = _Parser(
+    parser = Parser(
         prog="lmbridge",
-        description="Many threads, one LLM engine: see it work, and talk to a model.",
-        epilog="`lmbridge COMMAND --help` says more about each command.",
+        usage="lmbridge COMMAND ...",
+        description="Many threads share one LLM engine: watch it, talk to a model, serve it.",
+        epilog="examples:\n"
+        "  lmbridge demo                 the bundled model; no download\n"
+        "  lmbridge chat ./my-model      a model in a folder\n"
+        "  lmbridge serve ./my-model     the same for OpenAI clients and browsers\n"
+        "\n`lmbridge COMMAND --help` says more about each command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"lmbridge {lmbridge.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="name", required=True)
+    parser.set_defaults(parser=parser)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="lmbridge")
     for name, command in COMMANDS.items():
         part = commands.add_parser(
             name,
             help=command.SUMMARY,
+            usage=f"lmbridge {name} {command.USAGE}",
             description=command.__doc__,
+            epilog=f"examples:\n{command.EXAMPLES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_arguments(part)
-        part.set_defaults(command=command)
+        part.set_defaults(command=command, parser=part)
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command line in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"lmbridge: {message} (see `{self.prog} --help`)\n")

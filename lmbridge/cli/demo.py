@@ -1,11 +1,11 @@
 """Watch threads share one model.
 
 Eight threads ask eight different questions at once, and each streams its own
-answer; then the same threads ask one at a time behind a lock, for comparison;
-then one answer is left in the middle, and the engine stops working on it. The
-exit status is 0 only if every answer reached the thread that asked for it.
+answer. Then they ask one at a time behind a lock, for comparison. Then one
+answer is left in the middle, and the engine stops working on it. The exit
+status is 0 only if every answer reached the thread that asked for it.
 
-The bundled model's right answers are known. Of another model, an answer has
+The bundled model's right answers are known. With another model, an answer has
 reached its own thread if it begins like the one that the same question got
 alone, more than like that of any other question.
 """
@@ -14,20 +14,30 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lmbridge.cli import values
 from lmbridge.cli.demo_view import Screen, View, choose_view
-from lmbridge.cli.terminal import MODEL_HELP, add_engine_arguments, loaded, one_line
+from lmbridge.cli.faults import in_words
+from lmbridge.cli.model import add_model_arguments, loaded
+from lmbridge.cli.terminal import one_line, program
 from lmbridge.messages import GenerationConfig, Response
 
 if TYPE_CHECKING:
     from lmbridge.bridge import Bridge
 
 SUMMARY = "watch eight threads share one model"
+USAGE = "[OPTION ...] [MODEL]"
+EXAMPLES = """\
+  lmbridge demo
+  lmbridge demo --threads 16
+  lmbridge demo ./my-model --option device=cpu
+"""
 TOKENS, OTHER_TOKENS = 400, 64  # of an answer, at most: the bundled model's, another's, which is larger
 BREAK_AFTER = 10  # tokens of the answer that is left in the middle
 SETTLED = 0.2  # seconds in which the engine's token count must not move before it is believed
@@ -77,40 +87,42 @@ class Turn:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="demo", help=MODEL_HELP)
-    add_engine_arguments(parser)
-    parser.add_argument(
+    add_model_arguments(parser)
+    group = parser.add_argument_group("the demo")
+    group.add_argument(
         "--threads",
         metavar="N",
-        type=_thread_count,
+        type=values.between(1, len(QUESTIONS)),
         default=8,
-        help=f"how many, 1 to {len(QUESTIONS)} (default: 8)",
+        help=f"threads that ask, 1 to {len(QUESTIONS)} (default: 8)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--tokens",
         metavar="N",
-        type=_token_count,
-        help=f"of an answer, at most (default: {TOKENS}; {OTHER_TOKENS} for a model other than demo)",
+        type=values.between(BREAK_AFTER + 1),
+        help=f"most tokens in an answer (default: {TOKENS}, or {OTHER_TOKENS} for a model other than demo)",
     )
-
-
-def _thread_count(text: str) -> int:
-    if text.isdecimal() and 1 <= int(text) <= len(QUESTIONS):
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {len(QUESTIONS)}")
-
-
-def _token_count(text: str) -> int:
-    if text.isdecimal() and int(text) > BREAK_AFTER:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number over {BREAK_AFTER}")
 
 
 def run(arguments: argparse.Namespace) -> int:
     bundled = arguments.model == "demo"
     tokens = arguments.tokens or (TOKENS if bundled else OTHER_TOKENS)
     with loaded(arguments) as bridge:
-        return 0 if show(bridge, arguments.threads, choose_view(), tokens=tokens, words=bundled) else 1
+        view = choose_view()
+        good = show(bridge, arguments.threads, view, tokens=tokens, words=bundled)
+    view.say(what_next("" if bundled else f" {shlex.quote(arguments.model)}"))
+    return 0 if good else 1
+
+
+def what_next(model: str) -> str:
+    """The commands to try after this one."""
+    steps = {
+        f"{program()} chat{model}": "talk with this model",
+        f"{program()} serve{model}": "serve it: a page, and OpenAI's API",
+        f"{program()} --help": "all commands",
+    }
+    width = max(map(len, steps))
+    return "\n".join(["\nNext:", *(f"  {command:{width}}  {what}" for command, what in steps.items())])
 
 
 def show(bridge: Bridge, threads: int, view: View, *, tokens: int = TOKENS, words: bool = True) -> bool:
@@ -186,12 +198,12 @@ def infer_behind(lock: threading.Lock, bridge: Bridge, turn: Turn, config: Gener
 
 
 def comparison(at_once: list[Turn], together: float, in_turn: list[Turn], one_by_one: float) -> str:
-    """The measured ratio, in one line."""
+    """The measured ratio."""
     tokens, tokens_in_turn = (sum(turn.tokens for turn in turns) for turns in (at_once, in_turn))
     same = f"{tokens} tokens each" if tokens == tokens_in_turn else f"{tokens} and {tokens_in_turn} tokens"
     return (
-        f"At once {together:.1f} s, one at a time behind a lock {one_by_one:.1f} s ({same}): "
-        f"sharing is {one_by_one / together:.1f} times as fast here."
+        f"All at once: {together:.1f} s. One at a time behind a lock: {one_by_one:.1f} s ({same}).\n"
+        f"Sharing the model is {one_by_one / together:.1f} times as fast here."
     )
 
 
@@ -205,8 +217,8 @@ def leave_by_break(bridge: Bridge, turn: Turn, config: GenerationConfig) -> str:
             break
     made = engine_count(bridge) - before
     return (
-        f"A stream left by break after {seen} tokens: the engine counts {made} tokens made for it, "
-        f"of the {turn.tokens} of the whole answer; {turn.tokens - made} tokens saved."
+        f"One answer was left after {seen} of its {turn.tokens} tokens. The engine made {made} for it,\n"
+        f"and saved {turn.tokens - made}."
     )
 
 
@@ -261,7 +273,7 @@ def _shared_length(one: str, other: str) -> int:
 def _what_came(turn: Turn, in_turn: list[Turn]) -> str:
     asked = f"{turn.thread} asked {turn.prompt!r} and got"
     if turn.response is None:
-        return f"{asked} an error: {one_line(turn.error)}"
+        return f"{asked} an error: {in_words(turn.error) if turn.error else ''}"
     others = owners(turn, in_turn)
     whose = f", the answer of {' or '.join(others)}" if others else ""
     return f"{asked} {one_line(turn.response.text)[:60]!r}{whose}"

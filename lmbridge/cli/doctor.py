@@ -1,9 +1,8 @@
 """See which engines can run here, and what is missing for the others.
 
-Lists the machine, every engine with the versions that are installed and those
-it was tried with, and the command that brings what is missing. With MODEL (or
---try) it also loads that model, says which engine and runner serve it, and with
---try has it generate one token.
+Without MODEL it lists the machine, and every engine with the versions that are
+installed, those it was tested with, and the command that installs what is
+missing. With MODEL it loads that model and says which engine runs it, and how.
 """
 
 from __future__ import annotations
@@ -16,28 +15,35 @@ from collections.abc import Iterator
 from importlib import metadata
 
 import lmbridge
-from lmbridge.cli.terminal import MODEL_HELP, add_engine_arguments, loaded, one_line
+from lmbridge.cli.model import add_model_arguments, loaded
+from lmbridge.cli.terminal import one_line
 from lmbridge.device.sizes import in_words
 from lmbridge.engines import engine_class, engine_names
 from lmbridge.engines.base import Engine, Library
 from lmbridge.generation import GenerationConfig
 
-SUMMARY = "list engines, versions and devices, and what is missing"
+SUMMARY = "list engines and devices, and what is missing"
+USAGE = "[OPTION ...] [MODEL]"
+EXAMPLES = """\
+  lmbridge doctor
+  lmbridge doctor ./my-model --try          load it, and have it say a token
+"""
 _INDENT = " " * 14
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", help=f"load this one too: {MODEL_HELP}")
-    parser.add_argument("--try", dest="attempt", action="store_true", help="have the model generate a token")
-    add_engine_arguments(parser)
+    add_model_arguments(parser, default=None, note="(default: none is loaded)")
+    parser.add_argument("--try", dest="attempt", action="store_true", help="have the model (default: demo) say a token")
+    parser.add_argument("--all", action="store_true", help="list the machine and the engines beside a MODEL, too")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    for line in (*_machine(), "", *_engines()):
-        print(line)
-    if arguments.model is not None or arguments.attempt:
-        print(flush=True)
+    has_model = arguments.model is not None or arguments.attempt
+    if has_model:
         _load(arguments)
+    if arguments.all or not has_model:
+        for line in (*([""] if has_model else []), *_machine(), "", *_engines()):
+            print(line)
     return 0
 
 
@@ -60,15 +66,15 @@ def _memory() -> str:
 def _devices() -> Iterator[str]:
     """The GPUs that torch sees."""
     if importlib.util.find_spec("torch") is None:
-        yield "no torch, so that no GPU can be seen: pip install torch"
+        yield "GPUs: unknown without torch (pip install torch)"
         return
     try:
         import torch
     except Exception as cause:
-        yield f"no GPU can be seen, since torch cannot be imported: {one_line(cause)}"
+        yield f"GPUs: unknown, since torch cannot be imported: {one_line(cause)}"
         return
     if not torch.cuda.is_available():
-        yield f"no GPU that torch {torch.__version__} can use"
+        yield f"no GPU for torch {torch.__version__}"
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         name = torch.cuda.get_device_name(number)
@@ -89,11 +95,11 @@ def _engines() -> Iterator[str]:
 def _engine(name: str, engine: type[Engine]) -> Iterator[str]:
     found = {library: _version(library) for library in engine.libraries}
     missing = [library for library, version in found.items() if version is None]
-    here = ", ".join(f"{library.package} {version} (tried: {library.tried})" for library, version in found.items())
+    here = ", ".join(f"{library.package} {version} (tested: {library.tried})" for library, version in found.items())
     if not missing:
         yield f"{name:<13} ready{': ' if here else ''}{here}"
         return
-    yield f"{name:<13} needs {', '.join(f'{library.package} (tried: {library.tried})' for library in missing)}"
+    yield f"{name:<13} needs {', '.join(f'{library.package} (tested: {library.tried})' for library in missing)}"
     for command in dict.fromkeys(library.install for library in missing):
         yield f"{_INDENT}{command}"
 

@@ -1,29 +1,37 @@
 """Run a script that was written for LMDeploy, as it stands.
 
 In it, `from lmdeploy import pipeline, ...` gives lmbridge's drop-in, whether
-LMDeploy is installed or not. Otherwise it runs as under `python SCRIPT`.
+LMDeploy is installed or not. Otherwise it runs as under `python SCRIPT`; what
+follows SCRIPT are the script's own arguments.
 """
 
 from __future__ import annotations
 
 import argparse
 
+from lmbridge.cli.model import add_engine_argument
 from lmbridge.cli.terminal import complain
-from lmbridge.engines import engine_names
-from lmbridge.engines.auto import AUTO
 
 SUMMARY = "run a script that was written for LMDeploy"
+USAGE = "[OPTION ...] SCRIPT [ARGUMENT ...]"
+EXAMPLES = """\
+  lmbridge run script.py --its-own-option
+  lmbridge run --model demo script.py       with the bundled model instead
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--engine",
-        metavar="NAME",
-        choices=[AUTO, *engine_names()],
-        help="what runs the script's models, as `lmbridge doctor` lists them (default: lmdeploy, and for demo "
-        "transformers)",
+    add_engine_argument(
+        parser,
+        "the engine that runs the script's models; `lmbridge doctor` lists them (default: lmdeploy, and transformers "
+        "for demo)",
+        default=None,
     )
-    parser.add_argument("--model", help="loaded in place of the script's: a folder, a hub id, or demo")
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="load this in place of the script's model: a folder, a Hugging Face id, or demo",
+    )
     parser.add_argument("script", metavar="SCRIPT", help="a Python file")
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="the script's own arguments")
 

@@ -1,33 +1,22 @@
-"""What the commands share: errors as one line, the model's options, and the display while a model loads.
+"""What the commands share: errors as one line, what libraries may say, and a spinner.
 
 Rule: standard library only at import; rich is imported where something is drawn.
 """
 
 from __future__ import annotations
 
-import argparse
-import ast
 import contextlib
 import logging
 import os
-import signal
+import shutil
 import sys
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
 
+from lmbridge.cli.faults import in_words
 from lmbridge.errors import LMBridgeError
 
-if TYPE_CHECKING:
-    from lmbridge.bridge import Bridge
-
-MODEL_HELP = "a folder, a .gguf file, a hub id, a server's URL, or demo, the bundled model (the default)"
 DEBUG = "LMBRIDGE_TRACEBACK"  # the environment variable that lets errors through with their traceback
-
-
-# --- errors ---
 
 
 def guarded(command: Callable[[], int]) -> int:
@@ -45,7 +34,8 @@ def guarded(command: Callable[[], int]) -> int:
     except Exception as error:
         if os.environ.get(DEBUG):
             raise
-        complain(error if isinstance(error, LMBridgeError) else f"{error!r} ({DEBUG}=1 shows where)")
+        known = isinstance(error, (LMBridgeError, OSError))
+        complain(in_words(error) if known else f"unexpected error: {error!r} ({DEBUG}=1 shows where)")
         return 1
 
 
@@ -59,10 +49,20 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def program() -> str:
+    """What to type for ``lmbridge`` here: as the user did, where the shell does not find it by its name."""
+    typed = sys.argv[0]
+    if os.path.basename(typed) != "lmbridge":
+        return "python -m lmbridge"
+    found = shutil.which("lmbridge")
+    return "lmbridge" if found and os.path.realpath(found) == os.path.realpath(typed) else typed
+
+
 def quiet_libraries() -> None:
-    """Keep what libraries log and warn out of the display; what matters reaches the user as an error."""
+    """Keep what libraries log, warn and draw out of the display; what matters reaches the user as an error."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars would overwrite the spinner, and fill a log
     logging.getLogger("lmbridge").addHandler(logging.NullHandler())
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
@@ -83,98 +83,13 @@ def show_notes() -> None:
         notes.addHandler(_Notes())
 
 
-# --- the model ---
-
-
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say which engine runs the model, and how."""
-    parser.add_argument(
-        "--engine",
-        default="auto",
-        help="what runs it, as `lmbridge doctor` lists them (default: auto, which goes by what the model is)",
-    )
-    parser.add_argument(
-        "--option",
-        dest="options",
-        metavar="NAME=VALUE",
-        type=engine_option,
-        action="append",
-        default=[],
-        help="an option of the engine, such as device=cpu; may be given again",
-    )
-
-
-def engine_option(text: str) -> tuple[str, Any]:
-    """``NAME=VALUE`` as its parts; the value is a Python literal, or a plain word."""
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):  # a plain word: device=cpu
-        return name, value
-
-
-@contextlib.contextmanager
-def loaded(arguments: argparse.Namespace, *, quiet: bool = False) -> Iterator[Bridge]:
-    """A bridge to the model that the arguments name, loaded under a progress display; closed at the end.
-
-    Args:
-        arguments: with ``model``, ``engine`` and ``options``.
-        quiet: show nothing unless stderr is a terminal.
-    """
-    from lmbridge.bridge import Bridge
-
-    quiet_libraries()
-    show_notes()
-    bridge = Bridge(arguments.model, engine=arguments.engine, **dict(arguments.options))
-    try:
-        _load(bridge, str(arguments.model), quiet)
-        yield bridge
-    finally:
-        bridge.close()
-
-
-def _load(bridge: Bridge, model: str, quiet: bool) -> None:
-    began = time.monotonic()
-    with _leaving_by_ctrl_c():
-        if sys.stderr.isatty():
-            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would overwrite the spinner
-            with spinner(f"Loading the model {model}"):
-                bridge.start()
-        else:
-            bridge.start()
-    if not quiet:
-        print(f"The model {model} is loaded ({time.monotonic() - began:.1f} s).", flush=True)
-
-
-@contextlib.contextmanager
-def _leaving_by_ctrl_c() -> Iterator[None]:
-    """Have Ctrl-C end the process at once, by a handler that raises nothing.
-
-    The engine's thread may be inside torch's import or reading weights. Nothing can end it there, and the interpreter's
-    own end would wait for it, or crash under it. And a KeyboardInterrupt that strikes in a finalizer or in a weak
-    reference's callback is printed and lost: the command would go on to its end, and report success.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGINT, _leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _leave(signal_number: int, frame: object) -> None:
-    if sys.stderr.isatty():
-        os.write(sys.stderr.fileno(), b"\r\x1b[2K\x1b[?25h")  # the spinner's line away, and the cursor back
-    os._exit(130)
-
-
 @contextlib.contextmanager
 def spinner(text: str) -> Iterator[None]:
+    """Show on stderr that something goes on, where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would overwrite the spinner
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

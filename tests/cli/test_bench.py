@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import _thread
 import argparse
+import itertools
 import json
+import signal
 import sys
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Barrier, Lock, Thread
+from threading import Barrier, Lock, Thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -130,7 +132,7 @@ def test_ctrl_c(terminal: Open, tmp_path: Path) -> None:
         command.send("\x03")
         assert command.exit_status() == 130
         assert "Traceback" not in command.shown
-        assert "requests on their way" in command.shown
+        assert "on their way are left out" in command.shown
     content = load(as_json)
     assert content["interrupted"]
     summary = content["summary"]
@@ -138,6 +140,46 @@ def test_ctrl_c(terminal: Open, tmp_path: Path) -> None:
     assert summary["failed"] == 0
     assert summary["ok"] + summary["interrupted"] == len(content["requests"]) < 2000
     assert summary["completion_tokens"] == 9 * summary["ok"]
+    agrees_with_itself(content)
+
+
+def agrees_with_itself(content: dict[str, Any]) -> None:
+    """Every figure is of the requests that ended within the time that was measured."""
+    summary, ended = content["summary"], [row for row in content["requests"] if row["outcome"] != "interrupted"]
+    seconds = summary["seconds"]
+    assert summary["requests"] == len(ended) == sum(part["requests"] for part in content["rounds"])
+    assert summary["interrupted"] == len(content["requests"]) - len(ended)
+    assert summary["requests_per_second"] * seconds == pytest.approx(summary["ok"])
+    assert summary["output_tokens_per_second"] * seconds == pytest.approx(summary["completion_tokens"])
+    both = summary["prompt_tokens"] + summary["completion_tokens"]
+    assert summary["total_tokens_per_second"] * seconds == pytest.approx(both)
+    assert all(spread["count"] <= len(ended) for name in SPREADS[2:] if (spread := summary[name]))
+    assert all(row["due"] + row["total"] <= seconds for row in content["requests"])
+
+
+def test_what_was_on_its_way(scripted: Scripted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After Ctrl-C half an answer is in no figure: rates would otherwise count tokens of answers that are not there."""
+
+    def two_end(request: Request) -> list[str]:
+        if prompt_text(request.prompt).startswith(("1:", "2:", "3:", "4:")):  # the first two were made to count tokens
+            return ["word"] * 3
+        if next(others) == 3:
+            signal.pthread_kill(main_thread().ident or 0, signal.SIGINT)
+        return ["word"] * 1_000_000
+
+    others = itertools.count(1)
+    as_json = tmp_path / "bench.json"
+    bridge, engine = scripted(ScriptedEngine(two_end, step_time=0.001))
+    words = split("--clients 3 --requests 9 --warmup 0 --max-new-tokens 1000000 --no-native --json")
+    assert bench.bench_bridge(bridge.start(), parsed(*words, str(as_json))) == 130
+    content = load(as_json)
+    assert (content["summary"]["ok"], content["summary"]["interrupted"]) == (2, 3)
+    assert content["summary"]["completion_tokens"] == 6
+    agrees_with_itself(content)
+    out = capsys.readouterr().out
+    assert "\n2 requests from 3 clients" in out
+    assert "of the 2 requests that had ended by then. The 3 on their way are left out" in out
+    engine.wait_for(lambda engine: engine.active == 0)
 
 
 def test_failed_requests_are_counted(scripted: Scripted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,7 +250,7 @@ def test_ctrl_c_without_the_bridge(scripted: Scripted, capsys: pytest.CaptureFix
     assert bench.bench_bridge(bridge.start(), parsed(*words)) == 130
     out = capsys.readouterr().out
     assert "2 requests from 2 clients" in out
-    assert "Interrupted with 0 requests" in out
+    assert "The 0 on their way" in out
     engine.wait_for(lambda engine: engine.active == 0)
 
 
@@ -393,7 +435,7 @@ def test_a_server(run: Run, serve: Callable[..., FakeServer], tmp_path: Path) ->
     assert server.keys == {"Bearer sesame"}
     assert "sesame" not in as_json.read_text() + done.stdout
     assert [line.split()[3] for line in done.stdout.splitlines() if "share" in line] == ["-"]
-    assert "about 20 words in a prompt" in done.stdout
+    assert "approximately 20 words in a prompt" in done.stdout
 
 
 def test_a_server_that_fails(run: Run, serve: Callable[..., FakeServer], tmp_path: Path) -> None:
@@ -466,11 +508,12 @@ def test_missing_extras(run: Run, package: str, words: list[str]) -> None:
         (2, ["--requests", "many"], ["--requests", "many"]),
         (2, ["--json", "/no/such/folder/bench.json"], ["--json", "/no/such/folder"]),
         (2, ["--plot", "."], ["--plot"]),
-        (1, ["--shared-prefix", "200"], ["--shared-prefix", "--prompt-tokens"]),
-        (1, ["--model", "demo"], ["--model", "--url"]),
-        (1, ["demo", "--url", "http://x/v1"], ["MODEL", "--url"]),
-        (1, ["--url", "http://x/v1", "--option", "device=cpu"], ["--option", "--url"]),
-        (1, ["--url", "http://x/v1", "--engine", "other"], ["--engine", "--url"]),
+        (2, ["--shared-prefix", "200"], ["--shared-prefix", "--prompt-tokens", "`lmbridge bench --help`"]),
+        (2, ["--model", "demo"], ["--model", "--url", "lmbridge bench MODEL"]),
+        (2, ["demo", "--url", "http://x/v1"], ["MODEL", "--url"]),
+        (2, ["--url", "http://x/v1", "--option", "device=cpu"], ["--option", "--url"]),
+        (2, ["--url", "http://x/v1", "--engine", "vllm"], ["--engine", "--url"]),
+        (2, ["--url", "localhost:8000/v1"], ["'localhost:8000/v1'", "http://"]),
         (1, ["./no-such-folder"], ["no-such-folder"]),
     ],
 )

@@ -59,9 +59,17 @@ def test_stopping_frees_the_engine(terminal: Open, scripted_command: list[str]) 
         command.send("hello\n")
         command.read_until("You said hello.")
         command.read_until("you> ")
-        command.send("\x04")
+        command.send("/hepl\n")
+        command.read_until("did you mean /help?")
+        command.read_until("you> ")
+        command.send('"""good\n')
+        command.read_until("...> ")
+        command.send('night"""\n')
+        command.read_until("You said good")
+        command.read_until("you> ")
+        command.send("/exit\n")
         command.read_until("aborted 1, active 0")
-        command.read_until("remembered: ['hello', 'You said hello.']")
+        command.read_until("remembered: ['hello', 'You said hello.', 'good\\nnight'")
         assert command.exit_status() == 0
 
 
@@ -69,13 +77,13 @@ def test_an_error_ends_one_turn_only(scripted: Scripted, capsys: pytest.CaptureF
     """A turn that fails is one line on stderr; the next is answered, and a script sees that one failed."""
     bridge, engine = scripted()
     engine.refuse("bad", InvalidRequestError("not\nthis"))
-    engine.refuse("long", PromptTooLongError("too long"))
+    engine.refuse("long", PromptTooLongError("too long."))
     assert not chat.answer_each(bridge.chat(), ["good\n", "bad\n", "long\n", "\n", "better\n"])
     out, err = capsys.readouterr()
     assert out.split() == ["good", "better"]
     assert err.splitlines() == [
         "lmbridge: not this",
-        "lmbridge: too long (/reset begins a new conversation)",
+        "lmbridge: too long. /clear begins a new conversation.",
     ]
 
 
@@ -88,12 +96,56 @@ def test_an_answer_that_was_cut_off(scripted: Scripted, capsys: pytest.CaptureFi
     assert "cut off" in err
 
 
-def test_reset(scripted: Scripted, capsys: pytest.CaptureFixture[str]) -> None:
-    """/reset forgets the conversation but not the system message."""
+@pytest.mark.parametrize("name", ["/clear", "/reset"])
+def test_clear(scripted: Scripted, name: str) -> None:
+    """/clear forgets the conversation but not the system message."""
     bridge, _ = scripted()
     conversation = bridge.chat(system="Be brief.")
-    chat.answer_each(conversation, ["hello\n", "/reset\n"])
+    chat.answer_each(conversation, ["hello\n", f"{name}\n"])
     assert conversation.messages == [{"role": "system", "content": "Be brief."}]
+
+
+def test_system(scripted: Scripted, capsys: pytest.CaptureFixture[str]) -> None:
+    """/system sets and shows what the model is told first, and forgets nothing of the conversation."""
+    bridge, _ = scripted()
+    conversation = bridge.chat()
+    lines = ["/system\n", "hello\n", "/system Be brief.\n", "/system Be  kind.\n", "/system\n", "again\n"]
+    assert chat.answer_each(conversation, lines)
+    assert [message["content"] for message in conversation.messages] == [
+        "Be  kind.",
+        "hello",
+        "hello",
+        "again",
+        "again",
+    ]
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "(no system message; /system TEXT sets one)"
+    assert out[-2:] == ["Be  kind.", "again"]
+
+
+def test_what_begins_with_a_slash(scripted: Scripted, capsys: pytest.CaptureFixture[str]) -> None:
+    """/help lists every command, a misspelt one is no message to the model, and /exit leaves what follows unread."""
+    bridge, _ = scripted()
+    conversation = bridge.chat()
+    assert not chat.answer_each(
+        conversation, ["/help\n", "/hepl\n", "/xyzzy\n", " /etc is a folder\n", "/exit\n", "no\n"]
+    )
+    out, err = capsys.readouterr()
+    assert [name for name in ("/help", "/clear", "/system TEXT", "/exit", chat.QUOTES) if name not in out] == []
+    assert [message["content"] for message in conversation.messages] == ["/etc is a folder"] * 2
+    first, second = err.splitlines()
+    assert "no command /hepl; did you mean /help?" in first
+    assert "no command /xyzzy; /help lists them" in second
+
+
+def test_a_message_of_several_lines(scripted: Scripted) -> None:
+    """What stands between quotation marks is one message with its line ends, blank lines and slashes included."""
+    bridge, _ = scripted()
+    conversation = bridge.chat()
+    lines = ['"""one\n', "\n", "/two\n", 'three"""\n', '"""four"""\n', '"""\n', "five\n", '"""\n', '"""unfinished\n']
+    assert chat.answer_each(conversation, lines)
+    asked = [message["content"] for message in conversation.messages if message["role"] == "user"]
+    assert asked == ["one\n\n/two\nthree", "four", "five"]
 
 
 def test_a_bridge_that_is_closed_ends_the_conversation(scripted: Scripted) -> None:

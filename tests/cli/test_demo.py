@@ -40,7 +40,8 @@ def test_plain(run: Run) -> None:
         assert prompt in lines[0]
         assert demo.says(" ".join(lines[1:]), word)
     measured_and_right(done.stdout)
-    assert done.stdout.splitlines()[-1] == "Every one of the 16 answers reached its own thread."
+    assert "\nEvery one of the 16 answers reached its own thread.\n" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 def test_in_a_terminal(terminal: Open) -> None:
@@ -54,19 +55,35 @@ def test_in_a_terminal(terminal: Open) -> None:
         status = command.exit_status()
     assert status == 0, command.shown
     measured_and_right(command.shown)
-    assert command.shown.endswith("Every one of the 16 answers reached its own thread.")
+    assert "Every one of the 16 answers reached its own thread. Next: python -m lmbridge chat" in command.shown
 
 
 def measured_and_right(text: str) -> None:
-    """The ratio is there, and the engine stopped soon after a stream was left."""
+    """The ratio is there, and the engine stopped soon after an answer was left."""
     line = " ".join(text.split())
-    assert re.search(r"sharing is \d+\.\d times as fast here", line)
-    counts = r"after (\d+) tokens: the engine counts (\d+) .* the (\d+) of .* (\d+) tokens saved"
+    assert re.search(r"Sharing the model is \d+\.\d times as fast here", line)
+    counts = r"left after (\d+) of its (\d+) tokens. The engine made (\d+) for it, and saved (\d+)"
     left = re.search(counts, line)
     assert left, line
-    seen, made, whole, saved = map(int, left.groups())
+    seen, whole, made, saved = map(int, left.groups())
     assert seen <= made <= seen + 5
     assert whole - made == saved > 50
+
+
+@pytest.mark.parametrize(
+    ("typed", "path", "shown"),
+    [
+        ("/opt/bin/lmbridge", "/opt/bin", "lmbridge chat"),
+        (".venv/bin/lmbridge", "/usr/bin", ".venv/bin/lmbridge chat"),
+        ("/somewhere/lmbridge/__main__.py", "/usr/bin", "python -m lmbridge chat"),
+    ],
+)
+def test_what_to_try_next(monkeypatch: pytest.MonkeyPatch, typed: str, path: str, shown: str) -> None:
+    """The commands that are named work as they stand, though most newcomers have not activated the environment."""
+    monkeypatch.setattr("sys.argv", [typed, "demo"])
+    monkeypatch.setattr("shutil.which", lambda name: typed if path == "/opt/bin" else None)
+    lines = [line.strip() for line in demo.what_next(" './my model'").splitlines()]
+    assert lines[2].startswith(f"{shown} './my model'  ")
 
 
 def test_every_thread_count(scripted: Scripted, capsys: pytest.CaptureFixture[str]) -> None:

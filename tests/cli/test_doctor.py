@@ -23,7 +23,7 @@ def test_what_is_there_and_what_is_missing(run: Run) -> None:
     for name in ENGINES:
         assert len([line for line in lines if line.startswith(f"{name} ")]) == 1
     assert re.search(
-        r"(?m)^transformers +ready: torch \S+ \(tried: .*\), transformers \S+ \(tried: \S+\)$", done.stdout
+        r"(?m)^transformers +ready: torch \S+ \(tested: .*\), transformers \S+ \(tested: \S+\)$", done.stdout
     )
     if importlib.util.find_spec("exllamav3") is None:
         place = next(number for number, line in enumerate(lines) if line.startswith("exllamav3"))
@@ -31,20 +31,21 @@ def test_what_is_there_and_what_is_missing(run: Run) -> None:
         assert lines[place + 1].strip() == 'pip install "lmbridge[exllamav3]"'
 
 
-@pytest.mark.parametrize("arguments", [["--try"], ["demo", "--try", "--option", "runner=plain"]])
+@pytest.mark.parametrize("arguments", [["--try", "--all"], ["demo", "--try", "--option", "runner=plain"]])
 def test_a_model_is_tried(run: Run, arguments: list[str]) -> None:
-    """With --try it says what serves the model, and shows a token of it."""
+    """With --try it says what serves the model, and shows a token of it; the list follows only if it is asked for."""
     done = run("doctor", *arguments)
     assert done.returncode == 0
     runner = "plain" if "demo" in arguments else "paged"
     assert re.search(rf"(?m)^It runs as: demo on transformers.*{runner}", done.stdout)
     assert "It does: generate" in done.stdout
     assert re.search(r"Asked for a token it said '.+' after \d+ ms", done.stdout)
+    assert ("exllamav3" in done.stdout) == ("--all" in arguments)
+    assert done.stdout.startswith("The model demo is loaded")
 
 
 def test_a_model_that_cannot_be_loaded(run: Run) -> None:
-    """The list is shown all the same, and the fault is named."""
+    """The fault is named, and is not lost in a list that nobody asked for."""
     done = run("doctor", "./no-such-folder")
-    assert done.returncode == 1
-    assert "transformers" in done.stdout
+    assert (done.returncode, done.stdout) == (1, "")
     assert "no-such-folder" in done.stderr

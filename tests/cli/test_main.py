@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 import lmbridge
+from lmbridge import BridgeClosedError, EngineStartError, PromptTooLongError
+from lmbridge.cli.faults import in_words
 from lmbridge.cli.terminal import guarded
+from lmbridge.server.losses import start_error
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Open, Run
@@ -20,9 +23,11 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["demo", "chat", "bench", "--version"]),
-        (["demo", "--help"], ["Eight threads", "--threads", "--model", "--engine", "--option"]),
+        (["--help"], ["demo", "chat", "bench", "--version", "examples:"]),
+        (["demo", "--help"], ["Eight threads", "MODEL", "--threads", "--engine", "--option", "(default: 8)"]),
         (["run", "--help"], ["SCRIPT", "--engine", "--model"]),
+        (["serve", "--help"], ["MODEL", "--port", "(default: 8000)", "LMBRIDGE_API_KEYS", "--embed"]),
+        (["doctor", "--help"], ["MODEL", "--try", "--all"]),
         (["chat", "--help"], ["Ctrl-C", "Ctrl-D", "--system", "--max-new-tokens", "--temperature", "--seed"]),
     ],
 )
@@ -32,6 +37,13 @@ def test_help(run: Run, arguments: list[str], words: list[str]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert [word for word in words if word not in done.stdout] == []
     assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "examples:\n  lmbridge " in done.stdout
+
+
+def test_no_command(run: Run) -> None:
+    """Who types the bare name reads what there is; a script whose command is missing has failed all the same."""
+    done = run()
+    assert (done.returncode, done.stdout, done.stderr) == (2, run("--help").stdout, "")
 
 
 def test_version(run: Run) -> None:
@@ -42,17 +54,30 @@ def test_version(run: Run) -> None:
 @pytest.mark.parametrize(
     ("status", "arguments", "words"),
     [
-        (2, [], ["COMMAND", "lmbridge --help"]),
-        (2, ["dmo"], ["dmo", "demo", "chat"]),
+        (2, ["dmo"], ["no command 'dmo'; did you mean demo?", "`lmbridge --help`"]),
+        (2, ["--verison"], ["--verison; did you mean --version?", "`lmbridge --help`"]),
         (2, ["demo", "--threads", "99"], ["--threads", "99", "16"]),
+        (2, ["demo", "--thraeds", "3"], ["--thraeds; did you mean --threads?", "`lmbridge demo --help`"]),
         (2, ["demo", "--no-such-flag"], ["--no-such-flag"]),
+        (2, ["demo", "--model", "x"], ["without an option", "`lmbridge demo MODEL`"]),
+        (2, ["demo", "x", "y"], ["'y'", "too many"]),
+        (2, ["run"], ["missing: SCRIPT", "`lmbridge run --help`"]),
+        (2, ["chat", ""], ["MODEL", "empty"]),
         (2, ["chat", "--max-new-tokens", "many"], ["--max-new-tokens", "many"]),
         (2, ["chat", "--option", "device"], ["device", "NAME=VALUE", "lmbridge chat --help"]),
-        (1, ["chat", "--max-new-tokens", "0"], ["max_new_tokens"]),
+        (2, ["chat", "--max-new-tokens", "0"], ["--max-new-tokens"]),
+        (2, ["chat", "--top-p", "1.5"], ["--top-p", "up to 1"]),
         (1, ["chat", "./no-such-folder"], ["no-such-folder"]),
-        (1, ["demo", "--model", "./no-such-folder"], ["no-such-folder"]),
-        (1, ["chat", "--engine", "no-such-engine"], ["no-such-engine", "transformers"]),
-        (1, ["chat", "--option", "no_such_option=1"], ["no_such_option"]),
+        (1, ["demo", "./no-such-folder"], ["no-such-folder"]),
+        (2, ["chat", "--engine", "no-such-engine"], ["no-such-engine", "transformers"]),
+        (2, ["chat", "--engine", "transfomers"], ["did you mean transformers?", "`lmbridge chat --help`"]),
+        (1, ["chat", "--option", "devise=cpu"], ["no devise; did you mean device?", "page_size"]),
+        (
+            1,
+            ["chat", "--option", "max_batch_size=0"],
+            ["--option: max_batch_size must be a whole number of at least 1"],
+        ),
+        (1, ["chat", "an_app:answer"], ["--engine function"]),
     ],
 )
 def test_mistakes(run: Run, status: int, arguments: list[str], words: list[str]) -> None:
@@ -69,6 +94,51 @@ def test_a_model_that_cannot_be_loaded(run: Run, tmp_path: Path) -> None:
     done = run("chat", str(tmp_path))
     assert done.returncode == 1
     assert_one_line(done.stderr, ["could not be loaded"])
+    assert "start anew" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [
+        (start_error(MemoryError()), "The model could not be loaded: there is not enough memory;"),
+        (start_error(AssertionError("Torch not compiled with CUDA enabled")), "the installed torch has no CUDA"),
+        (
+            PromptTooLongError("Shorten it, or raise max_context or cache_share where the model allows it."),
+            "Shorten it, or raise it with --option max_context=N where the model allows it.",
+        ),
+        (EngineStartError("If you trust it, give trust_remote_code=True."), "give --option trust_remote_code=True."),
+        (
+            BridgeClosedError("The request was lost. Build a new Bridge."),
+            "The request was lost. Start the command again.",
+        ),
+        (PermissionError(13, "Permission denied", "./keys"), "./keys: Permission denied"),
+    ],
+)
+def test_words_for_a_terminal(told: Exception, shown: str) -> None:
+    """What the library says to a programmer would have somebody at a terminal look for a Bridge to build."""
+    assert shown in in_words(told)
+
+
+def test_completion(terminal: Open) -> None:
+    """Tab completes commands, options and engines in a real bash, where argcomplete is installed, and loads nothing."""
+    pytest.importorskip("argcomplete")
+    folder = Path(sys.executable).parent
+    if not (folder / "lmbridge").exists():
+        pytest.skip("lmbridge is not installed as a command")
+    with terminal(command=["/bin/bash", "--norc", "--noprofile", "-i"]) as command:
+        command.send(f'PATH={folder}:$PATH; eval "$(register-python-argcomplete lmbridge)"; echo re""ady\n')
+        command.read_until("ready")
+        for typed, completed in (
+            ("ser", "serve "),
+            ("demo --thr", "demo --threads "),
+            ("chat --engine lla", "llamacpp "),
+        ):
+            command.send(f"lmbridge {typed}\t")
+            command.read_until(f"lmbridge {typed}")
+            command.read_until(completed.removeprefix(typed.split()[-1]))
+            command.send("\x15")  # the line away
+        command.send("exit\n")
+        command.exit_status()
 
 
 def test_ctrl_c_while_the_model_loads(terminal: Open) -> None:
@@ -86,7 +156,7 @@ def test_ctrl_c_that_strikes_a_finalizer() -> None:
     source = """
         import os, signal
         from lmbridge import Bridge
-        from lmbridge.cli import terminal
+        from lmbridge.cli import model
         from lmbridge.testing import ScriptedEngine
 
         class Struck:
@@ -101,7 +171,7 @@ def test_ctrl_c_that_strikes_a_finalizer() -> None:
                 return super().start(timeout)
 
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        terminal._load(Slow(ScriptedEngine), "demo", quiet=True)
+        model._load(Slow(ScriptedEngine), "demo", quiet=True)
     """
     command = [sys.executable, "-c", textwrap.dedent(source)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

@@ -117,8 +117,8 @@ def test_sensible(bridge: Bridge, question: str, word: str) -> None:
 
 
 def test_demo(folder: str) -> None:
-    """``lmbridge demo --model FOLDER`` would only work with the bundled model."""
-    command = [sys.executable, "-m", "lmbridge", "demo", "--model", folder, "--threads", "4"]
+    """``lmbridge demo FOLDER`` would only work with the bundled model."""
+    command = [sys.executable, "-m", "lmbridge", "demo", folder, "--threads", "4"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Every one of the 8 answers reached its own thread." in done.stdout

@@ -1,19 +1,16 @@
 """Put a model, or a server, under load and measure it.
 
-  lmbridge bench MODEL                      through a bridge in this process
-  lmbridge bench --url http://host:8000/v1  any OpenAI-compatible server
-
 Each client is a thread: it sends a prompt, reads the answer, sends the next.
-With --rate, requests arrive at random times instead, so many a second, and the
-time a request waits for a free client counts. Prompts are random words, each
-different, the same for the same --seed.
+With --rate, requests arrive at random times instead, and the time that one
+waits for a free client counts. Prompts are random words, each different, and
+the same for the same --seed.
 
-The bridge's share is what the bridge itself costs: the same load goes straight
-to the same engine too, in turn with the bridge, and no thread is crossed; the
-share is 1 - tokens/s through the bridge / tokens/s without it.
+The bridge's share is what the bridge itself costs: the same load also goes
+straight to the same engine, taking turns with the bridge, and crosses no
+thread. The share is 1 - tokens/s through the bridge / tokens/s without it.
 
-Ctrl-C ends the load and shows what was measured so far. The exit status is 1 if
-every request failed.
+Ctrl-C ends the load and reports on the requests that had ended by then. The
+exit status is 1 if every request failed, and 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -23,35 +20,38 @@ import contextlib
 import datetime
 import itertools
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lmbridge.cli import values
 from lmbridge.cli.bench.bridge import BridgeTarget, Native, engine_of
 from lmbridge.cli.bench.load import Round, Target, poisson
 from lmbridge.cli.bench.plot import check_matplotlib, draw
 from lmbridge.cli.bench.prompts import Prompts
 from lmbridge.cli.bench.report import Result, as_json, as_text, summarize
 from lmbridge.cli.bench.url import UrlTarget, find_model, open_client
-from lmbridge.cli.terminal import MODEL_HELP, add_engine_arguments, loaded
-from lmbridge.errors import EngineError, InvalidRequestError, LMBridgeError
+from lmbridge.cli.faults import in_words
+from lmbridge.cli.model import add_model_arguments, loaded
+from lmbridge.cli.parser import UsageError
+from lmbridge.engines.auto import is_url
+from lmbridge.errors import EngineError, LMBridgeError
 from lmbridge.messages import GenerationConfig
 
 if TYPE_CHECKING:
     from lmbridge.bridge import Bridge
 
 SUMMARY = "measure a model or a server under load"
+USAGE = "[OPTION ...] [MODEL | --url URL]"
+EXAMPLES = """\
+  lmbridge bench                            the bundled model, in this process
+  lmbridge bench ./my-model --clients 16 --json figures.json
+  lmbridge bench --url http://localhost:8000/v1 --rate 10 --requests 200
+"""
 REQUESTS_PER_CLIENT = 4
 MOST_CONNECTIONS = 1000  # of one HTTP client; more clients would wait for each other there
-HIDDEN = (
-    "api_key",
-    "command",
-    "name",
-    "json",
-    "plot",
-    "usual_engine",
-)  # of the arguments: secret, or no setting of what was measured
+HIDDEN = ("api_key", "command", "parser", "json", "plot", "usual_engine")
+"""Of the arguments: secret, or no setting of what was measured."""
 
 Advance = Callable[[int], None]
 
@@ -60,87 +60,86 @@ Advance = Callable[[int], None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="MODEL", nargs="?", help=MODEL_HELP)
-    add_engine_arguments(parser)
+    add_model_arguments(parser, dest="target", default=None)
     parser.set_defaults(usual_engine=parser.get_default("engine"))
-    _add_load_arguments(parser.add_argument_group("the load"))
     server = parser.add_argument_group("a server instead of a model")
-    server.add_argument("--url", help="its base URL, which usually ends with /v1")
-    server.add_argument("--model", metavar="NAME", help="the model to ask for (default: its only one)")
-    server.add_argument("--api-key", metavar="KEY", help="(default: $OPENAI_API_KEY)")
-    output = parser.add_argument_group("output")
-    output.add_argument("--json", metavar="FILE", type=_file, help="write all figures and every request")
-    output.add_argument("--plot", metavar="FILE", type=_file, help="write a picture, a PNG")
+    server.add_argument("--url", help="its base URL, which usually ends in /v1")
+    server.add_argument("--model", metavar="NAME", help="the server's model to ask (default: its only one)")
+    server.add_argument("--api-key", metavar="KEY", help="the server's key (default: $OPENAI_API_KEY)")
+    _add_load_arguments(parser.add_argument_group("the load"))
+    output = parser.add_argument_group("the report")
+    output.add_argument("--json", metavar="FILE", type=values.new_file, help="write all figures and every request")
+    output.add_argument("--plot", metavar="FILE", type=values.new_file, help="draw the latencies, as a PNG")
+    output.add_argument("--no-native", action="store_true", help="do not measure the bridge's share")
 
 
 def _add_load_arguments(load: argparse._ArgumentGroup) -> None:
-    load.add_argument("--clients", metavar="N", type=_positive, default=64, help="threads (default: 64)")
-    load.add_argument("--requests", metavar="N", type=_positive, help="in all (default: 4 for each client)")
-    load.add_argument("--rate", metavar="R", type=_rate, help="requests arriving a second (default: as answered)")
-    load.add_argument("--prompt-tokens", metavar="N", type=_positive, default=128, help="about (default: 128)")
-    load.add_argument(
-        "--shared-prefix", metavar="N", type=_count, default=0, help="of these, the same in all (default: 0)"
+    add = load.add_argument
+    add("--clients", metavar="N", type=values.positive, default=64, help="threads that ask (default: 64)")
+    add("--requests", metavar="N", type=values.positive, help="requests in all (default: 4 for each client)")
+    add(
+        "--rate",
+        metavar="R",
+        type=values.more_than_zero,
+        help="requests per second that arrive (default: each client asks when it is free)",
     )
-    load.add_argument("--max-new-tokens", metavar="N", type=_positive, default=64, help="(default: 64)")
-    load.add_argument("--stop-at-eos", action="store_true", help="let answers end by themselves")
-    load.add_argument(
-        "--stream", action=argparse.BooleanOptionalAction, default=True, help="read answers as they grow (the default)"
+    add(
+        "--prompt-tokens",
+        metavar="N",
+        type=values.positive,
+        default=128,
+        help="approximate prompt length in tokens (default: 128)",
     )
-    load.add_argument("--warmup", metavar="N", type=_count, help="requests before (default: one for each client)")
-    load.add_argument("--timeout", metavar="S", type=_rate, default=600.0, help="for a request (default: 600)")
-    load.add_argument("--seed", metavar="N", type=_count, default=0, help="of prompts and arrivals (default: 0)")
-    load.add_argument("--no-native", action="store_true", help="do not measure the bridge's share")
-
-
-def _count(text: str) -> int:
-    if text.isdecimal():
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 0")
-
-
-def _positive(text: str) -> int:
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number > 0")
-
-
-def _rate(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < float("inf"):
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number > 0")
-
-
-def _file(text: str) -> str:
-    """A file that can be written once the load is over: it would be a pity to learn then that it cannot."""
-    if os.path.isdir(os.path.dirname(text) or ".") and not os.path.isdir(text):
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} is in no folder that exists, or is one")
+    add(
+        "--shared-prefix",
+        metavar="N",
+        type=values.count,
+        default=0,
+        help="how many of these are the same in every prompt (default: 0)",
+    )
+    add("--max-new-tokens", metavar="N", type=values.positive, default=64, help="tokens in an answer (default: 64)")
+    add("--stop-at-eos", action="store_true", help="let answers end by themselves")
+    add(
+        "--stream", action=argparse.BooleanOptionalAction, default=True, help="read answers as they grow (default: yes)"
+    )
+    add("--warmup", metavar="N", type=values.count, help="warm-up requests, not counted (default: one for each client)")
+    add(
+        "--timeout",
+        metavar="SECONDS",
+        type=values.more_than_zero,
+        default=600.0,
+        help="the longest that a request may take (default: 600)",
+    )
+    add("--seed", metavar="N", type=values.count, default=0, help="makes prompts and arrival times (default: 0)")
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Fill in the defaults that depend on others, and raise InvalidRequestError where options contradict each other."""
+    """Fill in the defaults that depend on others, and raise UsageError where options contradict each other."""
     if arguments.requests is None:
         arguments.requests = REQUESTS_PER_CLIENT * arguments.clients
     if arguments.warmup is None:
         arguments.warmup = min(arguments.clients, arguments.requests)
     if arguments.shared_prefix > arguments.prompt_tokens:
-        raise InvalidRequestError("--shared-prefix is a part of --prompt-tokens, and cannot be more.", "shared_prefix")
+        raise UsageError("--shared-prefix is a part of --prompt-tokens, and cannot be more")
     if arguments.url is None:
-        _refuse(arguments, ("model", "api_key"), "goes with --url; a model in this process is named without an option")
+        _refuse(
+            arguments, ("model", "api_key"), "is for a server and needs --url; for a model here: lmbridge bench MODEL"
+        )
         arguments.target = arguments.target or "demo"
         return
     arguments.engine = None if arguments.engine == arguments.usual_engine else arguments.engine
-    _refuse(arguments, ("target", "engine", "options"), "goes with a model in this process, not with --url")
+    _refuse(arguments, ("target", "engine", "options"), "is for a model in this process, and cannot go with --url")
     if arguments.clients > MOST_CONNECTIONS:
-        raise InvalidRequestError(f"--clients can be {MOST_CONNECTIONS} at most with --url.", "clients")
+        raise UsageError(f"--clients can be {MOST_CONNECTIONS} at most with --url")
+    if not is_url(arguments.url):
+        raise UsageError(f"--url: {arguments.url!r} does not begin with http:// or https://")
 
 
 def _refuse(arguments: argparse.Namespace, names: Sequence[str], why: str) -> None:
     shown = {"target": "MODEL", "options": "--option"}
     for name in names:
         if getattr(arguments, name):
-            raise InvalidRequestError(f"{shown.get(name) or '--' + name.replace('_', '-')} {why}.", name)
+            raise UsageError(f"{shown.get(name) or '--' + name.replace('_', '-')} {why}")
 
 
 # --- the run ---
@@ -220,8 +219,10 @@ class Bench:
                 self._measure(advance)
         except KeyboardInterrupt:
             result.interrupted = True
-        if result.interrupted and not result.rounds:
-            print("Interrupted before anything was measured.")
+        if result.interrupted:
+            result.no_share = result.no_share or "interrupted"
+        if result.interrupted and not result.ended:
+            print("Interrupted before any request had ended; nothing was measured.")
             return 130
         summary = summarize(result)
         print(as_text(result, summary), flush=True)
@@ -242,7 +243,8 @@ class Bench:
         if not count:
             return
         first = Round(self._target, self._prompts.make(count), self._arguments.clients)
-        first.run(lambda: advance(1))
+        with contextlib.closing(first):
+            first.run(lambda: advance(1))
         errors = [row for row in first.rows if row.outcome == "error"]
         if len(errors) == count:
             raise EngineError(f"Every request of the warm-up failed: {errors[0].error}: {errors[0].message}")
@@ -268,17 +270,18 @@ class Bench:
         part = Round(self._target, self._prompts.make(count), self._arguments.clients, arrivals, number)
         self._result.rounds.append(part)
         before = self._stats()
-        try:
-            part.run(lambda: advance(1))
-        finally:
-            self._count_steps(before, self._stats())
+        with contextlib.closing(part):
+            try:
+                part.run(lambda: advance(1))
+            finally:
+                self._count_steps(before, self._stats())
 
     def _native_round(self, count: int, advance: Advance) -> None:
         if self._native is not None:
             try:
                 self._result.natives.append(self._native.run(self._prompts.make(count)))
             except LMBridgeError as error:  # the bridge's own figures stand all the same
-                self._result.no_share, self._native = str(error), None
+                self._result.no_share, self._native = in_words(error), None
         advance(count)
 
     def _count_steps(self, before: dict[str, float], after: dict[str, float]) -> None:

@@ -1,7 +1,7 @@
 """The load: so many clients, each a thread of its own, send prompts and time what comes back.
 
-Rule: knows neither bridge nor HTTP. A ``Target`` is used on the clients' threads; they report by one queue, and all
-else belongs to the main thread. Times are seconds on the monotonic clock.
+Rule: knows neither bridge nor HTTP. A ``Target`` is used on the clients' threads; each row is its client's until it has
+ended, and all else belongs to the main thread. Times are seconds on the monotonic clock.
 """
 
 from __future__ import annotations
@@ -122,50 +122,58 @@ class Round:
         self._clients = min(clients, len(prompts))
         times: Sequence[float | None] = arrivals or [None] * len(prompts)
         self._waiting = deque(zip(range(len(prompts)), times, prompts, strict=True))  # popped by the clients; atomic
-        self._reports: queue.SimpleQueue[Row] = queue.SimpleQueue()
+        self._ended: list[Row] = []  # appended to by the clients
+        self._reports: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each of these
         self._on_their_way: dict[int, Row] = {}  # by client; each key is written by its own thread only
         self._stopping = threading.Event()
-        self._began = 0.0  # written before the clients start
-
-    def run(self, on_row: Callable[[], None]) -> None:
-        """Run to the end; ``rows`` and ``seconds`` hold what was measured, also when this raises.
-
-        Raises:
-            KeyboardInterrupt: Ctrl-C; what was on its way has been stopped, and is in ``rows``.
-        """
-        expected = len(self._waiting)
-        threads = [
+        self._expected = len(prompts)
+        self._threads = [
             threading.Thread(target=self._work, args=(client,), name=f"bench {client}", daemon=True)
             for client in range(self._clients)
         ]
+        self._began = 0.0  # written before the clients start
+
+    def run(self, on_row: Callable[[], None]) -> None:
+        """Send everything; ``rows`` and ``seconds`` hold what was measured, also when this raises.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; the measured time has ended, and ``close`` stops what is on its way.
+        """
         self._began = time.monotonic()
         try:
-            for thread in threads:
+            for thread in self._threads:
                 thread.start()
-            for _ in range(expected):
-                self.rows.append(self._reports.get())
+            for _ in range(self._expected):
+                self._reports.get()
                 on_row()
-        except BaseException:
-            self.seconds = time.monotonic() - self._began
-            self._stop(threads)
-            raise
-        self.seconds = time.monotonic() - self._began
-        for thread in threads:
-            thread.join()
+        finally:
+            self._end()
 
-    def _stop(self, threads: Sequence[threading.Thread]) -> None:
-        """A client that hears nothing from a server cannot be woken; it is a daemon, and left behind."""
+    def close(self) -> None:
+        """Stop what is on its way.
+
+        A client that hears nothing from a server cannot be woken; it is a daemon, and left behind.
+        """
         self._stopping.set()
-        self._target.stop()
+        late = len(self._ended) < self._expected
+        if late:
+            self._target.stop()
         patience = time.monotonic() + STOP_PATIENCE
-        for thread in threads:
+        for thread in self._threads:
             if thread.ident is not None:
-                thread.join(max(0.0, patience - time.monotonic()))
-        silent = [dataclasses.replace(row, outcome="interrupted") for row in list(self._on_their_way.values())]
-        while not self._reports.empty():
-            self.rows.append(self._reports.get())
-        reported = {row.number for row in self.rows}
-        self.rows += [row for row in silent if row.number not in reported]
+                thread.join(max(0.0, patience - time.monotonic()) if late else None)
+
+    def _end(self) -> None:
+        """End the measured time now: all that has not ended is interrupted, whatever comes of it later."""
+        running = list(self._on_their_way.values())  # before those that have ended, or one could be in neither
+        self.rows = list(self._ended)
+        self.seconds = time.monotonic() - self._began
+        ended = {row.number for row in self.rows}
+        for row in running:
+            if row.number not in ended:
+                twin = dataclasses.replace(row, outcome="interrupted", error=None, message=None, gaps=[*row.gaps])
+                twin.total = self.seconds - row.due
+                self.rows.append(twin)
 
     # --- on the clients' threads ---
 
@@ -185,17 +193,12 @@ class Round:
                 ask = ask or self._target.connect(client)
                 ask(prompt, row)
             except BaseException as error:  # a panic in native code too: a request without a report hangs the round
-                self._note(row, error)
+                row.outcome = "error"
+                row.error, row.message = self._target.kind(error), str(error)
             row.end()
-            self._reports.put(row)
+            self._ended.append(row)
+            self._reports.put(None)
             del self._on_their_way[client]
-
-    def _note(self, row: Row, error: BaseException) -> None:
-        if self._stopping.is_set():
-            row.outcome = "interrupted"
-            return
-        row.outcome = "error"
-        row.error, row.message = self._target.kind(error), str(error)
 
 
 def poisson(rate: float, seed: int) -> Iterator[float]:

@@ -33,7 +33,7 @@ def draw(result: Result, path: str) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE, layout="constrained")
-    figure.suptitle(f"{len(result.rows)} requests from {result.settings['clients']} clients to {result.label}")
+    figure.suptitle(f"{len(result.ended)} requests from {result.settings['clients']} clients to {result.label}")
     (first, between), (total, timeline) = figure.subplots(2, 2)
     good = [row for row in result.rows if row.outcome == "ok"]
     _draw_spread(first, "time to first token", (row.first_token for row in good))

@@ -44,6 +44,11 @@ class Result:
         return [row for part in self.rounds for row in part.rows]
 
     @property
+    def ended(self) -> list[Row]:
+        """The requests that the figures are of: those that Ctrl-C found on their way are left out."""
+        return [row for row in self.rows if row.outcome != "interrupted"]
+
+    @property
     def seconds(self) -> float:
         return sum(part.seconds for part in self.rounds)
 
@@ -87,8 +92,10 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
 class Summary:
     """The figures of one run. Rates are per second, times in seconds; None is what cannot be known.
 
+    All are of the requests that ended within ``seconds``; only ``interrupted`` counts the others.
+
     Attributes:
-        output_tokens_per_second: with the tokens that interrupted requests had got by then.
+        requests: that ended, ``ok`` or ``failed``.
         tokens_counted: ``usage``, as the engine or server told, or ``pieces``, one for each piece of a stream.
         start_delay: how late requests were sent that had a time of arrival.
         batch_mean: tokens per step of the engine.
@@ -124,23 +131,21 @@ class Summary:
 
 
 def summarize(result: Result) -> Summary:
-    rows, seconds = result.rows, result.seconds
+    rows, seconds = result.ended, result.seconds
     good = [row for row in rows if row.outcome == "ok"]
     prompt = _total(row.prompt_tokens for row in good)
     completion = _total(row.completion_tokens for row in good)
-    partial = sum(row.completion_tokens or 0 for row in rows if row.outcome == "interrupted")
-    output = completion + partial if completion is not None else partial or None
     shares = _shares(result)
     native_seconds = sum(part.seconds for part in result.natives)
     return Summary(
         requests=len(rows),
         ok=len(good),
         failed=sum(row.outcome == "error" for row in rows),
-        interrupted=sum(row.outcome == "interrupted" for row in rows),
+        interrupted=len(result.rows) - len(rows),
         seconds=seconds,
         requests_per_second=_rate(len(good), seconds),
-        output_tokens_per_second=_rate(output, seconds),
-        total_tokens_per_second=None if prompt is None or output is None else _rate(prompt + output, seconds),
+        output_tokens_per_second=_rate(completion, seconds),
+        total_tokens_per_second=None if prompt is None or completion is None else _rate(prompt + completion, seconds),
         prompt_tokens=prompt,
         completion_tokens=completion,
         tokens_counted="pieces" if completion is not None and prompt is None else "usage",
@@ -225,13 +230,13 @@ def _batch_max(result: Result) -> int | None:
 
 def as_text(result: Result, summary: Summary) -> str:
     """The figures as lines for a terminal."""
-    settings, rows = result.settings, result.rows
+    settings, rows = result.settings, result.ended
     lines = [
         "",
         f"{summary.requests} requests from {settings['clients']} clients to {result.label}"
         + (f", {settings['rate']:g} a second," if settings["rate"] else "")
         + f" in {summary.seconds:.2f} s:",
-        f"about {settings['prompt_tokens']} {settings['prompts_by']} in a prompt"
+        f"approximately {settings['prompt_tokens']} {settings['prompts_by']} in a prompt"
         + (f" ({_mean(row.prompt_tokens for row in rows)} tokens as counted)" if summary.prompt_tokens else "")
         + f", {_mean(row.completion_tokens for row in rows if row.outcome == 'ok')} tokens in an answer, "
         + ("streamed" if settings["stream"] else "not streamed"),
@@ -274,7 +279,7 @@ def _mean(values: Iterable[int | None]) -> str:
 def _batch(summary: Summary) -> str:
     if summary.batch_mean is None and summary.batch_max is None:
         return _number(None, 1)
-    return f"{_number(summary.batch_mean, 1)} in the mean, {summary.batch_max or '-'} at most"
+    return f"{_number(summary.batch_mean, 1)} on average, {summary.batch_max or '-'} at most"
 
 
 def _error_count(summary: Summary) -> str:
@@ -292,7 +297,10 @@ def _share_text(result: Result, summary: Summary) -> str:
 def _notes(result: Result, summary: Summary) -> list[str]:
     notes = []
     if result.interrupted:
-        notes.append(f"Interrupted with {summary.interrupted} requests on their way; their times are left out.")
+        notes.append(
+            f"Interrupted: all figures are of the {summary.requests} requests that had ended by then. The "
+            f"{summary.interrupted} on their way are left out, and so are their tokens."
+        )
     if summary.tokens_counted == "pieces":
         notes.append("The server does not count tokens: each piece of a stream is taken for one.")
     wanted = result.settings["max_new_tokens"]
@@ -322,7 +330,12 @@ def as_json(result: Result, summary: Summary) -> dict[str, Any]:
         "machine": machine(),
         "summary": dataclasses.asdict(summary),
         "rounds": [
-            {"number": part.number, "seconds": part.seconds, "requests": len(part.rows)} for part in result.rounds
+            {
+                "number": part.number,
+                "seconds": part.seconds,
+                "requests": sum(row.outcome != "interrupted" for row in part.rows),
+            }
+            for part in result.rounds
         ],
         "native_rounds": [dataclasses.asdict(part) for part in result.natives],
         "requests": [_row(row) for row in result.rows],

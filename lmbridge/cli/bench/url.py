@@ -10,6 +10,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from lmbridge.cli.bench.load import Ask, Row
+from lmbridge.cli.terminal import one_line
 from lmbridge.errors import EngineError, InvalidRequestError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -44,10 +45,28 @@ def find_model(client: OpenAI, url: str) -> str:
     try:
         names = [model.id for model in client.models.list()]
     except OpenAIError as cause:
-        raise EngineError(f"{url}/models cannot be read ({cause}); is the server up? --model names a model.") from cause
+        raise EngineError(f"{url}/models cannot be read ({_reason(cause)}). {_advice(cause)}") from cause
     if len(names) != 1:
         raise InvalidRequestError(f"{url} has {', '.join(names) or 'no model'}: choose with --model.", "model")
     return names[0]
+
+
+def _reason(error: Exception) -> str:
+    """What is at the bottom of an error: of a connection's, what the system said of it."""
+    from openai import APIConnectionError
+
+    while isinstance(error, APIConnectionError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return one_line(error) or type(error).__name__
+
+
+def _advice(error: Exception) -> str:
+    status = getattr(error, "status_code", None)
+    if status in (401, 403):
+        return "Give the server's key with --api-key."
+    if status is None:
+        return "Is the server up, and the address right?"
+    return "Does the URL end in /v1? If the server has no list of models, name one with --model."
 
 
 class UrlTarget:
