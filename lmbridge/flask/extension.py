@@ -17,6 +17,7 @@ from lmbridge.flask.errors import error_response
 from lmbridge.flask.hosts import HostError, check_host
 from lmbridge.flask.models import EXTENSION, Models, current_models, models_of
 from lmbridge.flask.sse import Reader, event_stream, first_pieces, plain_payloads
+from lmbridge.flask.worker import role
 
 
 class LMBridge:
@@ -53,8 +54,8 @@ class LMBridge:
         end_with_requests(app)
         app.register_error_handler(LMBridgeError, error_response)
         app.register_error_handler(HostError, error_response)
-        if models.settings.preload:
-            models.preload_where_served()
+        if models.settings.preload and role() != "unknown":
+            models.preload()
 
     def preload(self, app: Flask) -> None:
         """Start loading the app's models in the background, and return at once; ``/ready`` says when they are loaded.

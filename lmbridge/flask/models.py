@@ -145,18 +145,17 @@ class Models:
         return next(iter(able or unknown), self.default)
 
     def preload(self) -> None:
-        """Start loading every model, in the background."""
+        """Start loading every model, in the background; in a process that forks those that serve, after the fork."""
+        if role() == "forks":
+            load_all = weakref.WeakMethod(self._load_all)
+            after_fork(lambda: (method := load_all()) and method())
+        else:
+            self._load_all()
+
+    def _load_all(self) -> None:
         show_in_console()
         for name in self.names():
             self.load(name)
-
-    def preload_where_served(self) -> None:
-        """The same where this process, or a child that it forks, is recognised as one that serves the app."""
-        if (found := role()) == "serves":
-            self.preload()
-        elif found == "forks":
-            preload = weakref.WeakMethod(self.preload)
-            after_fork(lambda: (method := preload()) and method())
 
     def load(self, name: str) -> None:
         """Start loading the model of that name, in the background, unless that has begun."""

@@ -68,9 +68,9 @@ def complaint(environ: WSGIEnvironment, copied: bool) -> str:
         copied: whether several processes mean several copies of a model.
     """
     faults = []
-    if copied and environ["wsgi.multiprocess"]:
+    if copied and environ.get("wsgi.multiprocess"):
         faults.append("runs several processes, each with its own copy of the model and its own batch")
-    if not environ["wsgi.multithread"]:
+    if not environ.get("wsgi.multithread", True):
         faults.append("takes one request at a time, so no two are generated together")
     if not faults:
         return ""

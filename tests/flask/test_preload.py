@@ -138,6 +138,16 @@ def test_other_commands_load_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_a_module_may_preload_by_itself(tmp_path: Path) -> None:
+    """``lm.preload(app)`` in a module that gunicorn imports before it forks loads in the worker all the same."""
+    with on_gunicorn(tmp_path, LAZY + "\n    lm.preload(app)\n", "--preload") as (process, _):
+        loads = process.wait_for(r"Loading the model default in process (\d+)")[1]
+        process.wait_for("is ready after")
+        assert process.end() == 0
+    assert f"Booting worker with pid: {loads}\n" in process.printed
+
+
+@pytest.mark.long
 def test_a_configured_log_has_each_line_once(tmp_path: Path) -> None:
     """An app that sets up logging, be it after the extension, gets our lines in its own form, and no second time."""
     source = PRELOADS + "\n    import logging\n    logging.basicConfig(level='INFO', format='OWN %(message)s')\n"
