@@ -18,7 +18,7 @@ import pytest
 from lmbridge.compat.lmdeploy import Pipeline, install
 
 PAGE = Path(__file__).parents[2] / "docs" / "moving" / "from-lmdeploy.rst"
-BLOCK = re.compile(r"\.\. code-block:: i?python3?\n(?:   :.*\n)*\n((?:(?:   .*)?\n)+)")
+BLOCK = re.compile(r"\.\. code-block:: python3?\n(?:   :.*\n)*\n((?:(?:   .*)?\n)+)")
 QUESTION = "What is 2 + 2?"
 Names = dict[str, Any]
 

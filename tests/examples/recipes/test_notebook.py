@@ -10,7 +10,7 @@ import pytest
 from tests.examples.recipes.conftest import ROOT, needs
 
 PAGE = ROOT / "docs" / "moving" / "recipes.rst"
-CELL = re.compile(r"\.\. code-block:: ipython3\n\n((?:(?:   .*)?\n)+)")
+CELL = re.compile(r"\.\. code-block:: python3\n\n((?:(?:   .*)?\n)+)")
 
 
 @needs("nbclient", "ipykernel")
