@@ -6,7 +6,10 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,10 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from lmbridge.flask import LMBridge, openai, rerank
+from lmbridge import Client
+from lmbridge.flask import LMBridge, current_bridge, openai, rerank
 from lmbridge.flask.config import KEYS
-from lmbridge.flask.testing import scripted_encoder
+from lmbridge.flask.testing import scripted_encoder, scripted_engine
 from tests.flask.conftest import on_werkzeug
 
 FOLDER = Path(__file__).parents[2] / "docs" / "http"
@@ -47,6 +51,33 @@ def test_every_key_is_in_the_table() -> None:
     """Whoever looks for a setting looks here."""
     shown = set(re.findall(r"\* - ``(LMBRIDGE_\w+)``", (FOLDER / "flask.rst").read_text()))
     assert shown == set(KEYS)
+
+
+# --- what outlives a view ---
+
+
+def test_a_thread_that_a_view_leaves_behind() -> None:
+    """As the page on streaming says, it cannot ask without a request, and can with a client of its own."""
+    app = Flask(__name__)
+    app.config["LMBRIDGE_MODEL"] = "demo"
+    lm = LMBridge(app)
+    pool, over, told = ThreadPoolExecutor(2), threading.Event(), list[Future[Any]]()
+
+    def ask_later(client: Client) -> str:
+        assert over.wait(30)
+        return client.infer("Hi", timeout=30).text
+
+    @app.get("/")
+    def view() -> str:
+        told.extend([pool.submit(ask_later, client) for client in (current_bridge, lm.models.bridge().client("jobs"))])
+        return "done"
+
+    with scripted_engine(app), on_werkzeug(app) as url, pool:
+        with urllib.request.urlopen(url) as answer:
+            assert answer.read() == b"done"
+        over.set()
+        assert type(told[0].exception(30)) is RuntimeError
+        assert told[1].result(30) == "Hi"
 
 
 # --- clients, which need a server ---
