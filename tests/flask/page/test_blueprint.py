@@ -43,3 +43,13 @@ def test_runs_nothing_but_its_own(app: Flask, path: str) -> None:
     assert "default-src 'self'" in policy
     assert "unsafe" not in policy
     assert "frame-ancestors 'none'" in policy
+
+
+def test_tells_the_bundled_model() -> None:
+    """The page knows whom it may ask what the bundled model knows: that model alone, whatever others are called."""
+    app = Flask(__name__)
+    app.config.update(LMBRIDGE_MODELS={"small": "demo", "demo": Bridge(ScriptedEngine())}, TESTING=True)
+    LMBridge(app)
+    app.register_blueprint(openai.blueprint)
+    told = app.test_client().get("/v1/models").get_json()["data"]
+    assert [model.get("lmbridge", {}).get("bundled") for model in told] == [True, None]

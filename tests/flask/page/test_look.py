@@ -89,10 +89,45 @@ def test_light_and_dark(visit: Open, site: Site) -> None:
             page.emulate_media(color_scheme=scheme)
             backgrounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
             for shown in ("h1", "#state", ".question", ".who", ".answer", ".facts", ".exchange:last-child .trouble",
-                          "#send", "#keys", ".figure .name", "#settings label", "#seed"):  # fmt: skip
+                          "#send", "#keys", ".figure .name", "#settings label", "#seed", "summary"):  # fmt: skip
                 contrast = page.locator(shown).first.evaluate(CONTRAST)
                 assert contrast >= 4.5, f"{shown} is hard to read in {scheme}: {contrast:.1f}"
         assert backgrounds[0] != backgrounds[1]
+
+
+@pytest.mark.long
+def test_nothing_moves_while_an_answer_comes(visit: Open, site: Site) -> None:
+    """Who reads or reaches for a button while an answer grows finds everything where it was."""
+    boxes = """names => names.map((name) => {
+        const { x, y, width, height } = document.querySelector(name).getBoundingClientRect();
+        return [name, x, y, width, height].join(" ");
+    })"""
+    still = ["#model", "#new", ".question", ".who", ".answer p", "#composer", "#prompt", "#send", "#keys", "#seed",
+             ".figure .value", ".figure .most", "#figures"]  # fmt: skip
+    pieces = ["First.\n\n", "- one\n", "- two\n\n", "```python\nx = 1\n", "```\n"]
+    with scripted_engine(site.app, manual=True, script=lambda _: pieces) as engine:
+        page = visit()
+        ask(page, "Say much.")
+        engine.wait_for(lambda engine: engine.active == 1)
+        engine.step()
+        expect(page.locator(".answer p")).to_be_visible()
+        page.evaluate("document.querySelectorAll('.figure .value, .figure .most').forEach((text) => text.append('9'))")
+        before = page.evaluate(boxes, still)
+        page.get_by_label("Message").press("Enter")
+        engine.step(4)
+        expect(page.locator(".answer pre")).to_be_visible()
+        finished(page)
+        assert page.evaluate(boxes, still) == before
+
+
+@pytest.mark.long
+def test_a_long_message_leaves_room(visit: Open, site: Site) -> None:
+    """A message of a hundred lines scrolls in its field; the conversation keeps most of the window."""
+    page = visit(viewport={"width": 360, "height": 640})
+    page.get_by_label("Message").fill("line\n" * 100)
+    assert page.locator("#log").evaluate("log => log.clientHeight") > 250
+    assert page.get_by_label("Message").evaluate("field => field.scrollHeight > field.clientHeight")
+    expect(page.get_by_role("button", name="Send")).to_be_in_viewport()
 
 
 def test_fits_a_phone(visit: Open, site: Site) -> None:
@@ -105,7 +140,7 @@ def test_fits_a_phone(visit: Open, site: Site) -> None:
         assert page.evaluate(width) <= 360
         expect(page.get_by_label("Temperature")).to_be_hidden()
         page.get_by_role("button", name="Settings").click()
-        expect(page.get_by_label("Temperature")).to_be_visible()
+        expect(page.get_by_label("Temperature")).to_be_in_viewport()  # before the figures
         expect(figure(page, "Batch size")).to_be_visible()
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         page.get_by_role("button", name="Settings").click()

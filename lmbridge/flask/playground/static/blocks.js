@@ -17,6 +17,7 @@ const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?: +|\t|$)(.*)$/;
 
 const isBlank = (line) => !line.trim();
+const isNumbered = (line) => /^[ \t]*\d/.test(line);
 const isTableRule = (line) => line.includes("-") && line.includes("|") && /^[\s|:-]+$/.test(line);
 
 /** The lines of a text, none of them longer than LONGEST: {text, end}, where `end` is the place after it. */
@@ -41,7 +42,7 @@ function kindOf(lines, at) {
   if (HEADING.test(line)) return "heading";
   if (QUOTE.test(line)) return "quote";
   if (ITEM.test(line)) return "list";
-  return line.includes("|") && isTableRule(lines[at + 1] ?? "") ? "table" : "words";
+  return line.includes("|") && line.length < LONGEST && isTableRule(lines[at + 1] ?? "") ? "table" : "words";
 }
 
 /** The block that begins at a line: its kind, and the place of the line after it. */
@@ -68,15 +69,16 @@ const GOES_ON = {
   blank: (lines, at) => isBlank(lines[at]),
   list: inList,
   quote: (lines, at) => ["quote", "words"].includes(kindOf(lines, at)),
-  table: (lines, at, began) => at === began + 1 || lines[at].includes("|"),
+  table: (lines, at) => lines[at].includes("|"),
   words: (lines, at) => kindOf(lines, at) === "words",
 };
 
-function inList(lines, at) {
+/** A list of the other kind is a list of its own. */
+function inList(lines, at, began) {
   const line = lines[at];
   if (isBlank(line) || /^(?: {2}|\t)/.test(line)) return true;
   const kind = kindOf(lines, at);
-  return kind === "list" || (kind === "words" && !isBlank(lines[at - 1]));
+  return kind === "list" ? isNumbered(line) === isNumbered(lines[began]) : kind === "words" && !isBlank(lines[at - 1]);
 }
 
 export const isClosed = (lines, at, end) => end > at + 1 && closingFence(lines[at]).test(lines[end - 1]);
@@ -124,7 +126,7 @@ function codeOf(lines) {
 function listOf(written, depth) {
   const lines = written.map((line) => line.replace(/^[ \t]+/, (space) => space.replaceAll("\t", "    ")));
   const [, indent, first] = ITEM.exec(lines[0]);
-  const list = element(/\d/.test(first) ? "ol" : "ul");
+  const list = element(isNumbered(lines[0]) ? "ol" : "ul");
   if (list.tagName === "OL") list.start = parseInt(first, 10);
   const items = [];
   for (const line of lines) {
@@ -141,7 +143,7 @@ const dedent = (line, most) => line.slice(Math.min(most, line.length - line.trim
 /** An item that begins with words has them without a paragraph around. */
 const tight = ([first, ...rest]) => (first?.tagName === "P" ? [...first.childNodes, ...rest] : first ? [first, ...rest] : []);
 
-function tableOf([head, rule, ...rows]) {
+function tableOf([head, rule = "", ...rows]) {
   const sides = cellsOf(rule).map((cell) => (cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : ""));
   const row = (line, tag) =>
     element("tr", cellsOf(line).slice(0, sides.length).map((cell, place) => element(tag, inline(cell), sides[place])));

@@ -21,9 +21,8 @@ export class Code {
 
   /** `line` opens it. */
   constructor(line) {
-    this.closes = closingFence(line);
     const language = element("span", [FENCE.exec(line)[2].trim().split(/\s/)[0].slice(0, 30) || "text"]);
-    const button = element("button", ["Copy"], "copy");
+    const button = element("button", ["Copy"], "copy quiet");
     button.type = "button";
     button.ariaLabel = "Copy code";
     this.code = element("pre");

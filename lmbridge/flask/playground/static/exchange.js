@@ -6,6 +6,7 @@
 import { copy } from "./copy.js";
 import { fromTemplate } from "./dom.js";
 import { Markdown } from "./markdown.js";
+import { explain } from "./trouble.js";
 
 export class ExchangeView {
   #frame = 0;
@@ -36,10 +37,7 @@ export class ExchangeView {
     this.item.dataset.state = state;
     this.#part("question").textContent = question;
     this.#part("who").textContent = model;
-    this.#part("trouble").hidden = !error;
-    this.#part("said").textContent = error;
-    this.#part("details").hidden = !details;
-    this.#part("details").lastElementChild.textContent = details;
+    explain(this.#part("trouble"), error, details);
     this.#part("facts").textContent = facts;
     this.#part("retry").textContent = state === "complete" ? "Regenerate" : "Try again";
   }

@@ -4,6 +4,7 @@
 // text.
 
 import { byId, duration, fromTemplate } from "./dom.js";
+import { explain } from "./trouble.js";
 
 const MOST = 24; // lines that a heat map has room for
 const SENTENCES = [
@@ -74,18 +75,17 @@ class Trial {
       this.host.announce(words);
     } catch (error) {
       if (!controller.signal.aborted) this.host.onError(error);
-      this.#explain(controller.signal.aborted ? "" : error.message);
+      this.#explain(controller.signal.aborted ? "" : error.message, error.details);
     }
     this.#running = null;
     this.#showRunning();
   }
 
   /** Show what went wrong, in place of what came last; "" while nothing has. */
-  #explain(trouble) {
+  #explain(trouble, details) {
     if (trouble) this.part(".result").hidden = true;
     if (trouble) this.part(".outcome").textContent = "";
-    this.part(".trouble").textContent = trouble;
-    this.part(".trouble").hidden = !trouble;
+    explain(this.part(".trouble"), trouble, details);
     this.#showRunning();
   }
 

@@ -19,7 +19,7 @@ const BY_CODE = {
 };
 
 const BY_STATUS = {
-  401: "The server did not accept the API key. Enter another one.",
+  401: "The server wants a valid API key. Enter it below.",
   403: "The server does not allow this.",
   404: "The server does not offer this. Reload the page.",
   413: "This is more text than the server accepts. Shorten it, or start a new conversation.",
@@ -36,5 +36,5 @@ export function wordsFor({ message = "", code, param }, status) {
   const known = BY_CODE[code] ?? BY_STATUS[status];
   if (known) return { message: known, details: message };
   if (message && status >= 400 && status < 500) return { message, details: "" };
-  return { message: `The model could not finish this answer. Try again. ${AGAIN}`, details: message };
+  return { message: `The model failed at this. Try again. ${AGAIN}`, details: message };
 }
