@@ -67,20 +67,11 @@ def ready() -> tuple[dict[str, Any], int, dict[str, str]]:
     models = current_models()
     if not models.draining:
         for name in models.names():
-            _begin_loading(models.bridge(name))
+            models.load(name)
     states = _states(models)
     serving = not models.draining and all(state["state"] in ("ready", "unloaded") for state in states.values())
     answer = {"ready": serving, "draining": models.draining, "models": states}
     return answer, 200 if serving else 503, {} if serving else {"Retry-After": "1"}
-
-
-def _begin_loading(bridge: Bridge) -> None:
-    if bridge.state != "new":
-        return
-    try:
-        bridge.start(timeout=0)
-    except LMBridgeError:  # not ready at once, as a rule; whatever else is wrong, its state tells
-        return
 
 
 def _states(models: Models) -> dict[str, dict[str, str]]:

@@ -1,7 +1,6 @@
-"""Ends the bridges that nobody closed, when the interpreter ends.
+"""Closes unclosed bridges when the interpreter exits.
 
-Rule: known by any thread, ended by the one that ends the interpreter; by then no non-daemon thread runs that could use
-them.
+Rule: any thread registers, the exiting thread ends them; by then no non-daemon thread that could use them is running.
 """
 
 from __future__ import annotations
@@ -13,29 +12,29 @@ from lmbridge.log import logger
 
 
 class Running(Protocol):
-    """Something that a thread of ours runs."""
+    """A server that one of our threads runs."""
 
     @property
     def started(self) -> bool:
-        """Whether it runs in this process."""
+        """Whether it has started in this process."""
 
     def drop(self) -> bool:
-        """Have it end, without waiting for that."""
+        """Ask it to end, without waiting."""
 
     def close(self, drain: bool, timeout: float) -> None:
-        """End it, and wait for that."""
+        """End it and wait."""
 
 
-_running: dict[int, Running] = {}  # by id; entered and removed by any thread, each in one atomic step
+_running: dict[int, Running] = {}  # by id; added and removed by any thread, each in one atomic step
 
 
 def remember(server: Running) -> None:
-    """End this one at exit, should it still run."""
+    """End this server at exit if it is still running."""
     _running[id(server)] = server
 
 
 def forget(server: Running) -> None:
-    """It has ended."""
+    """The server has ended."""
     _running.pop(id(server), None)
 
 
@@ -43,7 +42,7 @@ def forget(server: Running) -> None:
 def _close_all() -> None:
     left = [server for server in list(_running.values()) if server.started]
     for server in left:
-        logger.warning("A Bridge was not closed; use `with Bridge(...)` or bridge.close().")
-        server.drop()  # all of them, before the first is waited for
+        logger.debug("A Bridge is closed by the end of the program.")
+        server.drop()  # signal all before waiting for the first
     for server in left:
         server.close(drain=False, timeout=0.0)
