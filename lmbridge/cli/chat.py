@@ -172,9 +172,7 @@ def obey(chat: Chat, line: str) -> bool:
     command = COMMANDS.get(name)
     if command is None:
         hint = values.did_you_mean(name, COMMANDS)
-        complain(
-            f"there is no command {name}{hint or '; /help lists them'} (a message may begin with a blank and a slash)"
-        )
+        complain(f"there is no command {name}{hint or '; /help lists them'}")
         return False
     command(chat, rest.strip())
     return True
@@ -223,4 +221,4 @@ HELP = """\
 /system TEXT   set the system message; without TEXT, show it
 /exit          leave, as Ctrl-D does
 \"""            begins and ends a message of several lines
-Ctrl-C stops an answer. A message that begins with a slash needs a blank before it."""
+Ctrl-C stops an answer. Put a blank before a message that begins with a slash."""

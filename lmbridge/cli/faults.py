@@ -14,7 +14,7 @@ from lmbridge.errors import InvalidRequestError
 _NO_MEMORY = "there is not enough memory; close other programs, or take a smaller model"
 
 _WORDS: tuple[tuple[str, str], ...] = (
-    (r"^The engine could not be loaded: (.*?)\.? Fix that, then start anew\.$", r"The model could not be loaded: \1."),
+    (r"^The engine could not be loaded: (.*?)\.? Fix this, then restart\.$", r"The model could not be loaded: \1."),
     (r"\bMemoryError\(\)", _NO_MEMORY),
     (r"\[enforce fail at \S+\].*can't allocate memory.*", f"{_NO_MEMORY}."),
     (
@@ -26,11 +26,14 @@ _WORDS: tuple[tuple[str, str], ...] = (
     (r"\bengine='(\w+)'", r"--engine \1"),
     (r"\braise max_context( or cache_share)? where\b", "raise it with --option max_context=N where"),
     (r"\bmax_context=(\d+) avoids it\b", r"--option max_context=\1 avoids it"),
-    (r"\bfewer max_new_tokens\b", "a smaller --max-new-tokens"),
-    (r"\bNo token had come: see in health\(\) whether the engine makes progress\.", "No token had come by then."),
-    (r"; health\(\) says what holds the queue up\b", ""),
+    (r"\blower max_new_tokens\b", "lower --max-new-tokens"),
+    (
+        r"\bNo token had arrived: check in health\(\) whether the engine makes progress\.",
+        "No token had arrived by then.",
+    ),
+    (r"; health\(\) says what delays the queue\b", ""),
     (r"\bgive a longer timeout, or load first: bridge\.start\(\)\.", "Give a longer timeout."),
-    (r"\bSend it again when health\(\) .*", "Try again later."),
+    (r"\bSend it again once health\(\) .*", "Try again later."),
     (r"\bLMBRIDGE_API_KEYS_FILE:", "--api-keys-file:"),
     (r"(?i)<(?:!doctype|html)\b.*", "it sent a web page, and not an answer of the API."),
 )

@@ -178,7 +178,7 @@ def test_what_was_on_its_way(scripted: Scripted, tmp_path: Path, capsys: pytest.
     agrees_with_itself(content)
     out = capsys.readouterr().out
     assert "\n2 requests from 3 clients" in out
-    assert "of the 2 requests that had ended by then. The 3 on their way are left out" in out
+    assert "of the 2 requests that had ended by then.\nThe 3 on their way are left out" in out
     engine.wait_for(lambda engine: engine.active == 0)
 
 

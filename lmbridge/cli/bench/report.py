@@ -233,12 +233,14 @@ def as_text(result: Result, summary: Summary) -> str:
     settings, rows = result.settings, result.ended
     lines = [
         "",
-        f"{summary.requests} requests from {settings['clients']} clients to {result.label}"
+        f"{result.label}:",
+        f"{summary.requests} requests from {settings['clients']} clients"
         + (f", {settings['rate']:g} a second," if settings["rate"] else "")
-        + f" in {summary.seconds:.2f} s:",
+        + f" in {summary.seconds:.2f} s,",
         f"approximately {settings['prompt_tokens']} {settings['prompts_by']} in a prompt"
         + (f" ({_mean(row.prompt_tokens for row in rows)} tokens as counted)" if summary.prompt_tokens else "")
-        + f", {_mean(row.completion_tokens for row in rows if row.outcome == 'ok')} tokens in an answer, "
+        + ",",
+        f"{_mean(row.completion_tokens for row in rows if row.outcome == 'ok')} tokens in an answer, "
         + ("streamed" if settings["stream"] else "not streamed"),
         "",
         _line("requests/s", _number(summary.requests_per_second, 2)),
@@ -298,8 +300,8 @@ def _notes(result: Result, summary: Summary) -> list[str]:
     notes = []
     if result.interrupted:
         notes.append(
-            f"Interrupted: all figures are of the {summary.requests} requests that had ended by then. The "
-            f"{summary.interrupted} on their way are left out, and so are their tokens."
+            f"Interrupted: all figures are of the {summary.requests} requests that had ended by then.\n"
+            f"The {summary.interrupted} on their way are left out, and so are their tokens."
         )
     if summary.tokens_counted == "pieces":
         notes.append("The server does not count tokens: each piece of a stream is taken for one.")
