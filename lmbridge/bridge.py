@@ -1,6 +1,6 @@
-"""The Bridge: verbs and lifetime, nothing else.
+"""The Bridge: its verbs and its lifetime.
 
-Rule: used from any thread but the server's. It puts the parts together and keeps each thread's own client.
+Rule: used from any thread but the server's. It assembles the parts and keeps one account per thread.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Model = str | Path | Engine | Callable[[], Engine]
 
 @dataclass(frozen=True)
 class RequestInfo:
-    """One living request, as ``bridge.requests()`` lists it; ``age`` in seconds, ``tokens`` generated so far."""
+    """One unfinished request in ``bridge.requests()``: its ``age`` in seconds, and the ``tokens`` generated so far."""
 
     id: str
     state: Literal["waiting", "running"]
@@ -57,19 +57,18 @@ class RequestInfo:
 
 @dataclass(frozen=True)
 class Health:
-    """What ``bridge.health()`` says.
+    """A snapshot from ``bridge.health()``.
 
     Attributes:
-        state: as ``Bridge.state``; requests are served while it is ``ready``, and kept while it is ``starting`` or
-            ``restarting``; the first one has a model that is ``unloaded`` loaded again.
-        reason: why it is ``restarting``, ``failed``, ``unloaded`` or ``starting`` again; what a load waits for; what
-            holds a ``ready`` bridge's calls up (a swap, an engine that is full, or one that has made no progress, and
-            where it stands);
-            where the thread of a ``closed`` bridge is stuck; else "".
-        waiting: requests that wait for the engine.
+        state: as in ``Bridge.state``. Requests are served while ``ready`` and kept while ``starting`` or
+            ``restarting``; if ``unloaded``, the next request loads the model again.
+        reason: why the bridge is ``restarting``, ``failed``, ``unloaded`` or ``starting`` again; what a load is waiting
+            for; what delays the calls of a ``ready`` bridge (a swap, a full engine, or one that makes no progress and
+            where it is stuck); where the thread of a ``closed`` bridge is stuck; otherwise "".
+        waiting: requests waiting for the engine.
         running: requests in the engine.
-        restarts: how often a dead engine has been followed by a new one.
-        silent: seconds since the server thread's last sign of life, of which it gives two a second; 0 without one.
+        restarts: how often a dead engine has been replaced.
+        silent: seconds since the server thread's last heartbeat (it sends two a second); 0 if there has been none.
     """
 
     state: State
@@ -86,28 +85,29 @@ class Bridge(Verbs):
     Nothing is loaded before the first call, ``start()`` or ``with``.
 
     Args:
-        model: ``"demo"`` (the bundled model), a folder, a hub id, an Engine, or a function that builds one. Only what
-            was given by name or as a function can be rebuilt after the engine has died.
-        engine: the engine's name, for a model given by name: ``transformers``, ``encoder``, ``exllamav2``,
-            ``exllamav3``, ``function``, ``llamacpp``, ``lmdeploy``, ``openai``, ``ray``, ``vllm``, or one that another
-            package adds. ``"auto"`` goes by what the model is.
-        device: where the model runs, as torch names it, or a ``Device`` that bridges share; None: the engine chooses.
-            Bridges on one device take turns there, and load when there is room for their models.
-        keep_alive: seconds without calls after which the model is unloaded, until the next call; None keeps it until
-            another needs the memory. A model given as an Engine is always kept.
-        pin: keep the model whoever needs the memory.
-        weight: how much of the device it gets beside others: of 2 and 1 the first gets twice the time, where three or
-            more compute, or one that chooses the length of its turns, as encoders do. Two language models alternate.
+        model: ``"demo"`` (the bundled model), a folder, a hub id, an Engine, or a function that builds one. After the
+            engine dies, only a model given by name or as a function can be rebuilt.
+        engine: the engine for a model given by name: ``transformers``, ``encoder``, ``exllamav2``, ``exllamav3``,
+            ``function``, ``llamacpp``, ``lmdeploy``, ``openai``, ``ray``, ``vllm``, or one added by another package.
+            ``"auto"`` chooses by what the model is.
+        device: where the model runs: a torch device name, or a ``Device`` shared by several bridges; None lets the
+            engine choose. Bridges on one device take turns, and load their models when there is room.
+        keep_alive: unload the model after this many seconds without calls, until the next call; None keeps it until
+            another model needs the memory. A model given as an Engine is never unloaded.
+        pin: keep the model loaded even if another needs the memory.
+        weight: the share of the device relative to other models: weight 2 gets twice the time of weight 1. It applies
+            when three or more models compute, or one chooses the length of its turns, as encoders do. Two language
+            models alternate.
         timeout: default deadline of every call, in seconds; None waits forever.
         max_pending: how many requests may wait for the engine.
-        max_pending_per_client: how many of them may be one client's.
-        when_full: ``"block"`` has callers wait for room up to their deadline, ``"reject"`` raises QueueFullError.
-        stall_timeout: an engine that has work and says nothing for this many seconds is taken for dead; a request that
-            it leaves lying for as long while it goes on with others fails alone. None trusts it.
-        engine_options: the engine's own options.
+        max_pending_per_client: how many of them may belong to one client.
+        when_full: ``"block"`` makes callers wait for room until their deadline, ``"reject"`` raises QueueFullError.
+        stall_timeout: an engine that has work but produces nothing for this many seconds counts as dead. A single
+            request that stalls this long while others progress fails alone. None disables both checks.
+        engine_options: options passed to the engine.
 
     Raises:
-        ModelNotFoundError, UnknownEngineError, InvalidRequestError: what was given cannot work.
+        ModelNotFoundError, UnknownEngineError, InvalidRequestError: the arguments cannot work.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Bridge(Verbs):
         _check_limits(max_pending, max_pending_per_client, when_full)
         _check_seconds(timeout=timeout, stall_timeout=stall_timeout, keep_alive=keep_alive)
         if stall_timeout == 0:
-            raise InvalidRequestError("stall_timeout=0 lets no engine live; give seconds, or None.", "stall_timeout")
+            raise InvalidRequestError("stall_timeout must be above 0, or None for no limit.", "stall_timeout")
         terms = Terms(keep_alive, checked_flag(pin, "pin"), _checked_weight(weight))
         recipe = _placed(model, engine, engine_options, device)
         metrics = Metrics()
@@ -137,7 +137,7 @@ class Bridge(Verbs):
         self._device, self._engine = device, engine
         self._server_thread = ServerThread(recipe, gate, metrics, stall_timeout, terms)
         self._access = Access(self._server_thread.server, self._server_thread.handle, timeout)
-        self._threads = threading.local()  # .account: the thread's own, dropped when the thread ends
+        self._threads = threading.local()  # .account: one per thread, dropped when the thread ends
 
     # --- lifetime ---
 
@@ -145,23 +145,23 @@ class Bridge(Verbs):
         """Load the model now and block until it is ready, at most ``timeout`` seconds.
 
         Raises:
-            EngineStartError: it could not be loaded, and is not loaded again: build a new Bridge, or ``swap``.
-            RequestTimeoutError: it was not ready in time; loading goes on.
+            EngineStartError: loading failed, and is not retried: build a new Bridge, or ``swap``.
+            RequestTimeoutError: it was not ready in time; loading continues.
         """
         _check_seconds(timeout=timeout)
         self._server_thread.start(timeout)
         return self
 
     def close(self, *, drain: bool = False, timeout: float | None = 10.0) -> None:
-        """End the bridge: refuse new calls, then finish (``drain``) or abort what was asked, and free the model.
+        """Close the bridge: refuse new calls, finish (``drain``) or abort those already made, and free the model.
 
-        Safe from any thread and more than once; a second call may cut a drain short. Every call that was made ends with
-        an answer or BridgeClosedError, whatever the engine does: a server thread that is stuck is left behind.
+        Safe from any thread, any number of times; a second call may cut a drain short. Every call ends with an answer
+        or BridgeClosedError, whatever the engine does: a stuck server thread is left behind.
 
         Args:
-            drain: let every request that was made finish, also while the model loads, is restarted or exchanged.
-            timeout: seconds for that, None for as long as it takes; what is left then is aborted. Closing the engine
-                may take 10 more.
+            drain: let every request finish, even while the model is loading, restarting or being swapped.
+            timeout: the limit for that, in seconds; None for no limit. What remains is aborted. Closing the engine may
+                take another 10 seconds.
         """
         self._server_thread.close(drain, checked_seconds(math.inf if timeout is None else timeout))
         self._access.close()
@@ -176,21 +176,22 @@ class Bridge(Verbs):
         device: str | Device | None = None,
         **engine_options: Any,
     ) -> None:
-        """Exchange the model; blocks until the new one serves, and no request fails. Ctrl-C takes back one not begun.
+        """Replace the model; blocks until the new one serves. No request fails. Ctrl-C cancels a swap not yet begun.
 
         Args:
-            model, engine_options: as for the Bridge itself.
-            engine: likewise; None: the one that the bridge was given.
-            overlap: load the new model beside the old one, which needs memory for both; what runs finishes on the old
-                one. False holds new requests back, lets what runs finish, frees the old model and loads the new one.
-            timeout: with ``overlap=False``, seconds for what runs to finish.
-            device: where the new model runs; None: where the bridge was told to run.
+            model, engine_options: as for Bridge.
+            engine: as for Bridge; None: the bridge's present engine name.
+            overlap: load the new model beside the old one, which needs memory for both; running requests finish on the
+                old one. False holds new requests, lets the running ones finish, and frees the old model before loading
+                the new one.
+            timeout: with ``overlap=False``, how long to wait for running requests, in seconds.
+            device: where the new model runs; None: the bridge's device.
 
         Raises:
-            EngineStartError: the new model could not be loaded; the old one goes on (or is brought back).
-            RequestTimeoutError: what runs did not finish in time, or the server thread is stuck and did not begin; the
-                old one goes on.
-            InvalidRequestError: ``overlap=False``, and the old model was given as an instance: there is no way back.
+            EngineStartError: the new model could not be loaded; the old one is kept (or loaded again).
+            RequestTimeoutError: running requests did not finish in time, or the server thread is stuck and the swap did
+                not begin; the old model is kept.
+            InvalidRequestError: with ``overlap=False``, an old model given as an instance could not be rebuilt.
             BridgeClosedError: the bridge was closed meanwhile.
         """
         _check_seconds(timeout=timeout)
@@ -202,7 +203,7 @@ class Bridge(Verbs):
     def __enter__(self) -> Bridge:
         try:
             return self.start()
-        except BaseException:  # Ctrl-C while loading too: a ``with`` that is not entered is not left either
+        except BaseException:  # Ctrl-C while loading, too: __exit__ will not run
             self.close(timeout=0.0)
             raise
 
@@ -210,7 +211,7 @@ class Bridge(Verbs):
         self.close(drain=exc_type is None, timeout=60.0)
 
     def __del__(self) -> None:
-        # A finalizer may run in the middle of anything: no locks, no logging, no joining.
+        # A finalizer may run at any point of any code: no locks, no logging, no joining.
         server = getattr(self, "_server_thread", None)
         if server is not None and server.drop():
             message = f"unclosed {self!r}; use `with Bridge(...)` or close()"
@@ -219,11 +220,11 @@ class Bridge(Verbs):
     # --- callers ---
 
     def client(self, name: str | None = None, observer: Observer | None = None) -> Client:
-        """A client of your own: a fairness account with its own pair of queues and the same verbs.
+        """A client with its own fairness account, its own pair of queues, and the same verbs.
 
         Args:
-            name: whose turn its calls take; clients of one name take it together.
-            observer: hears of its calls.
+            name: the account; clients with the same name share one turn.
+            observer: notified of the client's calls.
         """
         named = f"client-{next(_numbers)}" if name is None else checked_text(name, "name")
         if observer is not None and not (hasattr(observer, "begun") and hasattr(observer, "ended")):
@@ -235,12 +236,12 @@ class Bridge(Verbs):
         return Chat(self, config, system=system)
 
     def abort(self, request_id: str) -> None:
-        """Abort the request of that id, wherever it is: its caller gets RequestAbortedError. Ignores unknown ids."""
+        """Abort the request with that id; its caller gets RequestAbortedError. Unknown ids are ignored."""
         if self._server_thread.started:
             error = RequestAbortedError(f"Request {request_id} was aborted by bridge.abort().")
             self._server_thread.handle.abort_where(lambda call: call.request.id == request_id, error)
 
-    # --- what can be seen ---
+    # --- inspection ---
 
     @property
     def state(self) -> State:
@@ -248,7 +249,7 @@ class Bridge(Verbs):
         return self._server_thread.status.state
 
     def health(self) -> Health:
-        """The state with its reason and what goes on. Never blocks, so that a stuck engine can be told from outside."""
+        """The state, its reason and the load. Never blocks, so a stuck engine can be detected from outside."""
         living = self.requests()
         running = sum(request.state == "running" for request in living)
         status = self._server_thread.status
@@ -256,7 +257,7 @@ class Bridge(Verbs):
         return Health(status.state, status.reason, waiting, running, status.restarts, self._server_thread.silent)
 
     def requests(self) -> list[RequestInfo]:
-        """The living requests, oldest first: those that wait for room or for the engine, and those in it."""
+        """All unfinished requests, oldest first: those waiting for room or for the engine, and those in it."""
         now = time.monotonic()
         return [
             RequestInfo(
@@ -271,32 +272,32 @@ class Bridge(Verbs):
 
     @property
     def metrics(self) -> Metrics:
-        """What has been counted since the bridge was built; see ``lmbridge.prometheus`` for its export."""
+        """Counters since the bridge was built; ``lmbridge.prometheus`` exports them."""
         return self._server_thread.metrics
 
     def stats(self) -> dict[str, float]:
-        """What the engine counts of itself (``in_flight``, ``steps``, ``tokens`` …); empty while there is none."""
+        """The engine's own counters (``in_flight``, ``steps``, ``tokens`` …); empty while no engine is loaded."""
         return self._server_thread.ask_engine(lambda engine: engine.stats()) or {}
 
     def supports(self) -> frozenset[str]:
-        """The GenerationConfig fields that the engine honours; empty while there is none. Never blocks."""
+        """The GenerationConfig fields that the engine supports; empty while none is loaded. Never blocks."""
         engine = self._server_thread.engine
         return frozenset() if engine is None else engine.supports
 
     def tasks(self) -> frozenset[Task]:
-        """What the engine does (``generate``, ``embed``, …), or the last one did; empty before the first.
+        """The tasks of the current or last engine (``generate``, ``embed``, …); empty before the first is loaded.
 
         Never blocks.
         """
         return self._server_thread.status.tasks
 
     def describe(self) -> str:
-        """The model, its engine and how it runs there; the model alone while there is no engine. Never blocks."""
+        """The model, its engine and how it runs; only the model while no engine is loaded. Never blocks."""
         engine = self._server_thread.engine
         return self._server_thread.label if engine is None else engine.describe()
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
-        """Each token's own text, as tables of log-probabilities show it; "" where the engine cannot tell."""
+        """The text of each token, for tables of log-probabilities; "" where the engine does not know it."""
         texts = self._server_thread.ask_engine(lambda engine: engine.token_texts(token_ids))
         return [""] * len(token_ids) if texts is None else texts
 
@@ -324,7 +325,7 @@ def _recipe(model: Any, engine: str, options: dict[str, Any]) -> Recipe:
         return Recipe(lambda: around, around.describe(), rebuildable=False)
     if options:
         raise InvalidRequestError(
-            f"Options such as {next(iter(options))!r} go with a model given by name; give them to the engine itself."
+            f"The option {next(iter(options))!r} needs a model given by name; pass it to the engine you build instead."
         )
     if isinstance(model, Engine):
         return Recipe(lambda: model, model.describe(), rebuildable=False)
@@ -337,24 +338,24 @@ def _recipe(model: Any, engine: str, options: dict[str, Any]) -> Recipe:
 
 
 def _check_builder(build: Callable[..., Any]) -> None:
-    """Refuse a function that cannot be called without arguments."""
+    """Refuse a function that requires arguments."""
     try:
         signature = inspect.signature(build)
-    except (TypeError, ValueError):  # one that does not say
+    except (TypeError, ValueError):  # no signature to inspect
         return
     try:
         signature.bind()
     except TypeError as cause:
         name = getattr(build, "__name__", type(build).__name__)
         raise InvalidRequestError(
-            f"{name} takes arguments, and what builds an Engine takes none. To share a function from a list to a list, "
-            f"or one that yields a prompt's answer: Bridge(function_engine({name})).",
+            f"{name} requires arguments; a function that builds an Engine takes none. To share a function that maps a "
+            f"list to a list, or yields one prompt's answer, pass function_engine({name}).",
             "model",
         ) from cause
 
 
 def _placed(model: Any, engine: str, options: dict[str, Any], device: Any) -> Recipe:
-    """The recipe of a model on a device, whose name goes on to an engine that takes it."""
+    """The recipe for a model on a device; the device's name is passed to engines that accept it."""
     if device is None:
         return _recipe(model, engine, options)
     place = device if isinstance(device, Device) else Device.of(device)
@@ -373,7 +374,7 @@ def _checked_weight(value: Any) -> float:
 
 
 def _check_seconds(**times: Any) -> None:
-    """Each may be None as well."""
+    """Check times that may also be None."""
     for name, value in times.items():
         if value is not None:
             checked_seconds(value, name)

@@ -1,6 +1,6 @@
 """A conversation over any bridge or client.
 
-Rule: knows the verbs and plain messages, nothing else. The history changes only when a turn has been answered whole.
+Rule: knows the verbs and plain messages, nothing else. The history changes only once a turn has a complete answer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Chat:
-    """Keeps the history of one conversation; one turn at a time, and a second one meanwhile is an error.
+    """Keeps the history of one conversation; one turn at a time; starting a second one raises.
 
     Attributes:
         messages: the conversation so far, as the model sees it.
@@ -33,20 +33,19 @@ class Chat:
         self._config = config
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._lock = threading.Lock()  # held for a moment, to begin a turn
-        self._turn: weakref.ref[_Turn] | None = None  # the last that was begun; guarded by _lock
+        self._turn: weakref.ref[_Turn] | None = None  # the latest; guarded by _lock
 
     def ask(self, text: str, **options: Unpack[CallOptions]) -> Response:
-        """Say ``text`` and block for the whole answer. Options and errors are those of ``Bridge.infer``.
+        """Say ``text`` and block for the complete answer. Options and errors are those of ``Bridge.infer``.
 
-        With ``tools``, Python functions, those that the model calls are run here, on this thread, and their results
-        are told to the model until it answers: ``chat.ask("Will it rain in Paris?", tools=[weather])``. Results are
-        told as they are if they are strings, else as JSON. A ``tool_choice`` that forces a call forces the first
-        round only, and after its results the model answers; after ``MOST_ROUNDS`` rounds it has to. ``timeout`` holds
-        for all rounds and for what the functions take between them.
+        With Python functions as ``tools``, the ones the model calls run here, on this thread, and the model gets their
+        results until it answers: ``chat.ask("Will it rain in Paris?", tools=[weather])``. A string result is passed as
+        it is, anything else as JSON. A ``tool_choice`` that forces a call applies to the first round only; after
+        ``MOST_ROUNDS`` rounds the model must answer. ``timeout`` covers all rounds and the functions between them.
 
         Raises:
-            InvalidRequestError: another turn is not over, here and in ``stream``; or a tool is no function.
-            Exception: what a function raises. The turn is not remembered then.
+            InvalidRequestError: another ``ask`` or ``stream`` is not over yet, or a tool is not a function.
+            Exception: whatever a function raises; the turn is then forgotten.
         """
         turn = self._begin(text)
         try:
@@ -59,10 +58,10 @@ class Chat:
         return rounds.response
 
     def stream(self, text: str, **options: Unpack[CallOptions]) -> ChatStream:
-        """Say ``text`` and return the answer as it grows; a turn that is left or fails is not remembered.
+        """Say ``text`` and return the answer as it grows; a turn that fails or is abandoned is forgotten.
 
-        Leaving the loop or ``close()`` stops the engine. With ``tools`` the deltas of all rounds come one after
-        another; those with ``tool_calls`` say what is called, and the functions run where the next delta is asked for.
+        Leaving the loop or calling ``close()`` stops generation. With ``tools``, the deltas of all rounds come one
+        after another; those with ``tool_calls`` show the calls, and the functions run when the next delta is requested.
         """
         turn = self._begin(text)
         try:
@@ -80,8 +79,8 @@ class Chat:
             last = None if self._turn is None else self._turn()
             if last is not None and not last.over:
                 raise InvalidRequestError(
-                    "This chat is in the middle of a turn: read its stream to the end or close it first, and give each "
-                    "thread a Chat of its own."
+                    "This chat is in the middle of a turn: read its stream to the end or close it first. Give each "
+                    "thread its own Chat."
                 )
             turn = _Turn([*self.messages, {"role": "user", "content": text}])
             self._turn = weakref.ref(turn)
@@ -93,9 +92,9 @@ class Chat:
 
 
 class ChatStream:
-    """The deltas of one turn, read by one thread: ``for delta in chat.stream(…)``. Leaving it stops the engine.
+    """The deltas of one turn, read by one thread: ``for delta in chat.stream(…)``. Leaving the loop stops generation.
 
-    One that nobody holds any more needs no finalizer: its stream has one, and its turn is over then.
+    It needs no finalizer: the underlying stream has one, and the turn ends with it.
     """
 
     def __init__(self, chat: Chat, turn: _Turn, rounds: Rounds) -> None:
@@ -104,17 +103,15 @@ class ChatStream:
 
     @property
     def response(self) -> Response:
-        """The turn's answer, once it is over; until then that of the round under way, as far as it has come."""
+        """The turn's answer once it is over; before, the current round's answer so far."""
         return self._rounds.response if self._rounds.over else self._stream.response
 
     def wait(self, timeout: float | None = None) -> bool:
-        """As ``Stream.wait``: whether ``next`` has something at once. It may be the end of a round, whose functions run
-        then.
-        """
+        """As ``Stream.wait``: whether ``next`` can proceed at once. At the end of a round it then runs functions."""
         return self._turn.over or self._stream.wait(timeout)
 
     def close(self) -> None:
-        """Stop the engine, and forget the turn unless it was answered."""
+        """Stop generation, and forget the turn unless it is complete."""
         self._turn.over = True
         self._stream.close()
 
@@ -151,8 +148,8 @@ class ChatStream:
     def _take(self, response: Response) -> None:
         try:
             self._rounds.take(response)
-        except StopIteration as stray:  # of a function; it would look like the end of the answer
-            raise RuntimeError("A function of the chat raised StopIteration.") from stray
+        except StopIteration as stray:  # from a function; it would look like the end of the answer
+            raise RuntimeError("A tool function raised StopIteration.") from stray
 
     def _ask(self) -> Stream:
         rounds, chat = self._rounds, self._chat
@@ -160,8 +157,8 @@ class ChatStream:
 
 
 class _Turn:
-    """What the model sees in one turn. It is over when it was answered or left, or when nobody holds it any more."""
+    """What the model sees in one turn, which is over once it is answered, abandoned or garbage-collected."""
 
     def __init__(self, messages: list[Message]) -> None:
         self.messages = messages
-        self.over = False  # written by whoever reads the answer
+        self.over = False  # written by the thread that reads the answer

@@ -1,4 +1,4 @@
-"""A client of a user's own: the verbs, in an account that can be closed.
+"""A client: the verbs of the Bridge, on an account that can be closed.
 
 Rule: any thread but the server's.
 """
@@ -15,10 +15,10 @@ from lmbridge.messages import GenerationConfig
 
 
 class Client(Verbs):
-    """A fairness account with its own pair of queues; safe from any thread. ``bridge.client()`` makes one.
+    """A fairness account with its own pair of queues; safe from any thread. Made by ``bridge.client()``.
 
     Its pair serves one call at a time; nested and concurrent calls borrow others. ``with bridge.client() as client``
-    closes it, which aborts what it has running.
+    closes it at the end, which aborts its running requests.
     """
 
     def __init__(self, access: Access, name: str, bridge: object, observer: Observer | None = None) -> None:
@@ -35,10 +35,10 @@ class Client(Verbs):
         return Chat(self, config, system=system)
 
     def close(self, error: LMBridgeError | None = None) -> None:
-        """End every call made through this client, wherever it is, and refuse further ones. The bridge goes on.
+        """End every call made through this client and refuse further ones. The bridge stays open.
 
         Args:
-            error: what its callers are told; default: BridgeClosedError.
+            error: raised to its callers; default: BridgeClosedError.
         """
         self._own_account.close(error)
 

@@ -1,29 +1,29 @@
 """Every error lmbridge raises, and nothing else.
 
-Rule: this module imports nothing of lmbridge. Each message says what happened, what it means for the request and
-what to do. Every class pickles, and ``fresh`` gives each waiter an instance of its own.
+Rule: this module imports nothing of lmbridge. Each message says what happened and what to do. Every class can be
+pickled, and ``fresh`` gives each waiter an instance of its own.
 
 ::
 
     LMBridgeError
-    ├── InvalidRequestError (ValueError)      the request itself is wrong; it never reached the engine
-    │   ├── UnsupportedOptionError            this engine cannot honour that GenerationConfig field
-    │   ├── UnsupportedTaskError              this engine does not do that: embed, rerank, generate, call
+    ├── InvalidRequestError (ValueError)      the request is invalid; it never reached the engine
+    │   ├── UnsupportedOptionError            this engine does not support that field
+    │   ├── UnsupportedTaskError              this engine cannot embed, rerank, generate or call
     │   └── PromptTooLongError                the prompt does not fit the model's context
     ├── ModelNotFoundError (LookupError)      no such model folder
     ├── UnknownEngineError (LookupError)      no engine is registered under that name
-    ├── MissingDependencyError (ImportError)  an optional package is not installed; names the pip command
+    ├── MissingDependencyError (ImportError)  an optional package is missing; names the pip command
     ├── RequestTimeoutError (TimeoutError)    the deadline passed; carries the partial text
-    ├── RequestAbortedError                   the request was aborted by somebody else; carries the partial text
-    │   └── DisconnectedError                 whoever asked for it over a network has gone
+    ├── RequestAbortedError                   the request was aborted elsewhere; carries the partial text
+    │   └── DisconnectedError                 the network client disconnected
     ├── QueueFullError                        no room for another waiting request
     ├── EngineError                           the engine failed this one request
     │   ├── EngineStartError                  the engine could not be loaded
-    │   └── EngineDeadError                   the engine died with this request in it, or is down
+    │   └── EngineDeadError                   the engine died while it had this request, or is down
     ├── BridgeClosedError (RuntimeError)      the bridge or the client was closed
     ├── WrongThreadError (RuntimeError)       a blocking call on the thread that must not block
     ├── ForkedError (RuntimeError)            the bridge belongs to the parent process
-    └── UnsupportedEnvironmentError (RuntimeError)  patched threads or subinterpreters
+    └── UnsupportedEnvironmentError (RuntimeError)  patched threads or a subinterpreter
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _E = TypeVar("_E", bound=BaseException)
 
 
 class LMBridgeError(Exception):
-    """Base of all errors of lmbridge.
+    """Base class of all lmbridge errors.
 
     Attributes:
-        request_id: the request it ended, where there was one.
-        index: position in the list given to ``infer``, where there was a list.
-        listed: what stands at that position.
-        partial: the text generated before the error ("" when there was none).
-        retryable: whether the same request may succeed when it is sent again.
+        request_id: the request that failed, if there was one.
+        index: position in the list given to ``infer``, if there was a list.
+        listed: what the list holds, such as "Prompt".
+        partial: the text generated before the error, or "".
+        retryable: whether sending the same request again may succeed.
     """
 
     request_id: str | None = None
@@ -57,7 +57,7 @@ class LMBridgeError(Exception):
 
 
 class InvalidRequestError(LMBridgeError, ValueError):
-    """The request is wrong in itself. ``param`` names the argument or field at fault."""
+    """The request is invalid. ``param`` names the argument or field."""
 
     def __init__(self, message: str = "", param: str | None = None) -> None:
         super().__init__(message)
@@ -65,15 +65,15 @@ class InvalidRequestError(LMBridgeError, ValueError):
 
 
 class UnsupportedOptionError(InvalidRequestError):
-    """The engine in use cannot honour the GenerationConfig field named by ``param``."""
+    """The engine in use does not support the GenerationConfig field named by ``param``."""
 
 
 class UnsupportedTaskError(InvalidRequestError):
-    """The engine in use does something else: it embeds rather than generates, say."""
+    """The engine in use cannot do this task: for example, it embeds but does not generate."""
 
 
 class PromptTooLongError(InvalidRequestError):
-    """The prompt has more tokens than the engine has room for; ``most`` is how many, where the engine tells."""
+    """The prompt has more tokens than fit; ``most`` is the limit, if the engine reports it."""
 
     def __init__(self, message: str = "", param: str | None = None, most: int | None = None) -> None:
         super().__init__(message, param)
@@ -81,33 +81,33 @@ class PromptTooLongError(InvalidRequestError):
 
 
 class ModelNotFoundError(LMBridgeError, LookupError):
-    """The model named is a folder that does not exist, or a folder without a model."""
+    """The model's folder does not exist, or holds no model."""
 
 
 class UnknownEngineError(LMBridgeError, LookupError):
-    """No engine is registered under the name given."""
+    """No engine is registered under that name."""
 
 
 class MissingDependencyError(LMBridgeError, ImportError):
-    """A package that an optional part needs is not installed."""
+    """A package needed by an optional part is not installed."""
 
 
 class RequestTimeoutError(LMBridgeError, TimeoutError):
-    """The deadline passed before the request was finished; generation has been aborted."""
+    """The deadline passed before the request finished; generation was aborted."""
 
     retryable = True
 
 
 class RequestAbortedError(LMBridgeError):
-    """The request was ended from outside: ``bridge.abort``, or its client was closed."""
+    """The request was aborted by ``bridge.abort``, or by closing its client."""
 
 
 class DisconnectedError(RequestAbortedError):
-    """Whoever asked for the request over a network has gone; generation has been aborted."""
+    """The network client disconnected; generation was aborted."""
 
 
 class QueueFullError(LMBridgeError):
-    """Too many requests are waiting. ``retry_after`` is a guess, in seconds, of when to try again."""
+    """Too many requests are waiting. ``retry_after`` estimates, in seconds, when to try again."""
 
     retryable = True
     retry_after: float = 1.0
@@ -122,15 +122,15 @@ class EngineStartError(EngineError):
 
 
 class EngineDeadError(EngineError):
-    """The engine died while it worked on the request, or had died before; the cause is chained."""
+    """The engine died during the request or before it; the cause is chained."""
 
 
 class BridgeClosedError(LMBridgeError, RuntimeError):
-    """The bridge (or the client) was closed before or while the request ran."""
+    """The bridge or the client was closed before the request finished."""
 
 
 class WrongThreadError(LMBridgeError, RuntimeError):
-    """A blocking call on the server thread, which would wait for itself forever."""
+    """A blocking call on the server thread, which would deadlock."""
 
 
 class ForkedError(LMBridgeError, RuntimeError):
@@ -138,17 +138,17 @@ class ForkedError(LMBridgeError, RuntimeError):
 
 
 class UnsupportedEnvironmentError(LMBridgeError, RuntimeError):
-    """The process replaces real threads (gevent, eventlet), or this is a subinterpreter."""
+    """Threads are patched (gevent, eventlet), or this is a subinterpreter."""
 
 
 def fresh(error: _E) -> _E:
-    """A copy of ``error`` to raise in one more thread, with the same cause.
+    """A copy of ``error``, with the same cause, to raise in another thread.
 
-    An exception instance must not be raised in two threads: each raise would extend the other's traceback.
+    Raising one instance in two threads would mix their tracebacks.
     """
     try:
         twin = copy.copy(error)
-    except Exception:  # a foreign exception whose constructor does not take its own args back
+    except Exception:  # its constructor does not accept its own args
         return error
     twin.__cause__ = error.__cause__
     return twin

@@ -1,6 +1,6 @@
-"""How a request is to be generated: the settings that callers give, checked and made plain.
+"""How to generate: the caller's settings, validated and converted to plain values.
 
-Rule: plain data, any thread; no engine is known here. Which fields an engine honours it says itself.
+Rule: plain data, any thread; no engine is known here. Each engine declares which fields it supports.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _TEMPLATE_NAMES = (
     "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens", "self",
     "tokenize", "tokenizer_kwargs", "truncation",
 )  # fmt: skip
-"""What a template's own variables may not be called: it would change how the prompt is made of its text."""
+"""Reserved names: as template variables they would change how the prompt is rendered."""
 _MOST_BIASES = 1024
 _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "random_seed")
 
 
 class Overrides(TypedDict, total=False):
-    """GenerationConfig's fields as keyword arguments of the verbs: ``bridge.infer(prompt, temperature=0.7)``."""
+    """The fields of GenerationConfig as keyword arguments of the verbs: ``bridge.infer(prompt, temperature=0.7)``."""
 
     max_new_tokens: int
     do_sample: bool | None
@@ -76,53 +76,52 @@ class Overrides(TypedDict, total=False):
 class GenerationConfig:
     """How to generate. Mutable, and copied when a request is submitted.
 
-    Numbers, flags and lists may be numpy's, torch's, or of any type that Python's ``numbers`` knows; engines get plain
-    ones.
+    Numbers, flags and lists may come from numpy, torch, or any type registered with Python's ``numbers``; engines get
+    plain ones.
 
     Attributes:
-        max_new_tokens: the most tokens to generate, >= 1. The room left in the model's context may end it earlier.
+        max_new_tokens: the most tokens to generate, >= 1. The model's context may end generation earlier.
         do_sample: True samples, False takes the most likely token; None samples when one of temperature, top_p,
-            top_k, min_p or random_seed is given and is greedy otherwise.
+            top_k, min_p or random_seed is given and otherwise decodes greedily.
         temperature: >= 0; 0 is greedy.
         top_p: keep the smallest set of tokens whose probabilities reach this sum, in (0, 1].
         top_k: keep the k most likely tokens, >= 1 (0 keeps all).
         min_p: keep tokens at least this fraction as likely as the most likely one, in [0, 1].
-        repetition_penalty: > 0; above 1 makes tokens of the prompt and the answer less likely.
+        repetition_penalty: > 0; above 1 makes tokens of the prompt and answer less likely.
         random_seed: the same seed gives the same text, whatever else is in the batch.
-        stop_words: strings that end the answer, which contains them only with ``include_stop_str_in_output``.
-        stop_token_ids: token ids that end the answer, beside the model's own.
-        ignore_eos: go on after the model's own end-of-sequence tokens.
+        stop_words: strings that end the answer; excluded from it unless ``include_stop_str_in_output``.
+        stop_token_ids: token ids that end the answer, in addition to the model's own.
+        ignore_eos: continue past the model's own end-of-sequence tokens.
         skip_special_tokens: leave special tokens out of the text.
-        logprobs: per generated token, its own log-probability and those of this many most likely tokens.
-        frequency_penalty: from -2 to 2; taken off a token's score as often as the answer has it already.
-        presence_penalty: from -2 to 2; taken off a token's score once the answer has it.
-        logit_bias: token id to what is added to its score, from -100 to 100; at most 1024 of them. The model's own
-            end-of-sequence tokens may be among them.
-        min_new_tokens: before so many tokens neither the model's own end-of-sequence tokens nor ``stop_token_ids``
-            come, and stop words end nothing; at most ``max_new_tokens``.
+        logprobs: per generated token, its log-probability and those of this many most likely tokens.
+        frequency_penalty: from -2 to 2; subtracted from a token's score for each time the answer already has it.
+        presence_penalty: from -2 to 2; subtracted once from the score of each token that the answer already has.
+        logit_bias: maps token ids to a bias added to their score, from -100 to 100; at most 1024 entries. The model's
+            own end-of-sequence tokens are allowed.
+        min_new_tokens: until this many tokens, suppress end-of-sequence tokens and ``stop_token_ids``, and ignore stop
+            words; at most ``max_new_tokens``.
         include_stop_str_in_output: keep the stop word that ended the answer.
-        truncate_prompt_tokens: read only the last so many tokens of the prompt, >= 1.
+        truncate_prompt_tokens: read only this many last tokens of the prompt, >= 1.
         chat_template_kwargs: variables for the chat template, such as ``{"enable_thinking": False}``.
-        add_generation_prompt: end a conversation with what begins the model's answer; None: unless
+        add_generation_prompt: end a conversation with the start of the model's answer; None: True unless
             ``continue_final_message``.
-        continue_final_message: leave the last message of a conversation open, and let the model go on with it.
-        prompt_logprobs: per token of the prompt but the first, its own log-probability and those of this many most
-            likely tokens, from 0 to 20.
-        return_prompt_token_ids: tell the prompt's token ids; ``prompt_logprobs`` tells them, too.
-        response_format: what form the answer has, as OpenAI's API has it: ``{"type": "json_schema", "json_schema":
-            {"schema": …}}``, ``{"type": "json_object"}`` or ``{"type": "text"}``. Each token is chosen among those that
-            keep to it; an answer that ``max_new_tokens`` or a stop word cuts off is not whole. A class, such as one of
-            pydantic's models, stands for its schema.
-        grammar: the same for ``{"json": schema}``, ``{"regex": "…"}``, ``{"choice": ["…", …]}`` or ``{"lark": "…"}``; a
-            string is a Lark grammar. llama.cpp's notation (GBNF) is read, too.
-        tools: functions that the model may call, in OpenAI's form or as Python functions, whose type hints and
-            docstrings say the same; ``Response.tool_calls`` has the calls. At most 128.
-        tool_choice: ``"auto"`` (the default) leaves it to the model, ``"required"`` has it call at least one,
-            ``"none"`` keeps the tools from it, and ``{"type": "function", "function": {"name": "…"}}`` has it call that
-            one.
-        parallel_tool_calls: it may call several at once.
-        separate_reasoning: give what a reasoning model thinks before its answer apart, as ``Response.reasoning``; with
-            ``tools`` it always is.
+        continue_final_message: let the model continue the last message of the conversation.
+        prompt_logprobs: per prompt token except the first, its log-probability and those of this many most likely
+            tokens, from 0 to 20.
+        return_prompt_token_ids: return the prompt's token ids; ``prompt_logprobs`` returns them too.
+        response_format: the form of the answer, as in OpenAI's API: ``{"type": "json_schema", "json_schema": {"schema":
+            …}}``, ``{"type": "json_object"}`` or ``{"type": "text"}``. Only tokens that fit are chosen; an answer cut
+            off by ``max_new_tokens`` or a stop word is incomplete. A class, such as a pydantic model, stands for its
+            schema.
+        grammar: the same, as ``{"json": schema}``, ``{"regex": "…"}``, ``{"choice": ["…", …]}`` or ``{"lark": "…"}``; a
+            string is a Lark grammar. llama.cpp's notation (GBNF) is accepted too.
+        tools: at most 128 functions that the model may call, in OpenAI's form or as Python functions with type hints
+            and docstrings. ``Response.tool_calls`` has the calls.
+        tool_choice: ``"auto"`` (the default) lets the model decide, ``"required"`` forces at least one call, ``"none"``
+            hides the tools, and ``{"type": "function", "function": {"name": "…"}}`` forces a call of that function.
+        parallel_tool_calls: allow several calls in one answer.
+        separate_reasoning: return a reasoning model's thoughts separately, as ``Response.reasoning``; always on with
+            ``tools``.
     """
 
     max_new_tokens: int = 512
@@ -171,10 +170,10 @@ class GenerationConfig:
 
     @property
     def form(self) -> Grammar | None:
-        """What form the answer must have; None where that is open.
+        """The form the answer must have; None if any will do.
 
         Raises:
-            InvalidRequestError: ``response_format`` or ``grammar`` is malformed, or both say something.
+            InvalidRequestError: ``response_format`` or ``grammar`` is malformed, or both are given.
         """
         if self.response_format is None and self.grammar is None:
             return None
@@ -182,10 +181,10 @@ class GenerationConfig:
 
     @property
     def calling(self) -> Calling | None:
-        """What the answer may call, or must; None where nothing is to be called.
+        """What the answer may or must call; None if it must not call anything.
 
         Raises:
-            InvalidRequestError: tools or tool_choice are malformed, or do not go together.
+            InvalidRequestError: tools or tool_choice are malformed or contradict each other.
         """
         if self.tools is None and self.tool_choice is None:
             return None
@@ -194,7 +193,7 @@ class GenerationConfig:
         return read_calling(tools, choice, self.parallel_tool_calls)
 
     def merged(self, overrides: Overrides) -> GenerationConfig:
-        """A checked copy with ``overrides`` applied over it; its numbers, flags and lists are plain ones of its own.
+        """A validated copy with ``overrides`` applied; it holds plain values and shares no lists.
 
         Raises:
             InvalidRequestError: a field is unknown, of the wrong type or out of range, or contradicts another.
@@ -205,13 +204,13 @@ class GenerationConfig:
         fields.update(self.__dict__, **overrides)
         for name, default in _DEFAULTS.items():
             value = fields[name]
-            if value is not default:  # by identity: 512.0 and numpy's 512 equal the default too
+            if value is not default:  # by identity: 512.0 and numpy's 512 compare equal to the default
                 fields[name] = _checked(name, value)
         merged._check_together()
         return merged
 
     def check(self) -> None:
-        """Raise InvalidRequestError, naming the field, unless every field is of its type and in its range."""
+        """Raise InvalidRequestError, naming the field, if a field has the wrong type or is out of range."""
         self.merged({})
 
     def _check_together(self) -> None:
@@ -222,22 +221,20 @@ class GenerationConfig:
             )
         if self.continue_final_message and self.add_generation_prompt:
             raise InvalidRequestError(
-                "continue_final_message goes on with the last message and add_generation_prompt begins another: "
-                "give one of them.",
+                "continue_final_message continues the last message, add_generation_prompt begins another: give one of "
+                "them.",
                 param="continue_final_message",
             )
 
         form, calling = self.form, self.calling
         if form is not None and calling is not None and calling.required:
-            raise InvalidRequestError(
-                f"tool_choice asks for calls and {form.param} for another form: give one.", form.param
-            )
+            raise InvalidRequestError(f"tool_choice forces a call and {form.param} another form: give one.", form.param)
         if calling is not None and calling.required and (self.ignore_eos or self.min_new_tokens):
             name = "ignore_eos" if self.ignore_eos else "min_new_tokens"
-            raise InvalidRequestError(f"{name} would have the answer go on beyond its calls: give one.", name)
+            raise InvalidRequestError(f"{name} would continue the answer after its calls: remove it.", name)
         if form is not None and (self.ignore_eos or self.min_new_tokens):
             name = "ignore_eos" if self.ignore_eos else "min_new_tokens"
-            raise InvalidRequestError(f"{name} would have the answer go on beyond its {form.param}: give one.", name)
+            raise InvalidRequestError(f"{name} would continue the answer beyond its {form.param}: give one.", name)
 
     def given(self) -> list[str]:
         """The names of the fields that differ from their defaults."""
@@ -257,7 +254,7 @@ def _refuse_unknown(fields: Any) -> None:
 
 
 def _checked(name: str, value: object) -> object:
-    """The field's plain value."""
+    """The field's value, converted to a plain one."""
     read, expected = _KINDS[name]
     plain = read(value)
     if plain is None:
@@ -274,7 +271,7 @@ def _int(low: int, high: float = math.inf) -> _Reader:
 
 
 def _number(low: float, high: float = sys.float_info.max, above: bool = False) -> _Reader:
-    """From ``low``, or above it, to ``high``; never infinite, and never nan, which compares to nothing."""
+    """A reader for numbers from ``low`` (exclusive if ``above``) to ``high``; infinity and nan are refused."""
 
     def read(value: object) -> float | None:
         number = as_number(value)
@@ -307,30 +304,30 @@ def _biases(value: object) -> dict[int, float] | None:
 
 
 def _form(value: object) -> object:
-    """A copy, which its caller cannot change any more; what it says is read together with the other one."""
+    """A copy that the caller cannot change; ``form`` reads it."""
     try:
         return copy.deepcopy(dict(value)) if isinstance(value, Mapping) else value
-    except Exception:  # of what a schema cannot hold
+    except Exception:  # the value cannot be in a schema
         return None
 
 
 def _variables(value: object) -> dict[str, Any] | None:
-    """A template's variables; what would change how the prompt is made of its text is refused by name."""
+    """The template's variables; reserved names are refused."""
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         return None
     for name in value:
         if name in _TEMPLATE_NAMES:
             raise InvalidRequestError(
-                f"chat_template_kwargs are variables for the chat template; {name!r} is none. Leave it out.",
+                f"chat_template_kwargs cannot set {name!r}, which is not a variable of the template. Leave it out.",
                 param="chat_template_kwargs",
             )
     return dict(value)
 
 
 _Reader = Callable[[object], object]
-"""The plain value, or None where what was given is not of the kind."""
+"""Returns the plain value, or None if the given one is invalid."""
 _FIELD_NAMES: dict[str, None] = {}  # filled below, once the class exists
-# What the fields may hold beside their defaults, which is None wherever None says something.
+# What each field accepts; "or None" stands where None is the default.
 _KINDS: dict[str, tuple[_Reader, str]] = {
     "max_new_tokens": (_int(1), "an int >= 1"),
     "do_sample": (as_flag, "True, False or None"),
@@ -340,7 +337,7 @@ _KINDS: dict[str, tuple[_Reader, str]] = {
     "min_p": (_number(0, 1), "a number in [0, 1] or None"),
     "repetition_penalty": (_number(0, above=True), "a number > 0 or None"),
     "random_seed": (_int(0), "an int >= 0 or None"),
-    "stop_words": (_texts, "a list of strings that are not empty, or None"),
+    "stop_words": (_texts, "a list of non-empty strings, or None"),
     "stop_token_ids": (_ints, "a list of ints or None"),
     "ignore_eos": (as_flag, "True or False"),
     "skip_special_tokens": (as_flag, "True or False"),

@@ -1,6 +1,6 @@
-"""What form an answer must have, read from ``response_format`` and ``grammar`` in OpenAI's and vLLM's words.
+"""The form an answer must have, read from ``response_format`` (OpenAI's) and ``grammar`` (vLLM's).
 
-Rule: plain data, any thread. Whether a grammar can be followed is the engine's to say.
+Rule: plain data, any thread. The engine decides whether it can follow a grammar.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _FORMATS = '{"type": "json_schema", "json_schema": {"schema": …}}, {"type": "j
 _GRAMMARS = '{"json": schema}, {"regex": "…"}, {"choice": ["…", …]}, {"lark": "…"}, or the text of a Lark grammar'
 _MOST_CHOICES = 10_000
 _SCHEMA_WORDS = {"properties", "$ref", "$defs", "anyOf", "items"}
-_GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)  # in a comment or a text it stands elsewhere
+_GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)  # never inside a comment or a string
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """What an answer must be.
+    """The form of an answer.
 
     Attributes:
-        kind: ``json``: JSON that a schema describes; ``regex``: a match; ``choice``: one of several texts; ``lark``: a
+        kind: ``json``: JSON that fits a schema; ``regex``: a match; ``choice``: one of several strings; ``lark``: a
             sentence of a Lark grammar; ``calls``: the same in llguidance's own Lark, written by an engine.
-        value: the schema (a dict, or a bool), the expression, the texts, the grammar.
-        param: the field that it came in.
+        value: the schema (a dict or a bool), the expression, the strings, or the grammar.
+        param: the field that gave it.
     """
 
     kind: Kind
@@ -41,7 +41,7 @@ class Grammar:
 
 
 def read_grammar(response_format: object, grammar: object) -> Grammar | None:
-    """The form that these two ask for; None where they leave it open.
+    """The form that these two fields ask for; None if any will do.
 
     Raises:
         InvalidRequestError: one of them is malformed, or both are given.
@@ -50,7 +50,7 @@ def read_grammar(response_format: object, grammar: object) -> Grammar | None:
     if grammar is None:
         return wanted
     if wanted is not None:
-        raise InvalidRequestError("response_format and grammar both say what form the answer has: give one.", "grammar")
+        raise InvalidRequestError("response_format and grammar both set the form of the answer: give one.", "grammar")
     return _of_grammar(grammar)
 
 
@@ -65,8 +65,8 @@ def _of_format(value: object) -> Grammar | None:
     kind = value.get("type") if isinstance(value, Mapping) else None
     if isinstance(value, Mapping) and kind not in ("text", "json_object", "json_schema") and _SCHEMA_WORDS & set(value):
         raise InvalidRequestError(
-            'A schema stands inside: response_format={"type": "json_schema", "json_schema": {"schema": …}}; or give it '
-            'as grammar={"json": …}.',
+            'Put the schema inside: response_format={"type": "json_schema", "json_schema": {"schema": …}}, or '
+            'grammar={"json": …}.',
             "response_format",
         )
     if not isinstance(value, Mapping) or kind not in ("text", "json_object", "json_schema"):
@@ -94,7 +94,7 @@ def _of_grammar(value: object) -> Grammar:
     if kind == "choice":
         texts = as_list(asked)
         if not texts or len(texts) > _MOST_CHOICES or not all(isinstance(text, str) and text for text in texts):
-            wanted = f"a list of 1 to {_MOST_CHOICES:,} texts that are not empty"
+            wanted = f"a list of 1 to {_MOST_CHOICES:,} non-empty strings"
             raise InvalidRequestError(
                 f"The choice of a grammar must be {wanted}, not {reprlib.repr(asked)}.", "grammar"
             )
@@ -111,13 +111,13 @@ def _json(schema: object, param: str) -> Grammar:
         try:
             schema = json.loads(schema)
         except ValueError as cause:
-            raise InvalidRequestError(f"The schema in {param} is no JSON: {cause}.", param) from None
+            raise InvalidRequestError(f"The schema in {param} is not valid JSON: {cause}.", param) from None
     if not isinstance(schema, (Mapping, bool)):
         raise InvalidRequestError(f"The schema in {param} must be an object, not {reprlib.repr(schema)}.", param)
     try:
         plain = json.loads(json.dumps(schema, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as cause:
-        raise InvalidRequestError(f"The schema in {param} is nothing that JSON can hold: {cause}.", param) from None
+        raise InvalidRequestError(f"The schema in {param} cannot be written as JSON: {cause}.", param) from None
     return Grammar("json", plain, param)
 
 

@@ -1,4 +1,4 @@
-"""The log, and other people's exceptions in words.
+"""The logger, and safe descriptions of foreign values and exceptions.
 
 Rule: for any thread; imports nothing of lmbridge. A handler, a filter or a ``repr`` that raises ends no thread of ours.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class _Logger(logging.LoggerAdapter[logging.Logger]):
-    """Says what it can: a handler whose disk is full must not cost the callers their answers."""
+    """Survives a failing handler: a full disk must not cost callers their answers."""
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
         try:
@@ -21,11 +21,11 @@ class _Logger(logging.LoggerAdapter[logging.Logger]):
 
 
 logger = _Logger(logging.getLogger("lmbridge"), {})
-"""The logger ``lmbridge`` as the threads of a bridge use it."""
+"""The logger ``lmbridge`` as used by a bridge's threads."""
 
 
 def shown(value: object) -> str:
-    """``repr(value)``, or its type where that raises."""
+    """``repr(value)``, or the type if that raises."""
     try:
         return repr(value)
     except BaseException as raised:
@@ -34,7 +34,7 @@ def shown(value: object) -> str:
 
 
 def said(error: BaseException) -> str:
-    """What an exception says of itself, without a full stop; what it looks like where it says nothing."""
+    """An exception's text without its full stop; its repr if the text is empty."""
     try:
         return str(error).rstrip(".") or shown(error)
     except BaseException as raised:
@@ -43,6 +43,6 @@ def said(error: BaseException) -> str:
 
 
 def _let_ctrl_c_by(raised: BaseException) -> None:
-    """What somebody's ``repr`` raises is swallowed, ``SystemExit`` too; the user's own Ctrl-C is not."""
+    """Swallow whatever a foreign ``repr`` raises, even ``SystemExit``, but not the user's Ctrl-C."""
     if isinstance(raised, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
         raise raised

@@ -1,4 +1,4 @@
-"""What crosses between the caller's thread and the server thread: plain data, no behaviour beyond checking itself.
+"""What crosses between the caller's thread and the server thread: plain data.
 
 Rule: no thread, no queue and no engine is known here. Times are seconds on the monotonic clock.
 """
@@ -19,31 +19,31 @@ from lmbridge.signatures import bind_arguments, result_text
 FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
 
 Task = Literal["generate", "embed", "rerank", "call"]
-"""What an engine may do with a request."""
+"""What a request can ask of an engine."""
 
 Message = dict[str, Any]
 """One turn of a conversation: ``{"role": "user", "content": "…"}``."""
 
 Prompt = Union[str, Sequence[Message], Sequence[int]]
-"""One prompt: a string, a conversation, or token ids. Engines get plain dicts and ints, whatever was given."""
+"""One prompt: a string, a conversation, or token ids. Engines always get plain dicts and ints."""
 
 Logprobs = dict[int, float]
-"""One position: token id to log-probability; the token that stands there comes first."""
+"""One position: token id to log-probability; the actual token comes first."""
 
 PromptLogprobs = Sequence[Union[Logprobs, None]]
-"""One entry per token of a prompt: itself first, then the most likely tokens; the prompt's first token has None."""
+"""One entry per prompt token: the token first, then the most likely ones; None for the first token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Embed:
-    """A text to make a vector of.
+    """A text to embed.
 
     Attributes:
         text: a string, or token ids.
-        normalize: give a vector of length 1.
-        dimensions: keep the first so many, for models that were trained for that; None keeps all.
-        prompt: put before the text: the name of one of the model's own prompts, or a text.
-        truncate: what to do with a text longer than the model reads: refuse it, or cut off its end.
+        normalize: scale the vector to length 1.
+        dimensions: keep this many leading numbers, for models trained for it; None keeps all.
+        prompt: put before the text: the name of one of the model's own prompts, or a string.
+        truncate: how to treat a text that is too long for the model: refuse it or cut off its end.
     """
 
     task: ClassVar[Task] = "embed"
@@ -58,7 +58,7 @@ class Embed:
 
 @dataclass(frozen=True, slots=True)
 class Rerank:
-    """A document whose relevance to a query is wanted; ``truncate`` cuts the document."""
+    """A document to score against a query; ``truncate`` cuts the document."""
 
     task: ClassVar[Task] = "rerank"
     noun: ClassVar[str] = "Document"
@@ -79,17 +79,17 @@ class Apply:
 
 
 Job = Embed | Rerank | Apply
-"""What a request asks for that generates no text."""
+"""A request that generates no text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """A document in the order of its relevance.
+    """A document in a ranking.
 
     Attributes:
-        index: its position in the list that was given.
-        score: the higher, the more relevant. Of a model with one label what its own activation makes of it, by default
-            the sigmoid, from 0 to 1; of one with several the softmax of the last.
+        index: its position in the given list.
+        score: the higher, the more relevant. For a model with one label: the output of the model's own activation, by
+            default the sigmoid, from 0 to 1; for one with several: the softmax of the last.
         document: its text.
     """
 
@@ -105,10 +105,10 @@ class Request:
     Attributes:
         id: unique within the bridge.
         prompt: see ``Prompt``; checked. "" for a job.
-        config: checked, and nobody else's.
-        raw: give a text to the model as it is, without the chat template.
+        config: validated, and private to this request.
+        raw: pass a string to the model as it is, without the chat template.
         client: the account whose turn it takes.
-        priority: higher goes first; waiting raises it.
+        priority: higher goes first; it rises while the request waits.
         deadline: monotonic time at which it fails, or None.
         created: monotonic time of submission.
         context: the caller's context variables.
@@ -128,14 +128,14 @@ class Request:
 
     @property
     def task(self) -> Task:
-        """What the engine is asked to do."""
+        """The task asked of the engine."""
         return "generate" if self.job is None else self.job.task
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """A prompt of any kind as one text: itself, what the last message of a conversation says, or the token ids.
+    """Any prompt as one string: itself, the last message of a conversation, or the token ids.
 
-    For engines and functions that take a text and no conversation.
+    For engines and functions that take a string but no conversation.
     """
     if isinstance(prompt, str):
         return prompt
@@ -150,7 +150,7 @@ def prompt_text(prompt: Prompt) -> str:
 
 @dataclass(slots=True)
 class Usage:
-    """Token counts; ``completion_tokens`` counts what the engine generated, the ending token included."""
+    """Token counts; ``completion_tokens`` counts what the engine generated, including the end token."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -162,7 +162,7 @@ class Usage:
 
 @dataclass(slots=True)
 class Timings:
-    """Seconds since submission: until the engine took the request, until its first token, until its end."""
+    """Seconds since submission: until the engine took the request, until the first token, until the end."""
 
     queued: float = 0.0
     first_token: float | None = None
@@ -171,14 +171,14 @@ class Timings:
 
 @dataclass(slots=True)
 class ToolCall:
-    """A function that the model calls, or in a stream a piece of such a call.
+    """A function call by the model or, in a stream, a piece of one.
 
     Attributes:
         index: the call's place in the answer, from 0.
-        id: unique; answered by a message ``{"role": "tool", "tool_call_id": id, "content": "…"}``. Of a call's pieces
-            only the first has it, as the name.
-        name: of one of the request's tools, unless the model made it up.
-        arguments: JSON as the model wrote it, which may be cut off or wrong; of a piece what is new.
+        id: unique; answered by a message ``{"role": "tool", "tool_call_id": id, "content": "…"}``. In a stream only a
+            call's first piece has it, like the name.
+        name: one of the request's tools, unless the model made it up.
+        arguments: JSON as the model wrote it, which may be cut off or invalid; in a piece, the new part.
     """
 
     index: int
@@ -187,37 +187,37 @@ class ToolCall:
     arguments: str = ""
 
     def parsed(self) -> dict[str, Any]:
-        """The arguments of a whole call.
+        """The arguments of a complete call, parsed.
 
         Raises:
-            ValueError: the model wrote none that are JSON, or no object.
+            ValueError: they are not a JSON object.
         """
         try:
             arguments = json.loads(self.arguments or "{}")
         except RecursionError:
             raise ValueError(f"the arguments of {self.name} are nested too deeply") from None
         if not isinstance(arguments, dict):
-            raise ValueError(f"the arguments of {self.name} are no JSON object: {self.arguments}")
+            raise ValueError(f"the arguments of {self.name} are not a JSON object: {self.arguments}")
         return arguments
 
     def bound(self, function: Callable[..., Any]) -> dict[str, Any]:
-        """The arguments as the function's type hints want them: enums, dataclasses and the like are made.
+        """The arguments converted by the function's type hints, to enums, dataclasses and the like.
 
         Raises:
-            ValueError: as ``parsed``, or they are not what it takes.
+            ValueError: as ``parsed``, or they do not fit the function.
         """
         return bind_arguments(function, self.parsed())
 
     def answer(self, result: Any) -> Message:
-        """The message that tells the model what its call gave: a string as it is, else as JSON.
+        """The message with the call's result for the model: a string as it is, anything else as JSON.
 
         Raises:
-            TypeError: JSON cannot say it.
+            TypeError: the result cannot be written as JSON.
         """
         return {"role": "tool", "tool_call_id": self.id, "name": self.name, "content": result_text(result)}
 
     def message(self) -> Message:
-        """A whole call as it stands in the ``tool_calls`` of an assistant's message."""
+        """A complete call as an item of an assistant message's ``tool_calls``."""
         function = {"name": self.name, "arguments": self.arguments}
         return {"id": self.id, "type": "function", "function": function}
 
@@ -227,18 +227,17 @@ class Delta:
     """What one or more engine steps added to an answer.
 
     Attributes:
-        text: new text; the texts of all deltas joined are the whole answer.
-        token_ids: new token ids, the ending token left out.
-        logprobs: one entry per token id when asked for, else None.
+        text: new text; all deltas joined give the whole answer.
+        token_ids: new token ids, without the end token.
+        logprobs: one entry per token id if requested, else None.
         finish_reason: set on the last delta of a finished request.
-        usage: set on the last delta where the engine counts tokens itself.
+        usage: set on the last delta if the engine counts tokens itself.
         error: set on the last delta of a failed request; a stream raises it.
-        value: set on the last delta of a job: a vector, a score, or what a function made of an item.
-        prompt_token_ids: set on the first delta where asked for: the tokens that the model has read.
-        prompt_logprobs: set on the first delta where asked for: one entry per token of the prompt; the first token,
-            which nothing comes before, has None.
-        reasoning: new text of what the model thinks before its answer, where that is given apart.
-        tool_calls: pieces of calls; those of one call have one ``index``.
+        value: set on the last delta of a job: a vector, a score, or a function's result.
+        prompt_token_ids: on the first delta if requested: the tokens that the model has read.
+        prompt_logprobs: on the first delta if requested: one entry per prompt token; None for the first token.
+        reasoning: new text of the model's thoughts, if returned separately.
+        tool_calls: pieces of calls; pieces of one call share an ``index``.
     """
 
     text: str = ""
@@ -256,22 +255,22 @@ class Delta:
 
 @dataclass(slots=True)
 class Response:
-    """A whole answer.
+    """A complete answer.
 
     Attributes:
         text: the answer.
-        token_ids: its token ids, the ending token left out.
-        finish_reason: ``stop`` (the model or a stop word ended it), ``length`` (no room left), ``tool_calls`` (it calls
+        token_ids: its token ids, without the end token.
+        finish_reason: ``stop`` (ended by the model or a stop word), ``length`` (no room left), ``tool_calls`` (it calls
             functions), ``abort``.
         usage: token counts.
         timings: seconds.
-        logprobs: one entry per token id when asked for, else None.
+        logprobs: one entry per token id if requested, else None.
         request_id: the request it answers.
-        value: what a job gave: a vector, a score, or what a function made of an item.
-        prompt_token_ids: the tokens that the model has read, where asked for.
-        prompt_logprobs: one entry per token of the prompt where asked for; that of the first token is None.
-        reasoning: what the model thought before its answer, where that is given apart.
-        tool_calls: the functions that it calls.
+        value: the result of a job: a vector, a score, or a function's result.
+        prompt_token_ids: the tokens that the model has read, if requested.
+        prompt_logprobs: one entry per prompt token if requested; None for the first token.
+        reasoning: the model's thoughts before its answer, if returned separately.
+        tool_calls: the functions that the model calls.
     """
 
     text: str
@@ -298,11 +297,11 @@ class Response:
 
 
 Outcome = Response | BaseException
-"""How a call ended. Its reader fills a Response's text, token ids and logprobs in from the deltas."""
+"""How a call ended. The reader fills in a Response's text, token ids and logprobs from the deltas."""
 
 
 def join_deltas(deltas: Sequence[Delta]) -> Delta:
-    """One delta that says what ``deltas`` said, in order. ``deltas`` holds at least one."""
+    """Merge one or more deltas, in order, into one."""
     if len(deltas) == 1:
         return deltas[0]
     token_ids: list[int] = []

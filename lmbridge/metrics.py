@@ -1,8 +1,7 @@
-"""What a bridge counts, once; ``lmbridge.prometheus`` exports it.
+"""The counters of a bridge; ``lmbridge.prometheus`` exports them.
 
-Rule: written on the server thread, once per request and never per token, but for what the gate counts; anybody may
-read it.
-Counting is plain arithmetic, because each request pays for it.
+Rule: written on the server thread, once per request and never per token, except what the gate counts; any thread may
+read. Counting is plain arithmetic, because every request pays for it.
 """
 
 from __future__ import annotations
@@ -14,24 +13,24 @@ from lmbridge.messages import Outcome, Response
 
 CANCELS = {
     "RequestTimeoutError": "deadline",
-    "abort": "left",  # a stream that its reader left
-    "CancelledError": "left",  # a future that was cancelled
+    "abort": "left",  # a stream closed by its reader
+    "CancelledError": "left",  # a cancelled future
     "DisconnectedError": "disconnect",
     "RequestAbortedError": "aborted",
     "BridgeClosedError": "closed",
 }
-"""Outcomes of requests that did not run to their end because nobody wanted them any more, and whose doing that was."""
+"""Outcomes of cancelled requests, with the cause of each."""
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 class Histogram:
-    """How many values fell between which of the bounds ``SECONDS``, and their sum."""
+    """Counts of values between the bounds ``SECONDS``, and their sum."""
 
     __slots__ = ("counts", "sum")
 
     def __init__(self) -> None:
-        self.counts = [0] * (len(SECONDS) + 1)  # the last is what lies above every bound
+        self.counts = [0] * (len(SECONDS) + 1)  # the last counts values above every bound
         self.sum = 0.0
 
     @property
@@ -49,12 +48,12 @@ class Metrics:
     Once every request has ended, ``started`` is the sum of ``outcomes``.
 
     Attributes:
-        started: requests that were made: all that asked for a place in the queue.
+        started: all requests that asked for a place in the queue.
         outcomes: ended requests by how they ended: a finish_reason, or the name of the error's class.
         prompt_tokens, completion_tokens: of answered requests.
         queued: how long answered requests waited until the engine took them.
         first_token: from submission to the first token.
-        inter_token: between tokens; each answer counts its mean, once for each of its gaps.
+        inter_token: between tokens; each answer contributes its mean, once per gap.
         total: from submission to the end.
     """
 
@@ -70,7 +69,7 @@ class Metrics:
 
     @property
     def cancels(self) -> dict[str, int]:
-        """Ended requests that were cancelled, by cause; every cause is there."""
+        """Ended requests that were cancelled, by cause; every cause has an entry."""
         causes = dict.fromkeys(CANCELS.values(), 0)
         for outcome, count in dict(self.outcomes).items():  # a copy in one step; the server thread adds to it
             if outcome in CANCELS:
@@ -78,7 +77,7 @@ class Metrics:
         return causes
 
     def ended(self, outcome: Outcome) -> None:
-        """Count one request that has had the server's final word."""
+        """Count one ended request."""
         if not isinstance(outcome, Response):
             self.outcomes[type(outcome).__name__] += 1
             return
@@ -86,7 +85,7 @@ class Metrics:
         timings, usage = outcome.timings, outcome.usage
         self.prompt_tokens += usage.prompt_tokens
         self.completion_tokens += usage.completion_tokens
-        # Three times Histogram.observe, written out: calling it would be half of what counting costs.
+        # Histogram.observe three times, inlined: the calls would be half the cost of counting.
         self.queued.counts[bisect_left(SECONDS, timings.queued)] += 1
         self.queued.sum += timings.queued
         self.total.counts[bisect_left(SECONDS, timings.total)] += 1

@@ -1,10 +1,10 @@
 """One replica of the Ray engine: any engine under a Bridge of its own, in a process that Ray Serve started somewhere.
 
-It stands above the bridge, which it uses as any program does; the engine that has it started knows it by name.
+It sits above the bridge and uses it as any program does; the Ray engine refers to it by name.
 
-Rule: runs in the replica's process, on Serve's loop there, and knows no Ray. What it says pickles: an error is the last
-delta's, as in any engine. The Bridge in here restarts a dead engine, finds a stuck one, and lets requests of several
-processes take turns; what it cannot repair, Serve replaces with the process.
+Rule: runs in the replica's process, on Serve's loop there, and knows nothing of Ray. Everything it returns pickles; an
+error is the last delta's, as in any engine. Its Bridge restarts a dead engine, detects a stuck one, and gives requests
+of several processes turns; what it cannot repair, Serve does by replacing the process.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from lmbridge.errors import LMBridgeError
 from lmbridge.messages import Apply, Delta, Job, Rerank
 
 PAUSE = 0.001
-"""Seconds between two deltas of a stream, for each stream that runs: Ray takes about a thousand a second to a process,
-and what a stream says meanwhile goes together."""
+"""Seconds between two deltas of each running stream: Ray passes about a thousand messages a second to one process, so
+deltas that come in between are merged."""
 
 InnerEngine = str | Callable[..., Engine]
-"""An engine's name, or what builds one from the model and the options."""
+"""An engine's name, or a function that builds one from the model and the options."""
 
 
 class Replica:
     """Serves one copy of the model.
 
     Args:
-        model: what the inner engine takes.
+        model: passed to the inner engine.
         inner_engine: see ``InnerEngine``.
-        places: how many requests it takes at once, for those who ask.
-        options: the inner engine's.
+        places: how many requests it takes at once, as reported to callers.
+        options: passed to the inner engine.
     """
 
     def __init__(self, model: Any, inner_engine: InnerEngine, places: int, options: dict[str, Any]) -> None:
         self._places = places
-        self._streams = 0  # that run now; Serve's loop only
+        self._streams = 0  # running now; Serve's loop only
         if isinstance(inner_engine, str):
             self._bridge = Bridge(model, inner_engine, **options)
         else:
@@ -50,7 +50,7 @@ class Replica:
         self._bridge.start()
 
     def about(self) -> dict[str, Any]:
-        """What a process that sends requests here has to know."""
+        """What a process needs to know to send requests here."""
         return {
             "supports": self._bridge.supports(),
             "tasks": self._bridge.tasks(),
@@ -59,11 +59,11 @@ class Replica:
         }
 
     def stats(self) -> dict[str, float]:
-        """What the inner engine counts of itself."""
+        """The inner engine's counters."""
         return self._bridge.stats()
 
     async def generate(self, errand: Errand) -> AsyncIterator[Delta]:
-        """The deltas of an answer, the last with a finish_reason or an error. Cancellation is the abort."""
+        """The deltas of an answer, the last with a finish_reason or an error. Cancelling it aborts."""
         try:
             if errand.job is not None:
                 yield await self._do(errand.job, errand.call)
@@ -80,7 +80,7 @@ class Replica:
             yield Delta(error=error)
 
     async def _paced(self, stream: AsyncStream) -> AsyncGenerator[Delta]:
-        """The stream's deltas, the first at once, the others not more often than Ray takes them."""
+        """The stream's deltas, the first at once, the rest no faster than Ray can pass them on."""
         delta = None
         self._streams += 1
         try:
@@ -94,7 +94,7 @@ class Replica:
             yield Delta(finish_reason=stream.response.finish_reason, usage=stream.response.usage)
 
     async def _do(self, job: Job, call: dict[str, Any]) -> Delta:
-        """What a job gives, by the verb it came from."""
+        """Run a job by its verb."""
         bridge = self._bridge
         if isinstance(job, Apply):
             return Delta(value=await bridge.acall(job.item, **call), finish_reason="stop")
@@ -108,10 +108,10 @@ class Replica:
         return Delta(value=response.value, finish_reason="stop", usage=response.usage)
 
     def check_health(self) -> None:
-        """Asked by Serve, which replaces a replica for which this raises."""
+        """Raise if unhealthy; Serve then replaces this replica."""
         health = self._bridge.health()
         if health.state in ("failed", "closed"):
-            raise RuntimeError(f"The bridge of this replica has {health.state}: {health.reason or 'it serves no more'}")
+            raise RuntimeError(f"This replica's bridge is {health.state}: {health.reason or 'it no longer serves'}")
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # it was not built

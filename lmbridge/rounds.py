@@ -1,6 +1,6 @@
-"""One turn of a chat whose functions are run: the model calls, is told the results, and goes on until it answers.
+"""One turn of a chat that runs functions: the model calls them and gets their results until it answers.
 
-Rule: the caller's thread, which runs the functions; asks nobody itself.
+Rule: the caller's thread, which runs the functions; sends no requests itself.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from lmbridge.caller.options import CallOptions
 
 MOST_ROUNDS = 8
-"""After so many rounds of calls the model is given no tools, so that it answers."""
+"""After this many rounds of calls the model gets no tools, so it must answer."""
 
 
 class Rounds:
-    """What a turn's next request is, and what became of the last.
+    """The next request of a turn, and the answer to the last.
 
     Attributes:
         messages: the conversation so far.
-        options: of the next request.
+        options: those of the next request.
         response: the last answer.
-        over: it is the turn's.
+        over: the last answer is the turn's.
 
     Raises:
-        InvalidRequestError: one of the tools is no Python function.
+        InvalidRequestError: one of the tools is not a Python function.
     """
 
     response: Response
@@ -44,30 +44,30 @@ class Rounds:
         self._functions = _functions(options.get("tools", None if config is None else config.tools))
         self._choice = options.get("tool_choice", None if config is None else config.tool_choice)
         self._rounds = 0
-        seconds = as_number(options.get("timeout"))  # what is wrong with it is said where it is used
+        seconds = as_number(options.get("timeout"))  # validated where it is used
         self._end = None if seconds is None else time.monotonic() + seconds
 
     @property
     def options(self) -> CallOptions:
-        """Those of the next request.
+        """The options of the next request.
 
         Raises:
-            RequestTimeoutError: the functions have taken all the time there was.
+            RequestTimeoutError: the functions took all the time allowed.
         """
         options = dict(self._given)
         forced = is_forced(self._choice)
-        if forced and not self._rounds:  # the form is the answer's, which comes later
+        if forced and not self._rounds:  # the form applies to the answer, which comes later
             options |= {"response_format": None, "grammar": None}
         elif self._rounds and self._functions:
             options["tool_choice"] = "none" if forced or self._rounds >= MOST_ROUNDS else "auto"
         if self._rounds and self._end is not None:
             options["timeout"] = left = self._end - time.monotonic()
             if left <= 0:
-                raise RequestTimeoutError(f"The turn took over {self._given.get('timeout')} s, its functions included.")
+                raise RequestTimeoutError(f"The turn and its functions took over {self._given.get('timeout')} s.")
         return cast("CallOptions", options)
 
     def take(self, response: Response) -> None:
-        """Take an answer in; run what it calls."""
+        """Record an answer and run the functions it calls."""
         self.response = response
         self._rounds += 1
         message = response.message()
@@ -79,7 +79,7 @@ class Rounds:
             self.messages += [self._result(call) for call in response.tool_calls]
 
     def _result(self, call: ToolCall) -> Message:
-        """What the model is told of its call; what is wrong with a call it is told, too."""
+        """The message that answers a call: the function's result, or why the call is invalid."""
         function = self._functions.get(call.name)
         try:
             if function is None:
@@ -95,8 +95,8 @@ def _functions(tools: object) -> dict[str, Callable[..., Any]]:
     for tool in listed:
         if not callable(tool) or inspect.iscoroutinefunction(tool):
             raise InvalidRequestError(
-                f"The tools of a chat are Python functions, which it runs; {tool!r:.80} is none, or is async. "
-                "Bridge.infer takes descriptions, and gives the calls.",
+                f"A chat runs its tools, so each must be a synchronous Python function, not {tool!r:.80}. "
+                "To get the calls and run them yourself, use Bridge.infer.",
                 "tools",
             )
     return {getattr(tool, "__name__", ""): tool for tool in listed}

@@ -25,14 +25,14 @@ _NAMED = ("properties", "$defs", "patternProperties")
 def describe_function(function: Callable[..., Any]) -> dict[str, Any]:
     """The tool that a function is, in OpenAI's form.
 
-    Its description is the first paragraph of its docstring; what an ``Args:`` section says of a parameter goes with it.
+    Its description is the first paragraph of its docstring; an ``Args:`` section describes the parameters.
 
     Raises:
-        InvalidRequestError: it has no name, takes arguments that JSON cannot name, or has a hint that no schema says.
+        InvalidRequestError: it has no name, takes unnamed arguments, or has a type hint without a JSON schema.
     """
     name = getattr(function, "__name__", "")
     if not re.fullmatch(r"\w{1,64}", name, re.ASCII):
-        raise InvalidRequestError(f"A function that is a tool needs a name; {function!r} has none.", "tools")
+        raise InvalidRequestError(f"A tool function needs a name; {function!r} has none.", "tools")
     about = function if not isinstance(function, type) or "__doc__" in vars(function) else None  # a class inherits none
     text = (inspect.getdoc(about) or "") if about is not None else ""
     schema = _schema(function, name)
@@ -45,7 +45,7 @@ def describe_function(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def is_hint(value: object) -> bool:
-    """Whether it is a class or another type hint, rather than what a schema is written in."""
+    """Whether it is a class or another type hint rather than a schema."""
     return isinstance(value, type) or typing.get_origin(value) is not None
 
 
@@ -59,15 +59,15 @@ def schema_of(hint: Any, param: str) -> Schema:
 
     try:
         return _tidied(TypeAdapter(hint).json_schema())
-    except Exception as cause:  # of what the hint names
+    except Exception as cause:  # raised by the hint's own classes
         raise InvalidRequestError(f"{hint!r} in {param} has no JSON schema: {cause}", param) from cause
 
 
 def bind_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's arguments as the function's type hints want them: dates, enums, dataclasses, pydantic's models are made.
+    """A call's arguments, converted by the function's type hints to dates, enums, dataclasses or models.
 
     Raises:
-        ValueError: they are not what it takes; the message says what is wrong with which.
+        ValueError: they do not fit; the message names each invalid argument.
         InvalidRequestError: as ``describe_function``.
     """
     from pydantic import ValidationError
@@ -81,10 +81,10 @@ def bind_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -
 
 
 def result_text(value: Any) -> str:
-    """What a function gave as text for the model: a string as it is, else JSON.
+    """A function's result as text for the model: a string as it is, anything else as JSON.
 
     Raises:
-        TypeError: JSON cannot say it.
+        TypeError: it cannot be written as JSON.
     """
     if type(value) is str:
         return value
@@ -93,16 +93,16 @@ def result_text(value: Any) -> str:
     try:
         said = to_json(value, inf_nan_mode="null", fallback=_plain).decode()
     except (PydanticSerializationError, ValueError, RecursionError) as cause:
-        raise TypeError(f"The result of a tool is told to the model as JSON, which cannot say it: {cause}") from cause
+        raise TypeError(f"The result of a tool must be a string or JSON: {cause}") from cause
     return (
         str(json.loads(said)) if said.startswith('"') else said
-    )  # of what JSON has as a string, an enum or a date, that
+    )  # an enum or a date becomes the string that JSON has for it
 
 
 def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):  # numpy's, and torch's
+    if hasattr(value, "tolist"):  # numpy, torch
         return value.tolist()
-    raise TypeError(f"a {type(value).__name__} is no JSON; return text, numbers, lists, dicts or dataclasses")
+    raise TypeError(f"a {type(value).__name__} is not JSON; return strings, numbers, lists, dicts or dataclasses")
 
 
 def _schema(function: Callable[..., Any], name: str) -> Schema:
@@ -111,10 +111,8 @@ def _schema(function: Callable[..., Any], name: str) -> Schema:
         json.dumps(schema, allow_nan=False)
     except InvalidRequestError:
         raise
-    except Exception as cause:  # of a hint that no schema says, and of what a hint holds
-        raise InvalidRequestError(
-            f"The parameters of {name} cannot be told by a JSON schema: {cause}", "tools"
-        ) from cause
+    except Exception as cause:  # a hint without a schema, or one whose own code fails
+        raise InvalidRequestError(f"The parameters of {name} have no JSON schema: {cause}", "tools") from cause
     for parameter in inspect.signature(function).parameters.values():
         if parameter.default not in (parameter.empty, None) and _is_json(parameter.default):
             schema["properties"][parameter.name].setdefault("default", parameter.default)
@@ -122,18 +120,18 @@ def _schema(function: Callable[..., Any], name: str) -> Schema:
 
 
 def _adapter(function: Callable[..., Any], name: str) -> Any:
-    """What checks a call's arguments, as a dict of those that are given."""
+    """The pydantic adapter that validates a call's arguments as a dict."""
     from pydantic import ConfigDict, TypeAdapter
     from typing_extensions import TypedDict
 
     try:
         parameters = list(inspect.signature(function).parameters.values())
         hints = typing.get_type_hints(function, include_extras=True) if not isinstance(function, type) else {}
-    except Exception as cause:  # of what a hint names
+    except Exception as cause:  # raised by the hints' own classes
         raise InvalidRequestError(f"The signature of {name} cannot be read: {cause}", "tools") from cause
     for parameter in parameters:
         if parameter.kind not in _KINDS:
-            raise InvalidRequestError(f"{name} takes {parameter}; a tool's arguments all have names.", "tools")
+            raise InvalidRequestError(f"{name} takes {parameter}, but a tool's arguments must have names.", "tools")
     taken = TypedDict("taken", {each.name: _field(each, hints) for each in parameters})  # type: ignore[misc]
     taken.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
     return TypeAdapter(taken)
@@ -152,7 +150,7 @@ def _field(parameter: inspect.Parameter, hints: Mapping[str, Any]) -> Any:
 
 
 def _tidied(schema: Schema) -> Schema:
-    """Without titles, which say a name again; objects hold what they are said to hold, and nothing that is ignored."""
+    """The schema without titles, which repeat names; objects allow no other properties."""
     return {key: _inside(key, value) for key, value in _closed(schema).items() if key != "title"}
 
 
@@ -180,7 +178,7 @@ def _is_json(value: Any) -> bool:
 
 
 def _described(text: str) -> dict[str, str]:
-    """What the ``Args:`` section of a docstring says of each parameter."""
+    """The description of each parameter in a docstring's ``Args:`` section."""
     found = _SECTION.search(text)
     said: dict[str, str] = {}
     last = ""

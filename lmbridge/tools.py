@@ -1,6 +1,6 @@
-"""Functions that a model may call: what callers say of them, checked and made plain.
+"""Functions that a model may call: the caller's descriptions, validated and converted to plain values.
 
-Rule: plain data, any thread. How a model is told of them, and how it calls them, is the engine's to know.
+Rule: plain data, any thread. The engine knows how to describe them to the model and read its calls.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ TOOL_CHOICES = '"auto", "none", "required" or {"type": "function", "function": {
 
 @dataclass(frozen=True)
 class Calling:
-    """What an answer may call, or must.
+    """What an answer may or must call.
 
     Attributes:
         tools: at least one.
-        required: the answer is calls and nothing else.
-        parallel: it may be several.
+        required: the answer consists of calls only.
+        parallel: several calls are allowed.
     """
 
     tools: list[Tool]
@@ -40,14 +40,14 @@ class Calling:
 
 
 class CheckedTools(list[Tool]):
-    """Tools that have been read, which are not read again."""
+    """Tools already validated."""
 
 
 def read_tools(value: object) -> CheckedTools | None:
-    """Plain tools of what was given: descriptions in OpenAI's form, or Python functions; None if it is no list.
+    """Plain tools from descriptions in OpenAI's form or Python functions; None if it is not a list.
 
     Raises:
-        InvalidRequestError: one of them is malformed, or two have one name.
+        InvalidRequestError: one of them is malformed, or two share a name.
     """
     if isinstance(value, CheckedTools):
         return value
@@ -58,12 +58,12 @@ def read_tools(value: object) -> CheckedTools | None:
     names = [tool["function"]["name"] for tool in tools]
     for place, name in enumerate(names):
         if name in names[:place]:
-            raise InvalidRequestError(f"tools[{place}] has the name {name!r}, and so has another one.", "tools")
+            raise InvalidRequestError(f"tools[{place}] is named {name!r}, like an earlier tool.", "tools")
     return tools
 
 
 def read_choice(value: object) -> str | dict[str, Any] | None:
-    """A plain copy of a ``tool_choice``; None if it is none."""
+    """A plain copy of a ``tool_choice``; None if it is invalid."""
     if isinstance(value, str):
         return value if value in ("auto", "none", "required") else None
     if not isinstance(value, Mapping):
@@ -82,21 +82,21 @@ def read_choice(value: object) -> str | dict[str, Any] | None:
 
 
 def is_forced(choice: Any) -> bool:
-    """Whether a ``tool_choice`` leaves the model none."""
+    """Whether a ``tool_choice`` forces a call."""
     allowed = choice.get("allowed_tools") if isinstance(choice, Mapping) else None
     mode = allowed.get("mode") if isinstance(allowed, Mapping) else choice
     return mode not in (None, "auto", "none")
 
 
 def read_calling(tools: list[Tool] | None, choice: str | dict[str, Any] | None, parallel: bool) -> Calling | None:
-    """What these plain fields ask for together; None where nothing is to be called.
+    """What these plain fields ask for together; None if nothing may be called.
 
     Raises:
-        InvalidRequestError: the choice is of a tool that is not there.
+        InvalidRequestError: the chosen tool does not exist.
     """
     if not tools:
         if choice not in (None, "none", "auto"):
-            raise InvalidRequestError("tool_choice is a choice among tools, and there are none: give tools.", "tools")
+            raise InvalidRequestError("tool_choice needs tools: give tools, or leave it out.", "tools")
         return None
     if choice == "none":
         return None
@@ -114,7 +114,7 @@ def _chosen(tools: list[Tool], names: list[str]) -> list[Tool]:
     for name in names:
         if name not in known:
             listed = ", ".join(known)
-            raise InvalidRequestError(f"tool_choice names {name!r}, and the tools are {listed}.", "tool_choice")
+            raise InvalidRequestError(f"tool_choice names {name!r}, but the tools are {listed}.", "tool_choice")
     return [known[name] for name in dict.fromkeys(names)]
 
 
@@ -142,7 +142,7 @@ def _tool(item: object, place: str) -> Tool:
     try:
         plain: dict[str, Any] = json.loads(json.dumps(dict(function), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as cause:
-        raise InvalidRequestError(f"{place} is nothing that JSON can hold: {cause}.", "tools") from None
+        raise InvalidRequestError(f"{place} cannot be written as JSON: {cause}.", "tools") from None
     if not plain.get("parameters"):
         plain["parameters"] = {"type": "object", "properties": {}}
     return {"type": "function", "function": plain}

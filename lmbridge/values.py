@@ -1,7 +1,7 @@
-"""Plain values out of what callers give: whole numbers, numbers, flags and lists, whatever library they come from.
+"""Converts what callers give (integers, numbers, flags, lists, from any library) to plain values.
 
-Rule: pure functions for any thread. Imports neither lmbridge nor any library whose values it takes. What is none of
-the kind gives None, and whoever asked says so in its own words.
+Rule: pure functions for any thread. Imports neither lmbridge nor any library whose values it takes. An invalid value
+gives None; the caller words the error.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def as_int(value: object) -> int | None:
-    """A whole number as an int; None for a bool and for all that is no ``numbers.Integral``."""
+    """A whole number as an int; None for a bool and for anything but a ``numbers.Integral``."""
     if type(value) is int:
         return value
     if isinstance(value, Integral) and not isinstance(value, bool):
@@ -21,9 +21,9 @@ def as_int(value: object) -> int | None:
 
 
 def as_number(value: object) -> int | float | None:
-    """A number as an int or a float, which may be infinite or nan; None for a bool and all that is no ``numbers.Real``.
+    """A number as an int or a float, possibly infinite or nan; None for a bool, or if no float can hold it.
 
-    One that no float can hold is None too.
+    Accepts every ``numbers.Real``.
     """
     if type(value) is float or type(value) is int:
         return value
@@ -36,7 +36,7 @@ def as_number(value: object) -> int | float | None:
 
 
 def as_flag(value: object) -> bool | None:
-    """True or False, numpy's among them; None for everything else, 0 and 1 too."""
+    """True or False, numpy's included; None for anything else, even 0 and 1."""
     if isinstance(value, bool):
         return value
     kind = type(value)
@@ -44,10 +44,10 @@ def as_flag(value: object) -> bool | None:
 
 
 def as_list(value: object) -> Sequence[Any] | None:
-    """What may stand for a list: any sequence but a string or bytes, and any array, tensor or column of one dimension.
+    """A list-like value: any sequence except a string or bytes, any one-dimensional array, tensor or column.
 
-    What has ``tolist`` gives the plain Python values it holds. None for everything else: generators, which can be read
-    but once, sets, which have no order, and arrays of more dimensions or of none.
+    ``tolist``, if there is one, gives the plain Python values. None for everything else: generators, which can be read
+    only once, sets, which have no order, and arrays that do not have one dimension.
     """
     if isinstance(value, (list, tuple)):
         return value
@@ -60,7 +60,7 @@ def as_list(value: object) -> Sequence[Any] | None:
 
 
 def as_rows(value: object) -> Sequence[Any] | None:
-    """What ``as_list`` takes, and the rows of any array or tensor of more dimensions."""
+    """As ``as_list``, and the rows of any array or tensor with more dimensions."""
     rows = as_list(value)
     if rows is None and getattr(value, "ndim", 0) > 1 and isinstance(value, Iterable):
         return list(value)

@@ -270,14 +270,14 @@ def test_without_being_asked_nothing_is_taken_apart(tmp_path: Path) -> None:
     ("fields", "param", "words"),
     [
         ({"tools": [{"type": "retrieval"}]}, "tools", r"tools\[0\] must be"),
-        ({"tools": [TOOL, TOOL]}, "tools", "has the name 'look'"),
+        ({"tools": [TOOL, TOOL]}, "tools", "is named 'look'"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools", r"tools\[0\].function.name"),
         ({"tools": "look"}, "tools", "a list of at most 128"),
         ({"tools": [TOOL] * 129}, "tools", "a list of at most 128"),
         ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice", '"required"'),
-        ({"tools": [TOOL], "tool_choice": NAMED}, "tool_choice", "'add', and the tools are look"),
-        ({"tool_choice": "required"}, "tools", "there are none"),
-        ({"tools": [TOOL], "tool_choice": "required", "ignore_eos": True}, "ignore_eos", "beyond its calls"),
+        ({"tools": [TOOL], "tool_choice": NAMED}, "tool_choice", "'add', but the tools are look"),
+        ({"tool_choice": "required"}, "tools", "give tools"),
+        ({"tools": [TOOL], "tool_choice": "required", "ignore_eos": True}, "ignore_eos", "after its calls"),
         ({"tools": [TOOL], "tool_choice": "required", "grammar": {"regex": "a"}}, "grammar", "give one"),
         (
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"$ref": "#/nowhere"}}}],
@@ -381,7 +381,7 @@ def test_a_turn_has_one_deadline(demo: Bridge, monkeypatch: pytest.MonkeyPatch) 
         now[0] += 3600
 
     chat = Chat(demo)
-    with pytest.raises(RequestTimeoutError, match="functions included"):
+    with pytest.raises(RequestTimeoutError, match="and its functions"):
         chat.ask("Go.", tools=[slow], tool_choice="required", timeout=60)
     assert chat.messages == []
 
@@ -395,7 +395,7 @@ def test_wrong_calls_are_told_to_the_model() -> None:
         (ToolCall(0, "1", "add", '{"a": 1, "b": 2, "c": 3}'), "c: Extra inputs are not permitted"),
         (ToolCall(0, "1", "add", '{"a": 1, "b": "x"}'), "b: Input should be a valid integer"),
         (ToolCall(0, "1", "add", "{"), "Expecting property name"),
-        (ToolCall(0, "1", "add", "[1, 2]"), "no JSON object"),
+        (ToolCall(0, "1", "add", "[1, 2]"), "not a JSON object"),
     ):
         rounds.take(calling(call))
         assert error in json.loads(rounds.messages[-1]["content"])["error"]
@@ -454,7 +454,7 @@ def test_a_stream_of_a_chat_is_sent_over_http(demo: Bridge) -> None:
 @pytest.mark.parametrize("tool", [TOOL, asyncio.sleep])
 def test_a_chat_takes_functions_only(tool: Any) -> None:
     """Nobody would run what is only described, and the chat would end in the middle of a turn."""
-    with pytest.raises(InvalidRequestError, match="Python functions, which it runs"):
+    with pytest.raises(InvalidRequestError, match="A chat runs its tools"):
         Rounds([], None, {"tools": [tool]})
 
 
@@ -573,7 +573,7 @@ def test_a_class_stands_for_its_schema(demo: Bridge, fields: Any) -> None:
 
 def test_a_bare_schema_is_told_where_it_belongs(demo: Bridge) -> None:
     """The caller would read a list of forms, and not which of them takes a schema."""
-    with pytest.raises(InvalidRequestError, match="A schema stands inside"):
+    with pytest.raises(InvalidRequestError, match="Put the schema inside"):
         demo.infer("Which?", response_format=Spot.model_json_schema())
 
 
@@ -604,7 +604,7 @@ LOOP.append(LOOP)
 @pytest.mark.parametrize("result", [object(), print, LOOP])
 def test_results_that_json_cannot_say_are_an_error(result: Any) -> None:
     """The model would answer from an object's address."""
-    with pytest.raises(TypeError, match="told to the model as JSON"):
+    with pytest.raises(TypeError, match="must be a string or JSON"):
         ToolCall(0, "1", "look").answer(result)
 
 
@@ -612,7 +612,7 @@ def test_results_that_json_cannot_say_are_an_error(result: Any) -> None:
     ("function", "words"),
     [
         (lambda a: a, "needs a name"),
-        (print, "cannot be read|all have names"),
+        (print, "cannot be read|must have names"),
         (functools.partial(add, 1), "needs a name"),
     ],
 )
@@ -627,5 +627,5 @@ def test_a_hint_that_no_schema_says() -> None:
 
     def take(when: Callable[[], None]) -> None: ...
 
-    with pytest.raises(InvalidRequestError, match="The parameters of take cannot be told by a JSON schema"):
+    with pytest.raises(InvalidRequestError, match="The parameters of take have no JSON schema"):
         describe_function(take)
