@@ -1,4 +1,4 @@
-"""In whose name calls are made: a fairness account with its own pair of queues.
+"""The fairness account that calls are made on, with its own pair of queues.
 
 Rule: any thread but the server's.
 """
@@ -24,9 +24,9 @@ class Account:
     Its pair serves one call at a time; nested and concurrent calls borrow others.
 
     Attributes:
-        name: whose turn its calls take.
-        access: to the server.
-        closed: what its calls end with once it is closed.
+        name: identifies whose turn its calls take.
+        access: the way to the server.
+        closed: the error that ends its calls once it is closed.
     """
 
     __slots__ = ("name", "access", "closed", "observer", "_observed", "_own")
@@ -36,16 +36,16 @@ class Account:
         self.access = access
         self.closed: LMBridgeError | None = None
         self.observer = observer
-        self._observed: dict[Call, None] = {}  # begun and not ended, where somebody hears of it; each step is atomic
-        # Its pair while no call uses it; append and pop are atomic. It goes with the account: a finalizer that gave it
-        # back would run after the garbage collector has cut the server's weak reference to it.
+        self._observed: dict[Call, None] = {}  # observed calls that have not ended; each step is atomic
+        # Its pair while no call uses it; append and pop are atomic. It is freed with the account: a finalizer returning
+        # it would run after the garbage collector has cleared the server's weak reference.
         self._own: list[Channel[Call]] = []
 
     def server(self, blocking: bool) -> ServerHandle:
         """The running server.
 
         Raises:
-            LMBridgeError: the bridge or this account is closed, or this is the wrong thread or process to ask in.
+            LMBridgeError: the bridge or this account is closed, or the thread or process may not call it.
         """
         server = self.access.server(blocking)
         if self.closed is not None:
@@ -53,65 +53,65 @@ class Account:
         return server
 
     def lease(self, server: ServerHandle) -> Channel[Call]:
-        """A channel for one consumer: its own pair, or another where that is in use."""
+        """A channel for one consumer: its own pair, or another if that is in use."""
         try:
             return self._own.pop()
         except IndexError:
             return server.channels.lease()
 
     def take_back(self, server: ServerHandle, channel: Channel[Call]) -> None:
-        """Take a channel back all of whose calls have had the final word."""
+        """Take back a channel whose calls have all ended."""
         if self._own or self.closed is not None:
             server.channels.give_back(channel)
         else:
             self._own.append(channel)
 
     def call(self, request: Request, channel: Channel[Call], streaming: bool = False) -> Call:
-        """A new call in this account's name; not sent yet."""
+        """A new call on this account, not sent yet."""
         call = Call(request, channel, self, streaming)
         if self.observer is not None:
             self._observed[call] = None
             self.access.untold[self] = None
             self._tell(self.observer.begun, request)
-            if self.closed is not None:  # close() may have looked before this one was there
+            if self.closed is not None:  # close() may have missed this call
                 call.settle(fresh(self.closed))
                 self.report(call)
         return call
 
     def report(self, call: Call) -> None:
-        """Tell whoever observes how a call has ended; the first time counts."""
+        """Tell the observer how a call ended; only the first report counts."""
         if self.observer is None or call not in self._observed or not call.outcomes:
             return
         try:
             del self._observed[call]
-        except KeyError:  # another was faster
+        except KeyError:  # already reported
             return
         self._tell(self.observer.ended, call.request, call.result())
         if not self._observed:
             self.access.untold.pop(self, None)
-            if self._observed:  # only now
+            if self._observed:  # a call may have begun meanwhile
                 self.access.untold[self] = None
 
     def report_later(self, call: Call) -> None:
-        """``report`` on the thread for callbacks, for one that was left. Takes no lock: finalizers use it."""
+        """``report`` an abandoned call on the callback thread. Takes no lock: finalizers use it."""
         if call in self._observed:
             self.access.reports.append(functools.partial(self.report, call))
 
     def report_all(self) -> None:
-        """Tell whoever observes of all that has ended."""
+        """Report every ended call to the observer."""
         for call in list(self._observed):
             self.report(call)
 
     def close(self, error: LMBridgeError | None = None) -> None:
-        """End every call that was made in this account's name, wherever it is, and refuse the next."""
+        """End every call made on this account and refuse further ones."""
         if self.closed is None:
             self.closed = error or BridgeClosedError(
-                f"The client {self.name!r} was closed; its requests were aborted. Make a new one."
+                f"The client {self.name!r} was closed; its requests were aborted. Create a new client."
             )
         handle = self.access.handle
         if handle.forked:
             return
-        if self.observer is None or self._observed:  # an observed account knows whether it has any
+        if self.observer is None or self._observed:  # an observed account knows whether it has open calls
             handle.abort_where(lambda call: call.owner is self, self.closed)
         for call in list(self._observed):
             call.settle(fresh(self.closed))

@@ -1,4 +1,4 @@
-"""One prompt, one whole answer: sent, and waited for by the thread that asks.
+"""One prompt, one complete answer: the calling thread sends and waits.
 
 Rule: the caller's thread.
 """
@@ -15,10 +15,10 @@ from lmbridge.messages import Request, Response
 
 
 def answer(account: Account, request: Request) -> Response:
-    """Send one request and block for its answer; raises what it ends with."""
+    """Send one request and block for its answer, or raise its error."""
     server = account.server(True)
     channel = account.lease(server)
-    # As account.call() would, which only who is observed needs: a call of ours is a hundredth of a request's cost.
+    # Inlined account.call(), needed only with an observer: a function call is a hundredth of a request's cost.
     call = Call(request, channel, account) if account.observer is None else account.call(request, channel)
     try:
         server.send(call)
@@ -35,10 +35,10 @@ def answer(account: Account, request: Request) -> Response:
 
 
 def wait(server: ServerHandle, call: Call) -> None:
-    """Block until a call has an outcome, at most to its deadline."""
+    """Block until a call has an outcome, at most until its deadline."""
     deadline = call.request.deadline
     while True:
-        call.signalled = False  # before looking, so that what comes now sends a new token
+        call.signalled = False  # before looking, so that later news sends a new token
         if call.outcomes:
             return
         remaining = None if deadline is None else server.remaining(call)
@@ -53,7 +53,7 @@ def wait(server: ServerHandle, call: Call) -> None:
 
 
 def send(server: ServerHandle, call: Call, waiting: Channel[Call] | None = None) -> bool:
-    """Send a new call; whatever comes in between, it is either with the server or has ended (False)."""
+    """Send a new call; whatever interrupts, it is either with the server or has ended (False)."""
     try:
         return server.send(call, waiting)
     except BaseException as error:
@@ -62,7 +62,7 @@ def send(server: ServerHandle, call: Call, waiting: Channel[Call] | None = None)
 
 
 def give_up(server: ServerHandle, call: Call, error: BaseException) -> None:
-    """Stop a call whose caller was struck by ``error``: an interrupt, or what it was refused with."""
+    """Stop a call whose caller raises ``error``: an interrupt or a refusal."""
     call.settle(error if isinstance(error, LMBridgeError) else interrupted_error())
-    if not isinstance(error, QueueFullError):  # which is in no book
+    if not isinstance(error, QueueFullError):  # a refused call is not registered
         server.abort(call)

@@ -1,4 +1,4 @@
-"""A call whose answer is read by a task on another event loop while it grows.
+"""An answer read by a task on another event loop as it grows.
 
 Rule: the caller's end; nothing here blocks the loop.
 """
@@ -19,8 +19,8 @@ from lmbridge.messages import Delta, Request, Response
 class AsyncStream(Reading):
     """``Stream`` for another event loop: ``async for delta in stream``. Cancelling the reading task aborts.
 
-    Sending may have to wait for room in the queue, so it is done by the first delta asked for, or by awaiting the
-    stream, which gives the stream itself. Each delta may be awaited on another loop than the one before.
+    Sending may wait for room in the queue, so it happens when the first delta is requested or the stream is awaited,
+    which returns the stream itself. Each delta may be awaited on a different loop.
     """
 
     def __init__(self, account: Account, request: Request, owner: object, streaming: bool = True) -> None:
@@ -30,7 +30,7 @@ class AsyncStream(Reading):
             loop = asyncio.get_running_loop()
         except RuntimeError:
             raise RuntimeError(
-                "astream() serves a task: call it where an event loop runs, in a coroutine. Threads take stream()."
+                "astream() needs a running event loop: call it in a coroutine, or use stream() in a thread."
             ) from None
         port = account.access.port(loop)
         super().__init__(account, server, account.call(request, port.channel, streaming), owner)
@@ -44,7 +44,7 @@ class AsyncStream(Reading):
         return _AsyncIteration(self)
 
     async def __anext__(self) -> Delta:
-        """The next delta; raises StopAsyncIteration at the end, and otherwise what ``Stream.__next__`` raises."""
+        """The next delta; raises StopAsyncIteration at the end, otherwise as ``Stream.__next__``."""
         self._server.check_process()
         if not self._turn.acquire(blocking=False):
             raise RuntimeError("Another task is reading this stream; give each task a stream of its own.")
@@ -66,7 +66,7 @@ class AsyncStream(Reading):
             self._turn.release()
 
     async def whole(self) -> Response:
-        """Read to the end and return the whole answer. Several tasks may wait for it."""
+        """Read to the end and return the complete answer. Several tasks may wait for it."""
         try:
             port = self._here()
             await self._send(port)
@@ -81,7 +81,7 @@ class AsyncStream(Reading):
         return self._call.response()
 
     def _here(self) -> OtherLoop:
-        """The port of the loop that runs now, where the call's tokens go from now on."""
+        """The running loop's port; from now on the call's tokens go there."""
         port = self._account.access.port(asyncio.get_running_loop())
         if self._call.channel is not port.channel:
             self._call.channel = port.channel
@@ -91,14 +91,14 @@ class AsyncStream(Reading):
         """Enter the gate and send, once.
 
         Raises:
-            QueueFullError: there is no room, and the bridge does not wait for it.
+            QueueFullError: there is no room, and the bridge rejects.
         """
         if not self._sent:
             self._sent = True
             await port.send(self._call)
 
     async def aclose(self) -> None:
-        """Abort the generation if it still runs."""
+        """Abort generation if it is still running."""
         if self._leave():
             self._call.channel.nudge(self._call)
         self._account.report(self._call)
@@ -111,7 +111,7 @@ class AsyncStream(Reading):
 
 
 class _AsyncIteration:
-    """What ``async for`` holds: its end, by ``break`` too, aborts even while the stream itself is held."""
+    """The iterator of ``async for``: ending the loop aborts even while the stream is referenced elsewhere."""
 
     def __init__(self, stream: AsyncStream) -> None:
         self._stream = stream

@@ -1,4 +1,4 @@
-"""A list of prompts as one call of the caller: in together as room allows, out in order.
+"""A list of prompts as one call: sent as room allows, answered in order.
 
 Rule: a batch is one consumer with one channel: a thread's own, or that of the event loop that awaits it.
 """
@@ -22,12 +22,12 @@ Requests = list[Request | LMBridgeError]
 
 
 class Batch:
-    """Runs requests to their ends.
+    """Runs requests to completion.
 
-    A request that is an exception already (its prompt was refused) is that slot's outcome.
+    A request that is already an exception (its prompt was refused) fills its slot.
 
     Args:
-        keep: errors fill their slots; otherwise the first is raised, with its position as ``index``.
+        keep: put errors into their slots; otherwise raise the first, with its position as ``index``.
         advance: called for each slot that is filled.
         noun: what a slot holds, for messages.
     """
@@ -40,14 +40,14 @@ class Batch:
         self._advance = advance
         self._noun = noun
         self._results: dict[int, Result] = {}
-        self._clean = True  # the server has said its final word on all that were closed
+        self._clean = True  # the server has finished with every closed call
 
     def run(self, requests: Requests) -> list[Result]:
-        """One result for each request, in order; blocks for all of them.
+        """One result per request, in order; blocks until all are done.
 
         Raises:
-            LMBridgeError: the first error, with its position as ``index``; the rest have been aborted. Not raised
-                when errors are kept: they fill their slots.
+            LMBridgeError: the first error, with its position as ``index``; the rest have been aborted. With ``keep``,
+                errors fill their slots instead.
         """
         if not requests:
             return []
@@ -67,7 +67,7 @@ class Batch:
         return [self._results[index] for index in range(len(requests))]
 
     async def run_async(self, requests: Requests) -> list[Result]:
-        """``run`` for a task; cancelling it aborts all of them."""
+        """``run`` for a task; cancelling it aborts all requests."""
         if not requests:
             return []
         server = self._account.server(False)
@@ -110,14 +110,14 @@ class Batch:
         self._advance()
 
     def _leave(self, sender: Sender) -> None:
-        left = list(sender.open)  # some may have ended already, and not been looked at
+        left = list(sender.open)  # some may have ended unnoticed
         sender.abort()
         for call in left:
             self._account.report(call)
 
 
 def _named(channel: Channel[Call], server: ServerHandle, sender: Sender) -> Iterable[Call]:
-    """Block for news; the calls that may have ended."""
+    """Block for news, and return the calls that may have ended."""
     try:
         return (channel.wait(True, sender.remaining()),)
     except Empty:
@@ -130,7 +130,7 @@ def _named(channel: Channel[Call], server: ServerHandle, sender: Sender) -> Iter
 
 @contextmanager
 def progress_bar(total: int, shown: bool, unit: str = "prompt") -> Iterator[Callable[[], object]]:
-    """What advances a progress bar of so many prompts, or does nothing."""
+    """Yield a function that advances a progress bar, or does nothing."""
     if not shown:
         yield lambda: None
         return

@@ -1,7 +1,7 @@
-"""Resolves futures, and runs their callbacks.
+"""Resolves futures and runs their callbacks.
 
-Rule: two daemon threads of a bridge's own. ``Dispatcher`` runs none of a user's code, so it cannot be held up or ended
-by it; ``Callbacks`` runs nothing else.
+Rule: two daemon threads per bridge. ``Dispatcher`` runs no user code, so user code can neither block nor end it;
+``Callbacks`` runs nothing else.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from lmbridge.crossing.handle import ServerHandle
 from lmbridge.crossing.status import Verdict
 from lmbridge.log import logger
 
-LOOK = 0.25  # seconds between two looks at deadlines, which nobody else may be waiting for
-PATIENCE = 1.0  # seconds after which somebody else takes over from a thread that is held up
+LOOK = 0.25  # seconds between checks of deadlines, which nobody else may be watching
+PATIENCE = 1.0  # seconds after which another thread replaces a blocked one
 
 
 class Pending(Protocol):
-    """A future that waits for its call."""
+    """A future waiting for its call."""
 
     def conclude(self) -> None:
-        """Take over the outcome of its call, which has one. Any thread, more than once."""
+        """Take the outcome of its call, which has ended. Any thread, any number of times."""
 
     def inherit(self) -> None:
-        """End in a forked child, where the call has no end."""
+        """End in a forked child, where the call never ends."""
 
 
 class Dispatcher:
@@ -45,11 +45,11 @@ class Dispatcher:
         self.channel: Channel[Call] = Channel()
         self.callbacks = Callbacks()
         self._server = server
-        self._open: dict[Call, Pending] = {}  # set by any thread, popped by any; both atomic
-        self._lock = threading.RLock()  # held while a thread is started; a signal handler may come in between
+        self._open: dict[Call, Pending] = {}  # any thread sets and pops; both atomic
+        self._lock = threading.RLock()  # held while starting a thread; reentrant for signal handlers
         self._thread: threading.Thread | None = None
-        self._launched = 0.0  # when it was started, which takes a moment; guarded by _lock when written
-        self._since: float | None = None  # when a future was begun to be resolved; read by anyone
+        self._launched = 0.0  # when it was started; guarded by _lock when written
+        self._since: float | None = None  # when resolving the current future began; read by anyone
         self._next_look = 0.0  # dispatcher thread only
         key = id(self)
         _dispatchers[key] = weakref.ref(self, functools.partial(_dispatchers.pop, key))
@@ -61,14 +61,14 @@ class Dispatcher:
         self._open[call] = future
         self.look_after()
         if call.request.deadline is not None:
-            self.channel.nudge(call)  # so that its deadline is looked at
+            self.channel.nudge(call)  # so that its deadline is seen
 
     def forget(self, call: Call) -> None:
         """Drop a call that could not be sent."""
         self._open.pop(call, None)
 
     def look_after(self) -> None:
-        """See that there is a thread to resolve what is open, also when somebody holds the lock of a future."""
+        """Ensure that a thread resolves open futures, even if a future's lock is held."""
         thread, since, now = self._thread, self._since, time.monotonic()
         held_up = since is not None and now - since > PATIENCE
         over = self._server.ended is not None and not self._open
@@ -81,18 +81,18 @@ class Dispatcher:
                 _launch(self._thread)
 
     def inherited(self) -> list[Pending]:
-        """The futures that a forked child has inherited, and that nobody will resolve there."""
+        """The futures inherited by a forked child, where nobody will resolve them."""
         left = list(self._open.values())
         self._open.clear()
         return left
 
     def _run(self) -> None:
         try:
-            while self._thread is threading.current_thread():  # another takes over from one that is held up
+            while self._thread is threading.current_thread():  # another replaces a blocked one
                 if not self._goes_on():
                     self.callbacks.close()
                     return
-        finally:  # something was thrown into this thread, twice: another goes on
+        finally:  # two exceptions were thrown into this thread: another takes over
             if self._server.ended is None and self._thread is threading.current_thread():
                 self._thread = None
                 self.look_after()
@@ -101,11 +101,11 @@ class Dispatcher:
         try:
             return self._next()
         except BaseException:
-            logger.exception("The thread that resolves futures was struck; it goes on.")
+            logger.exception("An exception was thrown into the thread that resolves futures; it continues.")
             return True
 
     def _next(self) -> bool:
-        """Resolve what has ended; False when nothing can come any more."""
+        """Resolve what has ended; False once no more can come."""
         call: Call | None = None
         try:
             call = self.channel.wait(True, LOOK if self._open else PATIENCE)
@@ -122,7 +122,7 @@ class Dispatcher:
         return True
 
     def _look(self) -> None:
-        """Keep deadlines, and find what no token announced; a few times a second."""
+        """Enforce deadlines and find calls whose token was lost; a few times a second."""
         now = time.monotonic()
         if now < self._next_look:
             return
@@ -130,7 +130,7 @@ class Dispatcher:
         for call in list(self._open):
             deadline = call.request.deadline
             if deadline is not None and now > deadline and call in self._server.gate.calls:
-                self._server.expire(call)  # before it is in the book, the thread that sends it looks
+                self._server.expire(call)  # before it is registered, the sending thread checks it
             self._resolve(call)
         self.callbacks.look_after()
 
@@ -145,29 +145,29 @@ class Dispatcher:
             future.conclude()
         finally:
             self._since = None
-        self._open.pop(call, None)  # only now: what strikes this thread before leaves it to the next look
+        self._open.pop(call, None)  # only now: if an exception strikes earlier, the next look resolves it
 
 
 class Callbacks:
-    """Runs the callbacks of futures, one after another; one that blocks holds up the others for a second."""
+    """Runs callbacks one after another; a blocking one delays the others by a second at most."""
 
     def __init__(self) -> None:
-        self._waiting: deque[Callable[[], object]] = deque()  # any thread appends, the runner takes
-        self._come: queue.SimpleQueue[None] = queue.SimpleQueue()  # says that something waits
-        self._lock = threading.RLock()  # held while a runner is started; a signal handler may come in between
+        self._waiting: deque[Callable[[], object]] = deque()  # any thread appends, the runner pops
+        self._come: queue.SimpleQueue[None] = queue.SimpleQueue()  # signals that something waits
+        self._lock = threading.RLock()  # held while starting a runner; reentrant for signal handlers
         self._runner: threading.Thread | None = None  # guarded by _lock when written, as is the next
-        self._launched = 0.0  # when it was started, which takes a moment
-        self._since: float | None = None  # when the present callback was begun; written by the runner, read by anyone
+        self._launched = 0.0  # when it was started
+        self._since: float | None = None  # when the current callback began; written by the runner, read by anyone
         self._closed = False
 
     def run_soon(self, job: Callable[[], object]) -> None:
-        """Run ``job`` on a thread for callbacks. Any thread."""
+        """Run ``job`` on the callback thread. Any thread."""
         self._waiting.append(job)
         self._come.put(None)
         self.look_after()
 
     def look_after(self) -> None:
-        """See that there is a thread for what waits, also when a callback has ended or blocks the last one."""
+        """Ensure that a thread runs what waits, even if a callback ended or blocks the last one."""
         runner, since, now = self._runner, self._since, time.monotonic()
         held_up = since is not None and now - since > PATIENCE
         if not self._waiting or (_lives(runner, now - self._launched) and not held_up):
@@ -179,17 +179,17 @@ class Callbacks:
                 _launch(self._runner)
 
     def close(self) -> None:
-        """Let the thread end after what waits."""
+        """Let the thread end once the queue is empty."""
         self._closed = True
         self._come.put(None)
 
     def _run(self) -> None:
-        while self._runner is threading.current_thread():  # another takes over from one that is held up
+        while self._runner is threading.current_thread():  # another replaces a blocked one
             if self._waiting:
-                job = self._waiting[0]  # an exception thrown into this thread cannot strike between these two
+                job = self._waiting[0]  # no exception can strike between these two
                 del self._waiting[0]
                 self._call(job)
-                del job  # or what it holds would live until the next one
+                del job  # or what it references would live until the next job
             elif self._closed:
                 return
             else:
@@ -200,15 +200,15 @@ class Callbacks:
         since = self._since = time.monotonic()
         try:
             job()
-        except BaseException:  # sys.exit() in a callback ends the callback, and no thread of ours
+        except BaseException:  # sys.exit() ends the callback, not this thread
             logger.exception("A callback of a future failed.")
         finally:
-            if self._since == since:  # nobody has taken over meanwhile
+            if self._since == since:  # nobody has replaced this thread
                 self._since = None
 
 
 def _launch(thread: threading.Thread) -> None:
-    """Have another start it: what strikes a thread in ``Thread.start`` can come out as an error of a lock in there."""
+    """Start it from another thread: an exception thrown into ``Thread.start`` can surface as a lock error."""
     started = Verdict()
     _thread.start_new_thread(_start, (thread, started))
     started.wait(PATIENCE)
@@ -222,15 +222,15 @@ def _start(thread: threading.Thread, started: Verdict) -> None:
 
 
 def _lives(thread: threading.Thread | None, age: float) -> bool:
-    """Whether a thread runs, or was launched so few seconds ago that it is only about to."""
+    """Whether a thread runs, or was launched a moment ago and is about to."""
     return thread is not None and (thread.is_alive() or (thread.ident is None and age < PATIENCE))
 
 
-_dispatchers: dict[int, weakref.ref[Dispatcher]] = {}  # all there are, for a child of this process
+_dispatchers: dict[int, weakref.ref[Dispatcher]] = {}  # all dispatchers, for a forked child
 
 
 def _end_inherited() -> None:
-    """In a forked child: end the futures that nobody resolves there."""
+    """In a forked child: end the inherited futures."""
     for reference in list(_dispatchers.values()):
         dispatcher = reference()
         if dispatcher is not None:

@@ -1,7 +1,7 @@
 """Answers as ``concurrent.futures.Future``.
 
-Rule: the caller's end. A future is resolved by the dispatcher's thread, by whoever waits for it, or by whoever cancels
-it, whichever comes first; its callbacks run on a thread for callbacks, so they may call the bridge, block and fail.
+Rule: the caller's end. A future is resolved by the dispatcher's thread, by a waiter or by whoever cancels it, whichever
+comes first. Callbacks run on the callback thread, so they may call the bridge, block and fail.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from lmbridge.messages import Request, Response
 
 
 class ResponseFuture(concurrent.futures.Future[Response]):
-    """The future of one answer. ``cancel`` works until it is done: it aborts the generation.
+    """The future of one answer. Until it is done, ``cancel`` works and aborts generation.
 
-    The lock of the Future, which an exception thrown into a thread could leave held, is taken by the dispatcher, for
-    those who use the standard library's ``wait`` and ``as_completed``. All else here looks at the call.
+    The Future's own lock, which an exception thrown into a thread could leave held, is taken only by the dispatcher,
+    for the standard library's ``wait`` and ``as_completed``. Everything else here reads the call.
     """
 
     def __init__(self, account: Account, request: Request, owner: object) -> None:
-        """Send the request; raises what is wrong with it."""
+        """Send the request; raises if it is invalid."""
         super().__init__()
         server = account.server(True)
         self._account = account
-        self._owner = owner  # keeps the bridge alive for as long as the future is
+        self._owner = owner  # keeps the bridge alive as long as the future
         self._server = server
         self._dispatcher = account.access.dispatcher()
         self._call = account.call(request, self._dispatcher.channel)
-        self._ended: Response | BaseException | None = None  # how it has ended; each who writes it writes the same
-        self._told = False  # the Future itself knows its end, and callbacks were called; written by the dispatcher
-        self._teller: int | None = None  # the id of the thread that tells it; written by the dispatcher
+        self._ended: Response | BaseException | None = None  # its end; every writer writes the same
+        self._told = False  # the Future is resolved and callbacks were called; written by the dispatcher
+        self._teller: int | None = None  # id of the thread resolving it; written by the dispatcher
         self._callbacks: list[_Callback] = []  # appended by any thread
-        self.heirs: list[Callable[[ForkedError], None]] = []  # told in a forked child that there is no end
-        self._sleepers: list[threading.Lock] = []  # of threads that wait in result(); appended by them
+        self.heirs: list[Callable[[ForkedError], None]] = []  # called in a forked child
+        self._sleepers: list[threading.Lock] = []  # of threads waiting in result(); appended by them
         try:
             self._dispatcher.expect(self._call, self)
             waiting = account.lease(server)
@@ -64,10 +64,10 @@ class ResponseFuture(concurrent.futures.Future[Response]):
         return self._call.request.id
 
     def cancel(self) -> bool:
-        """Abort the generation and release whoever waits; False when the future is done already.
+        """Abort generation and wake all waiters; False if the future is already done.
 
         Raises:
-            ForkedError: this is a child of the process that the future belongs to.
+            ForkedError: the future belongs to the parent process.
         """
         self._server.check_process()
         if not self._call.settle(concurrent.futures.CancelledError()):
@@ -87,14 +87,14 @@ class ResponseFuture(concurrent.futures.Future[Response]):
         return self._ended is not None
 
     def result(self, timeout: float | None = None) -> Response:
-        """The answer; raises what ``infer`` would have raised, or TimeoutError after ``timeout`` seconds."""
+        """The answer; raises as ``infer`` does, or TimeoutError after ``timeout`` seconds."""
         ended = self._wait(timeout)
         if isinstance(ended, Response):
             return ended
         try:
             raise ended
         finally:
-            del ended, self  # or the error would hold the frame that holds it
+            del ended, self  # break the reference cycle of error and frame
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         ended = self._wait(timeout)
@@ -103,32 +103,32 @@ class ResponseFuture(concurrent.futures.Future[Response]):
         return None if isinstance(ended, Response) else ended
 
     def add_done_callback(self, fn: Callable[[concurrent.futures.Future[Response]], object]) -> None:
-        """Call ``fn`` with this future once it is done: at once if it is, else on a thread for callbacks."""
+        """Call ``fn`` with this future once it is done: at once if it is, else on the callback thread."""
         callback = _Callback(fn, self)
         if self._told:
             callback()
             return
         self._callbacks.append(callback)
-        if self._told:  # only now: the dispatcher may not have seen it
+        if self._told:  # only now: the dispatcher may have missed it
             self._dispatcher.callbacks.run_soon(callback)
 
     # --- its end ---
 
     def conclude(self) -> None:
-        """Take over the outcome of the call, which has one, and tell everybody. By the dispatcher, more than once.
+        """Take the outcome of the ended call, and notify everyone. By the dispatcher, any number of times.
 
-        What strikes the thread half way leaves a state from which the next one goes on.
+        If an exception strikes half way, the next attempt continues.
         """
         ended = self._end()
         if self._told:
             return
         self._call_back()
         here = threading.get_ident()
-        if self._teller in (None, here):  # or another was struck in there, and may have left the lock held
+        if self._teller in (None, here):  # else a struck thread may have left the lock held
             self._teller = here
             self._tell(ended)
         self._told = True
-        self._call_back()  # those that came meanwhile, too
+        self._call_back()  # also those added meanwhile
         if self._account.observer is not None:
             self._dispatcher.callbacks.run_soon(functools.partial(self._account.report, self._call))
 
@@ -137,27 +137,27 @@ class ResponseFuture(concurrent.futures.Future[Response]):
             self._dispatcher.callbacks.run_soon(callback)
 
     def _tell(self, ended: Response | BaseException) -> None:
-        """Have the Future itself know, for those who wait by the standard library's means."""
-        with contextlib.suppress(concurrent.futures.InvalidStateError, RuntimeError):  # one who was struck had told it
+        """Resolve the Future itself, for the standard library's ``wait`` and ``as_completed``."""
+        with contextlib.suppress(concurrent.futures.InvalidStateError, RuntimeError):  # already told
             if isinstance(ended, concurrent.futures.CancelledError):
                 super().cancel()
-                self.set_running_or_notify_cancel()  # or wait() and as_completed() would go on waiting
+                self.set_running_or_notify_cancel()  # or wait() and as_completed() would wait forever
             elif isinstance(ended, Response):
                 self.set_result(ended)
             else:
                 self.set_exception(ended)
 
     def _end(self) -> Response | BaseException:
-        """Take over the outcome of the call, and wake those who wait in ``result``. Any thread, takes no lock."""
+        """Take the outcome of the call and wake threads in ``result``. Any thread, takes no lock."""
         ended = self._ended = self._ended or self._call.result()
         for sleeper in list(self._sleepers):
-            with contextlib.suppress(RuntimeError):  # it is awake
+            with contextlib.suppress(RuntimeError):  # already awake
                 sleeper.release()
         return ended
 
     def inherit(self) -> None:
-        """End in a forked child, where the call has no end."""
-        super().__init__()  # its lock may be held by a thread that does not exist here
+        """End in a forked child, where the call never ends."""
+        super().__init__()  # a thread that no longer exists may hold its lock
         try:
             self._server.check_process()
         except ForkedError as error:
@@ -167,10 +167,10 @@ class ResponseFuture(concurrent.futures.Future[Response]):
                 heir(error)
 
     def _wait(self, timeout: float | None) -> Response | BaseException:
-        """Wait until the call has ended; looks by itself once a second.
+        """Wait until the call has ended; checks once a second even without a wake-up.
 
         Raises:
-            TimeoutError: ``timeout`` seconds have passed first.
+            TimeoutError: it did not end within ``timeout`` seconds.
         """
         if self._ended is None:
             self._server.check_process()
@@ -199,7 +199,7 @@ class ResponseFuture(concurrent.futures.Future[Response]):
 
 
 class _Callback:
-    """What a user hangs on a future; called once, however often it is told to be."""
+    """A user's callback; runs once, however often it is called."""
 
     def __init__(self, fn: Callable[[concurrent.futures.Future[Response]], object], future: ResponseFuture) -> None:
         self._left = [fn]
@@ -213,4 +213,4 @@ class _Callback:
         try:
             fn(self._future)
         except Exception:
-            logger.exception("A callback of the future of request %s failed.", self._future.request_id)
+            logger.exception("A callback for the future of request %s failed.", self._future.request_id)

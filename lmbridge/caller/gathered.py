@@ -1,7 +1,7 @@
-"""The future of several jobs that belong together.
+"""One future for several jobs.
 
-Rule: the caller's end. Its parts are resolved as ``futures`` says, and its callbacks run where theirs do; it only looks
-at them.
+Rule: the caller's end. Its parts are resolved as in ``futures``, and its callbacks run where theirs do; this module
+only reads them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _Cancelled = concurrent.futures.CancelledError
 
 
 class Gathered(concurrent.futures.Future[T], Generic[T]):
-    """The future of one job or of a list of them. The first that fails ends all; ``cancel`` works until all are done.
+    """The future of one job or of several. The first failure aborts the rest; ``cancel`` works until all are done.
 
     Attributes:
         request_ids: the ids of its requests, in order.
@@ -38,20 +38,20 @@ class Gathered(concurrent.futures.Future[T], Generic[T]):
         shape: Callable[[Sequence[Result]], T],
         owner: object,
     ) -> None:
-        """Send the requests; raises what is wrong with them, and then none is left running.
+        """Send the requests; if one is invalid, raises and leaves none running.
 
         Args:
-            kind: what is asked for.
-            shape: makes what is handed over of their answers.
-            owner: kept alive for as long as the future is.
+            kind: the kind of job.
+            shape: turns the answers into the result.
+            owner: kept alive as long as the future.
         """
         super().__init__()
         self.request_ids = [request.id for request in requests if isinstance(request, Request)]
         self._kind = kind
         self._shape = shape
-        self._parts: list[ResponseFuture] = []  # emptied once how they ended is known
-        self._left = [None] * len(requests)  # one is popped for each that has ended, which is atomic
-        self._ended: tuple[T | None, BaseException | None] | None = None  # each who writes it writes the same
+        self._parts: list[ResponseFuture] = []  # emptied once the result is known
+        self._left = [None] * len(requests)  # one is popped per ended part, atomically
+        self._ended: tuple[T | None, BaseException | None] | None = None  # every writer writes the same
         try:
             for request in requests:
                 if isinstance(request, LMBridgeError):
@@ -67,10 +67,10 @@ class Gathered(concurrent.futures.Future[T], Generic[T]):
             self._conclude()
 
     def cancel(self) -> bool:
-        """Abort what has not ended and release whoever waits; False when all was done already.
+        """Abort what is still running and wake all waiters; False if everything is already done.
 
         Raises:
-            ForkedError: this is a child of the process that the future belongs to.
+            ForkedError: the future belongs to the parent process.
         """
         return self._cancel_parts() or self.cancelled()
 
@@ -81,18 +81,18 @@ class Gathered(concurrent.futures.Future[T], Generic[T]):
         return not self.done() and any(part.running() or part.done() for part in list(self._parts))
 
     def done(self) -> bool:
-        parts = list(self._parts)  # before the look at the end, which empties it
+        parts = list(self._parts)  # before checking the end, which empties it
         return self._ended is not None or all(part.done() for part in parts)
 
     def result(self, timeout: float | None = None) -> T:
-        """What the verb would have returned; raises what it would have raised, or TimeoutError after ``timeout`` s."""
+        """The verb's result; raises as the verb does, or TimeoutError after ``timeout`` seconds."""
         value, error = self._wait(timeout)
         try:
             if error is not None:
                 raise error
             return cast(T, value)
         finally:
-            del error, self  # or the error would hold the frame that holds it
+            del error, self  # break the reference cycle of error and frame
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         error = self._wait(timeout)[1]
@@ -110,11 +110,11 @@ class Gathered(concurrent.futures.Future[T], Generic[T]):
         return self._end()
 
     def _end(self) -> tuple[T | None, BaseException | None]:
-        """How all of them have ended, once they have. Any thread, takes no lock."""
+        """The result or error once all parts have ended. Any thread, takes no lock."""
         parts = list(self._parts)
         if self._ended is None:
             self._ended = self._ended or self._whole(parts)
-            self._parts = []  # they hold this future
+            self._parts = []  # they reference this future
         return self._ended
 
     def _whole(self, parts: Sequence[ResponseFuture]) -> tuple[T | None, BaseException | None]:
@@ -123,11 +123,11 @@ class Gathered(concurrent.futures.Future[T], Generic[T]):
             return None, error
         try:
             return self._shape(all_looked_at(self._kind, [part.result(0) for part in parts], False)), None
-        except Exception as cause:  # the engine gave something else
+        except Exception as cause:  # the engine returned something else
             return None, cause
 
     def _on_end(self, part: concurrent.futures.Future[Response]) -> None:
-        """One has ended; on a thread for callbacks, or on that of whoever gathers."""
+        """A part has ended; on the callback thread or the gathering thread."""
         if part.cancelled() or part.exception(0) is not None:
             self._cancel_parts()
         self._left.pop()
@@ -135,21 +135,21 @@ class Gathered(concurrent.futures.Future[T], Generic[T]):
             self._conclude()
 
     def _conclude(self) -> None:
-        """Have the Future itself know, for those who wait by the standard library's means, and call callbacks."""
+        """Resolve the Future itself, for the standard library's waiters, and run callbacks."""
         value, error = self._end()
         with contextlib.suppress(concurrent.futures.InvalidStateError, RuntimeError):
             if isinstance(error, _Cancelled):
                 super().cancel()
-                self.set_running_or_notify_cancel()  # or wait() and as_completed() would go on waiting
+                self.set_running_or_notify_cancel()  # or wait() and as_completed() would wait forever
             elif error is not None:
                 self.set_exception(error)
             else:
                 self.set_result(cast(T, value))
 
     def _inherit(self, error: ForkedError) -> None:
-        """End in a forked child, where its parts have no end."""
+        """End in a forked child, where its parts never end."""
         if self._ended is None:
-            super().__init__()  # its lock may be held by a thread that does not exist here
+            super().__init__()  # a thread that no longer exists may hold its lock
             self._ended = None, error
             self.set_exception(error)
 
@@ -159,7 +159,7 @@ class Gathered(concurrent.futures.Future[T], Generic[T]):
 
 
 def _first_error(parts: Sequence[ResponseFuture], noun: str) -> BaseException | None:
-    """The error of the one that failed, rather than of those that were cancelled for it."""
+    """The error of the part that failed, not of those cancelled because of it."""
     left: BaseException | None = None
     for index, part in enumerate(parts):
         try:

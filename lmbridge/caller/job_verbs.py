@@ -1,6 +1,6 @@
-"""The verbs that generate no text: embed, rerank, call and map, their futures, and the same for other event loops.
+"""The verbs that generate no text: embed, rerank, call and map, as blocking calls, futures and coroutines.
 
-Rule: signatures and their promises only; what they are made of stands beside.
+Rule: signatures and documentation only; the neighbouring modules do the work.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class JobVerbs:
     """embed, rerank, call and map for threads; aembed, arerank, acall and amap for other event loops."""
 
     def _account(self) -> Account:
-        """In whose name a thread's call is made."""
+        """The account of a thread's call."""
         raise NotImplementedError
 
     def _task_account(self) -> Account:
-        """In whose name a task's call is made."""
+        """The account of a task's call."""
         return self._account()
 
     # --- vectors ---
@@ -73,12 +73,12 @@ class JobVerbs:
         progress: bool = False,
         **options: Unpack[EmbedOptions],
     ) -> Any:
-        """Make a vector of a text, or of each text of a list; blocks for all of them.
+        """Embed a text, or each text of a list; blocks until all are done.
 
         Args:
             texts: a string (or token ids), or a list of those.
-            return_exceptions: give a list with a vector or an error for each text, instead of raising the first error.
-            details: give Responses, with usage and timings; the vector is their ``value``.
+            return_exceptions: return a list with a vector or an error per text, instead of raising the first error.
+            details: return Responses, with usage and timings; the vector is their ``value``.
             progress: show a progress bar.
             options: see ``EmbedOptions`` and ``JobOptions``.
 
@@ -86,9 +86,9 @@ class JobVerbs:
             float32, of shape ``(dim,)`` for one text and ``(n, dim)`` for a list; ``(0, 0)`` for an empty one.
 
         Raises:
-            InvalidRequestError: something is wrong with what was given.
+            InvalidRequestError: an argument is invalid.
             UnsupportedTaskError: the engine does not embed.
-            LMBridgeError: as ``infer`` does; of a list the first error, with its position as ``index``.
+            LMBridgeError: as ``infer``; for a list, the first error, with its position as ``index``.
         """
         make, account = embed_maker(options), self._account()
         if not is_list_of_texts(texts):
@@ -98,7 +98,7 @@ class JobVerbs:
         return results if details else values(results) if return_exceptions else matrix(results)
 
     def submit_embed(self, texts: Texts, **options: Unpack[EmbedOptions]) -> Gathered[Vectors]:
-        """``embed`` as a future. Sending a long list blocks until there is room for its last text."""
+        """``embed`` as a future. Submitting a long list blocks until there is room for its last text."""
         make, account = embed_maker(options), self._account()
         if not is_list_of_texts(texts):
             return Gathered(account, Embed, [make_job(account, make(texts), options)], _only, self)
@@ -116,7 +116,7 @@ class JobVerbs:
     async def aembed(
         self, texts: Any, *, return_exceptions: bool = False, details: bool = False, **options: Unpack[EmbedOptions]
     ) -> Any:
-        """``embed`` for a task on any other event loop; cancelling the task aborts."""
+        """``embed`` for a task on another event loop; cancelling the task aborts it."""
         make, account = embed_maker(options), self._task_account()
         if not is_list_of_texts(texts):
             response = looked_at(Embed, await self._whole(account, make(texts), options))
@@ -151,16 +151,16 @@ class JobVerbs:
         details: bool = False,
         **options: Unpack[RerankOptions],
     ) -> Any:
-        """Order documents by their relevance to a query; blocks for all of them.
+        """Rank documents by relevance to a query; blocks until all are scored.
 
         Args:
             documents: strings.
-            top_n: return the best so many; None returns all.
-            details: give Responses in the order of the documents, with usage; the score is their ``value``.
+            top_n: return only this many of the best; None returns all.
+            details: return Responses in the order of the documents, with usage; the score is their ``value``.
             options: see ``RerankOptions`` and ``JobOptions``.
 
         Returns:
-            the most relevant first; of equal ones, the first in the list.
+            the most relevant first; equal scores keep the order of the list.
 
         Raises:
             LMBridgeError: as ``embed`` does.
@@ -173,7 +173,7 @@ class JobVerbs:
     def submit_rerank(
         self, query: str, documents: Sequence[str], *, top_n: int | None = None, **options: Unpack[RerankOptions]
     ) -> Gathered[list[Ranked]]:
-        """``rerank`` as a future. Sending a long list blocks until there is room for its last document."""
+        """``rerank`` as a future. Submitting a long list blocks until there is room for its last document."""
         make, account, top = rerank_maker(query, options), self._account(), checked_top(top_n)
         texts = document_list(documents)
         requests = make_jobs(account, Rerank, texts, make, options, False)
@@ -204,7 +204,7 @@ class JobVerbs:
         details: bool = False,
         **options: Unpack[RerankOptions],
     ) -> Any:
-        """``rerank`` for a task on any other event loop; cancelling the task aborts."""
+        """``rerank`` for a task on another event loop; cancelling the task aborts it."""
         make, account, top = rerank_maker(query, options), self._task_account(), checked_top(top_n)
         texts = document_list(documents)
         results = await _run_async(account, Rerank, texts, make, options)
@@ -213,10 +213,10 @@ class JobVerbs:
     # --- any function ---
 
     def call(self, item: Any, **options: Unpack[JobOptions]) -> Any:
-        """Have the engine's function work on one item, in a batch with others' items; blocks for what it makes of it.
+        """Apply the engine's function to one item, batched with other callers' items; blocks for the result.
 
         Raises:
-            EngineError: the function failed with it, which is chained. LMBridgeError: as ``infer`` does.
+            EngineError: the function failed; its error is chained. LMBridgeError: as ``infer``.
         """
         account = self._account()
         return answer(account, make_job(account, Apply(item), options)).value
@@ -232,7 +232,7 @@ class JobVerbs:
         """``call`` for each item of a list, in its order.
 
         Args:
-            return_exceptions: errors fill their slots, instead of the first being raised.
+            return_exceptions: put errors into their slots instead of raising the first.
             progress: show a progress bar.
         """
         listed = checked_list(items, "items")
@@ -244,13 +244,13 @@ class JobVerbs:
         return Gathered(account, Apply, [make_job(account, Apply(item), options)], _only, self)
 
     async def acall(self, item: Any, **options: Unpack[JobOptions]) -> Any:
-        """``call`` for a task on any other event loop; cancelling the task aborts."""
+        """``call`` for a task on another event loop; cancelling the task aborts it."""
         return (await self._whole(self._task_account(), Apply(item), options)).value
 
     async def amap(
         self, items: Collection[Any], *, return_exceptions: bool = False, **options: Unpack[JobOptions]
     ) -> list[Any]:
-        """``map`` for a task on any other event loop; cancelling the task aborts."""
+        """``map`` for a task on another event loop; cancelling the task aborts it."""
         listed = checked_list(items, "items")
         return values(await _run_async(self._task_account(), Apply, listed, Apply, options, return_exceptions))
 

@@ -1,4 +1,4 @@
-"""Makes requests of texts, pairs and items: everything is checked before anything is sent.
+"""Makes requests from texts, pairs and items; validates everything before sending anything.
 
 Rule: pure functions on the caller's thread.
 """
@@ -22,12 +22,12 @@ _OPTIONS = ("timeout", "client", "priority", "request_id")
 
 
 class JobOptions(TypedDict, total=False):
-    """The keyword arguments of embed, rerank, call and map, beside their own.
+    """The keyword arguments of embed, rerank, call and map, in addition to their own.
 
     timeout: seconds for loading, queueing and the work together; None waits forever; default: the bridge's.
-    client: the account whose turn is taken, to group threads (default: this client, this thread or this task).
-    priority: higher goes first; waiting raises it.
-    request_id: an id of your own for ``bridge.abort`` and the logs; those of a list have ``-0``, ``-1`` … behind it.
+    client: the account whose turn is used, to group threads (default: this client, thread or task).
+    priority: higher goes first; it rises while the request waits.
+    request_id: your own id for ``bridge.abort`` and the logs; a list appends ``-0``, ``-1`` …
     """
 
     timeout: float | None
@@ -37,12 +37,12 @@ class JobOptions(TypedDict, total=False):
 
 
 class EmbedOptions(JobOptions, total=False):
-    """The keyword arguments of embed, beside those of every job.
+    """The keyword arguments of embed, in addition to those of every job.
 
-    normalize: give vectors of length 1, whose dot product is their cosine similarity (default: True).
-    dimensions: keep the first so many, for models that were trained for that; None keeps all.
-    prompt: put before each text: the name of one of the model's own prompts ("query", say), or a text.
-    truncate: ``"end"`` cuts off what is longer than the model reads, ``"error"`` (the default) refuses it.
+    normalize: scale vectors to length 1, so that dot products are cosine similarities (default: True).
+    dimensions: keep this many leading numbers, for models trained for it; None keeps all.
+    prompt: put before each text: the name of one of the model's own prompts (such as "query"), or a string.
+    truncate: ``"end"`` cuts texts that are too long for the model, ``"error"`` (the default) refuses them.
     """
 
     normalize: bool
@@ -52,9 +52,9 @@ class EmbedOptions(JobOptions, total=False):
 
 
 class RerankOptions(JobOptions, total=False):
-    """The keyword arguments of rerank, beside those of every job.
+    """The keyword arguments of rerank, in addition to those of every job.
 
-    truncate: ``"end"`` (the default) cuts off what is longer than the model reads, ``"error"`` refuses it.
+    truncate: ``"end"`` (the default) cuts documents that are too long for the model, ``"error"`` refuses them.
     """
 
     truncate: Literal["error", "end"]
@@ -64,12 +64,12 @@ def make_job(account: Account, job: Job, options: JobOptions) -> Request:
     """The request for one job.
 
     Raises:
-        InvalidRequestError: an option is wrong, and is named; nothing has been sent.
+        InvalidRequestError: an option is invalid; the error names it, and nothing was sent.
     """
     for name in options:
         if name not in _OPTIONS:
             known = ", ".join(_OPTIONS)
-            raise InvalidRequestError(f"{job.task} has no option {name!r} in this form; it has {known}.", name)
+            raise InvalidRequestError(f"{job.task} has no option {name!r} here; its options are {known}.", name)
     taken: CallOptions = {**options}  # type: ignore[typeddict-item]  # a part of them
     request = make_request(account, "-", None, taken)
     request.prompt, request.job = "", job
@@ -87,11 +87,11 @@ def make_jobs(
     """The requests for a list of jobs, which share one deadline.
 
     Args:
-        make: the job for one of ``things``; raises InvalidRequestError for what is none.
-        keep: put the error of a wrong one into its slot instead of raising the first.
+        make: builds the job for one of ``things``; raises InvalidRequestError for an invalid one.
+        keep: put the error of an invalid one into its slot instead of raising the first.
 
     Raises:
-        InvalidRequestError: what they share is wrong, or one of them is, with its position as ``index``.
+        InvalidRequestError: a shared option is invalid, or one of them is, with its position as ``index``.
     """
     made: list[Request | LMBridgeError] = []
     first: Request | None = None
@@ -104,17 +104,17 @@ def make_jobs(
                 raise
             made.append(error)
             continue
-        first = first or make_job(account, job, options)  # what is wrong with the options is wrong for all
+        first = first or make_job(account, job, options)  # checks the options, which all jobs share
         own = f"{first.id}-{index}" if "request_id" in options else new_id()
         made.append(dataclasses.replace(first, id=own, job=job, context=first.context.copy()))
     return made
 
 
 def embed_maker(options: EmbedOptions) -> Callable[[Any], Embed]:
-    """What makes the job of each text, with the options that are embed's own, which are taken out and checked here.
+    """A function that makes the job for a text. Takes embed's own options out of ``options``, validated.
 
     Raises:
-        InvalidRequestError: an option is wrong.
+        InvalidRequestError: an option is invalid.
     """
     normalize, dimensions = options.pop("normalize", True), options.pop("dimensions", None)
     prompt = options.pop("prompt", None)
@@ -132,7 +132,7 @@ def embed_maker(options: EmbedOptions) -> Callable[[Any], Embed]:
 
 
 def rerank_maker(query: Any, options: RerankOptions) -> Callable[[Any], Rerank]:
-    """What makes the job of each document of a query; raises as ``embed_maker`` does."""
+    """A function that makes the job for a document; raises as ``embed_maker`` does."""
     if not isinstance(query, str):
         raise InvalidRequestError(f"The query must be a string, not {shown(query)}.", "query")
     plain, end = str.__str__(query), _checked_truncate(options.pop("truncate", "end"))
@@ -140,7 +140,7 @@ def rerank_maker(query: Any, options: RerankOptions) -> Callable[[Any], Rerank]:
 
 
 def is_list_of_texts(texts: object) -> bool:
-    """Whether ``texts`` holds texts rather than being one, which may also be given as token ids.
+    """Whether ``texts`` is a list of texts rather than one text, which may be token ids.
 
     Raises:
         InvalidRequestError: it is neither.
@@ -156,10 +156,10 @@ def is_list_of_texts(texts: object) -> bool:
 
 
 def checked_list(things: Any, name: str) -> Sequence[Any]:
-    """A list of things, whatever they are; of an array of more dimensions its rows.
+    """A list of anything; an array with more dimensions gives its rows.
 
     Raises:
-        InvalidRequestError: it is none; a string is none either.
+        InvalidRequestError: it is not a list; strings are not.
     """
     items = as_rows(things)
     if items is None:
@@ -168,19 +168,19 @@ def checked_list(things: Any, name: str) -> Sequence[Any]:
 
 
 def document_list(documents: Any) -> list[Any]:
-    """A list of one's own of the documents' texts; what is no document stays as it is, for the maker to refuse.
+    """A new list of the documents' texts; invalid documents stay, for the maker to refuse.
 
     Raises:
-        InvalidRequestError: it is no list.
+        InvalidRequestError: it is not a list.
     """
     return [_text_of(document) for document in checked_list(documents, "documents")]
 
 
 def checked_top(top_n: Any) -> int | None:
-    """How many of the best are wanted; None for all.
+    """How many of the best to return; None for all.
 
     Raises:
-        InvalidRequestError: it is no number of documents.
+        InvalidRequestError: it is not a valid number.
     """
     top = None if top_n is None else as_int(top_n)
     if top_n is not None and (top is None or top < 1):
@@ -213,6 +213,6 @@ def _checked_document(document: Any) -> str:
 
 
 def _text_of(document: Any) -> Any:
-    """The text of a mapping that has one as ``text``, as other libraries have them; else what was given."""
+    """The ``text`` of a mapping, as other libraries give documents; anything else unchanged."""
     text = document.get("text") if isinstance(document, Mapping) else document
     return str.__str__(text) if isinstance(text, str) else document

@@ -9,13 +9,13 @@ from lmbridge.messages import Overrides
 
 
 class CallOptions(Overrides, total=False):
-    """The keyword arguments of every verb, beside GenerationConfig's own fields.
+    """The keyword arguments of every verb, in addition to GenerationConfig's fields.
 
     timeout: seconds for loading, queueing and generation together; None waits forever; default: the bridge's.
-    client: the account whose turn is taken, to group threads (default: this client, this thread or this task).
-    raw: give a text to the model as it is, without the chat template.
-    priority: higher goes first; waiting raises it.
-    request_id: an id of your own for ``bridge.abort`` and the logs; unique among the living.
+    client: the account whose turn is used, to group threads (default: this client, thread or task).
+    raw: pass a string to the model as it is, without the chat template.
+    priority: higher goes first; it rises while the request waits.
+    request_id: your own id for ``bridge.abort`` and the logs; unique among unfinished requests.
     """
 
     timeout: float | None

@@ -1,7 +1,7 @@
 """The caller's end for an asyncio loop other than the server's.
 
-Rule: an ``OtherLoop`` belongs to one loop and is used there only. All calls of that loop share its channel, and the
-server wakes the loop at most once for all of them; nothing here blocks.
+Rule: an ``OtherLoop`` belongs to one loop and is used only there. All calls of that loop share its channel, and the
+server wakes the loop at most once for all of them. Nothing here blocks.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from lmbridge.errors import LMBridgeError, QueueFullError
 
 
 class OtherLoop:
-    """One foreign loop's channel, and who waits there for news of which call."""
+    """A foreign loop's channel, and which task waits there for which call."""
 
     def __init__(self, server: ServerHandle, loop: asyncio.AbstractEventLoop) -> None:
         self._server = server
         self._loop = loop
         self.readers: dict[Call, list[News]] = {}
-        self._look: asyncio.TimerHandle | None = None  # there while somebody waits
+        self._look: asyncio.TimerHandle | None = None  # set while a task waits
         self._bell = Doorbell(self._answer, loop)
         self.channel: Channel[Call] = Channel(self._bell)
         server.channels.register(self.channel)
@@ -31,12 +31,12 @@ class OtherLoop:
     # --- sending ---
 
     async def send(self, call: Call) -> None:
-        """Have a new call admitted and send it; waits while the gate is full, at most to the call's deadline.
+        """Have a new call admitted and send it; waits while the gate is full, at most until the call's deadline.
 
-        A call that ends before it was sent has an outcome afterwards.
+        A call that ends before it is sent then has an outcome.
 
         Raises:
-            QueueFullError: there is no place, and the bridge does not wait for one.
+            QueueFullError: there is no room, and the bridge rejects.
             LMBridgeError: the bridge or the client is closed.
         """
         server = self._server
@@ -49,7 +49,7 @@ class OtherLoop:
             server.check_owner(call)
             if not call.outcomes:
                 server.submit(call)
-        except QueueFullError as error:  # it is in no book
+        except QueueFullError as error:  # a refused call is not registered
             call.settle(error)
             raise
         except BaseException as error:  # the task was cancelled
@@ -58,7 +58,7 @@ class OtherLoop:
             raise
 
     def abandon(self) -> None:
-        """End the calls that somebody waited for here: the loop is closed. Any thread."""
+        """End the calls awaited here: the loop is closed. Any thread."""
         for call in list(self.readers):
             if call.settle(interrupted_error()):
                 self._server.abort(call)
@@ -66,11 +66,11 @@ class OtherLoop:
     # --- waiting ---
 
     def listen(self) -> News:
-        """For a task that waits for news of some calls."""
+        """A News object for a task waiting for several calls."""
         return News(self)
 
     async def wait(self, call: Call) -> None:
-        """Return when there may be something to see on ``call``; settles it once its deadline has passed."""
+        """Return when ``call`` may have news; settles it once its deadline has passed."""
         remaining = self._server.remaining(call)
         if call.outcomes:
             return
@@ -82,12 +82,12 @@ class OtherLoop:
             news.close()
 
     def tell(self, call: Call) -> None:
-        """Wake whoever waits for news of ``call``."""
+        """Wake the task waiting for ``call``."""
         for news in list(self.readers.get(call, ())):
             news.tell(call)
 
     def look_after(self, call: Call, news: News) -> None:
-        """Tell ``news`` of that call."""
+        """Let ``news`` hear of ``call``."""
         self.readers.setdefault(call, []).append(news)
         if self._look is None:
             self._look = self._loop.call_later(SLICE, self._look_again)
@@ -104,9 +104,9 @@ class OtherLoop:
                 self.tell(call)
 
     def _look_again(self) -> None:
-        """Look by itself once a second, so that a wake-up that is lost costs no more."""
+        """Look again once a second, so that a lost wake-up costs no more than that."""
         self._look = None
-        self._bell.answer()  # which lowers its flag too: a ringer may have been struck after raising it
+        self._bell.answer()  # also lowers a flag whose ringer was interrupted
         for call in list(self.readers):
             if call.outcomes or call.deltas or not self._server.gate.stays(call):
                 self.tell(call)
@@ -115,7 +115,7 @@ class OtherLoop:
 
 
 class News:
-    """What one task waits for: tokens that name any of its calls."""
+    """Waits for tokens that name any of one task's calls."""
 
     def __init__(self, port: OtherLoop) -> None:
         self._port = port
@@ -129,13 +129,13 @@ class News:
         self._port.look_after(call, self)
 
     def tell(self, call: Call) -> None:
-        """There may be something to see on ``call``."""
+        """``call`` may have news."""
         self._named.append(call)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     async def wait(self, timeout: float | None) -> list[Call]:
-        """The calls that may have news, or none after ``timeout`` seconds."""
+        """Wait up to ``timeout`` seconds; the calls that may have news."""
         if not self._named:
             self._waiter = asyncio.get_running_loop().create_future()
             await asyncio.wait([self._waiter], timeout=timeout)
@@ -143,7 +143,7 @@ class News:
         return named
 
     def close(self) -> None:
-        """Wait for nothing more."""
+        """Stop listening."""
         for call in self._calls:
             readers = self._port.readers.get(call)
             if readers is not None and self in readers:

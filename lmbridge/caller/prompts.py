@@ -1,16 +1,16 @@
-"""Tells one prompt from a batch of them, and refuses what is neither.
+"""Tells a single prompt from a batch, and refuses anything else.
 
-Rule: pure functions on the caller's thread. What a list holds as a whole says what it is, so that one bad item cannot
+Rule: pure functions on the caller's thread. The list as a whole decides what it is, so that one invalid item cannot
 turn a batch into a prompt:
 
 - a string or a list among its items: a batch of prompts;
 - else a message (any mapping) among them: one conversation;
 - else a number among them: one prompt's token ids;
-- else a batch, of things that are no prompts, or of none: ``[None]``, ``[]``.
+- else a batch, empty or of invalid prompts: ``[]``, ``[None]``.
 
 So ``[None, "q"]`` is a batch whose first prompt is invalid, ``[message, None]`` a conversation whose second message is
-invalid, and ``[1, None]`` a prompt whose second token is invalid. A list is whatever ``as_list`` takes for one: a
-tuple, a column of a data frame, an array of one dimension.
+invalid, and ``[1, None]`` a prompt whose second token is invalid. ``as_list`` decides what counts as a list: tuples,
+columns of a data frame and one-dimensional arrays do.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _USUAL: dict[type, _Kind] = {
 
 
 def is_batch(prompts: object) -> bool:
-    """Whether ``prompts`` holds prompts rather than being one; the module's docstring says how that is decided."""
+    """Whether ``prompts`` is a batch rather than one prompt, by the rules in the module's docstring."""
     if isinstance(prompts, str):
         return False
     items = as_list(prompts)
@@ -40,9 +40,9 @@ def is_batch(prompts: object) -> bool:
 
 
 def check_prompt(prompt: Any) -> Prompt:
-    """The prompt as engines know it: a string, a list of plain dicts, or a list of plain ints.
+    """The prompt in the form engines take: a string, a list of plain dicts, or a list of plain ints.
 
-    Messages are copied, but not what they hold.
+    Messages are copied, but not their contents.
 
     Raises:
         InvalidRequestError: it is empty, or neither a string, a conversation nor token ids.
@@ -51,15 +51,15 @@ def check_prompt(prompt: Any) -> Prompt:
         return _checked(prompt)
     except LMBridgeError:
         raise
-    except Exception as cause:  # of a mapping or an array that is code of somebody's own
+    except Exception as cause:  # raised by a foreign mapping or array
         raise _invalid(f"The prompt cannot be read: {shown(cause)}.") from cause
 
 
 def _checked(prompt: Any) -> Prompt:
     if isinstance(prompt, str):
         if not prompt:
-            raise _invalid("The prompt is empty; give it at least one character.")
-        return str.__str__(prompt)  # of a subclass its text alone, without methods to run on the server thread
+            raise _invalid("The prompt is empty.")
+        return str.__str__(prompt)  # plain: a subclass's methods would run on the server thread
     items = as_list(prompt)
     kind = None if items is None else _kind(items)
     if items is None or kind == "batch":
@@ -81,7 +81,7 @@ def _kind(items: Sequence[Any]) -> _Kind:
 
 
 def _kind_of(item: type) -> _Kind | None:
-    """What a list is that has such an item; None: it does not say."""
+    """What an item of this type says about its list; None: nothing."""
     if issubclass(item, Mapping):
         return "conversation"
     if issubclass(item, Number):
@@ -118,7 +118,7 @@ def _token_id(token: Any, place: int) -> int:
 
 
 def _shape(prompt: object, items: Sequence[Any] | None) -> str:
-    """What was given in place of a prompt, and what to give."""
+    """What was given instead of a prompt, and how to fix it."""
     name = type(prompt).__name__
     if items:
         return f"a list of {type(items[0]).__name__}. Only infer, ainfer and stream_many take a list of prompts."
@@ -127,7 +127,7 @@ def _shape(prompt: object, items: Sequence[Any] | None) -> str:
     if isinstance(prompt, Mapping):
         return f"{name}. Put a message into a list: [{{'role': …}}]."
     if hasattr(prompt, "ndim"):
-        return f"{name} of {prompt.ndim} dimensions. Give 1 dimension for one prompt, a list of those for several."
+        return f"{name} of {prompt.ndim} dimensions. Give 1 dimension for one prompt, or a list of those for several."
     if isinstance(prompt, Iterable) and not isinstance(prompt, (bytes, bytearray, memoryview)):
         return f"{name}. Make a list of it: list(…)."
     return f"{reprlib.repr(prompt)}."

@@ -1,4 +1,4 @@
-"""Makes requests: everything is checked before anything is sent.
+"""Makes requests; validates everything before sending anything.
 
 Rule: pure functions on the caller's thread.
 """
@@ -23,17 +23,17 @@ from lmbridge.values import as_flag, as_int, as_number
 
 _ids = itertools.count(1)
 _PREFIX = f"req-{secrets.token_hex(3)}"
-_LONGEST = threading.TIMEOUT_MAX / 2  # seconds; a lock waits no longer, not even for math.inf
-_MOST_URGENT = 1_000_000  # it is added to seconds that were waited, and both have to fit into a float
-_DEFAULT_CONFIG = GenerationConfig()  # never handed out: engines get it, and engines do not write
-_ANY_PROMPT = [{"role": "user", "content": "x"}]  # one that every option goes with
+_LONGEST = threading.TIMEOUT_MAX / 2  # seconds; locks reject longer timeouts, math.inf included
+_MOST_URGENT = 1_000_000  # bounded, so that adding seconds waited stays exact in a float
+_DEFAULT_CONFIG = GenerationConfig()  # engines get it, and must not modify it
+_ANY_PROMPT = [{"role": "user", "content": "x"}]  # valid with every option
 
 
 def make_request(account: Account, prompt: Any, config: GenerationConfig | None, options: CallOptions) -> Request:
-    """Check one prompt with what goes with it, and make its request.
+    """Validate one prompt and its options, and make the request.
 
     Raises:
-        InvalidRequestError: something is wrong, and is named; nothing has been sent.
+        InvalidRequestError: an argument is invalid; the error names it, and nothing was sent.
     """
     timeout = options.pop("timeout", account.access.timeout)
     client, raw, priority, request_id = account.name, False, 0, None
@@ -60,7 +60,7 @@ def make_request(account: Account, prompt: Any, config: GenerationConfig | None,
 
 
 def new_id() -> str:
-    """An id that no other request of this process has."""
+    """An id unique in this process."""
     return f"{_PREFIX}-{next(_ids)}"
 
 
@@ -71,11 +71,11 @@ def make_list(
 
     Args:
         config: one for all of them, or a list with one for each.
-        options: a ``request_id`` has ``-0``, ``-1`` … put behind it.
-        keep: put the error of a wrong prompt into its slot instead of raising the first.
+        options: a ``request_id`` gets ``-0``, ``-1`` … appended.
+        keep: put the error of an invalid prompt into its slot instead of raising the first.
 
     Raises:
-        InvalidRequestError: what they share is wrong, or a prompt is, with its position as ``index``.
+        InvalidRequestError: a shared option is invalid, or a prompt is, with its position as ``index``.
     """
     configs = config if isinstance(config, (list, tuple)) else [config] * len(prompts)
     if len(configs) != len(prompts):
@@ -83,7 +83,7 @@ def make_list(
     name = options.pop("request_id", None)
     if name is not None:
         name = checked_text(name, "request_id")
-    shared = make_request(account, _ANY_PROMPT, None, _copy(options))  # what is wrong with the options is wrong for all
+    shared = make_request(account, _ANY_PROMPT, None, _copy(options))  # checks the shared options
     made: list[Request | LMBridgeError] = []
     for index, (prompt, one) in enumerate(zip(prompts, configs, strict=True)):
         try:
@@ -110,14 +110,14 @@ def _merge(config: GenerationConfig | None, overrides: Any) -> GenerationConfig:
         config = _DEFAULT_CONFIG
     if not isinstance(config, GenerationConfig):
         raise InvalidRequestError(
-            f"config must be a GenerationConfig, not {type(config).__name__}; its fields also go as keyword arguments.",
+            f"config must be a GenerationConfig, not {type(config).__name__}; or pass its fields as keywords.",
             "config",
         )
     return config.merged(overrides)
 
 
 def _check_template(config: GenerationConfig, prompt: Any, raw: bool) -> None:
-    """Refuse what is for the chat template where the prompt goes without one, or is no conversation."""
+    """Refuse chat-template settings for a raw prompt, or one that is not a conversation."""
     begins, goes_on = config.add_generation_prompt is not None, config.continue_final_message
     if not (begins or goes_on or config.chat_template_kwargs):
         return
@@ -126,19 +126,19 @@ def _check_template(config: GenerationConfig, prompt: Any, raw: bool) -> None:
         return
     if begins or goes_on:
         name = "continue_final_message" if goes_on else "add_generation_prompt"
-        raise InvalidRequestError(f"{name} is for a conversation; give messages, or leave it out.", name)
+        raise InvalidRequestError(f"{name} needs a conversation: give a list of messages, or leave it out.", name)
     if raw or not isinstance(checked, str):
         raise InvalidRequestError(
-            "chat_template_kwargs are for a chat template, and this prompt goes without one; leave them out.",
+            "chat_template_kwargs need a chat template, which this prompt does not use; leave them out.",
             "chat_template_kwargs",
         )
 
 
 def checked_seconds(value: Any, name: str = "timeout") -> float:
-    """A time to wait, at most as long as a lock can.
+    """A time to wait, capped at what locks accept.
 
     Raises:
-        InvalidRequestError: it is none; None, for which callers may take "for ever", is none either.
+        InvalidRequestError: it is not a number of seconds; callers handle None themselves.
     """
     seconds = as_number(value)
     if seconds is None or not seconds >= 0:  # nan
@@ -147,14 +147,14 @@ def checked_seconds(value: Any, name: str = "timeout") -> float:
 
 
 def checked_text(value: Any, name: str) -> str:
-    """A plain string that is not empty; of a subclass its text alone, which may stand in any book.
+    """A plain non-empty string; a subclass is reduced to its text.
 
     Raises:
-        InvalidRequestError: it is none.
+        InvalidRequestError: it is not a string, or is empty.
     """
     if isinstance(value, str) and value:
         return str.__str__(value)
-    raise InvalidRequestError(f"{name} must be a string that is not empty, not {shown(value)}.", name)
+    raise InvalidRequestError(f"{name} must be a non-empty string, not {shown(value)}.", name)
 
 
 def _checked_priority(priority: Any) -> int:

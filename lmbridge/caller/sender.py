@@ -1,7 +1,7 @@
 """Sends a list of requests one after another, as room allows.
 
-Rule: the caller's end, one reader; it never blocks. While answers are still to come, a request for which there is no
-place stands in line rather than being refused: so lists of any length flow through.
+Rule: the caller's end, one reader; it never blocks. While answers are outstanding, a request without room waits in line
+instead of being refused, so lists of any length flow through.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from lmbridge.messages import Outcome, Request
 
 
 class Sender:
-    """The requests that wait to be sent, and the calls whose answers are still to come.
+    """The requests still to send, and the calls still to be answered.
 
     Attributes:
-        open: the calls that were made and not closed, each with the position of its request.
-        opened: called with each call that is made.
+        open: the calls made and not closed, each with the position of its request.
+        opened: called with each new call.
     """
 
     def __init__(self, account: Account, server: ServerHandle, channel: Channel[Call], streaming: bool = False) -> None:
@@ -35,28 +35,28 @@ class Sender:
         self._channel = channel
         self._streaming = streaming
         self._waiting: deque[tuple[int, Request]] = deque()
-        self.left: tuple[LMBridgeError | None] | None = None  # set once by any thread: all end, with that error
+        self.left: tuple[LMBridgeError | None] | None = None  # set once by any thread: all calls end with that error
         self._stopped: set[int] = set()  # positions that were stopped; any thread adds
         self._deadline: float | None = None
-        self._ended: list[Call] = []  # without having been sent; no token will name them
-        self._begun = False  # something was sent, or tried to
-        self._standing: Call | None = None  # in line at the gate; is in ``open`` too
+        self._ended: list[Call] = []  # ended before being sent; no token will name them
+        self._begun = False  # sending has been tried
+        self._standing: Call | None = None  # waiting in line at the gate; also in ``open``
 
     def add(self, index: int, request: Request) -> None:
-        """Have a request sent when its turn comes. All share one deadline."""
+        """Queue a request for sending. All share one deadline."""
         self._deadline = request.deadline
         self._waiting.append((index, request))
 
     @property
     def done(self) -> bool:
-        """Whether everything was sent and has been closed."""
+        """Whether everything was sent and closed."""
         return not self.open and not self._waiting
 
     def send(self) -> None:
-        """Send what there is room for. What ends without being sent stays in ``open``; ``ended`` names it.
+        """Send what there is room for. Calls that end unsent stay in ``open``; ``ended`` returns them.
 
         Raises:
-            LMBridgeError: nothing could be sent: there is no room and the bridge does not wait, or it is closed.
+            LMBridgeError: nothing could be sent: there is no room and the bridge rejects, or it is closed.
         """
         if self._standing is not None and not self._let_in(self._standing):
             return
@@ -64,8 +64,8 @@ class Sender:
             index, request = self._waiting[0]
             first, self._begun = not self._begun, True
             call = self._account.call(request, self._channel, self._streaming)
-            call.kept = True  # whoever reads the others may take his time before he sends it
-            self.open[call] = index  # first, so that it will be aborted whatever happens next
+            call.kept = True  # the reader of the others may be slow to send it
+            self.open[call] = index  # first, so that it is aborted whatever happens next
             self._waiting.popleft()
             self.opened(call)
             if self._is_over(call, index):
@@ -74,12 +74,12 @@ class Sender:
                 return
 
     def ended(self) -> list[Call]:
-        """The calls that have ended without being sent, since this was asked last."""
+        """The calls that ended unsent since the last query."""
         ended, self._ended = self._ended, []
         return ended
 
     def remaining(self) -> float:
-        """Seconds to wait before looking at all of them again; settles them once their deadline has passed."""
+        """Seconds until all calls need checking again; settles them once their deadline has passed."""
         if self._deadline is None:
             return SLICE
         remaining = self._deadline - time.monotonic()
@@ -89,14 +89,14 @@ class Sender:
         return min(max(remaining, 0.0), SLICE)
 
     def stop(self, index: int) -> None:
-        """End the call at that position as one that was left, also where it was not sent yet. Any thread."""
-        self._stopped.add(index)  # first: it may be opened at this moment
+        """End the call at that position as abandoned, even if not sent yet. Any thread."""
+        self._stopped.add(index)  # first: it may be opening right now
         for call, place in list(self.open.items()):
             if place == index and call.settle(call.finish("abort")):
                 self._server.abort(call)
 
     def abort(self, error: LMBridgeError | None = None) -> list[Call]:
-        """End all of them, as left or with a copy of ``error``; takes no lock. Returns the open ones that it ended."""
+        """End all calls, as abandoned or with a copy of ``error``, and return those ended. Takes no lock."""
         if self.left is None:
             self.left = (error,)
         ended = []
@@ -107,7 +107,7 @@ class Sender:
         return ended
 
     def unsent(self, request: Request) -> Outcome:
-        """What a request ends with that was not sent before all of them were left."""
+        """The outcome of a request not sent before all were abandoned."""
         return self._end(Call(request, self._channel, self._account))
 
     def _end(self, call: Call) -> Outcome:
@@ -115,13 +115,13 @@ class Sender:
         return call.finish("abort") if error is None else fresh(error)
 
     def _is_over(self, call: Call, index: int) -> bool:
-        """Whether a call has ended before it was sent: it was left or stopped."""
+        """Whether a call ended before it was sent: abandoned or stopped."""
         if self.left is not None or index in self._stopped:
             call.settle(self._end(call))
         return bool(call.outcomes)
 
     def _enter(self, call: Call, first: bool) -> bool:
-        """Whether a call is through the gate, or has ended there; False when it stands in line."""
+        """Whether a call passed the gate or ended there; False while it waits in line."""
         try:
             if not self._server.gate.enter(call, patient=not first):
                 self._server.check_owner(call)
@@ -136,7 +136,7 @@ class Sender:
         return True
 
     def _let_in(self, call: Call) -> bool:
-        """Whether the call in line has been given a place, or has ended there."""
+        """Whether the call in line was admitted or has ended there."""
         if not self._server.gate.stand(call, lambda: self._channel.nudge(call)) and not call.outcomes:
             return False
         self._standing = None
@@ -154,7 +154,7 @@ class Sender:
 
     def _submit(self, call: Call) -> None:
         self._server.check_owner(call)
-        if call.outcomes:  # it was left meanwhile
+        if call.outcomes:  # abandoned meanwhile
             self._ended.append(call)
         else:
             self._server.submit(call)

@@ -1,4 +1,4 @@
-"""What the answers of jobs are handed over as, and a look at what an engine gave.
+"""Shapes the results of jobs, and validates what the engine returned.
 
 Rule: pure functions on the caller's thread; numpy is imported inside.
 """
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def looked_at(kind: type[Job], response: Response) -> Response:
-    """The answer to a job of that kind, its value of the type that callers are promised.
+    """The answer to a job of that kind, its value of the documented type.
 
     Raises:
-        EngineError: the engine gave something else.
+        EngineError: the engine returned something else.
     """
     try:
         response.value = _AS[kind](response.value)
@@ -36,7 +36,7 @@ def looked_at(kind: type[Job], response: Response) -> Response:
 
 
 def all_looked_at(kind: type[Job], results: Sequence[Result], keep: bool) -> list[Result]:
-    """The same for a list; errors fill their slots where they are kept, else the first is raised."""
+    """The same for a list; errors are kept in their slots, or the first is raised."""
     found: list[Result] = []
     for index, result in enumerate(results):
         try:
@@ -50,15 +50,15 @@ def all_looked_at(kind: type[Job], results: Sequence[Result], keep: bool) -> lis
 
 
 def values(results: Sequence[Result]) -> list[Any]:
-    """What each job gave, or the error it ended with."""
+    """The value or error of each job."""
     return [result.value if isinstance(result, Response) else result for result in results]
 
 
 def matrix(results: Sequence[Result]) -> Vectors:
-    """Vectors of one length as the rows of an array, float32 of shape ``(n, dim)``; ``(0, 0)`` for none.
+    """Vectors of equal length as a float32 array of shape ``(n, dim)``; ``(0, 0)`` for none.
 
     Raises:
-        EngineError: they are not of one length.
+        EngineError: their lengths differ.
     """
     import numpy as np
 
@@ -67,12 +67,12 @@ def matrix(results: Sequence[Result]) -> Vectors:
         return np.zeros((0, 0), dtype=np.float32)
     lengths = sorted({len(vector) for vector in vectors})
     if len(lengths) > 1:
-        raise EngineError(f"The engine gave vectors of {lengths[0]} and of {lengths[-1]} numbers; mend the engine.")
+        raise EngineError(f"The engine returned vectors of {lengths[0]} and of {lengths[-1]} numbers; fix the engine.")
     return np.stack(vectors)
 
 
 def ranking(results: Sequence[Result], documents: Sequence[str], top: int | None) -> list[Ranked]:
-    """Scores as a ranking, the most relevant first; of equal ones, the first in the list."""
+    """Scores as a ranking, the most relevant first; equal scores keep the list's order."""
     scores: list[float] = values(results)
     order = sorted(range(len(scores)), key=lambda index: -scores[index])[:top]
     return [Ranked(index, scores[index], documents[index]) for index in order]
@@ -102,7 +102,7 @@ def _wrong(value: Any, wanted: str) -> EngineError:
     what = type(value).__name__ + (f" of shape {shape}" if isinstance(shape, tuple) else "")
     if isinstance(value, (int, float, str)) or value is None:
         what = repr(value)[:80]
-    return EngineError(f"The engine gave {what} where {wanted} belongs; mend the engine.")
+    return EngineError(f"The engine returned {what} instead of {wanted}; fix the engine.")
 
 
 _AS: Mapping[type[Job], Callable[[Any], Any]] = {Embed: _vector, Rerank: _score, Apply: lambda value: value}

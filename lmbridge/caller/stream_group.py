@@ -1,6 +1,6 @@
-"""Several answers read by one thread while they grow.
+"""Several answers read by one thread as they grow.
 
-Rule: the caller's end. A group is one consumer with one channel; its tokens say which of its calls has news.
+Rule: the caller's end. A group is one consumer with one channel; each token names the call that has news.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from lmbridge.messages import Delta, Request, Response
 class StreamGroup:
     """The deltas of several answers, as they come: ``for index, delta in bridge.stream_many(prompts)``.
 
-    The last delta of each answer has a ``finish_reason`` or an ``error``; an answer that fails leaves the others
-    running. Leaving the loop, ``close``, the end of a ``with`` and dropping the group abort what still runs. Deltas
-    that come while nobody reads are merged into the answer's next one. Prompts for which there is no room yet are sent
-    while the others are read.
+    The last delta of each answer has a ``finish_reason`` or an ``error``; if one answer fails, the others continue.
+    Leaving the loop, ``close``, leaving a ``with`` block and dropping the group abort what is still running. Deltas
+    that arrive while nobody reads are merged into the answer's next one. Prompts that do not fit into the queue are
+    sent while the others are read.
     """
 
     def __init__(self, account: Account, requests: Sequence[Request | LMBridgeError], owner: object) -> None:
-        """Send what there is room for; one that is an error already ends with it.
+        """Send what there is room for; a request that is already an error ends with it.
 
         Raises:
-            QueueFullError: there is room for none, and the bridge does not wait.
+            QueueFullError: there is room for none, and the bridge rejects.
             LMBridgeError: the bridge or the client is closed.
         """
         server = account.server(True)
         self._account = account
         self._server = server
-        self._owner = owner  # keeps the bridge alive for as long as the group is
+        self._owner = owner  # keeps the bridge alive as long as the group
         self._channel = account.lease(server)
-        self._lent = True  # the channel has to be given back
+        self._lent = True  # the channel must be returned
         self._requests = list(requests)
-        self._ends: dict[int, Call] = {}  # reader only, as are the next three
+        self._ends: dict[int, Call] = {}  # reader only, like the next three
         self._news: deque[tuple[int, Delta]] = deque()
         self._iterated = False
         self._sender = Sender(account, server, self._channel, streaming=True)
@@ -63,12 +63,12 @@ class StreamGroup:
 
     @property
     def request_ids(self) -> list[str]:
-        """One for each prompt; "" for one that was wrong."""
+        """One id per prompt; "" for an invalid one."""
         return ["" if isinstance(request, LMBridgeError) else request.id for request in self._requests]
 
     @property
     def responses(self) -> list[Response | BaseException]:
-        """The ends of the answers, in the order of the prompts; each is a whole Response or an error.
+        """The results in the order of the prompts; each is a complete Response or an error.
 
         Raises:
             RuntimeError: the group has not ended yet.
@@ -76,17 +76,17 @@ class StreamGroup:
         ends = {**self._ends, **{index: call for call, index in list(self._sender.open.items())}}
         results = [self._result(request, ends.get(index)) for index, request in enumerate(self._requests)]
         if None in results:
-            raise RuntimeError("The answers have not ended yet; read them to their ends, or close the group, before.")
+            raise RuntimeError("The answers are not complete yet: read the group to the end or close it first.")
         return [result for result in results if result is not None]
 
     def __iter__(self) -> Iterator[tuple[int, Delta]]:
         if self._iterated:
-            raise RuntimeError("A group of streams can be iterated once; its whole answers are in .responses.")
+            raise RuntimeError("A group of streams can be iterated only once; its complete answers are in .responses.")
         self._iterated = True
         return self._iterate()
 
     def _iterate(self) -> Iterator[tuple[int, Delta]]:
-        # A generator of its own, so that `break` drops it and this finally runs at once.
+        # A separate generator, so that `break` drops it and this finally runs at once.
         try:
             while self.wait():
                 try:
@@ -97,7 +97,7 @@ class StreamGroup:
             self._leave()
 
     def __next__(self) -> tuple[int, Delta]:
-        """The next delta of any answer, with the index of its prompt; raises StopIteration at the end of all."""
+        """The next delta of any answer, with the index of its prompt; raises StopIteration once all have ended."""
         with self._reading():
             self._wait(None)
             news = self._news.popleft() if self._news else None
@@ -106,24 +106,24 @@ class StreamGroup:
         return news
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Block until ``next`` would not; False when ``timeout`` seconds passed first.
+        """Block until ``next`` would return at once; False after ``timeout`` seconds.
 
         Raises:
-            RuntimeError: another thread reads already.
-            ForkedError: this is a child of the process that the group belongs to.
+            RuntimeError: another thread is reading.
+            ForkedError: the group belongs to the parent process.
         """
         with self._reading():
             return self._wait(None if timeout is None else time.monotonic() + timeout)
 
     def stop(self, index: int) -> None:
-        """End the answer to that prompt; its last delta says ``abort``, and the others go on. Any thread, any time."""
+        """End the answer to that prompt; its last delta says ``abort``; the others continue. Any thread, any time."""
         self._sender.stop(index)
 
     def close(self, error: LMBridgeError | None = None) -> None:
-        """Abort what still runs; a reader in another thread sees the end. Any thread, any time.
+        """Abort what is still running; a reader in another thread sees the end. Any thread, any time.
 
         Args:
-            error: what that reader is told of each answer instead, and what they count as having ended with.
+            error: the reader gets this error for each answer instead, and it counts as their outcome.
         """
         if self._server.forked:
             return
@@ -148,10 +148,10 @@ class StreamGroup:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Be the one thread that reads; KeyboardInterrupt and the like end all, for nobody reads on."""
+        """Be the only reading thread; KeyboardInterrupt and the like abort all, since nobody reads on."""
         self._server.check_process()
         if not self._turn.acquire(False):
-            raise RuntimeError("Another thread is reading this group; give each thread one of its own.")
+            raise RuntimeError("Another thread is reading this group; give each thread its own.")
         try:
             yield
         except BaseException:
@@ -169,7 +169,7 @@ class StreamGroup:
         return True
 
     def _look(self, limit: float | None) -> None:
-        """Wait for one token, and take what its call has."""
+        """Wait for one token and take its call's news."""
         self._sender.send()
         ended = self._sender.ended()
         for call in ended:
@@ -192,12 +192,12 @@ class StreamGroup:
             self._take(call)
 
     def _take(self, call: Call) -> None:
-        """Put what a call has into the news; its end too, once everything was read."""
+        """Move a call's deltas to the news, and its end once everything was read."""
         index = self._sender.open.get(call)
         if index is None:  # a late token
             return
-        call.signalled = False  # before looking, so that what comes now sends a new token
-        outcome = call.outcome  # before the deltas, all of which precede it
+        call.signalled = False  # before looking, so that later news sends a new token
+        outcome = call.outcome  # read before the deltas, which all precede it
         taken = call.take()
         if taken is not None:
             self._news.append((index, taken))
@@ -213,7 +213,7 @@ class StreamGroup:
             self._news.append((index, Delta(error=_as_error(call.error(outcome)))))
 
     def _result(self, request: Request | LMBridgeError, call: Call | None) -> Response | BaseException | None:
-        """How one answer has ended; None when it has not."""
+        """The end of one answer; None if it has not ended."""
         if isinstance(request, LMBridgeError):
             return request
         if call is None:

@@ -1,7 +1,7 @@
-"""A call whose answer is read by a thread while it grows.
+"""An answer read by a thread as it grows.
 
-Rule: the caller's end; it looks only at the ``Call``. The server knows no stream, so one that is dropped is finalized
-at once, and its finalizer aborts the call.
+Rule: the caller's end; it looks only at the ``Call``. The server holds no stream, so a dropped stream is finalized at
+once, and its finalizer aborts the call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lmbridge.messages import Delta, Request, Response
 
 
 def drop(leave: Callable[[], object]) -> None:
-    """Leave in a finalizer, where Python swallows what is thrown in: the abort must not go with it."""
+    """Leave in a finalizer, where Python swallows thrown-in exceptions: the abort must still happen."""
     try:
         leave()
     except BaseException:
@@ -30,15 +30,15 @@ def drop(leave: Callable[[], object]) -> None:
 
 
 class Reading:
-    """What both kinds of stream share: they end once, are read once, and abort when they are left."""
+    """Shared by both kinds of stream: they end once, are read once, and abort when abandoned."""
 
     def __init__(self, account: Account, server: ServerHandle, call: Call, owner: object) -> None:
         self._account = account
         self._server = server
         self._call = call
-        self._owner = owner  # keeps the bridge alive for as long as the stream is
+        self._owner = owner  # keeps the bridge alive as long as the stream
         self._iterated = False
-        self._turn = threading.Lock()  # held while somebody waits for the next delta
+        self._turn = threading.Lock()  # held by the reader waiting for the next delta
 
     @property
     def request_id(self) -> str:
@@ -46,14 +46,14 @@ class Reading:
 
     @property
     def response(self) -> Response:
-        """The whole answer, with usage and timings; ``finish_reason`` is ``abort`` for a stream that was left.
+        """The complete answer, with usage and timings; ``finish_reason`` is ``abort`` for an abandoned stream.
 
         Raises:
             RuntimeError: the stream has not ended yet.
             LMBridgeError: the error it ended with.
         """
         if self._call.outcome is None:
-            raise RuntimeError("The stream has not ended yet; read it to its end, or close it, before .response.")
+            raise RuntimeError("The stream has not ended yet: read it to the end or close it before using .response.")
         return self._call.response()
 
     def __repr__(self) -> str:
@@ -62,7 +62,7 @@ class Reading:
         return f"<{type(self).__name__} {self.request_id} {state}>"
 
     def __del__(self) -> None:
-        # A finalizer may run in the middle of anything, with any lock held: it may only append to a deque and ring.
+        # A finalizer may run at any point, with any lock held: it may only append to a deque and ring.
         if hasattr(self, "_turn"):
             drop(self._leave)
             self._account.report_later(self._call)
@@ -79,11 +79,11 @@ class Reading:
 
     def _begin(self) -> None:
         if self._iterated:
-            raise RuntimeError("A stream can be iterated once; its whole answer is in .response.")
+            raise RuntimeError("A stream can be iterated only once; its complete answer is in .response.")
         self._iterated = True
 
     def _end(self) -> bool:
-        """Whether the call has ended and everything was read; raises the error it ended with."""
+        """Whether the call has ended and everything was read; raises its error."""
         outcome = self._call.outcome
         if outcome is None or self._call.deltas:
             return False
@@ -96,15 +96,15 @@ class Reading:
 class Stream(Reading):
     """The deltas of one answer, as they come: ``for delta in stream``.
 
-    Leaving the loop, ``close``, the end of a ``with`` and dropping the stream abort the generation. Deltas that come
+    Leaving the loop, ``close``, leaving a ``with`` block and dropping the stream abort generation. Deltas that arrive
     while nobody reads are merged into the next one.
     """
 
     def __init__(self, account: Account, request: Request, owner: object) -> None:
-        """Send the request; raises what is wrong with it."""
+        """Send the request; raises if it is invalid."""
         server = account.server(True)
         super().__init__(account, server, account.call(request, account.lease(server), streaming=True), owner)
-        self._lent = True  # the call's channel has to be given back
+        self._lent = True  # the call's channel must be returned
         try:
             if not send(server, self._call):
                 self._end()
@@ -117,8 +117,8 @@ class Stream(Reading):
         return self._iterate()
 
     def _iterate(self) -> Iterator[Delta]:
-        # A generator of its own: only the for loop holds it, so that `break` drops it and this finally runs at once,
-        # even while the Stream itself is held.
+        # A separate generator: only the for loop holds it, so `break` drops it and this finally runs at once, even
+        # while the Stream itself is referenced.
         try:
             while (delta := self._next()) is not None:
                 yield delta
@@ -130,8 +130,8 @@ class Stream(Reading):
 
         Raises:
             StopIteration: the answer is complete, or the stream was closed.
-            RuntimeError: another thread waits for the next delta already.
-            RequestTimeoutError: the deadline has passed; other LMBridgeErrors as they come.
+            RuntimeError: another thread is reading.
+            RequestTimeoutError: the deadline has passed; or another LMBridgeError.
         """
         delta = self._next()
         if delta is None:
@@ -139,8 +139,8 @@ class Stream(Reading):
         return delta
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Block until ``next`` would not; False when ``timeout`` seconds passed first. For readers that have to say
-        something in the meantime, such as an HTTP response that keeps its connection alive."""
+        """Block until ``next`` would return at once; False after ``timeout`` seconds. For readers that must act in the
+        meantime, such as an HTTP response that keeps its connection alive."""
         call = self._call
         limit = None if timeout is None else time.monotonic() + timeout
         self._take_turn()
@@ -152,17 +152,17 @@ class Stream(Reading):
                 if limit is not None and time.monotonic() >= limit:
                     return False
                 self._wait(call, limit)
-        except BaseException:  # KeyboardInterrupt while waiting: nobody reads on
+        except BaseException:  # such as KeyboardInterrupt: nobody reads on
             self._leave()
             raise
         finally:
             self._turn.release()
 
     def close(self, error: LMBridgeError | None = None) -> None:
-        """Abort the generation if it still runs; a reader in another thread sees the end. Any thread, any time.
+        """Abort generation if it is still running; a reader in another thread sees the end. Any thread, any time.
 
         Args:
-            error: raised to that reader instead, and what the request counts as having ended with.
+            error: raised in the reader instead; it counts as the request's outcome.
         """
         if self._leave(error):
             self._call.channel.nudge(self._call)
@@ -179,7 +179,7 @@ class Stream(Reading):
         if self._server.forked:
             self._server.check_process()
         if not self._turn.acquire(False):
-            raise RuntimeError("Another thread is reading this stream; give each thread a stream of its own.")
+            raise RuntimeError("Another thread is reading this stream; give each thread its own.")
 
     def _next(self) -> Delta | None:
         """The next delta; None at the end."""
@@ -194,7 +194,7 @@ class Stream(Reading):
                 self._wait(call, None)
         except LMBridgeError:
             raise
-        except BaseException:  # KeyboardInterrupt while waiting: nobody reads on
+        except BaseException:  # such as KeyboardInterrupt: nobody reads on
             self._leave()
             raise
         finally:
@@ -208,7 +208,7 @@ class Stream(Reading):
             self._account.take_back(self._server, self._call.channel)
 
     def _wait(self, call: Call, limit: float | None) -> None:
-        """Wait for a token, at most until ``limit``, and not for ever."""
+        """Wait for a token, at most until ``limit``, and never forever."""
         remaining = None if call.request.deadline is None else self._server.remaining(call)
         if call.outcomes:
             return

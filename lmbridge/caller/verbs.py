@@ -1,6 +1,6 @@
 """The verbs, written once and shared by Bridge and Client: infer, stream, stream_many, submit, ainfer, astream.
 
-Rule: signatures and their promises only; what they are made of stands beside.
+Rule: signatures and documentation only; the neighbouring modules do the work.
 """
 
 from __future__ import annotations
@@ -69,21 +69,21 @@ class Verbs(JobVerbs):
         return_exceptions: bool = False,
         **options: Unpack[CallOptions],
     ) -> Any:
-        """Generate and block for the whole answer; a list of prompts gives a list of answers in the same order.
+        """Generate and block for the complete answer; a list of prompts gives a list of answers in order.
 
         Args:
-            prompt: a text, a conversation (list of messages), token ids, or a list of these.
-            config: how to generate; keyword arguments named like its fields override it. A list of prompts may have
-                a list of them, one for each.
+            prompt: a string, a conversation (list of messages), token ids, or a list of these.
+            config: how to generate; keyword arguments named like its fields override it. For a list of prompts it may
+                be a list, one config per prompt.
             progress: show a progress bar for a list.
-            return_exceptions: put the error of a failed prompt into its slot instead of raising the first.
+            return_exceptions: put errors into their slots instead of raising the first.
             options: see CallOptions.
 
         Raises:
-            InvalidRequestError: prompt or config are wrong; nothing was sent.
-            RequestTimeoutError: the deadline passed; ``partial`` holds what was generated.
-            LMBridgeError: what else may happen to a request; see the guide. For a list the first error is raised,
-                with its position as ``index``, and the rest is aborted.
+            InvalidRequestError: prompt or config is invalid; nothing was sent.
+            RequestTimeoutError: the deadline passed; ``partial`` holds the text generated so far.
+            LMBridgeError: anything else that may happen to a request; see the guide. For a list the first error is
+                raised, with its position as ``index``, and the rest is aborted.
         """
         account = self._account()
         if isinstance(prompt, str) or not is_batch(prompt):
@@ -98,7 +98,7 @@ class Verbs(JobVerbs):
         config: GenerationConfig | None = None,
         **options: Unpack[CallOptions],
     ) -> Stream:
-        """Submit one prompt and return its deltas as they come; leaving the stream aborts. Raises as ``infer`` does."""
+        """Submit one prompt and return its deltas as they come; leaving the stream aborts. Raises as ``infer``."""
         account = self._account()
         return Stream(account, make_request(account, prompt, config, options), self)
 
@@ -110,15 +110,15 @@ class Verbs(JobVerbs):
         return_exceptions: bool = False,
         **options: Unpack[CallOptions],
     ) -> StreamGroup:
-        """Submit a list of prompts and return their deltas with their indices as they come, in one iteration.
+        """Submit a list of prompts and return their deltas, each with its prompt's index, in one iteration.
 
-        The same prompt several times gives several answers to it; ``config`` may be a list, one for each. A
-        ``request_id`` has ``-0``, ``-1`` … put behind it. Raises as ``infer`` does; nothing runs then. With
-        ``return_exceptions`` a wrong prompt is a delta with that error instead, and the others run.
+        Repeat a prompt to get several answers to it; ``config`` may be a list, one per prompt. A ``request_id`` gets
+        ``-0``, ``-1`` … appended. Raises as ``infer``; nothing runs then. With ``return_exceptions`` an invalid prompt
+        gives a delta with its error instead, and the others run.
         """
         account = self._account()
         if isinstance(prompts, str) or not is_batch(prompts):
-            raise InvalidRequestError("stream_many takes a list of prompts; stream takes one.", "prompts")
+            raise InvalidRequestError("stream_many takes a list of prompts; use stream for one.", "prompts")
         return StreamGroup(account, make_list(account, prompts, config, options, return_exceptions), self)
 
     def submit(
@@ -127,7 +127,7 @@ class Verbs(JobVerbs):
         config: GenerationConfig | None = None,
         **options: Unpack[CallOptions],
     ) -> ResponseFuture:
-        """Submit one prompt and return a ``concurrent.futures.Future`` of its Response; what is wrong raises here."""
+        """Submit one prompt and return the future of its Response; invalid arguments raise immediately."""
         account = self._account()
         return ResponseFuture(account, make_request(account, prompt, config, options), self)
 
@@ -167,7 +167,7 @@ class Verbs(JobVerbs):
         return_exceptions: bool = False,
         **options: Unpack[CallOptions],
     ) -> Any:
-        """``infer`` for a task on any other event loop; cancelling the task aborts."""
+        """``infer`` for a task on another event loop; cancelling the task aborts it."""
         account = self._task_account()
         if not isinstance(prompt, str) and is_batch(prompt):
             requests = make_list(account, prompt, config, options, return_exceptions)
@@ -180,9 +180,9 @@ class Verbs(JobVerbs):
         config: GenerationConfig | None = None,
         **options: Unpack[CallOptions],
     ) -> AsyncStream:
-        """``stream`` for a task on any other event loop: ``async for delta in bridge.astream(prompt)``.
+        """``stream`` for a task on another event loop: ``async for delta in bridge.astream(prompt)``.
 
-        What is wrong raises here; the request is sent by the first delta asked for, or by ``await bridge.astream(…)``.
+        Invalid arguments raise immediately; the first delta, or ``await bridge.astream(…)``, sends the request.
         """
         account = self._task_account()
         return AsyncStream(account, make_request(account, prompt, config, options), self)

@@ -95,7 +95,7 @@ def test_wrong_prompt_is_refused_at_once(scripted: Scripted, prompt: Any) -> Non
         ({"stop_words": "word"}, "stop_words", "a list"),
         ({"timeout": -1}, "timeout", ">= 0"),
         ({"priority": "high"}, "priority", "an int"),
-        ({"client": ""}, "client", "not empty"),
+        ({"client": ""}, "client", "non-empty"),
         ({"config": {"top_k": 3}}, "config", "a GenerationConfig"),
     ],
 )
@@ -249,11 +249,15 @@ def _in_a_slow_engine(scripted: Scripted) -> Bridge:
     ("situation", "where", "advice"),
     [
         (_while_loading, "while the model was loading", r"bridge.start\(\)"),
-        (_while_restarting, r"while the engine was restarting .*'lost power'.*", "when health.. says that it is ready"),
-        (_at_the_gate, "waiting for a place in the queue, which 1 requests fill", "send fewer requests at once"),
-        (_behind_another, "in the queue", "longer timeout; health.. says what holds the queue up"),
-        (_in_a_silent_engine, "in the engine", "No token had come"),
-        (_in_a_slow_engine, "in the engine", "longer timeout, or fewer max_new_tokens"),
+        (
+            _while_restarting,
+            r"while the engine was restarting .*'lost power'.*",
+            "once health.. says",
+        ),
+        (_at_the_gate, "while the queue was full .requests waiting: 1.", "send fewer requests at once"),
+        (_behind_another, "in the queue", "longer timeout; health.. says what delays the queue"),
+        (_in_a_silent_engine, "in the engine", "No token had arrived"),
+        (_in_a_slow_engine, "in the engine", "longer timeout, or lower max_new_tokens"),
     ],
 )
 def test_a_timeout_says_what_held_the_call(

@@ -246,12 +246,12 @@ class Careless(ScriptedEncoder):
 def test_what_is_no_vector_is_named(scripted: Any, value: Any) -> None:
     """An engine of somebody's own may give anything; its callers must hear what is wrong with it."""
     bridge, _ = scripted(Careless(value))
-    with pytest.raises(EngineError, match="where a vector belongs; mend the engine"):
+    with pytest.raises(EngineError, match="instead of a vector; fix the engine"):
         bridge.embed("x")
     with pytest.raises(EngineError, match="Text 0 of the list"):
         bridge.embed(["x"])
     assert isinstance(bridge.embed(["x"], return_exceptions=True)[0], EngineError)
-    with pytest.raises(EngineError, match="where a vector belongs"):
+    with pytest.raises(EngineError, match="instead of a vector"):
         bridge.submit_embed(["x"]).result(30)
 
 
@@ -259,7 +259,7 @@ def test_what_is_no_vector_is_named(scripted: Any, value: Any) -> None:
 def test_what_is_no_score_is_named(scripted: Any, value: Any) -> None:
     """A score that compares to nothing would break the order of the others."""
     bridge, _ = scripted(Careless(value))
-    with pytest.raises(EngineError, match=r"Document 0 of the list: .* where a score belongs"):
+    with pytest.raises(EngineError, match=r"Document 0 of the list: .* instead of a score"):
         bridge.rerank("q", ["d"])
 
 

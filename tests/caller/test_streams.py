@@ -164,7 +164,7 @@ def test_a_stream_is_iterated_once(scripted: Scripted) -> None:
     bridge, _ = scripted()
     stream = bridge.stream("hello")
     assert [delta.text for delta in stream] == ["hello"]
-    with pytest.raises(RuntimeError, match="iterated once"):
+    with pytest.raises(RuntimeError, match="iterated only once"):
         iter(stream)
 
 
