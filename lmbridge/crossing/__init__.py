@@ -1,12 +1,12 @@
-"""What lies between the callers' threads and the server thread; every module says which side may call what.
+"""Everything between callers' threads and the server thread; each module says who may call what.
 
-The stations of a prompt, in the order it meets them:
+The path of a prompt:
 
-1. ``call``: one request on its way, shared by both ends, and its one outcome. ``endings``: the others it can have.
-2. ``handle``: what callers hold of the server.
-3. ``gate``: bounded admission, and the book of all calls.
+1. ``call``: one request in flight, shared by both ends, and its one outcome. ``endings``: the error outcomes.
+2. ``handle``: the callers' interface to the server.
+3. ``gate``: bounded admission, and the registry of all calls.
 4. ``channel``: the pair of janus queues, lent by ``channels``; the only module that imports janus.
-5. ``doorbell``: wakes a loop. ``wake_chain``: wakes the threads that wait, one by another, on the way back.
+5. ``doorbell``: wakes a loop. ``wake_chain``: on the way back, wakes waiting threads one by one.
 
-``status`` is what the server tells of the engine's life.
+``status`` is the engine's state as the server reports it.
 """

@@ -1,17 +1,17 @@
-"""The way between a caller and the server thread: a pair of janus queues, and the doorbell that says look.
+"""The channel between a caller and the server thread: a pair of janus queues, and a doorbell.
 
-Rule: the only module that imports janus. A call goes in by ``Channel.requests`` and is named again by each token
-that comes back by ``Channel.replies``; what was generated waits on the call itself, so a slow reader costs one token,
-not one per engine step.
+Rule: the only module that imports janus. A call goes in through ``Channel.requests``, and each token that comes back
+through ``Channel.replies`` names it; generated text waits on the call itself, so a slow reader costs one token, not one
+per engine step.
 
 Theory of operation:
 
 1. A channel serves one consumer at a time: a thread in a call, the dispatcher of futures, or another event loop.
-2. Nobody awaits a queue: each put would cost a ``call_soon_threadsafe`` and a task. A put rings the one doorbell of all
-   channels instead, and the loop drains them without waiting.
-3. Both ends use janus' sync side: without a bound a put never blocks there, and the async side binds itself to its
-   first loop, where ours may have to outlive a loop that is stuck and was left behind.
-4. Tokens are hints. Whoever gets one looks at the call it names, so a late, double or foreign token does no harm.
+2. Nobody awaits a queue: each put would cost a ``call_soon_threadsafe`` and a task. Instead, a put rings one doorbell
+   for all channels, and the loop drains them without waiting.
+3. Both ends use janus' sync side: an unbounded put never blocks there. The async side binds itself to its first loop,
+   but our queues may have to outlive a stuck loop that was left behind.
+4. Tokens are hints. The reader looks at the call that the token names, so late, duplicate or foreign tokens do no harm.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ from lmbridge.errors import MissingDependencyError
 
 
 class Named(Protocol):
-    """What goes through a channel. ``signalled``: a token that names it is on its way; its reader clears that."""
+    """Goes through a channel. ``signalled``: a token naming it is on its way; the reader clears it."""
 
     signalled: bool
 
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Named)
-TRIED = "2.0.0"  # versions of janus; setup.cfg has the bounds
-SLICE = 1.0  # seconds after which whoever waits looks again by himself: a lost wake-up costs that much, and no caller
-LOCKS = ("_sync_mutex", "_sync_not_empty", "_sync_not_full", "_sync_tasks_done")  # all that a janus queue has
+TRIED = "2.0.0"  # the tested version of janus; setup.cfg has the bounds
+SLICE = 1.0  # seconds after which a waiter looks again: a lost wake-up costs this much, not a caller
+LOCKS = ("_sync_mutex", "_sync_not_empty", "_sync_not_full", "_sync_tasks_done")  # all locks of a janus queue
 
 
 def _check_janus() -> None:
-    """See that the locks of a janus queue are those that are exchanged here.
+    """Check that a janus queue has exactly the locks replaced here.
 
     Raises:
-        MissingDependencyError: they are not, so a Ctrl-C at the wrong moment could leave one held for good.
+        MissingDependencyError: it does not, so a badly timed Ctrl-C could leave one locked forever.
     """
     kinds = (type(threading.Lock()), _thread.RLock, threading.Condition)
     try:
         _ = janus.SyncQueueEmpty, janus.SyncQueueShutDown
         found = {name for name, value in vars(janus.Queue()).items() if isinstance(value, kinds)}
         changes = [f"Queue.{name} is {'new' if name in found else 'gone'}" for name in sorted(found ^ set(LOCKS))]
-    except Exception as error:  # an older one needs a running loop, and has no shutdown
+    except Exception as error:  # older versions need a running loop and have no shutdown
         changes = [f"{type(error).__name__}: {error}"]
     if changes:
         raise MissingDependencyError(
-            f"janus {getattr(janus, '__version__', '(of no version)')} is not as lmbridge knows it "
-            f"({', '.join(changes)}), so its queues could lock up for good. Use a version that was tried ({TRIED}): "
-            "pip install 'janus>=2.0,<2.1'; or a newer lmbridge."
+            f"janus {getattr(janus, '__version__', '(unknown version)')} differs from the tested version {TRIED} "
+            f"({', '.join(changes)}), so its queues could deadlock. Run: pip install 'janus>=2.0,<2.1', or install a "
+            "newer lmbridge."
         )
 
 
@@ -67,26 +67,26 @@ Closed = janus.SyncQueueShutDown
 
 
 class _Condition(_thread.RLock):  # type: ignore[misc]  # final in typeshed only
-    """The lock of a janus queue and its condition in one, safe against exceptions thrown into a waiting thread.
+    """A janus queue's lock and condition in one, safe against exceptions thrown into a waiting thread.
 
-    Ctrl-C and ``PyThreadState_SetAsyncExc`` strike between any two bytecodes. ``threading.Condition`` takes and gives
-    back its lock in Python functions, so an exception that strikes inside them leaves the lock held, or gives back one
-    that somebody else holds; seen to stick the server thread within seconds. Here each step is one call into C, and the
-    interpreter looks for such exceptions only after it, inside the ``try`` or ``with`` that undoes the step.
+    Ctrl-C and ``PyThreadState_SetAsyncExc`` strike between any two bytecodes. ``threading.Condition`` acquires and
+    releases its lock in Python functions, so an exception inside them leaves the lock held or releases another
+    thread's; the server thread was seen to hang within seconds. Here each step is one call into C, and the interpreter
+    checks for such exceptions only after it, inside the ``try`` or ``with`` that undoes the step.
     """
 
     __slots__ = ("_wakes", "_waiters", "_spare")
 
     def __init__(self, wakes: WakeChain | None) -> None:
         self._wakes = wakes
-        self._waiters: list[threading.Lock] = []  # guarded by the lock itself, as is the next
-        self._spare: threading.Lock | None = None  # a waiter of earlier, held, to be used again
+        self._waiters: list[threading.Lock] = []  # guarded by the lock itself, like the next
+        self._spare: threading.Lock | None = None  # an earlier waiter, held, for reuse
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Give the lock back, wait to be notified, take it again. False when ``timeout`` seconds passed first.
+        """Release the lock, wait to be notified, acquire it again. False after ``timeout`` seconds.
 
         Raises:
-            Empty: there was no timeout, and nothing came for a second. Who waits without a limit looks again then.
+            Empty: there is no timeout, and nothing came for a second; the waiter then looks again.
         """
         waiter, self._spare = self._spare, None
         if waiter is None:
@@ -105,14 +105,14 @@ class _Condition(_thread.RLock):  # type: ignore[misc]  # final in typeshed only
                 self.acquire()
                 if not notified and waiter in self._waiters:
                     self._waiters.remove(waiter)
-        if notified:  # otherwise somebody may have released it meanwhile
+        if notified:  # otherwise another thread may have released it
             self._spare = waiter
         elif timeout is None:
             raise Empty
         return notified
 
     def notify(self) -> None:
-        """Wake the thread that has waited longest."""
+        """Wake the longest-waiting thread."""
         if self._waiters:
             waiter = self._waiters.pop(0)
             if self._wakes is None:
@@ -126,27 +126,27 @@ class _Condition(_thread.RLock):  # type: ignore[misc]  # final in typeshed only
 
 
 class _Queue(janus.Queue[T]):
-    """A janus queue, unbounded, whose sync side is safe to interrupt.
+    """An unbounded janus queue whose sync side is safe to interrupt.
 
-    Its locks are exchanged for one of ours, by names that janus does not document; nothing else of it is touched.
+    Its locks, whose names janus does not document, are replaced by ours; nothing else is touched.
     """
 
     def __init__(self, wakes: WakeChain | None = None) -> None:
         super().__init__()
         lock = _Condition(wakes)
-        for name in LOCKS:  # not by way of __dict__, which would make every later look at the queue slower
+        for name in LOCKS:  # not through __dict__, which would slow every later attribute access
             setattr(self, name, lock)
 
 
 class Channel(Generic[C]):
     """One consumer's pair of janus queues.
 
-    ``bell`` is set where the consumer is an event loop, which must be woken rather than blocked.
+    ``bell`` is set if the consumer is an event loop, which must be woken, not blocked.
 
     Attributes:
         send: put a call in, from the caller's end; never blocks; raises ``Closed``.
         wait: ``wait(True, timeout)`` blocks for the next token at the caller's end, at most ``timeout`` seconds (>= 0;
-            None: a second); raises ``Empty`` when none came, ``Closed`` when none can come.
+            None: one second); raises ``Empty`` if none came, ``Closed`` if none can come.
     """
 
     __slots__ = ("requests", "replies", "bell", "send", "wait", "_sent", "_take", "_reply", "__weakref__")
@@ -155,7 +155,7 @@ class Channel(Generic[C]):
         self.requests: _Queue[C] = _Queue()
         self.replies: _Queue[C] = _Queue(wakes)
         self.bell = bell
-        # janus' own methods, called as they are: a call of ours around each would be a tenth of a request's cost.
+        # janus' own methods, unwrapped: a wrapper call would add a tenth to a request's cost.
         self.send = self.requests.sync_q.put
         self.wait = self.replies.sync_q.get
         self._sent = self.requests.sync_q.qsize
@@ -165,7 +165,7 @@ class Channel(Generic[C]):
     # --- the caller's end: any thread but the server's ---
 
     def nudge(self, call: C) -> None:
-        """Wake the consumer from any thread; takes a lock, so not from a finalizer or a signal handler."""
+        """Wake the consumer from any thread; takes a lock, so not for finalizers or signal handlers."""
         try:
             self.replies.sync_q.put(call)
         except Closed:
@@ -176,7 +176,7 @@ class Channel(Generic[C]):
     # --- the loop end: the server thread only ---
 
     def take(self) -> C | None:
-        """The next call that was sent."""
+        """The next sent call."""
         if not self._sent():
             return None
         try:
@@ -185,9 +185,9 @@ class Channel(Generic[C]):
             return None
 
     def signal(self, call: C) -> None:
-        """Tell the reader of a call that there is something to look at, unless a token is on its way already.
+        """Send the reader of a call a token, unless one is already on its way.
 
-        It is woken by the queue's own condition, with the GIL kept.
+        The queue's own condition wakes it, without releasing the GIL.
         """
         if call.signalled:
             return
@@ -200,7 +200,7 @@ class Channel(Generic[C]):
             self.bell.ring()
 
     def close(self) -> list[C]:
-        """Refuse further calls, wake the consumer, and return the calls nobody took. The loop need not run."""
+        """Refuse further calls, wake the consumer, and return the calls not taken. The loop need not run."""
         left = []
         self.requests.shutdown()
         while True:

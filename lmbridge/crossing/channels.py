@@ -1,4 +1,4 @@
-"""All channels of one bridge: lent to one consumer at a time, and known to the server while somebody holds them.
+"""All channels of one bridge: lent to one consumer at a time, and known to the server while in use.
 
 Rule: any thread.
 """
@@ -20,13 +20,13 @@ IDLE = 64  # how many unused channels are kept for the next caller
 
 
 class Channels:
-    """Lends channels, and knows those that somebody holds."""
+    """Lends channels and knows those in use."""
 
     def __init__(self, wakes: WakeChain) -> None:
         self._wakes = wakes
-        self._lock = threading.RLock()  # a signal handler may ask while its thread holds it
-        # By id, weakly: a channel that its consumer has dropped disappears with the last call in it. Not a WeakSet,
-        # which breaks when one thread looks while another drops. Added under _lock, as is the next.
+        self._lock = threading.RLock()  # a signal handler may need it while its thread holds it
+        # By id, weakly: a channel dropped by its consumer disappears with its last call. Not a WeakSet, which breaks
+        # when one thread iterates while another drops. Added under _lock, like the next.
         self._known: dict[int, weakref.ref[Channel[Call]]] = {}
         self._closed: Callable[[], LMBridgeError] | None = None
         self._idle: deque[Channel[Call]] = deque()  # any thread; append and pop are atomic
@@ -45,7 +45,7 @@ class Channels:
             return channel
 
     def register(self, channel: Channel[Call]) -> None:
-        """Make the server answer for a channel that somebody built himself.
+        """Register a channel built by its consumer.
 
         Raises:
             BridgeClosedError: the server has ended.
@@ -57,25 +57,25 @@ class Channels:
             self._known[key] = weakref.ref(channel, functools.partial(self._known.pop, key))
 
     def give_back(self, channel: Channel[Call]) -> None:
-        """Return a channel all of whose calls have had the final word. Takes no lock.
+        """Return a channel whose calls have all ended. Takes no lock.
 
-        One that was left with a call in it is just dropped: it disappears with that call.
+        A channel abandoned with a call in it is just dropped, and disappears with that call.
         """
         self._idle.append(channel)
 
     def trim(self) -> None:
-        """Drop what nobody has used of late."""
+        """Drop channels that have been idle."""
         while len(self._idle) > IDLE:
             self._idle.popleft()
 
     def held(self) -> list[Channel[Call]]:
-        """The channels that somebody holds."""
-        # Not items(): the tuples it makes may set off the garbage collector, whose finalizers take entries out.
+        """The channels in use."""
+        # Not items(): its tuples may trigger the garbage collector, whose finalizers remove entries.
         references = list(self._known.values())
         return [channel for reference in references if (channel := reference()) is not None]
 
     def close(self, error: Callable[[], LMBridgeError]) -> list[Call]:
-        """Close every channel, refuse new ones with what ``error`` makes, and return the calls nobody took."""
+        """Close every channel, refuse new ones with ``error()``, and return the calls not taken."""
         with self._lock:
             self._closed = error
         return [call for channel in self.held() for call in channel.close()]

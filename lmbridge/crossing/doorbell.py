@@ -1,4 +1,4 @@
-"""Wakes an event loop from any thread, once for all who ring.
+"""Wakes an event loop from any thread, once for any number of rings.
 
 Rule: takes no lock and never blocks, so finalizers and signal handlers may ring too.
 """
@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 
 class Doorbell:
-    """Wakes one loop, at most once outstanding however many ring. Without a loop it is silent.
+    """Wakes one loop, with at most one wake-up pending. Without a loop it is silent.
 
-    It cannot stick for long: if a ringer is killed between raising the flag and calling the loop, its owner's sweep
-    answers anyway and lowers the flag.
+    It cannot stick for long: if a ringing thread is killed between raising the flag and calling the loop, the owner's
+    sweep answers anyway and lowers the flag.
     """
 
     __slots__ = ("_loop", "_answer", "rung")
@@ -26,7 +26,7 @@ class Doorbell:
         self.rung = False  # raised by any thread, lowered on the loop only
 
     def ring(self) -> None:
-        """Have the loop answer soon. Any thread, finalizers and signal handlers too; takes no lock."""
+        """Make the loop answer soon. Any thread, finalizers and signal handlers too; takes no lock."""
         if self.rung or self._loop is None:
             return
         self.rung = True
@@ -34,10 +34,10 @@ class Doorbell:
             self._loop.call_soon_threadsafe(self.answer)
         except (
             Exception
-        ):  # the loop is closed: whatever ended it settles every call; or it is somebody's own, and broken
+        ):  # the loop is closed, and whatever closed it settles every call; or it is a broken foreign loop
             pass
 
     def answer(self) -> None:
-        """Look. On the loop only. The flag falls first, so that what comes meanwhile rings again."""
+        """Answer, on the loop only. Lowers the flag first, so that later news rings again."""
         self.rung = False
         self._answer()

@@ -1,6 +1,6 @@
-"""How a call can end other than with its answer: the errors, and the line in the log.
+"""How a call can end without an answer: the errors, and the log line.
 
-Rule: pure functions; each error says what happened, what it means for the request and what to do.
+Rule: pure functions; each error says what happened and what to do.
 """
 
 from __future__ import annotations
@@ -24,47 +24,47 @@ from lmbridge.messages import Response
 
 
 def timeout_error(call: Call, status: Status, waiting: int) -> RequestTimeoutError:
-    """What a call whose deadline has passed ends with.
+    """The error of a call whose deadline has passed.
 
     Args:
-        status: of the engine.
-        waiting: how many requests have a place in the queue.
+        status: the engine's status.
+        waiting: how many requests are in the queue.
     """
     waited = time.monotonic() - call.request.created
     end = "generation" if call.request.job is None else "it"
     if call.began is None:
         where, advice = _what_held_it(call, status, waiting)
     elif call.request.job is not None:
-        where, advice = "in the engine", "Its batch had not ended: give a longer timeout, or smaller batches."
+        where, advice = "in the engine", "Its batch had not finished: give a longer timeout, or use smaller batches."
     elif call.first_token is None:
-        where, advice = "in the engine", "No token had come: see in health() whether the engine makes progress."
+        where, advice = "in the engine", "No token had arrived: check in health() whether the engine makes progress."
     else:
-        where, advice = "in the engine", "Give a longer timeout, or fewer max_new_tokens."
+        where, advice = "in the engine", "Give a longer timeout, or lower max_new_tokens."
     what = f"Request {call.request.id} passed its deadline after {waited:.1f} s {where}; {end} was aborted."
     return RequestTimeoutError(f"{what} {advice}")
 
 
 def _what_held_it(call: Call, status: Status, waiting: int) -> tuple[str, str]:
-    """Where a call that never reached the engine was held up, and what to do."""
+    """Where a call that never reached the engine waited, and what to do."""
     reason = f" ({status.reason})" if status.reason else ""
     if status.state in ("new", "starting", "unloaded"):
         return f"while the model was loading{reason}", "Give a longer timeout, or load first: bridge.start()."
     if status.state == "restarting":
-        return f"while the engine was restarting{reason}", "Send it again when health() says that it is ready."
+        return f"while the engine was restarting{reason}", "Send it again once health() says that the engine is ready."
     if status.state != "ready":
         return f"while the bridge was {status.state}{reason}", "Build a new Bridge."
     if reason:
-        return f"in the queue{reason}", "Send it again when health() shows that this is over."
+        return f"in the queue{reason}", "Send it again once health() shows that this is over."
     if not call.admitted:
         return (
-            f"waiting for a place in the queue, which {waiting} requests fill",
+            f"while the queue was full (requests waiting: {waiting})",
             "Give a longer timeout, or send fewer requests at once.",
         )
-    return "in the queue", "Give a longer timeout; health() says what holds the queue up."
+    return "in the queue", "Give a longer timeout; health() says what delays the queue."
 
 
 def closed_error(cause: BaseException) -> LMBridgeError:
-    """What a call ends with when the loop is gone: a waiter's own instance, with the cause chained."""
+    """The error of a call whose loop is gone: a new instance, with the cause chained."""
     if isinstance(cause, BridgeClosedError):
         return fresh(cause)
     error = BridgeClosedError(
@@ -75,7 +75,7 @@ def closed_error(cause: BaseException) -> LMBridgeError:
 
 
 def lost_error(cause: BaseException) -> EngineDeadError:
-    """What a call ends with whose engine died under it."""
+    """The error of a call whose engine died."""
     error = EngineDeadError(f"The engine died while it worked on this request: {shown(cause)}. Send it again.")
     error.retryable = True
     error.__cause__ = cause
@@ -83,9 +83,9 @@ def lost_error(cause: BaseException) -> EngineDeadError:
 
 
 def forgotten_error(silent: float) -> EngineError:
-    """What a call ends with that its engine has left lying for ``silent`` seconds while it worked on others."""
+    """The error of a call that its engine ignored for ``silent`` seconds while working on others."""
     error = EngineError(
-        f"The engine made no progress on this request for {silent:g} s while it went on with others; the request was "
+        f"The engine made no progress on this request for {silent:g} s while it worked on others; the request was "
         "aborted. Send it again."
     )
     error.retryable = True
@@ -93,19 +93,19 @@ def forgotten_error(silent: float) -> EngineError:
 
 
 def twice_error(request_id: str) -> InvalidRequestError:
-    """What a call ends with whose id another living one has."""
+    """The error of a call whose id belongs to another unfinished one."""
     return InvalidRequestError(
-        f"A request with the id {request_id!r} is running already; give each its own.", "request_id"
+        f"A request with the id {request_id!r} is already running; give each request its own id.", "request_id"
     )
 
 
 def interrupted_error() -> RequestAbortedError:
-    """What a call counts as having ended with when an exception struck the thread that waited for it."""
+    """The recorded outcome of a call whose waiting thread was interrupted."""
     return RequestAbortedError("The waiting thread was interrupted.")
 
 
 def log_end(call: Call) -> None:
-    """One line a request, never with its text."""
+    """One log line per request, never with its text."""
     outcome, request = call.outcome, call.request
     end = outcome.finish_reason if isinstance(outcome, Response) else type(outcome).__name__
     age = time.monotonic() - request.created

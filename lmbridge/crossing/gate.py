@@ -1,7 +1,7 @@
-"""The bounded gate in front of the queue of turns, and the book of all calls that were made.
+"""The bounded gate in front of the turn queue, and the registry of all calls.
 
-Rule: entered on the caller's thread, left on the server thread. Nobody blocks in here: who has to wait is told by a
-token in a channel, and looks again at least once a second, so that a token that is lost costs a second and no caller.
+Rule: entered on the caller's thread, left on the server thread. Nothing blocks here: a waiter is woken by a token in a
+channel, and looks again at least once a second, so that a lost token costs a second, not a caller.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lmbridge.crossing.call import Call
 from lmbridge.errors import LMBridgeError, QueueFullError
 from lmbridge.metrics import Metrics
 
-IDLE_CLIENTS = 256  # of how many clients that have nothing inside the gate keeps the (empty) books
+IDLE_CLIENTS = 256  # how many idle clients keep their (empty) entries
 
 REFUSED = QueueFullError.__name__
 
@@ -24,11 +24,11 @@ Wake = Callable[[], None]
 class Gate:
     """Bounds how many requests wait for the engine, in all and per client.
 
-    A place that falls free is handed to a caller that waits, clients in turns, rather than raced for. Each step takes
-    the same time however many wait.
+    A free place goes to a waiting caller, clients in turns, instead of to whoever asks first. Each step takes constant
+    time, however many wait.
 
     Attributes:
-        calls: every call from its first question here to the server's final word.
+        calls: every call, from entering here until the server is done with it.
     """
 
     def __init__(self, max_pending: int, max_pending_per_client: int, reject: bool, metrics: Metrics) -> None:
@@ -37,65 +37,65 @@ class Gate:
         self._reject = reject
         self._metrics = metrics
         self._lock = threading.RLock()
-        # Exceptions may strike between any two steps in here. Each entry is made and removed by one atomic step, so
-        # none is miscounted, and ``stand`` mends what was left half done. All are guarded by _lock, but for removals
+        # Exceptions may strike between any two steps in here. Each entry is added and removed by one atomic step, so
+        # none is miscounted, and ``stand`` repairs what was left half done. All are guarded by _lock, except removals
         # from ``calls``, which the server thread makes.
         self.calls: dict[Call, None] = {}
         self._inside: dict[Call, None] = {}
         self._of_client: dict[str, dict[Call, None]] = {}
-        self._lines: dict[str, OrderedDict[Call, Wake]] = {}  # who waits, by client; no line is empty
-        self._ready: OrderedDict[str, None] = OrderedDict()  # clients with a line and room of their own, in turns
+        self._lines: dict[str, OrderedDict[Call, Wake]] = {}  # waiting calls by client; no line is empty
+        self._ready: OrderedDict[str, None] = OrderedDict()  # clients with a line and room within their limit, in turns
         self._closed: Callable[[], LMBridgeError] | None = None
 
     @property
     def pending(self) -> int:
-        """How many calls have a place."""
+        """How many calls hold a place."""
         return len(self._inside)
 
     @property
     def empty(self) -> bool:
-        """Whether nobody has a place or waits for one."""
+        """Whether no call holds or awaits a place."""
         return not self._inside and not self._lines
 
     def inside(self) -> list[Call]:
-        """The calls that have a place now."""
+        """The calls that hold a place."""
         return list(self._inside)
 
     # --- the caller's end ---
 
     def enter(self, call: Call, patient: bool = False) -> bool:
-        """Enter a new call in the book, and give it a place if there is one; False: it has to stand in line.
+        """Register a new call and give it a place if there is one; False: it must wait in line.
 
         Args:
-            patient: the caller has answers to wait for and will stand in line, also where the bridge rejects.
+            patient: the caller has answers to wait for, so it waits in line even if the bridge rejects.
 
         Raises:
-            QueueFullError: there is none, and the bridge was built with ``when_full="reject"``; the call is in no book.
-            BridgeClosedError: the server has ended; the call is in no book.
+            QueueFullError: there is none, and the bridge has ``when_full="reject"``; the call is not registered.
+            BridgeClosedError: the server has ended; the call is not registered.
         """
         with self._lock:
             if self._closed is not None:
                 raise self._closed()
-            if call.outcomes:  # it was left before it was sent, and the final word on it may have been said
+            if call.outcomes:  # abandoned before it was sent; it may already have been removed
                 return True
-            self.calls[call] = None  # with no call between this and the count, no exception comes between them either
+            self.calls[call] = None  # no function call between this and the count, so no exception either
             self._metrics.started += 1
             if self._try_enter(call):
                 return True
             if patient or not self._reject:
                 return False
             del self.calls[call]
-            self._metrics.outcomes[REFUSED] += 1  # which the server never counts
+            self._metrics.outcomes[REFUSED] += 1  # the server never sees it
         raise QueueFullError(
-            f"{self.pending} requests wait already (max_pending={self._max_pending}, max_pending_per_client="
-            f"{self._max_per_client}); this one was not taken. Try again later, or use when_full='block'."
+            f"{self.pending} requests are already waiting (max_pending={self._max_pending}, max_pending_per_client="
+            f"{self._max_per_client}); this one was refused. Try again later, or use when_full='block'."
         )
 
     def stand(self, call: Call, wake: Wake) -> bool:
-        """Stand in line for a place, or stay there; True when the call has one. To be asked again once a second.
+        """Wait in line for a place; True once the call has one. Ask again once a second.
 
         Args:
-            wake: called, by any thread, when the call has been given a place.
+            wake: called, by any thread, once the call has a place.
         """
         with self._lock:
             if call.admitted or self._closed is not None:
@@ -108,12 +108,12 @@ class Gate:
             return call.admitted
 
     def stays(self, call: Call) -> bool:
-        """Whether a call that is not admitted still stands in line; True for one that is. Takes no lock."""
+        """Whether a call is admitted or still in line. Takes no lock."""
         line = self._lines.get(call.request.client)
         return call.admitted or self._closed is not None or (line is not None and call in line)
 
     def forget(self, call: Call) -> None:
-        """Take a call that ends out of the line, and off its place; a second time does nothing. Any thread."""
+        """Remove an ended call from the line or its place; idempotent. Any thread."""
         with self._lock:
             wake = self._step_out(call)
         self.leave(call)
@@ -123,7 +123,7 @@ class Gate:
     # --- the loop end ---
 
     def leave(self, call: Call) -> None:
-        """Give the place back; a second time does nothing. Any thread."""
+        """Free the call's place; idempotent. Any thread."""
         if call not in self._inside:
             return
         with self._lock:
@@ -139,7 +139,7 @@ class Gate:
                 self._hand_over()
 
     def close(self, error: Callable[[], LMBridgeError]) -> list[Call]:
-        """Refuse everybody with what ``error`` makes, and return the calls in the book; who waits here is woken."""
+        """Refuse every call with ``error()``, return the registered calls, and wake those waiting here."""
         with self._lock:
             self._closed = error
             wakes = [wake for line in self._lines.values() for wake in line.values()]
@@ -173,7 +173,7 @@ class Gate:
         return of_client is None or len(of_client) < self._max_per_client
 
     def _line_up(self, client: str) -> None:
-        """Let a client that waits and has room of its own take turns."""
+        """Let a waiting client with room within its limit take turns."""
         if client in self._lines and client not in self._ready and self._has_own_room(client):
             self._ready[client] = None
 
@@ -189,7 +189,7 @@ class Gate:
         return wake
 
     def _hand_over(self) -> None:
-        """Give the places that are free to those who wait, clients in turns."""
+        """Give free places to waiting calls, clients in turns."""
         while self._ready and len(self._inside) < self._max_pending:
             client, _ = self._ready.popitem(last=False)
             line = self._lines.get(client)
@@ -197,7 +197,7 @@ class Gate:
                 continue
             call = next(iter(line))
             wake = line[call]
-            gone = call.admitted or bool(call.outcomes)  # it was interrupted half way, or ended while it waited
+            gone = call.admitted or bool(call.outcomes)  # interrupted half way, or ended while waiting
             if gone or self._try_enter(call):
                 self._step_out(call)
                 wake()

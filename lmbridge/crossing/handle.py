@@ -1,7 +1,7 @@
-"""What callers hold of the server: its thread-safe face.
+"""The callers' thread-safe interface to the server.
 
-Rule: any thread but the server's; it does no more than put something where the server thread will look, and ring. One
-handle serves a bridge for life, also when its server thread is replaced.
+Rule: any thread but the server's; it only puts things where the server thread will look, and rings. One handle serves a
+bridge for life, even when its server thread is replaced.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from lmbridge.errors import ForkedError, LMBridgeError, WrongThreadError, fresh
 
 T = TypeVar("T")
 
-ASK_PATIENCE = 1.0  # seconds to wait for the loop's answer to a question
+ASK_PATIENCE = 1.0  # seconds to wait for an answer from the loop
 
-_forks = 0  # how many forks lie between the first process and this one: asking the system takes longer
+_forks = 0  # forks between the first process and this one: faster than asking the system
 
 
 def _count_fork() -> None:
@@ -43,15 +43,15 @@ os.register_at_fork(after_in_child=_count_fork)
 
 
 class ServerHandle:
-    """Where callers and server thread of one bridge meet.
+    """Where callers and the server thread of one bridge meet.
 
     Attributes:
-        gate: bounded admission, and the book of all calls.
+        gate: bounded admission, and the registry of all calls.
         channels: lent to callers.
-        status: the engine's life as the server thread writes it.
-        sent: channels with a call in them, one entry for each; any thread appends, the server thread takes.
-        aborted: settled calls to be stopped; likewise.
-        helpers: see to callers' own threads, now and then.
+        status: the engine's state, written by the server thread.
+        sent: channels with a sent call, one entry per call; any thread appends, the server thread pops.
+        aborted: settled calls to stop; likewise.
+        helpers: maintain callers' own threads now and then.
     """
 
     def __init__(self, gate: Gate, status: Status) -> None:
@@ -61,11 +61,11 @@ class ServerHandle:
         self.channels = Channels(self.wakes)
         self.sent: deque[Channel[Call]] = deque()
         self.aborted: deque[Call] = deque()
-        self.helpers: list[weakref.WeakMethod[Callable[[], None]]] = []  # called at every sweep; appended by anyone
-        self.bell = Doorbell()  # of the present loop; replaced by the server thread only, as are the next three
+        self.helpers: list[weakref.WeakMethod[Callable[[], None]]] = []  # called at every sweep; any thread appends
+        self.bell = Doorbell()  # of the current loop; replaced by the server thread only, like the next three
         self.loop: asyncio.AbstractEventLoop | None = None
         self.thread_id: int | None = None
-        self.ended: BaseException | None = None  # why there is no server any more
+        self.ended: BaseException | None = None  # why the server has ended
         self._pid = os.getpid()
         self._forks = _forks
 
@@ -73,11 +73,11 @@ class ServerHandle:
 
     @property
     def forked(self) -> bool:
-        """Whether this is a copy in a child process, whose thread does not exist."""
+        """Whether this is a copy in a forked child, where the server thread does not exist."""
         return self._forks != _forks
 
     def check_process(self) -> None:
-        """Raise ForkedError in a child of the process that the server runs in. Comes before every lock."""
+        """Raise ForkedError in a child of the server's process. Call this before taking any lock."""
         if self._forks != _forks:
             raise ForkedError(
                 f"The bridge was started in process {self._pid}; its thread and model do not exist in this child. "
@@ -85,40 +85,38 @@ class ServerHandle:
             )
 
     def check_thread(self) -> None:
-        """Raise WrongThreadError on the server thread, which must not block, and on the engine's, whose work would wait
-        for itself.
-        """
+        """Raise WrongThreadError on the server thread, which must not block, or inside the engine: a deadlock."""
         behind = loop_behind()
         if behind is not None and behind == self.thread_id:
             raise WrongThreadError(
-                "This blocking call was made by what the bridge's own engine is computing, which would wait for itself "
-                "forever. Call another bridge there, or this one from another thread."
+                "This blocking call was made inside the bridge's own engine, which would wait for itself forever. Call "
+                "another bridge there, or call this one from another thread."
             )
         if behind is not None:
             give_way()
         if threading.get_ident() == self.thread_id:
             raise WrongThreadError(
                 "This blocking call was made on the server thread, which would wait for itself forever. "
-                "Use its form for event loops (ainfer, aembed, acall …), or call from another thread."
+                "Use the async form (ainfer, aembed, acall …), or call from another thread."
             )
 
     def belong_here(self) -> None:
-        """Take this process for the server's. Before the server has started only."""
+        """Make this the server's process. Only before the server has started."""
         self._pid, self._forks = os.getpid(), _forks
 
     # --- the life of a call ---
 
     def send(self, call: Call, waiting: Channel[Call] | None = None) -> bool:
-        """Have a new call admitted and send it; waits while the gate is full, at most to the call's deadline.
+        """Have a new call admitted and send it; waits while the gate is full, at most until the call's deadline.
 
-        False: it has ended before it was sent (its deadline, an order). Whatever this raises, the call has to be
-        settled and aborted, but for a QueueFullError.
+        False: the call ended before it was sent (by its deadline or an abort). On any exception except QueueFullError,
+        the call must be settled and aborted.
 
         Args:
-            waiting: the channel to wait on, where the call's own has another reader.
+            waiting: the channel to wait on, if the call's own has another reader.
 
         Raises:
-            QueueFullError: there is no place and the bridge does not wait for one.
+            QueueFullError: there is no room, and the bridge rejects.
             LMBridgeError: the bridge or the client is closed.
         """
         if not self.gate.enter(call):
@@ -132,9 +130,9 @@ class ServerHandle:
         return True
 
     def check_owner(self, call: Call) -> None:
-        """Raise what a call ends with whose owner is closed; to be asked once it is in the book.
+        """Raise the closing error of the call's owner, if any; call this once the call is registered.
 
-        Whoever closes says so first and looks into the book then, so that no call slips through between the two.
+        The closer sets the error first and then looks through the registry, so no call slips through in between.
         """
         closed = call.owner.closed
         if closed is not None:
@@ -146,7 +144,7 @@ class ServerHandle:
             if call.outcomes:
                 break
             call.signalled = False
-            with contextlib.suppress(Empty, Closed):  # who closes settles every call
+            with contextlib.suppress(Empty, Closed):  # closing settles every call
                 channel.wait(True, remaining)
 
     def submit(self, call: Call) -> None:
@@ -164,18 +162,18 @@ class ServerHandle:
             self.wakes.ring()
 
     def abort(self, call: Call) -> None:
-        """Have the server stop a call that has been settled. Takes no lock: finalizers use it."""
+        """Make the server stop a settled call. Takes no lock: finalizers use it."""
         self.aborted.append(call)
         self.bell.ring()
 
     def abort_where(self, chosen: Callable[[Call], bool], error: LMBridgeError) -> None:
-        """End the calls that ``chosen`` picks, wherever they are, each with a copy of ``error``."""
+        """End every call that ``chosen`` picks with a copy of ``error``."""
         for call in list(self.gate.calls):
             if chosen(call) and call.settle(fresh(error)):
                 self.abort(call)
 
     def remaining(self, call: Call) -> float | None:
-        """Seconds to wait before looking at ``call`` again, None for the usual; settles it after its deadline."""
+        """Seconds until ``call`` needs checking again, None for the default; settles it after its deadline."""
         deadline = call.request.deadline
         if deadline is None:
             return None
@@ -188,24 +186,24 @@ class ServerHandle:
         return remaining
 
     def expire(self, call: Call) -> bool:
-        """Settle a call whose deadline has passed; False when it has an outcome already."""
+        """Settle a call whose deadline has passed; False if it already has an outcome."""
         if call.outcomes or not call.settle(timeout_error(call, self.status, self.gate.pending)):
             return False
         self.abort(call)
         return True
 
     def closed_error(self) -> LMBridgeError:
-        """What a call ends with that finds the server gone."""
+        """The error of a call when the server is gone."""
         return closed_error(self.ended or RuntimeError("the loop is not running"))
 
     # --- asking the loop ---
 
     def ring(self) -> None:
-        """Have the server look at what was put down for it. Takes no lock."""
+        """Make the server look at its inbox. Takes no lock."""
         self.bell.ring()
 
     def run_soon(self, function: Callable[[], None]) -> bool:
-        """Run ``function`` on the loop; False when there is none to run it."""
+        """Run ``function`` on the loop; False if there is no loop."""
         loop = self.loop
         if loop is None or self.ended is not None:
             return False
@@ -216,7 +214,7 @@ class ServerHandle:
         return True
 
     def ask(self, question: Callable[[], T]) -> T | None:
-        """What ``question`` finds on the server thread; None when there is none, or when the loop does not answer."""
+        """The result of ``question`` on the server thread; None if there is none or the loop does not answer."""
         if threading.get_ident() == self.thread_id:
             return question()
         found: list[T] = []
@@ -225,7 +223,7 @@ class ServerHandle:
         def ask() -> None:
             try:
                 found.append(question())
-            except BaseException as error:  # whatever an engine raises is the asker's
+            except BaseException as error:  # whatever an engine raises goes to the asker
                 answered.tell(error)
             else:
                 answered.tell()
@@ -239,7 +237,7 @@ class ServerHandle:
     # --- the server thread only ---
 
     def attach(self, loop: asyncio.AbstractEventLoop, answer: Callable[[], None]) -> None:
-        """Say that this thread is the server's from now on, with this loop, which answers the bell so."""
+        """Make the current thread the server's, with this loop, which answers the bell with ``answer``."""
         self.thread_id = threading.get_ident()
         self.loop = loop
         self.bell = Doorbell(answer, loop)
@@ -247,7 +245,7 @@ class ServerHandle:
         self.bell.ring()
 
     def close(self, cause: BaseException) -> list[Call]:
-        """Refuse what comes, with ``cause`` chained; the calls that lived are to be ended. The loop need not run."""
+        """Refuse new calls, with ``cause`` chained; returns the calls to end. The loop need not run."""
         self.ended = cause
         calls = self.gate.close(self.closed_error)
         for call in calls:

@@ -1,6 +1,6 @@
-"""What everybody may see of the engine's life, and how those who wait for a part of it are told.
+"""The engine's state as everyone sees it, and how waiters learn of changes.
 
-Rule: written by the server thread once that runs, or by whoever ends the server in its place; read by anyone.
+Rule: written by the running server thread, or by whoever ends the server for it; read by anyone.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ State = Literal["new", "starting", "ready", "restarting", "unloaded", "draining"
 
 
 class Verdict:
-    """How something ended that the server was asked for: told once, waited for by any thread.
+    """The result of a request to the server: set once, awaited by any thread.
 
-    Nobody holds a lock in here, so an exception thrown into whoever waits holds up nobody else. (A Future's condition
-    can be left locked that way, and the server thread would stick when it tells.)
+    Nobody holds a lock in here, so an exception thrown into a waiter blocks nobody else. (It could leave a Future's
+    condition locked, and the server thread would hang.)
     """
 
     __slots__ = ("_told", "_waiters")
 
     def __init__(self) -> None:
-        self._told: list[BaseException | None] = []  # what was told, by any thread; the first counts
-        self._waiters: deque[threading.Lock] = deque()  # one for each that waits, held; each step is atomic
+        self._told: list[BaseException | None] = []  # results by any thread; the first counts
+        self._waiters: deque[threading.Lock] = deque()  # one held lock per waiter; each step is atomic
 
     @property
     def told(self) -> bool:
@@ -36,23 +36,23 @@ class Verdict:
 
     @property
     def error(self) -> BaseException | None:
-        """What went wrong; None while nothing did."""
+        """The error; None if there is none."""
         return self._told[0] if self._told else None
 
     def tell(self, error: BaseException | None = None) -> None:
-        """Say that it is done, or what went wrong. The first time counts; any thread."""
+        """Report success or an error. The first report counts; any thread."""
         self._told.append(error)
         with contextlib.suppress(IndexError):
             while True:
                 self._waiters.popleft().release()
 
     def wait(self, seconds: float) -> bool:
-        """Wait until it has been told, at most so many seconds; whether it has."""
+        """Wait for the result for at most ``seconds``; whether it has come."""
         waiter = threading.Lock()
         waiter.acquire()
         self._waiters.append(waiter)
         try:
-            if not self._told:  # after the append: who tells from now on sees the waiter
+            if not self._told:  # after the append: any later ``tell`` sees the waiter
                 waiter.acquire(timeout=max(0.0, seconds))
         finally:
             with contextlib.suppress(ValueError):
@@ -62,15 +62,15 @@ class Verdict:
 
 @dataclass
 class Status:
-    """The engine's state, and why it is in it.
+    """The engine's state and the reason for it.
 
     Attributes:
-        reason: why it is not ready or, while it is, what holds the calls up; "" where there is no more to say.
-        restarts: how often an engine that died was followed by another.
-        ending: close() was called; while calls are finished the state stays ``draining``, whatever the engine does.
-        ready: told when the engine is there or has failed for good; another takes its place when that changes.
-        deaths: monotonic times; outlive a server thread that was replaced.
-        tasks: what the last engine that was loaded does; known also while it is unloaded.
+        reason: why it is not ready or, while it is, what delays calls; "" if there is nothing to add.
+        restarts: how often a dead engine was replaced.
+        ending: close() was called; while calls finish, the state stays ``draining``, whatever the engine does.
+        ready: told when the engine is ready or has failed for good; replaced when that changes.
+        deaths: monotonic times; kept when the server thread is replaced.
+        tasks: the tasks of the last loaded engine; known even while it is unloaded.
     """
 
     state: State = "new"
@@ -82,7 +82,7 @@ class Status:
     tasks: frozenset[Task] = frozenset()
 
     def loading(self, reason: str = "") -> None:
-        """There is no engine, and one is being loaded."""
+        """An engine is being loaded."""
         self._be("starting", reason)
 
     def loaded(self, tasks: frozenset[Task]) -> None:
@@ -94,28 +94,28 @@ class Status:
         self.ready.tell()
 
     def lost(self, what: str) -> None:
-        """There is no engine after ``what`` happened, and another is on its way."""
+        """The engine was lost because of ``what``; another is on its way."""
         self._be("restarting", what)
 
     def unloaded(self, reason: str) -> None:
-        """There is no engine, which had nothing to do; one is loaded for the next call."""
+        """The idle engine was unloaded; the next call loads it again."""
         self._be("unloaded", reason)
         if self.ready.told:
             self.ready = Verdict()
 
     def holds(self, reason: str) -> None:
-        """Say what holds the calls up while the engine is well."""
+        """Say what delays calls while the engine is healthy."""
         self.reason = reason
 
     def failed(self, error: LMBridgeError) -> None:
-        """There is no engine, and there will be none unless one is swapped in."""
+        """There is no engine, and only a swap can bring one."""
         self.state, self.reason = "failed", str(error)
         if self.ready.told:
             self.ready = Verdict()
         self.ready.tell(error)
 
     def drains(self) -> None:
-        """What was begun is finished; then comes the end."""
+        """Existing calls finish; then the bridge ends."""
         self.ending = True
         if self.state != "failed":
             self._be(self.state, self.reason)

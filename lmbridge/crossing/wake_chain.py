@@ -1,15 +1,15 @@
-"""Wakes waiting threads a few at a time: each that wakes, wakes the next.
+"""Wakes waiting threads a few at a time: each woken thread wakes the next.
 
-Rule: the server thread enters waiters; whichever thread wakes passes the chain on. A chain that stops is given up, and
-whoever waits looks by himself once a second, so a link that is lost costs a second and no thread.
+Rule: the server thread enters waiters; each woken thread passes the chain on. A chain that stops is abandoned, and
+every waiter looks again once a second, so that a lost link costs a second, not a thread.
 
-A thread that wakes needs the GIL. Sixty that are woken at once queue for it: each is put to sleep and woken again on
-its way, and the server thread, with the engine's next step in its hands, has to queue behind all of them. In a chain
-about as many are awake as can run, and a reader whose turn comes late finds its deltas merged.
+A woken thread needs the GIL. Sixty threads woken at once queue for it: each is put to sleep and woken again, and the
+server thread, with the engine's next step to run, queues behind all of them. In a chain about as many are awake as can
+run, and a reader whose turn comes late finds its deltas merged.
 
-Beside a busy Python thread it is the other way round: each hand-over costs that thread's whole turn (the switch
-interval, 5 ms), which a crowd pays once. So the server looks at the pace, and wakes everybody at once for a while where
-it is too slow.
+Beside a busy Python thread the opposite holds: each hand-over costs that thread's whole turn (the switch interval, 5
+ms), which waking everybody pays only once. So the server checks the pace and, where it is too slow, wakes everybody at
+once for a while.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from collections import deque
 from collections.abc import Callable
 
 RUNNERS = 1  # how many the server thread wakes; measured with 1, 2 and 4
-LOOK = 0.002  # seconds between two looks at the pace
-PACE = 8  # threads woken between two looks; fewer is too slow
-PAUSES = (0.05, 1.0)  # seconds for which everybody is woken at once: the first time, and at most; it doubles
+LOOK = 0.002  # seconds between checks of the pace
+PACE = 8  # threads woken between two checks; fewer is too slow
+PAUSES = (0.05, 1.0)  # seconds for which everybody is woken at once: the first time, and the most; it doubles
 
 
 class WakeChain:
     """The threads still to be woken after the engine's last step."""
 
     def __init__(self, ring: Callable[[], None]) -> None:
-        self._loop: asyncio.AbstractEventLoop  # set before anybody waits
+        self._loop: asyncio.AbstractEventLoop  # set before any thread waits
         self._ring = ring  # the server's doorbell
-        self._waiting: deque[threading.Lock] = deque()  # appended by the server thread, popped by any
-        self._held_back = False  # somebody did not ring because a chain is on: whoever wakes last does
-        self._passed = 0  # since the last look; a rough count, since any thread adds to it
-        self._thread_id: int | None = None  # the server thread's; it alone touches the rest
-        self.held = False  # ``start`` will be called: nobody is woken before
+        self._waiting: deque[threading.Lock] = deque()  # the server thread appends, any thread pops
+        self._held_back = False  # a ring was postponed to the end of the chain: the last to wake rings
+        self._passed = 0  # since the last check; approximate, since any thread adds to it
+        self._thread_id: int | None = None  # the server thread's; only it touches the rest
+        self.held = False  # nobody is woken until ``start`` is called
         self._look: asyncio.TimerHandle | None = None
         self._pause, self._pause_end = PAUSES[0], 0.0
 
     # --- any thread ---
 
     def pass_on(self) -> None:
-        """Wake the next, or ring for those that did not. Called by each thread when it has woken."""
+        """Wake the next thread, or ring a postponed bell. Called by each woken thread."""
         if self._waiting:
             try:
                 self._waiting.popleft().release()
-            except IndexError:  # another was faster
+            except IndexError:  # another thread was faster
                 return
             self._passed += 1
         elif self._held_back:
@@ -55,14 +55,14 @@ class WakeChain:
             self._ring()
 
     def ring(self) -> None:
-        """Ring the doorbell; while a chain is on, only once for all who wake in it."""
+        """Ring the doorbell; during a chain, only once for all threads woken in it."""
         self._held_back = True
         if not self._waiting:
             self._held_back = False
             self._ring()
 
     def wake(self, waiter: threading.Lock) -> None:
-        """Wake a thread in its turn; at once when another than the server thread asks."""
+        """Wake a thread in its turn, or at once if not called by the server thread."""
         if threading.get_ident() != self._thread_id:
             waiter.release()
             return
@@ -72,27 +72,27 @@ class WakeChain:
             self._loop.call_soon(self.start)
 
     def wake_all(self) -> None:
-        """Wake everybody now."""
+        """Wake all threads now."""
         with contextlib.suppress(IndexError):
             while True:
                 self._waiting.popleft().release()
 
     def close(self) -> None:
-        """Wake everybody, now and from now on: the server thread has ended or is stuck, and its id may be used anew."""
+        """Wake all threads from now on: the server thread has ended or is stuck, and its id may be reused."""
         self._thread_id = None
         self.wake_all()
 
     # --- the server thread only ---
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Say that this thread is the server's, and which is its loop."""
+        """Make the current thread the server's, with this loop."""
         self._loop = loop
         self.held, self._look, self._pause_end = False, None, 0.0
         self._thread_id = threading.get_ident()
         self.wake_all()
 
     def start(self) -> None:
-        """Wake the first few; comes after everything the engine had to say in one step."""
+        """Wake the first few; called after all deltas of one engine step."""
         self.held = False
         if self._pause_end and self._loop.time() < self._pause_end:
             self.wake_all()

@@ -1,7 +1,7 @@
-"""A device that several models share: turns of computing on it, and who holds how much of its memory.
+"""A device shared by several models: turns of computing, and the memory each holds.
 
-Rule: any thread; nobody waits for memory in here, and for turns only engines' own threads do. Nothing here knows a
-server, a bridge or torch, which is asked for what it knows only when somebody else has imported it or needs it anyway.
+Rule: any thread; nothing here waits for memory, and only engines' own threads wait for turns. Nothing here knows a
+server, a bridge or torch; torch is queried only if it is already imported or needed anyway.
 """
 
 from __future__ import annotations

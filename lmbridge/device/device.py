@@ -1,6 +1,6 @@
-"""A device that several models share.
+"""A device shared by several models.
 
-Rule: any thread. One object for each device and process, found by its name; what a fork takes along begins anew there.
+Rule: any thread. One object per device and process, found by name; a forked child starts afresh.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class PartyStatus:
     """One bridge on a device.
 
     Attributes:
-        label: what its model is called.
+        label: its model's name.
         state: as ``Bridge.state``.
-        bytes: of the device's memory that its models hold, or are about to; 0 where that is not known.
-        pinned: others never unload it.
-        weight: how much of the device it gets beside others.
-        seconds: for which it has had the device; ``share``: of what all of these have had, 0 to 1.
+        bytes: device memory that its models hold or have reserved; 0 if unknown.
+        pinned: never unloaded for others.
+        weight: its share of the device relative to others.
+        seconds: how long it has held the device; ``share``: its fraction of all bridges' time, 0 to 1.
     """
 
     label: str
@@ -42,17 +42,17 @@ class PartyStatus:
 
 @dataclass(frozen=True)
 class DeviceStatus:
-    """What ``device.status()`` says of the bridges that are not closed.
+    """A snapshot from ``device.status()`` of the bridges that are not closed.
 
     Attributes:
         name: as torch names it.
-        memory: bytes for all models; None: without a limit, or not known before the first load.
-        reserved: bytes that models hold, or are about to.
-        free: the difference; None where ``memory`` is.
-        parties: the bridges that have or had a model there, loaded or not.
-        loading: the label of the model that is loading; None when none is.
-        loads, unloads: models loaded so far, and unloaded for others or for being idle.
-        computing: the label of the model that has the device at the moment; None when none has, or takes turns.
+        memory: bytes for all models; None: unlimited, or unknown before the first load.
+        reserved: bytes that models hold or have reserved.
+        free: the difference; None if ``memory`` is None.
+        parties: the bridges with a model on this device, loaded or not.
+        loading: the label of the model being loaded, or None.
+        loads, unloads: models loaded so far, and unloaded to make room or because they were idle.
+        computing: the label of the model that holds the device now; None if none does, or there are no turns.
     """
 
     name: str
@@ -67,21 +67,21 @@ class DeviceStatus:
 
 
 class Device:
-    """A ledger of memory and turns of computing, for all bridges that are given this device.
+    """Shares memory and computing time among all bridges on this device.
 
-    A bridge that is given none uses ``Device.of`` its engine's. Build one yourself to set a limit, and give it to each
-    of the bridges that are to share it.
+    A bridge without a ``device`` uses ``Device.of`` its engine's device name. Build a Device yourself to set a limit,
+    and pass it to each bridge that shares it.
 
     Args:
-        name: as torch names it: ``"cpu"``, ``"cuda:0"``.
-        memory: what models may have of it, in bytes or as ``"8GB"``, ``"8GiB"`` or ``"80%"``; None: what the device has
+        name: the torch name: ``"cpu"``, ``"cuda:0"``.
+        memory: what models may use, in bytes or as ``"8GB"``, ``"8GiB"`` or ``"80%"``; None: all of the device's memory
             on CUDA, no limit elsewhere.
-        turns: compute one at a time, which keeps a stream's pace beside a large job. False lets all compute at once: on
-            a CPU with cores for each of the models (``torch.set_num_threads``) both get more done, and a stream waits
-            longer now and then.
+        turns: compute one model at a time, which keeps a stream's pace beside a large job. False lets all compute at
+            once: on a CPU with enough cores for each model (``torch.set_num_threads``) this raises throughput, but
+            streams pause for longer now and then.
 
     Raises:
-        InvalidRequestError: one of them is none of these.
+        InvalidRequestError: an argument is invalid.
     """
 
     def __init__(self, name: str = "cpu", *, memory: int | str | None = None, turns: bool = True) -> None:
@@ -97,13 +97,13 @@ class Device:
 
     @classmethod
     def of(cls, name: str) -> Device:
-        """The device of that name that bridges share which are not given one of their own."""
+        """The shared device of that name, for bridges that are not given a Device."""
         name = device_name(name)
         found = _shared.get(name)
         return found if found is not None else _shared.setdefault(name, cls(name))
 
     def status(self) -> DeviceStatus:
-        """Who is there, who holds what, and who computes. Waits for nobody."""
+        """Which bridges are here, what memory they hold, and which one computes. Never blocks."""
         self.find_limit(only_if_cheap=True)
         limit, reserved = self.ledger.limit, self.ledger.reserved
         tenants = [tenant for tenant in self._tenants if tenant.guest.state != "closed"]
@@ -136,16 +136,16 @@ class Device:
     def __repr__(self) -> str:
         return f"<Device {self.name}>"
 
-    # --- for those who move in ---
+    # --- for bridges ---
 
     def admit(self, guest: Guest, weight: float, pinned: bool) -> Tenant:
-        """A bridge that is to have its model here. It stays for as long as it is held by somebody else."""
+        """Add a bridge. It stays for as long as someone else holds a reference to the Tenant."""
         tenant = Tenant(guest, self.turns.lane(weight), pinned)
         self._tenants.add(tenant)
         return tenant
 
     def find_limit(self, only_if_cheap: bool = False) -> None:
-        """See how much memory there is. May take seconds the first time, where torch is asked of a GPU."""
+        """Find out how much memory there is. The first time, torch may take seconds to query a GPU."""
         if self._limit_known or (only_if_cheap and self.name.startswith("cuda") and not self._limit.given):
             return
         self.ledger.limit = self._limit.of(self.name)
@@ -163,7 +163,7 @@ _devices: weakref.WeakSet[Device] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    """In the child: its parent's threads, models and locks are not there."""
+    """In the child: the parent's threads, models and locks do not exist."""
     for device in list(_devices):
         device._begin()
 

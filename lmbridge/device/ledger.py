@@ -1,7 +1,7 @@
-"""Who holds how much of a device's memory, who loads, and who waits for room.
+"""The memory of a device: who holds how much, who loads, and who waits for room.
 
-Rule: any thread; nobody waits in here. Whoever waits for room asks again when it is woken, and from time to time. The
-ledger counts what models were said to need and to hold; it does not watch the device.
+Rule: any thread; nothing waits in here. A load that waits for room asks again when woken, and from time to time. The
+ledger counts what models were said to need and hold; it does not measure the device.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from lmbridge.errors import EngineStartError
 from lmbridge.log import logger
 
 PATIENT = 10.0
-"""Seconds for which whoever waits for room lets those pass who need less; then all others wait behind it."""
+"""For this many seconds a waiting load lets smaller ones pass; then all others wait behind it."""
 SLOW = 60.0
-"""Seconds after which a load, for which there is room in any case, holds up no other."""
+"""After this many seconds a running load, whose room is reserved, no longer delays others."""
 
 
 class Ledger:
     """The memory of one device.
 
-    Where it is limited, loads are served one at a time, in the order in which they came; those for whom there is room
-    pass one for whom there is none, for a while. Those of which nothing is known are not counted here and pass by.
+    If it is limited, loads are served one at a time, first come first served; for a while, loads that fit may pass one
+    that does not. Loads of unknown size are not counted here and pass.
 
     Attributes:
-        limit: bytes for all; None: there is none, or it is not known yet.
-        loads, unloads: models that were loaded, and that were unloaded for others or for being idle.
+        limit: bytes for all; None: unlimited, or not known yet.
+        loads, unloads: models loaded, and models unloaded to make room or because they were idle.
     """
 
     def __init__(self, name: str) -> None:
@@ -40,21 +40,21 @@ class Ledger:
         self.loads = self.unloads = 0
         self._name = name
         self._lock = threading.Lock()
-        # Guarded by _lock. Held weakly: of a server thread that was killed nobody gives anything back.
+        # Guarded by _lock. Held weakly: a killed server thread cannot give anything back.
         self._held: weakref.WeakSet[Holding] = weakref.WeakSet()
-        self._line: list[weakref.ref[Holding]] = []  # those who wait for room, in order
+        self._line: list[weakref.ref[Holding]] = []  # loads waiting for room, in order
         self._loading: weakref.ref[Holding] | None = None
         self._loading_since = 0.0
 
-    # --- a holding, from the first question to the end ---
+    # --- a holding, from request to release ---
 
     def ask(self, holding: Holding) -> str:
-        """Reserve what a load needs: "" when that is done, else what it waits for. To be asked again then.
+        """Reserve what a load needs: "" on success, else what it waits for; then ask again.
 
-        Others who are idle are asked to unload when that makes enough room.
+        Idle models are asked to unload if that makes enough room.
 
         Raises:
-            EngineStartError: it can never fit; it does not wait any more.
+            EngineStartError: it can never fit, and no longer waits.
         """
         with self._lock:
             if holding in self._held:
@@ -76,7 +76,7 @@ class Ledger:
         return why
 
     def settle(self, holding: Holding, size: int | None) -> None:
-        """The engine is loaded, and holds so much; None: as much as was estimated."""
+        """The engine is loaded and holds ``size`` bytes; None: as many as estimated."""
         with self._lock:
             holding.measured = True
             holding.size = holding.size if size is None else size
@@ -87,19 +87,19 @@ class Ledger:
             leaving = self._who_could_leave(holding, over) if over > 0 else []
         if over > 0:
             logger.warning(
-                "Models hold %s more of %s than it is to give; %s turned out to need %s.",
+                "Models exceed the memory limit by %s on %s; %s turned out to need %s.",
                 in_words(over), self._name, holding.label, in_words(holding.size),
             )  # fmt: skip
         for tenant in leaving:
-            tenant.guest.ask_to_unload(f"{holding.label} needs more memory than was estimated")
+            tenant.guest.ask_to_unload(f"{holding.label} needs more memory than estimated")
         self.stir()
 
     def passes(self, holding: Holding) -> None:
-        """The engine is about to be closed, which may take its time."""
+        """The engine is about to close, which may take a while."""
         holding.passing = True
 
     def leave(self, holding: Holding) -> None:
-        """The engine is gone, or was never loaded. Any thread, more than once."""
+        """The engine is gone or was never loaded. Any thread; idempotent."""
         with self._lock:
             self._held.discard(holding)
             self._strike_out(holding)
@@ -107,33 +107,33 @@ class Ledger:
         self.stir()
 
     def stir(self) -> None:
-        """Have those who wait ask again. Takes no lock."""
+        """Make waiting loads ask again. Takes no lock."""
         if self._line:
             for holding in self._waiting():
                 holding.wake()
 
     def count_unload(self) -> None:
-        """A model was unloaded that could have stayed."""
+        """Count a model unloaded to make room or because it was idle."""
         with self._lock:
             self.unloads += 1
 
-    # --- what can be seen ---
+    # --- inspection ---
 
     @property
     def reserved(self) -> int:
-        """Bytes that models hold, or are about to."""
+        """Bytes that models hold or have reserved."""
         with self._lock:
             return self._sum()
 
     @property
     def loading(self) -> str | None:
-        """The label of the model that is loading."""
+        """The label of the model being loaded."""
         with self._lock:
             holding = self._now_loading()
             return None if holding is None else holding.label
 
     def of(self, tenant: Tenant) -> int:
-        """Bytes that a tenant holds."""
+        """Bytes held by a tenant."""
         with self._lock:
             return sum(holding.size for holding in self._held if holding.tenant is tenant)
 
@@ -162,27 +162,27 @@ class Ledger:
         self._line = [weakref.ref(other) for other in self._waiting() if other is not holding]
 
     def _never(self, holding: Holding) -> str:
-        """Why it can never fit; "" if it can, once others have gone."""
+        """Why it can never fit; "" if it can once others have gone."""
         if self.limit is None or holding.size <= self.limit - self._stuck(holding):
             return ""
         own = any(other.tenant is holding.tenant for other in self._staying(holding))
         advice = (
-            "Give it a smaller dtype or, if it has a cache, a smaller share of it; pin fewer models, or give "
-            "the device more."
+            "Give it a smaller dtype or, if it has a cache, a smaller cache; pin fewer models, or raise the device's "
+            "memory limit."
         )
         if own:
-            advice = "Swap with overlap=False, which frees the old model first."
+            advice = "Use swap(overlap=False), which frees the old model first."
         return (
-            f"{holding.label} needs {in_words(holding.size)} of {self._name}, where models may have "
-            f"{in_words(self.limit)}{_held_by(self._staying(holding), ', of which stay with ')}. {advice}"
+            f"{holding.label} needs {in_words(holding.size)} of {self._name}, where models may use "
+            f"{in_words(self.limit)}{_held_by(self._staying(holding), ', of which stay in use: ')}. {advice}"
         )
 
     def _stuck(self, holding: Holding) -> int:
         return sum(other.size for other in self._staying(holding))
 
     def _staying(self, holding: Holding) -> list[Holding]:
-        """What will not make room for it: pinned models, the one it is to follow, and those to be followed by others
-        that wait as well, of which one has to give way.
+        """Holdings that will not make room for it: pinned models, the one it replaces, and those being replaced by
+        others that also wait, one of which must give way.
         """
         waiting = {other.tenant for other in self._waiting() if other is not holding}
         return [
@@ -194,26 +194,26 @@ class Ledger:
         ]
 
     def _why_not(self, holding: Holding) -> tuple[str, list[Tenant]]:
-        """What it waits for, and whom to ask to unload for it; "" when it need not wait."""
+        """What it waits for ("" for nothing), and whom to ask to unload for it."""
         if self.limit is None:
             return "", []
         loading = self._now_loading()
         if loading is not None and monotonic() - self._loading_since < SLOW:
-            return f"waits until {loading.label} is loaded on {self._name}", []
+            return f"waiting until {loading.label} is loaded on {self._name}", []
         free = self.limit - self._sum()
         ahead = self._ahead_of(holding, free)
         if ahead is not None:
-            return f"waits for memory on {self._name}, after {ahead.label}", []
+            return f"waiting for memory on {self._name}, after {ahead.label}", []
         if holding.size <= free:
             return "", []
         why = (
-            f"waits for memory on {self._name}: needs {in_words(holding.size)}, {in_words(max(0, free))} free"
+            f"waiting for memory on {self._name}: needs {in_words(holding.size)}, {in_words(max(0, free))} free"
             f"{_held_by(self._held, ', held by ')}"
         )
         return why, self._who_could_leave(holding, holding.size - free)
 
     def _ahead_of(self, holding: Holding, free: int) -> Holding | None:
-        """Who is to be served before it; one that fits passes those that do not, unless they have waited for long."""
+        """Who must be served before it; one that fits passes those that do not, unless they waited long."""
         before = list(itertools.takewhile(lambda other: other is not holding, self._waiting()))
         if holding.size > free:
             return before[0] if before else None
@@ -221,9 +221,9 @@ class Ledger:
         return next((other for other in before if other.size <= free or other.since < late), None)
 
     def _who_could_leave(self, holding: Holding, wanted: int) -> list[Tenant]:
-        """The idle tenants who hold as much as is wanted together, the longest idle first; none if that is not enough.
+        """Idle tenants that together hold ``wanted`` bytes, longest idle first; none if they cannot.
 
-        What is about to be free anyway counts first.
+        Memory about to be freed anyway counts first.
         """
         wanted -= sum(other.size for other in self._held if other.passing)
         idle: dict[Tenant, float] = {}

@@ -1,7 +1,7 @@
-"""How much memory a device has, and sizes in words.
+"""The memory of a device, and readable sizes.
 
-Rule: any thread. torch is asked by its documented calls and only about CUDA, which that may begin in this process, so
-it is for those who are about to load a model, on a thread that may take its time.
+Rule: any thread. torch is queried by its documented calls and only about CUDA, which that may initialise in this
+process; so only call this when about to load a model, on a thread that may block.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _KINDS = (
     "lazy", "mkldnn", "opengl", "opencl", "ideep", "mlu", "musa", "privateuseone",
     "ascend", "camb", "maca",
 )  # fmt: skip
-"""What torch knows and what extensions add, as torch is not to be imported for a name; at last, LMDeploy's names."""
+"""torch's device types and extensions' (without importing torch), then LMDeploy's names."""
 _NAME = re.compile(rf"({'|'.join(_KINDS)})(?::(0|[1-9]\d*))?", re.ASCII)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?|(\d+(?:\.\d+)?)\s*%", re.IGNORECASE)
 
 
 class Limit:
-    """How much of a device's memory models may have, as it was asked for.
+    """How much of a device's memory models may use, as requested.
 
     Args:
-        memory: bytes, ``"8GB"``, ``"8GiB"``, ``"80%"`` of what there is; None: all there is on CUDA, else no limit.
+        memory: bytes, ``"8GB"``, ``"8GiB"``, ``"80%"`` of the device's memory; None: all of it on CUDA, else no limit.
 
     Raises:
-        InvalidRequestError: it is none of these.
+        InvalidRequestError: it is invalid.
     """
 
     def __init__(self, memory: int | str | None) -> None:
@@ -51,11 +51,11 @@ class Limit:
 
     @property
     def given(self) -> bool:
-        """Whether it is a number of bytes, so that nobody need be asked."""
+        """Whether it is a number of bytes, so the device need not be queried."""
         return self._bytes is not None
 
     def of(self, device: str) -> int | None:
-        """Bytes of this device that models may have; None: without a limit. May take seconds the first time."""
+        """Bytes of this device that models may use; None: unlimited. May take seconds the first time."""
         if self._bytes is not None:
             return self._bytes
         whole = total_memory(device)
@@ -75,7 +75,7 @@ class Limit:
 
 
 def total_memory(device: str) -> int | None:
-    """Bytes that the device has; None where that is not known."""
+    """The device's memory in bytes; None if unknown."""
     if device.startswith("cuda"):
         torch: Any = importlib.import_module("torch")
         if not torch.cuda.is_available():
@@ -87,28 +87,28 @@ def total_memory(device: str) -> int | None:
 
 
 def usual_device() -> str:
-    """Where an engine with torch runs that was not told: the first GPU, else the CPU. Imports torch."""
+    """The default device of torch engines: the first GPU, else the CPU. Imports torch."""
     torch: Any = importlib.import_module("torch")
     return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
 def device_name(name: object) -> str:
-    """``name`` as devices are told apart: ``cuda`` is ``cuda:0``, and the CPU is one.
+    """The canonical ``name``: ``cuda`` is ``cuda:0``, and there is one CPU.
 
     Raises:
-        InvalidRequestError: it is no string, or none that torch could know.
+        InvalidRequestError: it is not a torch device name.
     """
     named = _NAME.fullmatch(name) if isinstance(name, str) else None
     if named is None:
         hint = " NVIDIA's and AMD's GPUs are 'cuda', Apple's 'mps', Intel's 'xpu'." if isinstance(name, str) else ""
         raise InvalidRequestError(
-            f"A device is named as torch names it, 'cpu' or 'cuda:0', not {shown(name)}.{hint}", "device"
+            f"device must be a torch device name such as 'cpu' or 'cuda:0', not {shown(name)}.{hint}", "device"
         )
     return "cpu" if named[1] == "cpu" else f"{named[1]}:{named[2] or 0}"
 
 
 def as_size(value: object) -> int | None:
-    """What an engine says of its memory, in bytes; None where it says nothing that could be."""
+    """An engine's reported memory in bytes; None if the value is invalid."""
     size = as_number(value)
     return int(size) if size is not None and 0 <= size < sys.maxsize else None
 

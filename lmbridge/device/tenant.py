@@ -1,6 +1,6 @@
-"""A bridge on a device: its account of time, and what its engines hold of the memory.
+"""A bridge on a device: its share of time, and the memory its engines hold.
 
-Rule: any thread; plain data. A device holds its tenants weakly, so that a bridge that is gone holds nothing.
+Rule: any thread; plain data. A device references its tenants weakly, so a dropped bridge holds nothing.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from lmbridge.device.turns import Lane
 
 
 class Guest(Protocol):
-    """What a device may ask of a bridge, on any thread; nothing of it waits."""
+    """What a device may ask of a bridge, on any thread; nothing here blocks."""
 
     @property
     def label(self) -> str:
-        """What its model is called."""
+        """Its model's name."""
 
     @property
     def state(self) -> str:
@@ -24,17 +24,17 @@ class Guest(Protocol):
 
     @property
     def idle_since(self) -> float | None:
-        """When the last call ended, monotonic; None while there are calls, or no model that could be unloaded."""
+        """When the last call ended, monotonic; None during calls, or if no model could be unloaded."""
 
     def ask_to_unload(self, why: str) -> None:
-        """Have it unload its model if it is idle still."""
+        """Ask it to unload its model if it is still idle."""
 
 
 class Tenant:
     """One bridge on one device.
 
     Attributes:
-        pinned: others never unload its model: it was asked for, or the model could not be loaded again.
+        pinned: its model is never unloaded for others: as requested, or because it could not be reloaded.
     """
 
     def __init__(self, guest: Guest, lane: Lane, pinned: bool) -> None:
@@ -44,12 +44,12 @@ class Tenant:
 
 
 class Holding:
-    """What one engine holds of a device's memory, or asks for. Guarded by the ledger's lock.
+    """The device memory that one engine holds or requests. Guarded by the ledger's lock.
 
     Attributes:
-        size: bytes: as estimated before the load, as measured after it.
-        since: when it began to wait for room, monotonic.
-        wake: called, by any thread, when it may be worth while to ask again.
+        size: bytes: estimated before the load, measured after it.
+        since: when it began waiting for room, monotonic.
+        wake: called, by any thread, when asking again may succeed.
         passing: its engine is about to end, which frees this.
         measured: its engine is loaded.
     """

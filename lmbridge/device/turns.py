@@ -1,13 +1,13 @@
-"""Turns on a device: who computes next, where several engines share one.
+"""Turns on a device: which of several engines computes next.
 
-Rule: any thread but a server's, which must not wait for a turn. Nobody holds a device for good: whoever waits looks,
-several times a second, at who has it, and goes on where that one has gone, was closed, or takes too long.
+Rule: any thread but a server's, which must not wait for a turn. Nobody holds a device forever: waiters check the holder
+several times a second, and proceed if it has gone, was closed, or takes too long.
 
-It is weighted fair queueing. Each lane has a clock that runs while it computes, the slower the more it weighs; of those
-that wait, the lane whose clock is furthest behind is next. One that had nothing to do has its clock set to that of the
-others when it comes back, so that nobody saves up. An engine with one thread cannot wait while it computes, so two such
-engines take turns strictly, whatever they weigh: the device is not kept idle for one to come back. How they divide the
-time is a matter of how long their turns are, which ``share`` tells those that can choose.
+This is weighted fair queueing. Each lane has a clock that runs while it computes, the slower the greater its weight;
+the waiting lane whose clock is furthest behind is next. A lane returning from idleness has its clock set to that of the
+others, so that nobody saves up time. An engine with one thread cannot wait while it computes, so two such engines
+strictly alternate, whatever their weights: the device never idles to wait for one. How they divide the time depends on
+the length of their turns, which ``share`` gives to engines that can choose it.
 """
 
 from __future__ import annotations
@@ -20,25 +20,24 @@ from types import TracebackType
 from lmbridge.engines.standing import frame_of
 
 LOOK = 0.25
-"""Seconds between two looks of those who wait at whoever has the device."""
+"""Seconds between waiters' checks of the holder."""
 LONGEST = 30.0
-"""Seconds after which a turn is over for those who wait, whatever its holder does."""
+"""Seconds after which waiters consider a turn over, whatever its holder does."""
 MOST_DEBT = 1.0
-"""Seconds by which a clock may be ahead of the others': a long prompt is not paid back by a long silence."""
+"""Seconds by which a clock may be ahead of the others: a long prompt is not repaid by a long wait."""
 RECENT = 1.0
-"""Seconds for which a lane counts as at work after it has last asked or computed."""
+"""Seconds for which a lane counts as active after it last asked or computed."""
 PART = 0.5
-"""The share of another's usual turn that is taken beside it. A turn ends with the first pause that is over it, so that
-what both take together stays below twice as long.
-"""
+"""The share of another's usual turn to take beside it. A turn ends at the first pause beyond it, so that both together
+take less than twice as long."""
 SLICE = 0.05
-"""Seconds of a turn among lanes that all choose for how long they take: there is none to go by."""
+"""Seconds of a turn when all lanes choose the length of theirs."""
 SHORTEST = 0.0005
 """Seconds below which a turn is not worth its overhead."""
 LATEST = 0.1
 """The weight of the last turn in the moving average of a lane's turns."""
 OUTLIER = 4.0
-"""A turn counts for so many usual ones at most: a prompt that is read says little of the tokens that follow."""
+"""A turn counts for at most this many usual ones: reading a prompt says little about later tokens."""
 
 
 class Lane:
@@ -47,8 +46,8 @@ class Lane:
     Attributes:
         weight: of two lanes that always want the device, the one of weight 2 gets it twice as long.
         used: seconds so far.
-        usual: seconds of a turn, a moving average; 0 before the first.
-        sizes: whether its engine asks for how long its turns may last.
+        usual: the moving average of its turns, in seconds; 0 before the first.
+        sizes: whether its engine asks how long its turns may last.
     """
 
     __slots__ = ("weight", "used", "usual", "sizes", "due", "seen", "__weakref__")
@@ -62,10 +61,10 @@ class Lane:
 
 
 class Party:
-    """One engine's right to turns; what ``Engine.party`` is while the engine shares a device.
+    """One engine's access to turns: ``Engine.party`` while the engine shares a device.
 
     Attributes:
-        closed: its engine has ended or is about to: it waits for nothing any more, and holds nobody up.
+        closed: its engine has ended or is about to: it no longer waits or delays others.
     """
 
     def __init__(self, turns: Turns, lane: Lane) -> None:
@@ -74,27 +73,27 @@ class Party:
         self.turns = turns
 
     def turn(self) -> Turn:
-        """Blocks until it is this engine's turn; the turn lasts as long as the ``with``."""
+        """Block until it is this engine's turn; the turn lasts as long as the ``with`` block."""
         return Turn(self)
 
     def share(self) -> float | None:
-        """For how many seconds a turn should last now, at most; None while nobody else is at work on the device.
+        """The most seconds that a turn should last now; None while no other lane is active.
 
-        Of a turn with pauses in it, this is the time from one to the next.
+        In a turn with pauses, the time from one pause to the next.
         """
         return self.turns.share(self.lane)
 
     def pause(self) -> float:
-        """In the midst of a turn, on its thread: let those who wait have theirs first; how many seconds that took.
+        """In the middle of a turn, on its thread: let waiters go first; returns the seconds that took.
 
-        For what cannot be made shorter, as a batch of one text on a CPU: between two products of a layer, say. It costs
-        next to nothing when nobody waits, and little while the turn has not lasted for its ``share``.
+        For work that cannot be split, such as a batch of one text on a CPU: between two products of a layer, say. It
+        costs next to nothing when nobody waits, and little until the turn has lasted for its ``share``.
         """
         return self.turns.pause(self)
 
     @property
     def contended(self) -> bool:
-        """Whether somebody else is at work on the device."""
+        """Whether another lane is active on the device."""
         return self.turns.contended(self.lane)
 
     @property
@@ -103,28 +102,28 @@ class Party:
         return any(turn.party is self for turn in self.turns.line())
 
     def close(self) -> None:
-        """Give up the turn that it has or waits for. Any thread, more than once."""
+        """Give up its turn, held or awaited. Any thread; idempotent."""
         self.closed = True
         self.turns.dismiss(self)
 
 
 class Turn:
-    """One stay on the device, of one thread."""
+    """One thread's turn on the device."""
 
     __slots__ = ("party", "thread", "start", "since", "bell")
 
     def __init__(self, party: Party) -> None:
         self.party = party
-        self.thread = 0  # ident of whoever asked
+        self.thread = 0  # ident of the asking thread
         self.start = 0.0  # on the clock of its lane
-        self.since = 0.0  # monotonic time of its beginning
+        self.since = 0.0  # monotonic start time
         self.bell: threading.Lock | None = None  # held while it waits
 
     def __enter__(self) -> Turn:
         self.thread = threading.get_ident()
         try:
             self.party.turns.take(self)
-        except BaseException:  # thrown into this thread, which may have got the turn meanwhile
+        except BaseException:  # thrown into this thread, which may already have the turn
             self.party.turns.end(self)
             raise
         return self
@@ -139,15 +138,15 @@ class Turns:
     """Hands one device from one thread to the next.
 
     Args:
-        apart: False has nobody wait for anybody.
+        apart: False makes nobody wait.
     """
 
     def __init__(self, apart: bool = True) -> None:
         self._apart = apart
         self._lock = threading.Lock()
-        # Guarded by _lock. Should an exception strike between two steps in here, the next who looks sets it right.
+        # Guarded by _lock. If an exception strikes between two steps, the next look repairs it.
         self._holder: Turn | None = None
-        self._line: list[Turn] = []  # those who wait; few, so that looking through it is cheap
+        self._line: list[Turn] = []  # waiting turns; few, so scanning is cheap
         self._clock = 0.0  # where the last turn began on its lane's clock
         self._lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
 
@@ -159,28 +158,28 @@ class Turns:
         return lane
 
     def used(self, lane: Lane) -> float:
-        """Seconds for which a lane has had the device, those of the present turn too."""
+        """Seconds for which a lane has held the device, including its current turn."""
         with self._lock:
             holder = self._holder
             now = monotonic() - holder.since if holder is not None and holder.party.lane is lane else 0.0
             return lane.used + now
 
     def has(self, lane: Lane) -> bool:
-        """Whether it is this lane's turn. Takes no lock."""
+        """Whether this lane holds the device. Takes no lock."""
         holder = self._holder
         return holder is not None and holder.party.lane is lane
 
     def line(self) -> list[Turn]:
-        """Those who wait."""
+        """The waiting turns."""
         return self._line[:]
 
     # --- a turn ---
 
     def take(self, turn: Turn) -> None:
-        """Return when it is this one's turn, or when its engine has been closed."""
+        """Return when this turn begins, or its engine is closed."""
         with self._lock:
             holder, lane = self._holder, turn.party.lane
-            if holder is not None and holder.thread == turn.thread:  # it was struck at the end of its last turn
+            if holder is not None and holder.thread == turn.thread:  # interrupted at the end of its last turn
                 self._release(holder)
             if turn.party.closed:
                 return
@@ -199,7 +198,7 @@ class Turns:
         self._wait(turn, turn.bell)
 
     def end(self, turn: Turn) -> None:
-        """It is over, or will not come; more than once does no harm."""
+        """The turn is over or cancelled; idempotent."""
         with self._lock:
             if not self._apart and turn.since:
                 turn.party.lane.used += monotonic() - turn.since
@@ -210,9 +209,7 @@ class Turns:
                 self._line.remove(turn)
 
     def pause(self, party: Party) -> float:
-        """Hand the party's turn on to those who wait, if it has lasted long enough, and take another; seconds until it
-        came.
-        """
+        """If the party's turn has lasted long enough, let waiters go first and take another; returns seconds waited."""
         turn = self._holder
         if not self._line or turn is None or turn.party is not party or turn.thread != threading.get_ident():
             return 0.0
@@ -224,7 +221,7 @@ class Turns:
         return monotonic() - began
 
     def dismiss(self, party: Party) -> None:
-        """Have a closed party hold nobody up, and wait no more."""
+        """Make a closed party stop waiting and delaying others."""
         with self._lock:
             leaving = [turn for turn in self._line if turn.party is party]
             self._line = [turn for turn in self._line if turn.party is not party]
@@ -234,19 +231,19 @@ class Turns:
             _ring(turn)
 
     def contended(self, lane: Lane) -> bool:
-        """Whether another lane is at work."""
+        """Whether another lane is active."""
         with self._lock:
             return self._apart and bool(self._at_work(lane))
 
     def share(self, lane: Lane) -> float | None:
-        """For how many seconds a turn of this lane should last now; None while no other is at work."""
+        """How many seconds a turn of this lane should last now; None while no other is active."""
         with self._lock:
             lane.sizes = True
             others = self._at_work(lane) if self._apart else []
         if not others:
             return None
         fixed = [other for other in others if not other.sizes]
-        if fixed:  # they cannot shorten their turns: whoever can makes room for them, together with the others who can
+        if fixed:  # these cannot shorten their turns: those that can share what is left
             longest = PART * min(other.usual / other.weight for other in fixed) * lane.weight
             return min(LONGEST, max(SHORTEST, longest / (1 + len(others) - len(fixed))))
         mean = (lane.weight + sum(other.weight for other in others)) / (1 + len(others))
@@ -265,7 +262,7 @@ class Turns:
     # --- with the lock held ---
 
     def _at_work(self, lane: Lane) -> list[Lane]:
-        """The other lanes that have computed or asked a moment ago."""
+        """The other lanes that have computed or asked recently."""
         inside = {turn.party.lane for turn in [*self._line, *([self._holder] if self._holder else [])]}
         recently = monotonic() - RECENT
         return [other for other in self._lanes if other is not lane and (other.seen > recently or other in inside)]
@@ -288,7 +285,7 @@ class Turns:
             self._begin_next()
 
     def _begin_next(self) -> None:
-        for turn in self._line:  # another thread of the same engine may have computed while this one waited
+        for turn in self._line:  # another thread of this engine may have computed meanwhile
             turn.start = max(turn.start, min(turn.party.lane.due, self._clock + MOST_DEBT))
         turn = min(self._line, key=lambda turn: turn.start)
         turn.since = monotonic()
@@ -298,15 +295,15 @@ class Turns:
         _ring(turn)
 
     def _look(self) -> None:
-        """See whether whoever has the device holds the others up for good."""
+        """Release the device if its holder has gone or takes too long."""
         holder = self._holder
-        if holder is None:  # whoever handed it on was struck on the way
+        if holder is None:  # the hand-over was interrupted
             self._begin_next()
         elif holder.party.closed or monotonic() - holder.since > LONGEST or frame_of(holder.thread) is None:
             self._release(holder)
 
 
 def _ring(turn: Turn) -> None:
-    """Wake whoever waits for this turn."""
+    """Wake the thread waiting for this turn."""
     if turn.bell is not None and turn.bell.locked():
         turn.bell.release()

@@ -58,7 +58,7 @@ def test_a_refusal_counts_once(scripted: Scripted, way: str) -> None:
 def test_a_deadline_in_front_of_the_gate_counts_once(scripted: Scripted, way: str) -> None:
     """A caller who waited for room in vain is counted as one timeout, and what started is what ended."""
     bridge, engine = full(scripted)
-    with pytest.raises(RequestTimeoutError, match="in the queue"):
+    with pytest.raises(RequestTimeoutError, match="while the queue was full"):
         future = WAYS[way](bridge, 0.05)
         list(future) if way == "stream" else None  # type: ignore[call-overload]
     finish(engine, 2)

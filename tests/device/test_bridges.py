@@ -77,7 +77,7 @@ def count_looks(bridge: Bridge) -> list[float]:
 
 def waits(bridge: Bridge) -> str:
     """What its load waits for, once it does."""
-    until(lambda: "waits" in bridge.health().reason)
+    until(lambda: "waiting" in bridge.health().reason)
     return bridge.health().reason
 
 
@@ -138,7 +138,7 @@ def test_what_is_measured_counts(on: Build) -> None:
 def test_a_model_that_turns_out_larger(on: Build, caplog: pytest.LogCaptureFixture) -> None:
     """Nobody would know why the device runs out of memory."""
     on(Model("greedy", GB, 3 * GB), device := Device(memory="2GB")).infer("hello")
-    assert "hold 1.0 GB more of cpu than it is to give; greedy turned out to need 3.0 GB" in caplog.text
+    assert "exceed the memory limit by 1.0 GB on cpu; greedy turned out to need 3.0 GB" in caplog.text
     assert device.status().free == -GB
 
 
@@ -174,7 +174,7 @@ def test_an_estimate_that_is_none(answer: object, on: Build) -> None:
 def test_a_model_larger_than_the_device(on: Build) -> None:
     """Its callers would wait for room that there will never be."""
     bridge = on(Model("large", 3 * GB), Device(memory="2GB"))
-    why = r"large needs 3\.0 GB of cpu, where models may have 2\.0 GB\. Give it a smaller dtype or, if it has a cache,"
+    why = r"large needs 3\.0 GB of cpu, where models may use 2\.0 GB\. Give it a smaller dtype or, if it has a cache,"
     with pytest.raises(EngineStartError, match=why):
         bridge.infer("hello")
     assert bridge.state == "failed"
@@ -185,7 +185,7 @@ def test_a_model_that_pinned_ones_leave_no_room_for(on: Build) -> None:
     device = Device(memory="2GB")
     on(Model("pinned"), device, pin=True).infer("hello")
     on(Bridge(Sized(GB // 2), device=device)).infer("hello")
-    with pytest.raises(EngineStartError, match=r"of which stay with pinned \(1\.0 GB\), scripted \(500\.0 MB\)\. "):
+    with pytest.raises(EngineStartError, match=r"of which stay in use: pinned \(1\.0 GB\), scripted \(500\.0 MB\)\. "):
         on(Model("other"), device).start()
     on(Model("small", GB // 2), device).infer("hello")
 
@@ -210,7 +210,7 @@ def test_a_load_waits_for_those_who_work(on: Build) -> None:
     running = busy.submit("one two")
     until(lambda: model.built and model.built[0].active)
     answer = other.submit("hello")
-    assert waits(other) == "waits for memory on cpu: needs 1.0 GB, 500.0 MB free, held by busy (2.0 GB)"
+    assert waits(other) == "waiting for memory on cpu: needs 1.0 GB, 500.0 MB free, held by busy (2.0 GB)"
     assert other.state == "starting"
     with pytest.raises(RequestTimeoutError):
         other.infer("in a hurry", timeout=0.05)
@@ -229,11 +229,11 @@ def test_a_load_waits_for_another(on: Build) -> None:
     answer = one.submit("one")
     until(lambda: device.status().loading == "first")
     other = two.submit("two")
-    assert waits(two) == "waits until first is loaded on cpu"
+    assert waits(two) == "waiting until first is loaded on cpu"
     assert not second.built[0].started
     third = on(Model("third"), device)
     third.submit("three")
-    assert waits(third) == "waits until first is loaded on cpu"
+    assert waits(third) == "waiting until first is loaded on cpu"
     gate.set()
     assert (answer.result(30).text, other.result(30).text) == ("one", "two")
 
@@ -266,7 +266,7 @@ def test_a_small_model_passes_a_large_one_that_waits(on: Build, monkeypatch: pyt
     monkeypatch.setattr(lmbridge.device.ledger, "PATIENT", 0.0)
     next_ = on(Model("next"), device)
     answer = next_.submit("hello")
-    assert waits(next_) == "waits for memory on cpu, after large"
+    assert waits(next_) == "waiting for memory on cpu, after large"
     busy.close()
     assert (late.result(30).text, answer.result(30).text) == ("hello", "hello")
 
@@ -306,7 +306,7 @@ def test_closing_a_bridge_that_waits(on: Build) -> None:
     waits(behind)
     waiting.close()
     assert isinstance(lost.exception(30), BridgeClosedError)
-    until(lambda: behind.health().reason.startswith("waits for memory on cpu: needs 500.0 MB"))
+    until(lambda: behind.health().reason.startswith("waiting for memory on cpu: needs 500.0 MB"))
     busy.close()
     assert answer.result(30).text == "hello"
 
@@ -449,7 +449,7 @@ def test_swapping_what_is_unloaded(on: Build, overlap: bool) -> None:
     bridge = on(model, device := Device(memory="1GB"), keep_alive=0.01)
     bridge.infer("hello")
     until(lambda: bridge.state == "unloaded")
-    with pytest.raises(EngineStartError, match=r"no weights\. The old one is loaded again for the next call\.$"):
+    with pytest.raises(EngineStartError, match=r"no weights\. The next call loads the old model again\.$"):
         bridge.swap(lambda: ScriptedEngine(start_error=OSError("no weights")), overlap=overlap)
     assert bridge.state == "unloaded"
     assert bridge.infer("who?").text == "who?"
@@ -467,7 +467,7 @@ def test_a_swap_that_overlaps_counts_both(on: Build) -> None:
     device = Device(memory="2GB")
     bridge = on(Model("old"), device)
     bridge.start()
-    with pytest.raises(EngineStartError, match=r"of which stay with old \(1\.0 GB\)\. Swap with overlap=False"):
+    with pytest.raises(EngineStartError, match=r"of which stay in use: old \(1\.0 GB\)\. Use swap\(overlap=False\)"):
         bridge.swap(Model("new", 1_500_000_000))
     assert bridge.infer("and on").text == "and on"
     bridge.swap(Model("new", 1_500_000_000), overlap=False)
@@ -494,7 +494,7 @@ def test_two_swaps_that_wait_for_each_other(on: Build) -> None:
     first = in_thread(lambda: a.swap(Model("new a")))
     waits(a)
     second = in_thread(lambda: b.swap(Model("new b")))
-    with pytest.raises(EngineStartError, match=r"of which stay with a \(1\.0 GB\), b \(1\.0 GB\)"):
+    with pytest.raises(EngineStartError, match=r"of which stay in use: a \(1\.0 GB\), b \(1\.0 GB\)"):
         second.result(30)
     models[1].built[0].step()
     first.result(30)
