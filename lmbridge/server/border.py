@@ -1,7 +1,7 @@
-"""The border to an engine: it is built, started and closed here, and what it says is looked at, whatever that is.
+"""The boundary to an engine: builds, starts and closes it, and validates all its output.
 
-Rule: server thread only. What an engine raises leaves here as an ordinary exception: a library that calls ``exit()``
-must not end the server thread, and a CancelledError of the engine's own must not pass for ours.
+Rule: server thread only. Whatever an engine raises leaves here as an ordinary exception: a library calling ``exit()``
+must not end the server thread, and an engine's own CancelledError must not pass for ours.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from lmbridge.values import as_int
 
 
 def build_engine(factory: EngineFactory) -> Engine:
-    """A new engine.
+    """Build a new engine.
 
     Raises:
-        Exception: whatever the factory raised; RuntimeError where it was no Exception, or where the engine's name did.
+        Exception: whatever the factory raised; RuntimeError if that was no Exception, or if reading ``name`` failed.
     """
     try:
         engine = factory()
     except Exception:
         raise
     except BaseException as cause:
-        raise RuntimeError(f"{shown(cause)} was raised while the engine was built") from cause
+        raise RuntimeError(f"{shown(cause)} was raised while building the engine") from cause
     around = engine if isinstance(engine, Engine) else engine_around(engine, {})
     if around is None:
-        raise TypeError(f"the factory built no Engine but {reprlib.repr(engine)}")
+        raise TypeError(f"the factory must return an Engine, not {reprlib.repr(engine)}")
     try:
-        str(around.name)  # as messages about it do, from anywhere
+        str(around.name)  # messages read it later, on any thread
     except BaseException as cause:
         raise RuntimeError(f"{shown(cause)} was raised by its name") from cause
     return around
 
 
 def name_of(engine: Engine) -> str:
-    """What to call an engine in messages, whatever its ``name`` does."""
+    """The engine's name for messages, whatever its ``name`` does."""
     try:
         return str(engine.name)
-    except BaseException:  # it is asked for when things go wrong, by threads that must not end
+    except BaseException:  # read during failures, by threads that must not end
         return type(engine).__name__
 
 
@@ -55,20 +55,20 @@ def furnish(engine: Engine, **given: object) -> None:
     """Set attributes of an engine.
 
     Raises:
-        RuntimeError: it does not take one of them.
+        RuntimeError: setting one of them failed.
     """
     for name, value in given.items():
         try:
             setattr(engine, name, value)
         except BaseException as cause:
-            raise RuntimeError(f"{shown(cause)} was raised as its {name} was set") from cause
+            raise RuntimeError(f"{shown(cause)} was raised while setting its {name}") from cause
 
 
 def device_said(engine: Engine, otherwise: object = None) -> object:
-    """The ``device`` of an engine, as it is there; ``otherwise`` of one that has none.
+    """The engine's ``device`` as it is, or ``otherwise`` if it has none.
 
     Raises:
-        RuntimeError: it raised something.
+        RuntimeError: reading it failed.
     """
     try:
         return getattr(engine, "device", otherwise)
@@ -77,10 +77,10 @@ def device_said(engine: Engine, otherwise: object = None) -> object:
 
 
 def batch_size(engine: Engine) -> int:
-    """How many requests an engine that has started works on at once.
+    """How many requests a started engine works on at once.
 
     Raises:
-        Exception: it does not say so.
+        Exception: the value is invalid.
     """
     try:
         said = engine.max_batch_size
@@ -93,10 +93,10 @@ def batch_size(engine: Engine) -> int:
 
 
 def check_tasks(engine: Engine) -> None:
-    """See that an engine that has started says what it does.
+    """Check the tasks of a started engine.
 
     Raises:
-        Exception: it does not.
+        Exception: they are invalid.
     """
     try:
         said = engine.tasks
@@ -105,7 +105,7 @@ def check_tasks(engine: Engine) -> None:
         raise RuntimeError(f"{shown(cause)} was raised by its tasks") from cause
     if not known:
         wanted = ", ".join(map(repr, _DOES))
-        raise TypeError(f"tasks of the engine {name_of(engine)} must be a set of some of {wanted}, not {shown(said)}")
+        raise TypeError(f"tasks of the engine {name_of(engine)} must be a set from {wanted}, not {shown(said)}")
 
 
 _DOES: dict[Task, str] = {
@@ -115,7 +115,7 @@ _DOES: dict[Task, str] = {
     "call": "call a function (call, map)",
 }
 _WANTS: dict[Task, str] = {
-    "generate": "a language model; of a function, one with task='generate'",
+    "generate": "a language model, or a function with task='generate'",
     "embed": "an embedding model (engine='encoder'; --embed on the command line)",
     "rerank": "a reranking model (engine='encoder', with task='rerank'; --rerank on the command line)",
     "call": "Bridge(function_engine(your_function))",
@@ -123,30 +123,30 @@ _WANTS: dict[Task, str] = {
 
 
 def check_task(engine: Engine, request: Request) -> None:
-    """Refuse what the engine does not do at all.
+    """Refuse a request whose task the engine does not support.
 
     Raises:
-        UnsupportedTaskError: it does something else.
+        UnsupportedTaskError: the engine does other tasks.
     """
     task = request.task
     if task in engine.tasks:
         return
     does = " and ".join(_DOES.get(name, name) for name in sorted(engine.tasks))
-    use = getattr(engine, "instead", _WANTS).get(task, _WANTS[task])  # an engine may know better
+    use = getattr(engine, "instead", _WANTS).get(task, _WANTS[task])  # an engine may suggest something else
     raise UnsupportedTaskError(
         f"The engine {name_of(engine)!r} cannot {_DOES[task]}; it can {does or 'do nothing'}. Use {use}."
     )
 
 
 MOST_TOKENS = 2**53
-"""What no engine has counted; more would not go into metrics, whose numbers are floats."""
+"""Above any real count; larger numbers would not fit into the metrics' floats."""
 _REASONS: tuple[object, ...] = get_args(FinishReason)
 
 
 def flaw(delta: Delta) -> str | None:
-    """What is wrong with what an engine said; None when nothing is."""
+    """What is invalid in an engine's delta; None if nothing is."""
     if not isinstance(delta, Delta):
-        return f"{shown(delta)} where a Delta belongs"
+        return f"{shown(delta)} instead of a Delta"
     for field, is_right, wrong in _CHECKS:
         value = getattr(delta, field)
         if not is_right(value):
@@ -168,22 +168,22 @@ def _counts(*numbers: object) -> bool:
 
 
 _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("text", lambda value: isinstance(value, str), "which is no string"),
-    ("token_ids", lambda value: isinstance(value, list), "which are no list"),
-    ("logprobs", lambda value: value is None or isinstance(value, list), "which are no list"),
-    ("error", lambda value: value is None or isinstance(value, BaseException), "which is no exception"),
-    ("finish_reason", lambda value: value is None or value in _REASONS, "which is none"),
-    ("reasoning", lambda value: isinstance(value, str), "which is no string"),
-    ("tool_calls", _are_calls, "which are no list of such"),
-    ("usage", _is_usage, "which counts no tokens"),
+    ("text", lambda value: isinstance(value, str), "which is not a string"),
+    ("token_ids", lambda value: isinstance(value, list), "which is not a list"),
+    ("logprobs", lambda value: value is None or isinstance(value, list), "which is not a list"),
+    ("error", lambda value: value is None or isinstance(value, BaseException), "which is not an exception"),
+    ("finish_reason", lambda value: value is None or value in _REASONS, "which is not a finish reason"),
+    ("reasoning", lambda value: isinstance(value, str), "which is not a string"),
+    ("tool_calls", _are_calls, "which is not a list of ToolCalls"),
+    ("usage", _is_usage, "which is not a valid Usage"),
 )
-"""Field of a Delta, what is right for it, and what is said of a value that is not."""
+"""A Delta's fields, the check for each, and the message for an invalid value."""
 
 
 def as_own(error: BaseException, call: Call) -> LMBridgeError:
-    """An engine's error as this call's: another instance where the engine has said the same one of another call."""
+    """An engine's error as this call's own: a copy if the engine gave the same instance to several calls."""
     if isinstance(error, LMBridgeError):
-        with contextlib.suppress(Exception):  # there may be one that takes no attributes
+        with contextlib.suppress(Exception):  # some exceptions take no attributes
             own = error if error.request_id in (None, call.request.id) else fresh(error)
             own.request_id, own.partial = call.request.id, ""
             return own
@@ -191,23 +191,23 @@ def as_own(error: BaseException, call: Call) -> LMBridgeError:
 
 
 def start_engine(engine: Engine) -> asyncio.Task[None]:
-    """The task in which an engine starts; ``failure`` says how that went."""
-    return _own_task(engine.start, f"the engine {name_of(engine)} started")
+    """The task in which an engine starts; ``failure`` returns its error."""
+    return _own_task(engine.start, f"starting the engine {name_of(engine)}")
 
 
 async def close_engine(engine: Engine, seconds: float) -> None:
-    """Close an engine, which is left behind when that takes longer than so many seconds. Raises nothing."""
-    closing = _own_task(engine.close, f"the engine {name_of(engine)} closed")
+    """Close an engine, or leave it behind after ``seconds``. Never raises."""
+    closing = _own_task(engine.close, f"closing the engine {name_of(engine)}")
     await asyncio.wait([closing], timeout=seconds)
     if not closing.done():
         closing.cancel()
-        logger.warning("The engine %s did not close within %.0f s; it is left behind.", name_of(engine), seconds)
+        logger.warning("The engine %s did not close within %.0f s; it was left behind.", name_of(engine), seconds)
     elif (error := failure(closing)) is not None:
         logger.error("The engine %s failed while closing: %s", name_of(engine), shown(error), exc_info=error)
 
 
 def failure(task: asyncio.Task[None]) -> Exception | None:
-    """What a task that is done has failed of; None when it did not."""
+    """The error of a finished task; None if it succeeded."""
     if task.cancelled():
         return RuntimeError("it was cancelled")
     error = task.exception()
@@ -215,9 +215,9 @@ def failure(task: asyncio.Task[None]) -> Exception | None:
 
 
 def _own_task(work: Callable[[], Awaitable[None]], moment: str) -> asyncio.Task[None]:
-    """A task for what an engine does, which the engine may cancel and nobody else depends on."""
+    """A task for engine code, which the engine may cancel without affecting others."""
     task = asyncio.ensure_future(_tame(work, moment))
-    task.add_done_callback(failure)  # so that asyncio does not complain of one that nobody asks any more
+    task.add_done_callback(failure)  # so that asyncio does not warn about an unretrieved exception
     return task
 
 

@@ -1,7 +1,6 @@
-"""A call's life on the server thread: it arrives, waits for its turn, is begun, answered and ended.
+"""A call's life on the server thread: it arrives, waits its turn, begins, is answered, and ends.
 
-Rule: server thread only. A call goes ``arrive`` → ``_begin`` → ``_on_delta`` … → ``_finish``, and the final word on it
-is said exactly once.
+Rule: server thread only. A call goes ``arrive`` → ``_begin`` → ``_on_delta`` … → ``_finish``, and ends exactly once.
 """
 
 from __future__ import annotations
@@ -30,22 +29,22 @@ LEFT = TimeoutError("the server thread was stuck and has been replaced")
 
 
 def _nothing() -> None:
-    """Nobody wants to know."""
+    """No callback."""
 
 
 class Calls:
-    """The living calls, and the engine's place that they go to.
+    """The unfinished calls, and the engine they go to.
 
     Attributes:
-        living: by request id; others may copy it to look.
-        turns: of those that wait.
-        place: of the engine that gets what comes now; None while there is none.
+        living: unfinished calls by request id; other threads may copy it to look.
+        turns: the queue of waiting calls.
+        place: the engine that gets new calls; None while there is none.
         on_idle: called when the last call has ended.
-        on_arrival: called when one comes, while there is no engine and one is loaded for it; None otherwise.
+        on_arrival: called when a call arrives while there is no engine and one is to be loaded for it; None otherwise.
     """
 
     def __init__(self, handle: ServerHandle, loop: asyncio.AbstractEventLoop, metrics: Metrics) -> None:
-        self.left_behind = False  # set from outside once this thread is stuck: be silent should it ever wake up
+        self.left_behind = False  # set from outside once this thread is stuck: stay silent if it wakes up
         self.living: dict[str, Call] = {}
         self.place: Place | None = None
         self.on_idle: Callable[[], None] = _nothing
@@ -55,21 +54,21 @@ class Calls:
         self._gate = handle.gate
         self._loop = loop
         self._metrics = metrics
-        self._running: dict[Call, Place] = {}  # the living that were begun; the others wait for their turn
+        self._running: dict[Call, Place] = {}  # the unfinished calls in an engine; the others wait for their turn
         self.turns = Turns()
-        self._refusal: LMBridgeError | None = None  # what everybody gets while there is no engine and will be none
+        self._refusal: LMBridgeError | None = None  # ends every call while there is no engine and will be none
         self._pump_due = False
-        self._quiet: asyncio.Event | None = None  # there while somebody waits for the last call's end
+        self._quiet: asyncio.Event | None = None  # set while a task waits for the last call's end
 
     # --- a call's life ---
 
     def arrive(self, call: Call) -> None:
-        """Take in a call that was sent: it runs at once where there is room for all that come, or waits its turn."""
-        if self.living.get(call.request.id) is call:  # it was found twice
+        """Take in a sent call: it runs at once if there is room for all, or waits its turn."""
+        if self.living.get(call.request.id) is call:  # found twice
             return
-        if self.left_behind:  # this thread was slow rather than stuck
+        if self.left_behind:  # this thread was slow, not stuck
             self._handle.submit(call)
-        elif call.outcomes:  # its caller has given up meanwhile
+        elif call.outcomes:  # its caller has left meanwhile
             self._say(call, call.outcomes[0])
         elif call.request.id in self.living:
             self._say(call, twice_error(call.request.id))
@@ -84,11 +83,11 @@ class Calls:
                 self.turns.push(call)
                 if self.on_arrival is not None:
                     self.on_arrival()
-                if self.left_behind:  # only now, and whoever took over may not have seen it
+                if self.left_behind:  # only now: the successor may have missed it
                     self._handle.submit(call)
 
     def pump(self) -> None:
-        """Begin waiting calls while the engine has room."""
+        """Start waiting calls while the engine has room."""
         self._pump_due = False
         while self.turns.lanes and (place := self.place) is not None and place.room > 0 and not self.left_behind:
             self._begin(self.turns.pop(), place)
@@ -103,21 +102,21 @@ class Calls:
         try:
             check_task(engine, request)
             engine.check(request)
-            # In a copy: an observer of the caller's may be at work in the context itself.
+            # In a copy: the caller's observer may be running in the context itself.
             request.context.copy().run(engine.add_request, request, functools.partial(self._on_delta, place, call))
         except EngineDeadError as death:
             self._unbegin(call, place)
             place.die(death.__cause__ or death)
         except LMBridgeError as error:
             self._fail(call, as_own(error, call))
-        except BaseException as cause:  # SystemExit too: no engine may take the loop with it
+        except BaseException as cause:  # SystemExit too: no engine may end the loop
             self._fail(call, engine_error(f"{name_of(engine)} could not begin the request: {shown(cause)}.", cause))
-        if self.left_behind and call.settle(lost_error(LEFT)):  # whoever took over may not have seen that it began
+        if self.left_behind and call.settle(lost_error(LEFT)):  # the successor may not have seen it begin
             self._handle.abort(call)
 
     def _unbegin(self, call: Call, place: Place) -> None:
-        """The engine knew that it was dead before it told: the call waits for the next one."""
-        if self._running.get(call) is not place or call.deltas or call.read:  # it had begun, and ends with the engine
+        """The engine was already dead: the call waits for the next one."""
+        if self._running.get(call) is not place or call.deltas or call.read:  # it had begun, so it ends with the engine
             return
         del self._running[call]
         place.leave(call)
@@ -125,11 +124,11 @@ class Calls:
         self.turns.push(call)
 
     def _on_delta(self, place: Place, call: Call, delta: Delta) -> None:
-        """The sink of one call at one engine."""
-        if self._running.get(call) is not place or self.left_behind:  # it has ended
+        """Receives the deltas of one call from one engine."""
+        if self._running.get(call) is not place or self.left_behind:  # it has already ended
             return
         call.heard = place.progress = place.progress + 1
-        # As nearly all are; with a call of flaw() for each of them the loop would serve a twentieth fewer.
+        # The usual case, inlined: calling flaw() for each delta would cost a twentieth of the throughput.
         usual = type(delta) is Delta and type(delta.text) is str and type(delta.token_ids) is list
         usual = usual and delta.logprobs is None and delta.finish_reason is None and delta.error is None
         usual = usual and delta.reasoning == "" and delta.tool_calls == ()
@@ -152,16 +151,16 @@ class Calls:
             call.channel.signal(call)
 
     def _disbelieve(self, place: Place, call: Call, wrong: str) -> None:
-        """End a call of which the engine says what no reader could take."""
-        call.settle(EngineError(f"The engine {name_of(place.engine)} said {wrong}; mend the engine."))
+        """End a call for which the engine sent an invalid delta."""
+        call.settle(EngineError(f"The engine {name_of(place.engine)} sent {wrong}; fix the engine."))
         self.abort(call)
         self.let_go(call)
 
     def abort(self, call: Call) -> None:
-        """Stop a settled call: at once where it only waits, through the engine where it runs."""
+        """Stop a settled call: at once if it is waiting, through the engine if it is running."""
         if call.ended and call not in self._gate.calls:
             return
-        call.channel.signal(call)  # whoever settled it may not be its reader
+        call.channel.signal(call)  # the settling thread may not be its reader
         if self.living.get(call.request.id) is not call:  # it was never sent
             self._say(call, call.outcomes[0])
             return
@@ -175,16 +174,16 @@ class Calls:
             place.die(cause)  # an engine that cannot abort cannot be trusted with its batch
 
     def let_go(self, call: Call) -> None:
-        """End a settled call whose engine says nothing of its abort."""
+        """End a settled call whose engine does not confirm the abort."""
         if self.living.get(call.request.id) is call:
             self._finish(call, call.outcomes[0])
 
     def _fail(self, call: Call, error: LMBridgeError) -> None:
-        if self.living.get(call.request.id) is call:  # the engine may have said its last word before it raised
+        if self.living.get(call.request.id) is call:  # the engine may have ended it before raising
             self._finish(call, error)
 
     def _finish(self, call: Call, outcome: Outcome) -> None:
-        """End a living call."""
+        """End an unfinished call."""
         del self.living[call.request.id]
         place = self._running.pop(call, None)
         if place is None:
@@ -192,12 +191,12 @@ class Calls:
         else:
             place.leave(call)
         self._say(call, outcome)
-        if self.turns.lanes and not self._pump_due:  # after the engine's step, whose ended calls are replaced together
+        if self.turns.lanes and not self._pump_due:  # once after each engine step, not once per ended call
             self._pump_due = True
             self._loop.call_soon(self.pump)
 
     def _say(self, call: Call, outcome: Outcome) -> None:
-        """The final word on a call: it is struck out of the book, counted, and its reader told."""
+        """End a call for good: unregister it, count it, and notify its reader."""
         if isinstance(outcome, LMBridgeError):
             outcome.request_id = call.request.id
         call.settle(outcome)
@@ -205,8 +204,8 @@ class Calls:
         if call.began is None:
             self._gate.forget(call)
         book = self._gate.calls
-        if book.pop(call, self) is None:  # in one step: a thread that was stuck may wake up
-            with contextlib.suppress(Exception):  # whoever waits is told, whatever cannot be counted
+        if book.pop(call, self) is None:  # in one step: a stuck thread may wake up
+            with contextlib.suppress(Exception):  # the reader is notified even if counting fails
                 self._metrics.ended(call.outcomes[0])
             if logger.isEnabledFor(logging.DEBUG):
                 log_end(call)
@@ -219,30 +218,30 @@ class Calls:
     # --- all calls at once ---
 
     def install(self, place: Place) -> None:
-        """Hand what waits and what comes to this engine from now on."""
+        """Give waiting and new calls to this engine from now on."""
         self.place = place
         self._refusal = None
         self.pump()
 
     def vacate(self, place: Place) -> None:
-        """Hand nothing more to this engine; what it has begun goes on, what waits goes on waiting."""
+        """Give this engine nothing more; its calls go on, waiting calls keep waiting."""
         if self.place is place:
             self.place = None
 
     def fail_begun(self, place: Place, cause: BaseException) -> None:
-        """End what the dead engine had begun; what waits goes on waiting."""
+        """End the calls in the dead engine; waiting calls keep waiting."""
         self.vacate(place)
         for call in list(place.calls):
             self._finish(call, lost_error(cause))
 
     def refuse(self, error: LMBridgeError) -> None:
-        """End what waits, and every later call, with a copy of ``error``."""
+        """End waiting calls and every later one with a copy of ``error``."""
         self._refusal = error
         for call in [call for call in self.living.values() if call not in self._running]:
             self._finish(call, fresh(error))
 
     def end_all(self, error: LMBridgeError) -> None:
-        """Abort what runs, and end every call, those still to come too, with a copy of ``error``."""
+        """Abort running calls, and end every call, later ones included, with a copy of ``error``."""
         self.place, self._refusal = None, error
         for call in list(self._gate.calls):
             call.settle(fresh(error))
@@ -250,24 +249,24 @@ class Calls:
             self.let_go(call)
 
     async def drained(self) -> None:
-        """Return when every call that was made has ended."""
+        """Return once every call has ended."""
         while self._gate.calls:
             self._quiet = asyncio.Event()
-            with contextlib.suppress(TimeoutError):  # the gate strikes those out that it refuses, without a word
+            with contextlib.suppress(TimeoutError):  # the gate unregisters refused calls silently
                 await asyncio.wait_for(self._quiet.wait(), SLICE)
 
     # --- when the thread ends or is replaced ---
 
     def close(self, cause: BaseException) -> None:
-        """End every call and refuse the next, with ``cause`` chained. The loop need not run any more."""
-        self.place = self._quiet = None  # this may be another thread than the loop's, which must not touch an Event
+        """End every call and refuse new ones, with ``cause`` chained. The loop need not run."""
+        self.place = self._quiet = None  # this may not be the loop's thread, so it must not touch an Event
         self.living.clear()
         self._running.clear()
         for call in self._handle.close(cause):
             self._say(call, call.outcomes[0])
 
     def take_over(self, stuck: Calls, loss: BaseException) -> None:
-        """Go on where a thread that is stuck was left behind: what it had begun is lost, what waits waits here."""
+        """Take over from a stuck thread: its running calls are lost, its waiting calls wait here."""
         for call in list(stuck.living.values()):
             if call not in stuck._running:
                 self.arrive(call)

@@ -1,20 +1,20 @@
-"""A clock for whoever judges others by how long they are silent.
+"""A clock for measuring how long others are silent.
 
-Rule: one thread for each clock.
+Rule: each clock belongs to one thread.
 """
 
 from __future__ import annotations
 
 import time
 
-SLACK = 0.5  # seconds by which a look may be late before that counts as a pause
+SLACK = 0.5  # seconds by which a look may be late before it counts as a pause
 
 
 class LookClock:
-    """Counts the seconds in which its owner could look, and with it those whom it looks at could work.
+    """Counts only the seconds in which its owner, and so the threads it watches, could run.
 
-    A process that was stopped (SIGSTOP, a debugger, a paused container) goes on where it was; so does this clock, where
-    by any other everybody in it would have been silent for as long.
+    After a pause of the whole process (SIGSTOP, a debugger, a paused container) this clock goes on where it was; by any
+    other clock every thread would seem to have been silent all the while.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class LookClock:
         """The time of this look, in seconds since the first.
 
         Args:
-            due: seconds after the last look at which this one was to come.
+            due: seconds after the last look at which this one was due.
         """
         looked = time.monotonic()
         self._now += min(looked - self._looked, due + SLACK)

@@ -1,7 +1,6 @@
-"""Refuses processes in which the server thread could not be one.
+"""Refuses processes in which the server thread could not be a real thread.
 
-Rule: looks at the process, and imports nothing when it is asked: an exception thrown into an import would leave its
-lock held.
+Rule: inspects the process, and imports nothing when called: an exception thrown into an import leaves its lock held.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from lmbridge.errors import UnsupportedEnvironmentError
 
 
 def check_environment() -> None:
-    """Refuse processes whose threads are not threads."""
+    """Refuse processes without real threads."""
     patched = getattr(sys.modules.get("gevent.monkey"), "is_module_patched", lambda name: False)("threading")
     eventlet = getattr(sys.modules.get("eventlet.patcher"), "is_monkey_patched", lambda name: False)("thread")
     if patched or eventlet:
@@ -24,7 +23,7 @@ def check_environment() -> None:
         )
     if IN_SUBINTERPRETER:
         raise UnsupportedEnvironmentError(
-            "This is a subinterpreter; torch and other native libraries serve the main one. Build the Bridge there."
+            "This is a subinterpreter; torch and other native libraries need the main one. Build the Bridge there."
         )
 
 
@@ -38,4 +37,4 @@ def _in_subinterpreter() -> bool:
     return False
 
 
-IN_SUBINTERPRETER = _in_subinterpreter()  # each imports this module for itself
+IN_SUBINTERPRETER = _in_subinterpreter()  # each interpreter imports this module anew

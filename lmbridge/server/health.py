@@ -1,6 +1,6 @@
-"""What is true of the server now, whatever its thread said last.
+"""The actual state of the server, whatever its thread last reported.
 
-Rule: any thread; reads only, and waits for nobody.
+Rule: any thread; only reads, and never blocks.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from lmbridge.engines.standing import where_is
 from lmbridge.server import watchdog
 from lmbridge.server.run import Run
 
-QUIET = 10.0  # seconds without progress after which health tells of it
+QUIET = 10.0  # seconds without progress after which health() reports it
 
 
 def seen(told: Status, run: Run | None, forked: bool) -> Status:
-    """The status as it is seen to be; no state outlives what it needs."""
+    """The status as observed: a state holds only while what it relies on is alive."""
     thread = None if run is None else run.thread
-    ended = thread is not None and not thread.is_alive()  # before the state, which the thread writes at its end
+    ended = thread is not None and not thread.is_alive()  # read before the state, which the thread writes at its end
     if run is None or told.state in ("failed", "closed"):
         return told
     if forked:
@@ -30,17 +30,17 @@ def seen(told: Status, run: Run | None, forked: bool) -> Status:
 
 
 def silence(run: Run) -> float:
-    """Seconds since the server thread's last sign of life, of which it gives two a second."""
+    """Seconds since the server thread's last heartbeat (it sends two a second)."""
     return time.monotonic() - run.loop.sweep.heartbeat
 
 
 def _as_it_stands(told: Status, run: Run) -> Status:
-    """What is told of a server whose thread lives, as far as it holds: it may be stuck, its engine dead or silent."""
+    """The status of a server with a living thread: corrected if it is stuck, or its engine dead or silent."""
     place, silent = run.loop.calls.place, silence(run)
     if silent > watchdog.LOOP_GRACE and told.state in ("starting", "ready", "restarting", "unloaded"):
         state: State = "restarting" if told.state == "ready" else told.state
         where = where_is(run.loop.handle.thread_id) or "unknown code"
-        return _but(told, state, f"the server thread has not answered for {silent:.0f} s; it stands in {where}")
+        return _but(told, state, f"the server thread has not answered for {silent:.0f} s; it is in {where}")
     if told.state != "ready" or place is None:
         return told
     if place.dead.done():
@@ -51,7 +51,7 @@ def _as_it_stands(told: Status, run: Run) -> Status:
         reason = f"the engine has made no progress for {quiet:.0f} s" + (f"; {standing}" if standing else "")
         return _but(told, "ready", reason)
     if (busy := place.busy) > 0:
-        return _but(told, "ready", f"the engine is full, and takes nothing for {busy:.1f} s more")
+        return _but(told, "ready", f"the engine is full and takes no requests for another {busy:.1f} s")
     return told
 
 

@@ -1,6 +1,6 @@
-"""What callers have put down for the server thread: calls that were sent, and calls to be stopped.
+"""The server thread's inbox: calls sent, and calls to stop.
 
-Rule: server thread only; it comes here when the doorbell was rung, and at every sweep.
+Rule: server thread only; runs when the doorbell rings, and at every sweep.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class Inbox:
         self._calls = calls
 
     def answer(self) -> None:
-        """Look at everything that is there."""
+        """Process everything in the inbox."""
         handle, calls = self._handle, self._calls
         if calls.left_behind:
             return
-        handle.wakes.held = True  # what is said meanwhile wakes its readers together
-        while handle.sent and not calls.left_behind:  # one entry for each call sent
+        handle.wakes.held = True  # readers of what follows are woken together
+        while handle.sent and not calls.left_behind:  # one entry per sent call
             call = handle.sent.popleft().take()
             if call is not None:
                 calls.arrive(call)
@@ -34,10 +34,10 @@ class Inbox:
             calls.abort(aborted)
         if calls.turns.lanes:
             calls.pump()
-        if not calls.left_behind:  # else another thread owns the chain
+        if not calls.left_behind:  # otherwise another thread owns the chain
             handle.wakes.start()
 
     def collect(self, channel: Channel[Call]) -> None:
-        """Take in what was sent by this channel without a word."""
+        """Take in everything sent through this channel."""
         while (call := channel.take()) is not None:
             self._calls.arrive(call)

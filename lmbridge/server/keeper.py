@@ -1,6 +1,6 @@
-"""Keeps one server thread: starts it when it is first needed, replaces it when it is stuck, ends it once.
+"""Keeps one server thread: starts it on first use, replaces it if it is stuck, ends it once.
 
-Rule: any thread. Whatever strikes whoever starts or ends it here, there is one server thread or none.
+Rule: any thread. Whatever interrupts starting or ending it, there is at most one server thread.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from lmbridge.server.supervisor import Supervisor
 from lmbridge.server.swaps import STUCK, Recipe, Swaps
 from lmbridge.server.watchdog import Watchdog
 
-MARGIN = 2.0  # seconds for the thread itself to end, when its engines have
-ARRIVAL = 0.2  # seconds for a thread that somebody else may have started to arrive
-STRUCK = "something was thrown into it at its end"
+MARGIN = 2.0  # seconds for the thread itself to end, once its engines have
+ARRIVAL = 0.2  # seconds for a thread possibly started elsewhere to arrive
+STRUCK = "an exception was thrown into it as it ended"
 
 
 class Keeper:
     """The life of one bridge's server thread.
 
     Attributes:
-        run: the present one; None before the first.
-        closed: nothing is started any more.
+        run: the current run; None before the first.
+        closed: nothing is started from now on.
     """
 
     def __init__(
         self, recipe: Recipe, handle: ServerHandle, metrics: Metrics, stall_timeout: float | None, lodging: Lodging
     ) -> None:
         self.swaps = Swaps()
-        self.run: Run | None = None  # guarded by _lock when written, as are the next two
+        self.run: Run | None = None  # guarded by _lock when written, like the next two
         self.closed = False
         self._recipe = recipe
         self._handle = handle
@@ -53,35 +53,35 @@ class Keeper:
         self._stall_timeout = stall_timeout
         self._lodging = lodging
         self._pid = os.getpid()
-        self._locks = {self._pid: threading.RLock()}  # by process; the present one's:
-        self._lock = self._locks[self._pid]  # a signal handler may close while it starts
+        self._locks = {self._pid: threading.RLock()}  # by process; the current one's:
+        self._lock = self._locks[self._pid]  # reentrant: a signal handler may close during start
 
     @property
     def recipe(self) -> Recipe:
-        """Of the engine that serves, or is to."""
+        """The recipe of the current or next engine."""
         return self._recipe if self.run is None else self.run.supervisor.recipe
 
     @property
     def started(self) -> bool:
-        """Whether there has been a server thread in this process."""
+        """Whether a server thread was started in this process."""
         return self.run is not None and not self._handle.forked
 
     # --- from start to end ---
 
     def check_process(self) -> None:
-        """Raise ForkedError in a child of the process that started the server. Comes before every lock."""
+        """Raise ForkedError in a child of the server's process. Call this before taking any lock."""
         if self.run is not None:
             self._handle.check_process()
-        elif self._pid != os.getpid():  # nothing had started: this process may begin anew, with a lock nobody holds
-            self._lock = self._locks.setdefault(os.getpid(), threading.RLock())  # one for all who come here at once
+        elif self._pid != os.getpid():  # nothing had started: this process may start, with a fresh lock
+            self._lock = self._locks.setdefault(os.getpid(), threading.RLock())  # one for all threads arriving at once
             self._handle.belong_here()
-            self._pid = os.getpid()  # last: who sees it goes on as if all was done
+            self._pid = os.getpid()  # last: seeing it means that all is done
 
     def ensure(self) -> None:
-        """See that there is a server thread.
+        """Ensure that there is a server thread.
 
         Raises:
-            LMBridgeError: there is none and will be none: closed, ended, or in the wrong process or environment.
+            LMBridgeError: there cannot be one: closed, ended, or in the wrong process or environment.
         """
         self.check_process()
         with self._lock:
@@ -93,14 +93,14 @@ class Keeper:
             if run is None:
                 check_environment()
                 run = self._adopt(self._new_run(self._recipe))
-            if not run.taken:  # also where an exception struck the thread that was starting it
+            if not run.taken:  # also if an exception struck the starting thread
                 self._launch(run)
 
     def begin_with(self, recipe: Recipe) -> bool:
-        """Take another recipe for the first engine; False when it is too late for that.
+        """Replace the recipe of the first engine; False if it is too late.
 
         Raises:
-            ForkedError: this is a child of the process that started the server.
+            ForkedError: the server belongs to the parent process.
         """
         self.check_process()
         with self._lock:
@@ -110,8 +110,8 @@ class Keeper:
             return True
 
     def close(self, drain: bool, timeout: float) -> None:
-        """End the server and wait for its thread, at most ``timeout`` seconds and some grace. Idempotent."""
-        if self.run is not None and self._handle.forked:  # nothing of it runs here
+        """End the server and wait for its thread, at most ``timeout`` seconds plus some grace. Idempotent."""
+        if self.run is not None and self._handle.forked:  # nothing runs in this process
             return
         self.check_process()
         with self._lock:
@@ -121,7 +121,7 @@ class Keeper:
                 self._status.state = "closed"
                 return
             if run.take(None):
-                self._end(run, BridgeClosedError("The bridge was closed before its server thread ran."))
+                self._end(run, BridgeClosedError("The bridge was closed before its server thread started."))
                 run.discard()
                 return
         run.call_soon(functools.partial(run.supervisor.stop, drain, timeout))
@@ -130,7 +130,7 @@ class Keeper:
             self._wait_for_end(run, thread, timeout + places.CLOSE_GRACE + MARGIN)
 
     def drop(self) -> bool:
-        """Have the server end at once; for finalizers: takes no lock and waits for nobody. False: nothing ran."""
+        """Make the server end at once; for finalizers: takes no lock, never waits. False: nothing was running."""
         run = self.run
         if run is None or self._handle.forked or self.closed:
             return False
@@ -142,11 +142,11 @@ class Keeper:
         return True
 
     def _wait_for_end(self, run: Run, thread: threading.Thread, seconds: float) -> None:
-        """Wait for the thread, and leave it behind when it takes longer."""
+        """Wait for the thread, or leave it behind after ``seconds``."""
         clock, passed = LookClock(), 0.0
         while not run.left_behind and passed < seconds:
             if run.gone.wait(min(SLICE, seconds - passed)):
-                thread.join(SLICE)  # it is as good as dead
+                thread.join(SLICE)  # it is about to end
                 break
             if not thread.is_alive():
                 break
@@ -160,13 +160,13 @@ class Keeper:
     # --- the thread ---
 
     def _new_run(self, recipe: Recipe, stuck: Run | None = None) -> Run:
-        """Changes nothing that others see."""
+        """A new run; changes no shared state."""
         loop = ServerLoop(self._handle, self._metrics, self._stall_timeout)
         return Run(loop, Supervisor(loop, recipe, self.swaps, self._lodging), stuck)
 
     def _adopt(self, run: Run) -> Run:
-        """The first run: this one, unless a signal handler has started another meanwhile. With _lock held."""
-        if self.run is None:  # with no call between this and the next line, no handler comes between them either
+        """Make this the first run, unless a signal handler has meanwhile started one. With _lock held."""
+        if self.run is None:  # no function call between this and the next line, so no handler either
             self.run = run
             self._handle.loop = run.loop.loop
         else:
@@ -174,12 +174,12 @@ class Keeper:
         return self.run
 
     def _launch(self, run: Run) -> None:
-        """Start threads until one has arrived; one that comes too late does nothing. With _lock held.
+        """Start threads until one arrives; latecomers do nothing. With _lock held.
 
-        ``Thread.start`` waits without a limit for the new thread's first words, and what is thrown into whoever calls
-        it may strike the new thread before these (CPython gives both one id for a moment). So another calls it.
+        ``Thread.start`` waits without limit for the new thread, and an exception thrown into its caller may strike the
+        new thread first (CPython briefly gives both the same id). So another thread calls it.
         """
-        if run.arrived is not None:  # whoever started a thread was struck while he waited for it
+        if run.arrived is not None:  # a starter was interrupted while waiting for its thread
             run.arrived.wait(ARRIVAL)
         while not run.taken:
             run.arrived = arrived = Verdict()
@@ -191,14 +191,14 @@ class Keeper:
     def _start_thread(self, run: Run, arrived: Verdict) -> None:
         try:
             threading.Thread(target=self._serve, args=(run, arrived), name="lmbridge server", daemon=True).start()
-        except BaseException as error:  # the process may have no more of them
+        except BaseException as error:  # the process may have run out of threads
             arrived.tell(error)
 
     def _serve(self, run: Run, arrived: Verdict) -> None:
-        """The server thread, from its first to its last moment."""
+        """The server thread's main function."""
         thread = threading.current_thread()
         taken = run.take(thread)
-        if taken and self._status.state == "new":  # here, or whoever starts might say it of a server that is ready
+        if taken and self._status.state == "new":  # set here: the starter might overwrite "ready"
             self._status.loading()
         arrived.tell()
         if not taken:
@@ -217,16 +217,16 @@ class Keeper:
                 run.clear()
                 run.gone.tell()
 
-    # --- the end; called by whoever comes first ---
+    # --- the end; the first caller does it ---
 
     def _on_end(self, run: Run, cause: BaseException) -> None:
-        """The thread has ended: see that everybody is told, unless others have gone on without it."""
+        """The thread has ended: notify everyone, unless it was replaced."""
         with self._lock:
             if not run.left_behind:
                 self._end(run, cause)
 
     def _on_stuck(self, run: Run) -> None:
-        """Leave a stuck thread behind, and go on with a new one unless the bridge was closed."""
+        """Leave a stuck thread behind, and start a new one unless the bridge is closed."""
         with self._lock:
             if run is not self.run or run.left_behind or self._handle.ended is not None:
                 return
@@ -243,14 +243,14 @@ class Keeper:
                 self._launch(self.run)
             except BaseException as error:
                 self._end(self.run, error)
-        # Only now, and with no lock: a handler may be held by one who waits for us.
+        # Only now, without a lock: a log handler may be held by a thread that waits for us.
         logger.error("%s; it was left behind, and the engine is rebuilt on a new thread.", stuck)
 
     def _abandon(self, run: Run) -> None:
-        """End everything without a thread that would not end. With _lock held."""
+        """End everything without the thread, which did not end. With _lock held."""
         stuck = f"{run.describe_stuck()} and was left behind"
         first = not run.left_behind
-        if self._handle.ended is None or not first:  # else it only takes its time to close the engine
+        if self._handle.ended is None or not first:  # otherwise it is only slow to close the engine
             run.leave_behind()
             self._end(run, BridgeClosedError(f"The bridge was closed; its requests were aborted. {stuck}."))
             self._status.reason = stuck
@@ -258,7 +258,7 @@ class Keeper:
             logger.warning("%s.", stuck)
 
     def _end(self, run: Run, cause: BaseException) -> None:
-        """End every call and every swap, now and from now on. With _lock held; a second time does nothing new."""
+        """End every call and swap, now and from now on. With _lock held; idempotent."""
         ended = self._handle.ended
         cause = ended or cause
         self.closed = True

@@ -1,7 +1,7 @@
-"""A bridge on its devices: what its engines need of one, when they may have it, and when others may have it back.
+"""A bridge on its devices: the memory its engines need, when they get it, and when they return it.
 
-Rule: any thread, but for ``move_in``, which is the server thread's. Whoever waits for room waits in there, on the loop,
-in slices, so that deadlines, orders and the end hold meanwhile.
+Rule: any thread, except ``move_in``, which is the server thread's. It waits for room on the loop, in slices, so that
+deadlines, aborts and close() still work.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from lmbridge.log import logger, shown
 from lmbridge.server.border import device_said, furnish, name_of
 from lmbridge.server.swaps import Recipe
 
-ASK_AGAIN = 0.5  # seconds after which whoever waits for room asks again, woken or not
-LOOK_AGAIN = 60.0  # seconds at least between two looks at a model at work: its last call's end is told, but for races
+ASK_AGAIN = 0.5  # seconds after which a load waiting for room asks again, woken or not
+LOOK_AGAIN = 60.0  # least seconds between checks of a busy model: the end of its last call is reported, except in races
 
 _NONE = object()
 
@@ -36,7 +36,7 @@ Wait = Callable[..., Awaitable[None]]
 
 @dataclass(frozen=True)
 class Terms:
-    """What a bridge was told of sharing a device; see ``Bridge``."""
+    """A bridge's settings for sharing a device; see ``Bridge``."""
 
     keep_alive: float | None = None
     pin: bool = False
@@ -44,14 +44,14 @@ class Terms:
 
 
 class Host(Protocol):
-    """Whoever can unload the model."""
+    """Can unload the model."""
 
     def ask_to_rest(self, why: str) -> None:
-        """Do so, if there is nothing to do for it still. Any thread."""
+        """Unload the model if it is still idle. Any thread."""
 
 
 class Stay:
-    """One engine on its device, from before its start to its end. Any thread."""
+    """One engine on its device, from before its start until its end. Any thread."""
 
     def __init__(self, device: Device, holding: Holding, turns: Turns) -> None:
         self._device = device
@@ -60,33 +60,33 @@ class Stay:
         self.party = Party(turns, holding.tenant.lane)
 
     def loaded(self, engine: Engine) -> None:
-        """Take down what the engine holds now that it has started. The server thread."""
+        """Record what the started engine holds. The server thread."""
         self._ledger.settle(self.holding, _footprint(engine))
 
     def stop(self) -> None:
-        """The engine computes no more, or not for anybody; it is about to be closed."""
+        """The engine computes for nobody any more, and is about to be closed."""
         self.party.close()
         self._ledger.passes(self.holding)
 
     def leave(self) -> None:
-        """The engine is gone, or given up; more than once does no harm."""
+        """The engine is gone or left behind; idempotent."""
         self.party.close()
         self._ledger.leave(self.holding)
 
     def count_unload(self) -> None:
-        """The model could have stayed."""
+        """Count a model unloaded to make room or because it was idle."""
         self._ledger.count_unload()
 
 
 class Lodging:
-    """One bridge on its devices: usually one, another once a model was swapped in that has another.
+    """One bridge on its devices: usually one; a swap may move it to another.
 
     Attributes:
-        terms: as the bridge was told.
-        host: who has the engine at the moment; the present server thread's supervisor.
-        label: of the model that serves, or is to.
+        terms: the bridge's settings.
+        host: who holds the engine now: the current server thread's supervisor.
+        label: the current or next model.
         idle: when the last call ended or the engine was loaded, monotonic; written by the server thread.
-        may_rest: whether the engine that serves could be loaded again; likewise.
+        may_rest: whether the current engine could be loaded again; likewise.
     """
 
     def __init__(self, terms: Terms, status: Status, gate: Gate) -> None:
@@ -97,9 +97,9 @@ class Lodging:
         self.may_rest = False
         self._status = status
         self._gate = gate
-        self._tenants: dict[Device, Tenant] = {}  # the server thread adds; whoever ends it clears
+        self._tenants: dict[Device, Tenant] = {}  # the server thread adds; the end clears
 
-    # --- what devices ask ---
+    # --- asked by devices ---
 
     @property
     def state(self) -> str:
@@ -107,7 +107,7 @@ class Lodging:
 
     @property
     def idle_since(self) -> float | None:
-        """When the last call ended; None while there are calls, or no model that could be unloaded."""
+        """When the last call ended; None during calls, or if no model could be unloaded."""
         rests = self.may_rest and self._status.state == "ready" and not self._gate.calls
         return self.idle if rests else None
 
@@ -116,16 +116,16 @@ class Lodging:
         if host is not None:
             host.ask_to_rest(why)
 
-    # --- what the server tells ---
+    # --- reported by the server ---
 
     def is_idle(self) -> None:
-        """The last call has ended, or the engine was loaded and none has come yet."""
+        """The last call has ended, or the engine was loaded without a call."""
         self.idle = time.monotonic()
         for device in list(self._tenants):
             device.ledger.stir()
 
     def rest_due(self) -> float | None:
-        """Seconds until the model may have been idle for ``keep_alive``; None where it is kept."""
+        """Seconds until the model may have been idle for ``keep_alive``; None if it stays loaded."""
         keep = self.terms.keep_alive
         if keep is None or not self.may_rest or self._status.state != "ready":
             return None
@@ -133,11 +133,11 @@ class Lodging:
 
     @property
     def works(self) -> bool:
-        """Whether ``keep_alive`` begins only with the end of a call."""
+        """Whether ``keep_alive`` is still waiting for a call to end."""
         return self.terms.keep_alive is not None and bool(self._gate.calls)
 
     def end(self) -> None:
-        """There is no server any more."""
+        """The server has ended."""
         self.may_rest = False
         self._tenants.clear()
 
@@ -151,16 +151,16 @@ class Lodging:
         unless_stopped: Wait,
         given_up: Callable[[], bool],
     ) -> bool:
-        """Give an engine its turns, and wait until there is room for its model; whether there is.
+        """Give an engine its turns, and wait for room for its model; whether there is room.
 
         Args:
-            keep: takes the stay, which is to be left in any case.
+            keep: receives the Stay, which must be left in any case.
             unless_stopped: ``Places.unless_stopped``.
-            given_up: whether to wait for room no longer.
+            given_up: whether to stop waiting for room.
 
         Raises:
             EngineStartError: there can never be room.
-            RuntimeError: the engine raised something as it was asked or told.
+            RuntimeError: the engine raised when asked or told.
         """
         asked = await _off_the_loop(engine, recipe, unless_stopped)
         if asked is None:
@@ -191,7 +191,7 @@ class Lodging:
         while True:
             news.clear()
             why = None if given_up() else device.ledger.ask(holding)
-            if told and self._status.reason == told:  # others may have had more to say meanwhile
+            if told and self._status.reason == told:  # the reason may have changed meanwhile
                 self._status.holds(before)
             if not why:
                 return why is not None
@@ -212,9 +212,9 @@ class Lodging:
 
 
 async def _off_the_loop(engine: Engine, recipe: Recipe, unless_stopped: Wait) -> tuple[Device, int | None] | None:
-    """The engine's device, and what it will need there; None when it is time to stop.
+    """The engine's device and the memory it needs there; None when it is time to stop.
 
-    Engines that have nothing to say are not asked, which saves a thread.
+    Engines without an estimate are not asked, which saves a thread.
     """
     if type(engine).estimate is Engine.estimate and (recipe.device is not None or not _chooses(engine)):
         return recipe.device or Device.of("cpu"), None
@@ -230,18 +230,18 @@ async def _off_the_loop(engine: Engine, recipe: Recipe, unless_stopped: Wait) ->
 
 
 def _computes_there(engine: Engine, recipe: Recipe) -> bool:
-    """Whether it is known to: a function that was given no device may wait for the network, or for another bridge."""
+    """Whether it surely does: a function without a device may wait for the network or another bridge."""
     return recipe.device is not None or _chooses(engine) or type(engine).estimate is not Engine.estimate
 
 
 def _ask(engine: Engine, recipe: Recipe) -> tuple[Device, int | None]:
-    """On a thread of its own."""
+    """Ask the engine; runs on a separate thread."""
     device = recipe.device or _device_of(engine)
     try:
         size = as_size(engine.estimate())
-    except ImportError:  # loading it says what to install
+    except ImportError:  # loading will say what to install
         size = None
-    except BaseException as cause:  # an engine that cannot tell may well be able to load
+    except BaseException as cause:  # an engine without an estimate may still load
         logger.warning("The engine %s could not estimate its memory: %s", name_of(engine), shown(cause))
         size = None
     if size is not None:
@@ -250,23 +250,23 @@ def _ask(engine: Engine, recipe: Recipe) -> tuple[Device, int | None]:
 
 
 def _chooses(engine: Engine) -> bool:
-    """Whether the engine has a choice of devices."""
+    """Whether the engine can choose its device."""
     if device_said(engine, otherwise=_NONE) is not _NONE:
         return True
-    with contextlib.suppress(BaseException):  # whatever a signature of the user's own may raise
+    with contextlib.suppress(BaseException):  # a user's signature may raise anything
         return "device" in inspect.signature(type(engine)).parameters
     return False
 
 
 def _device_of(engine: Engine) -> Device:
-    """Where an engine runs that was built by a function of the user's."""
+    """The device of an engine built by the user's function."""
     said = device_said(engine)
     try:
         if said is not None and (isinstance(said, str) or type(said).__name__ == "device"):  # torch's own
             return Device.of(str(said))
         return Device.of(usual_device() if _chooses(engine) else "cpu")
-    except BaseException as cause:  # no torch, say, which the engine will say better
-        logger.debug("The device of the engine %s is not known: %s", name_of(engine), shown(cause))
+    except BaseException as cause:  # such as a missing torch, which the engine reports better
+        logger.debug("The device of the engine %s is unknown: %s", name_of(engine), shown(cause))
         return Device.of("cpu")
 
 
@@ -274,5 +274,5 @@ def _footprint(engine: Engine) -> int | None:
     try:
         return as_size(engine.footprint())
     except BaseException as cause:
-        logger.warning("The engine %s could not tell how much memory it holds: %s", name_of(engine), shown(cause))
+        logger.warning("The engine %s could not report its memory: %s", name_of(engine), shown(cause))
         return None

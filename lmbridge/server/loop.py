@@ -1,6 +1,6 @@
-"""The loop end: the event loop of one server thread, and who works on it.
+"""The loop end: the event loop of one server thread and its parts.
 
-Rule: made by any thread, used by the server thread only, but for what is said to be read by others.
+Rule: created by any thread, used only by the server thread, except where noted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ServerLoop:
         self.loss: BaseException = TimeoutError("the server thread was stuck and has been replaced")
 
     def open(self, stuck: ServerLoop | None) -> None:
-        """Answer callers from now on, where a stuck thread was left behind if there was one."""
+        """Start answering callers, taking over from a stuck thread if there is one."""
         self.handle.attach(self.loop, self.inbox.answer)
         if stuck is not None:
             self.calls.take_over(stuck.calls, stuck.loss)

@@ -1,6 +1,6 @@
-"""How an engine can be lost, in words, and whether there is hope.
+"""How an engine can be lost: the messages, and the advice.
 
-Rule: pure functions. Whoever reads this may sit at a command line, behind HTTP or in a program, so the advice fits all.
+Rule: pure functions. The reader may be at a command line, behind HTTP or in a program, so the advice fits all.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ def not_again(cause: BaseException) -> str:
 
 
 def start_error(cause: BaseException) -> EngineStartError:
-    """What everybody gets while an engine that could not be loaded is not replaced."""
-    return _error(f"The engine could not be loaded: {said(cause)}. Fix that, then start anew.", cause)
+    """The error of every call while the failed engine is not replaced."""
+    return _error(f"The engine could not be loaded: {said(cause)}. Fix this, then restart.", cause)
 
 
 def swap_error(cause: BaseException, place: Place | None, unloaded: bool = False) -> LMBridgeError:
-    """What whoever asked for a swap gets when the new model cannot be loaded.
+    """The error of a swap whose new model could not be loaded.
 
     Args:
-        place: what has the engine's place now.
-        unloaded: nothing has it, because there was nothing to do.
+        place: the current engine's place.
+        unloaded: there is no engine, because the idle model was unloaded.
     """
     if isinstance(cause, LMBridgeError):
         return cause
@@ -37,12 +37,12 @@ def swap_error(cause: BaseException, place: Place | None, unloaded: bool = False
 
 def _goes_on(place: Place | None, unloaded: bool) -> str:
     if place is None and unloaded:
-        return "The old one is loaded again for the next call."
+        return "The next call loads the old model again."
     if place is None:
-        return "Nothing serves now: fix that, then swap again."
+        return "No model is serving: fix this, then swap again."
     if place.dead.done():
-        return "The old one has died meanwhile, and is loaded again."
-    return "The old one serves on."
+        return "The old model has died meanwhile and is being reloaded."
+    return "The old model keeps serving."
 
 
 def _error(message: str, cause: BaseException) -> EngineStartError:

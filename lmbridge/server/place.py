@@ -1,6 +1,6 @@
-"""One engine's place at the server: what it works on, whether it moves, and whether it has died.
+"""One engine's place at the server: its calls, whether it makes progress, and whether it has died.
 
-Rule: server thread only, but for what others may read or call: ``standstill``, ``busy``, ``where``, and
+Rule: server thread only, except what others may read or call: ``standstill``, ``busy``, ``where``, and
 ``report_death``.
 """
 
@@ -19,31 +19,31 @@ from lmbridge.server.border import batch_size, check_tasks, furnish, name_of
 from lmbridge.server.lodging import Stay
 from lmbridge.values import as_number
 
-FAIR_LOOKS = 3  # at how many looks the engine must have gone on without a call before that says anything
-MOST_BUSY = 120.0  # seconds that an engine may take nothing for by one word
-ABORT_GRACE = 10.0  # seconds an engine may take to answer an abort before the place is given to somebody else
+FAIR_LOOKS = 3  # how many looks must find the engine progressing without a call before it counts as forgotten
+MOST_BUSY = 120.0  # the longest that an engine may call itself busy at once, in seconds
+ABORT_GRACE = 10.0  # seconds an engine may take to confirm an abort before its place is given to another call
 
 
 @dataclass(slots=True)
 class _Sight:
-    """What the looks at one call have shown."""
+    """What repeated looks at one call have found."""
 
     heard: int  # Call.heard at the last look
-    since: float  # when it was last seen to advance, or to be aborted
-    shown: int | None = None  # Engine.progress at the last look, where the call was silent then
-    passed: int = 0  # at how many looks since then the engine had gone on without it
+    since: float  # when it last advanced or was aborted
+    shown: int | None = None  # Engine.progress at the last look, if the call was silent then
+    passed: int = 0  # how many looks since then found the engine progressing without it
     aborted: bool = False
-    forgotten: bool = False  # was found to be; its abort may then go unanswered as well
+    forgotten: bool = False  # found to be forgotten; its abort may go unanswered too
 
 
 class Place:
     """An engine and the calls it has begun.
 
-    Times in here are those of the clock of whoever looks, which stands still while nobody can.
+    Times here are the looker's LookClock, which stands still while the process is paused.
 
     Attributes:
-        starting, closing: the tasks in which the supervisor has the engine start and close.
-        stay: on its device; None before it is known which one that is. Left by whoever ends the engine, or gives it up.
+        starting, closing: the supervisor's tasks that start and close the engine.
+        stay: on its device; None until the device is known. Left when the engine ends or is left behind.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -52,25 +52,25 @@ class Place:
         self.starting: asyncio.Task[None] | None = None
         self.closing: asyncio.Task[None] | None = None
         self.stay: Stay | None = None
-        self.progress = 0  # rises with everything the engine says or shows
+        self.progress = 0  # rises with every delta or other sign of progress
         self._loop = asyncio.get_running_loop()
         self._thread_id = threading.get_ident()
         self.dead: asyncio.Future[BaseException] = self._loop.create_future()
         self._size = 0  # how many calls the engine takes at once
-        self._busy_until = 0.0  # on the monotonic clock: it takes none before; read by any thread
-        self._quiet: asyncio.Event | None = None  # there while somebody waits for it
+        self._busy_until = 0.0  # monotonic: takes no calls before this; read by any thread
+        self._quiet: asyncio.Event | None = None  # set while a task waits for it
         self._seen = -1  # progress at the last look
         self._moves = False  # whether it had risen then
-        self._moved = 0.0  # when progress was last seen, or none was due
+        self._moved = 0.0  # when progress was last seen or not due
         self._still = 0.0  # seconds from then to the last look
         self._sights: dict[Call, _Sight] = {}
-        self._tells = True  # Engine.progress may be asked; it has not failed so far
+        self._tells = True  # Engine.progress has not failed so far
 
     def listen(self) -> None:
-        """Have the engine tell of its death, and of times at which it takes nothing.
+        """Let the engine report its death, and when it takes no calls.
 
         Raises:
-            RuntimeError: it does not take that.
+            RuntimeError: it does not accept the callbacks.
         """
         furnish(self.engine, on_death=self.report_death, on_busy=self.report_busy)
 
@@ -82,7 +82,7 @@ class Place:
         return self._size - len(self.calls)
 
     def measure(self) -> Exception | None:
-        """Look at what an engine that has started says of itself; gives back what is wrong with that."""
+        """Check a started engine's attributes; returns the error, if any."""
         try:
             self._size = batch_size(self.engine)
             check_tasks(self.engine)
@@ -95,12 +95,12 @@ class Place:
         self.stay = stay
 
     def stop_computing(self) -> None:
-        """Hold nobody up on the device: the engine has died, or is about to be closed. Any thread."""
+        """Stop using the device: the engine has died or is about to be closed. Any thread."""
         if self.stay is not None:
             self.stay.stop()
 
     def move_out(self) -> None:
-        """Give back what the engine had on the device; more than once does no harm. Any thread."""
+        """Give back the engine's share of the device; idempotent. Any thread."""
         if self.stay is not None:
             self.stay.leave()
 
@@ -111,7 +111,7 @@ class Place:
             self._quiet.set()
 
     async def quiet(self) -> None:
-        """Return when the engine works on nothing."""
+        """Return once the engine has no calls."""
         while self.calls:
             self._quiet = asyncio.Event()
             await self._quiet.wait()
@@ -122,64 +122,64 @@ class Place:
             self.dead.set_result(cause)
 
     def report_death(self, cause: BaseException) -> None:
-        """What the engine calls when it cannot go on: more than once, after its end and from any thread as well."""
+        """Called by the engine when it cannot go on: any number of times, after its end, from any thread."""
         if not isinstance(cause, BaseException):
             cause = RuntimeError(f"{shown(cause)}")
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and everybody was told
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and everyone was told
             if threading.get_ident() == self._thread_id:
                 self.die(cause)
             else:
                 self._loop.call_soon_threadsafe(self.die, cause)
 
     def report_busy(self, seconds: float) -> None:
-        """What the engine calls when it takes nothing for a while; the sweep sees when that is over."""
+        """Called by the engine when it takes no calls for a while; the sweep sees when that is over."""
         said = as_number(seconds)
         if said is None or said != said:
-            logger.error("The engine %s is busy for %s, which are no seconds.", name_of(self.engine), shown(seconds))
+            logger.error("The engine %s is busy for %s, not a number of seconds.", name_of(self.engine), shown(seconds))
             return
         self._busy_until = time.monotonic() + float(min(max(0, said), MOST_BUSY))
 
     @property
     def busy(self) -> float:
-        """For how many seconds more the engine takes nothing. Any thread."""
+        """How many more seconds the engine takes no calls. Any thread."""
         return self._busy_until and max(0.0, self._busy_until - time.monotonic())
 
-    # --- whether it moves ---
+    # --- whether it makes progress ---
 
     @property
     def standstill(self) -> float:
-        """For how many seconds, as of the last look, the engine has made no progress with what it has; 0 without work.
+        """Seconds without progress, as of the last look; 0 without work.
 
         Any thread.
         """
         return self._still if self.calls else 0.0
 
     def stall(self, seconds: float) -> TimeoutError:
-        """The cause of death of an engine that has stood still for so long."""
+        """The cause of death of an engine that stalled this long."""
         where = self.where()
         return TimeoutError(f"no progress for {seconds:g} s (stall_timeout)" + (f"; {where}" if where else ""))
 
     def where(self) -> str:
-        """Where the engine's own thread stands; "" where that is not known. Any thread."""
+        """What the engine's own thread is executing; "" if unknown. Any thread."""
         try:
             return self.engine.where()
-        except BaseException:  # it is asked when things go wrong, by threads that must not end
-            logger.exception("The engine %s could not say where it stands.", name_of(self.engine))
+        except BaseException:  # called during failures, by threads that must not end
+            logger.exception("The engine %s failed to report where it is stuck.", name_of(self.engine))
             return ""
 
     def look(self, now: float) -> None:
-        """See whether the engine moves, and with which of its calls; comes with every sweep."""
+        """Check whether the engine makes progress, and on which calls; runs at every sweep."""
         self._moves = self.progress != self._seen
         self._seen = self.progress
-        if self._moves or not self.calls or not self._sights:  # calls that were not seen before may have just begun
+        if self._moves or not self.calls or not self._sights:  # unseen calls may have just begun
             self._moved = now
         self._still = now - self._moved
         self._sights = {call: self._look_at(call, now) for call in list(self.calls)}
 
     def forgotten(self, patience: float, now: float) -> list[Call]:
-        """The calls with which the engine has not advanced for ``patience`` seconds while it did with others."""
+        """Calls without progress for ``patience`` seconds while others progressed."""
         found: list[Call] = []
-        if not self._moves:  # perhaps all of it stands still, which is not for one call to answer for
+        if not self._moves:  # perhaps the whole engine stalls, which is no single call's fault
             return found
         for call, sight in self._sights.items():
             if not sight.aborted and sight.passed >= FAIR_LOOKS and now - sight.since > patience:
@@ -188,8 +188,8 @@ class Place:
         return found
 
     def unanswered(self, patience: float, now: float) -> list[Call]:
-        """The aborted calls that the engine does not let go of, though it has gone on since or had forgotten them."""
-        patience = min(patience / 2, ABORT_GRACE)  # before an engine that has nothing else to do is taken for dead
+        """Aborted calls that the engine does not release although it has progressed since or forgotten them."""
+        patience = min(patience / 2, ABORT_GRACE)  # sooner than an otherwise idle engine is taken for dead
         return [
             call
             for call, sight in self._sights.items()
@@ -212,7 +212,7 @@ class Place:
         return sight
 
     def _shows(self, call: Call, sight: _Sight) -> bool:
-        """Whether the engine says that a silent call has advanced since the last look."""
+        """Whether the engine reports progress on a silent call since the last look."""
         before, sight.shown = sight.shown, self._told(call)
         return before is not None and sight.shown is not None and sight.shown != before
 
@@ -221,9 +221,9 @@ class Place:
             try:
                 shown = self.engine.progress(call.request.id)
                 return None if shown is None else int(shown)
-            except BaseException:  # no engine may take the loop with it
+            except BaseException:  # no engine may end the loop
                 self._tells = False
                 logger.exception(
-                    "The engine %s failed to tell its progress; it is not asked again.", name_of(self.engine)
+                    "The engine %s failed to report its progress; it will not be asked again.", name_of(self.engine)
                 )
         return None

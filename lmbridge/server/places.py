@@ -1,4 +1,4 @@
-"""The engines of one server thread: each is built, started and closed here, and looked after in between.
+"""The engines of one server thread: builds, starts, monitors and closes them.
 
 Rule: server thread only.
 """
@@ -22,11 +22,11 @@ class Places:
     """Loads engines and closes them.
 
     Args:
-        watched: what the sweep looks at: every engine from the moment it was built until it is closed.
-        lodging: where they find room.
+        watched: what the sweep checks: every engine from being built until closed.
+        lodging: finds room for them.
 
     Attributes:
-        stop: set once it is time to end. Nothing is waited for then but the engines' ends, by ``close_all``.
+        stop: set once it is time to end; then only ``close_all`` waits, for the engines to end.
     """
 
     def __init__(self, watched: list[Place], lodging: Lodging) -> None:
@@ -37,19 +37,19 @@ class Places:
         self._retiring: set[asyncio.Task[None]] = set()
 
     async def load(self, recipe: Recipe, gives_way: Callable[[], bool] = lambda: False) -> Place | None:
-        """A loaded engine, which has waited for room on its device; None when it is time to stop, or it gave way.
+        """Load an engine once there is room on its device; None when it is time to stop, or it gave way.
 
         Args:
-            gives_way: asked now and then while it waits for room: whether something else is to be done first.
+            gives_way: asked now and then while waiting for room: whether something else must come first.
 
         Raises:
-            Exception: it could not be loaded, and has been closed.
+            Exception: it could not be loaded, and was closed.
         """
         if self.stop.is_set():
             return None
         engine = build_engine(recipe.build)
         if any(place.engine is engine for place in self._watched):
-            raise ValueError("this engine has not been closed yet, and could be started but once; build another")
+            raise ValueError("this engine is still open and can be started only once; build another")
         place = Place(engine)
         self._watched.append(place)
         try:
@@ -76,24 +76,24 @@ class Places:
         raise error
 
     def retire(self, place: Place) -> None:
-        """Let an engine that gets nothing more finish what it has begun, and close it then."""
+        """Let an engine without new calls finish its work, then close it."""
         task = asyncio.ensure_future(self._see_off(place))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
 
     async def close(self, place: Place) -> None:
-        """Close an engine; when it is time to stop, that goes on without whoever waits."""
+        """Close an engine; when it is time to stop, closing continues in the background."""
         await self.unless_stopped(self._put_away(place))
 
     async def close_all(self) -> None:
-        """Close the engines that are left, all at once."""
+        """Close all remaining engines, concurrently."""
         for place in self._watched:
             self._put_away(place)
         if self._closing:
             await asyncio.wait(self._closing, timeout=CLOSE_GRACE)
 
     async def unless_stopped(self, *futures: asyncio.Future[Any], timeout: float | None = None) -> None:
-        """Wait for any of ``futures`` or for ``timeout`` seconds; a call to stop ends the wait too."""
+        """Wait for any of ``futures``, for ``timeout`` seconds or until stopped."""
         stopped: asyncio.Future[Any] = asyncio.ensure_future(self.stop.wait())
         await asyncio.wait([*futures, stopped], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
@@ -108,7 +108,7 @@ class Places:
         self._put_away(place)
 
     def _put_away(self, place: Place) -> asyncio.Task[None]:
-        """The one task that closes the engine."""
+        """The single task that closes the engine."""
         if place.closing is None:
             place.stop_computing()
             place.closing = asyncio.ensure_future(self._end(place))

@@ -1,6 +1,6 @@
-"""One run of the server: a loop, its supervisor, and the thread that took it.
+"""One run of the server: a loop, its supervisor, and the thread that runs them.
 
-Rule: made by whoever starts the server, taken by one thread, which alone runs it; the rest is said where it stands.
+Rule: created by whoever starts the server, taken and run by exactly one thread; other rules at each method.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from lmbridge.log import logger
 from lmbridge.server.loop import ServerLoop
 from lmbridge.server.supervisor import Supervisor
 
-LEFTOVERS = 1.0  # seconds for what an engine left on the loop to end
+LEFTOVERS = 1.0  # seconds for tasks that an engine left on the loop to end
 
 
 class Run:
-    """One server thread at work, from its first moment to its last.
+    """One server thread's run, from start to end.
 
     Args:
-        stuck: the run before this one, which was left behind.
+        stuck: the previous run, which was left behind.
 
     Attributes:
         arrived: told by the last thread that was started for it; its keeper's only.
-        gone: told by its thread at the very end. ``Thread.join`` is no wait for that: CPython 3.11 takes a living
-            thread for dead once Ctrl-C has struck whoever joins it.
+        gone: told by its thread at the very end. ``Thread.join`` cannot replace it: in CPython 3.11, once Ctrl-C has
+            struck a joining thread, a living thread counts as dead.
     """
 
     def __init__(self, loop: ServerLoop, supervisor: Supervisor, stuck: Run | None = None) -> None:
@@ -37,22 +37,22 @@ class Run:
         self.arrived: Verdict | None = None
         self.gone = Verdict()
         self._stuck = stuck
-        self._takers: list[threading.Thread | None] = []  # any thread appends; the first one counts
-        self._life: asyncio.Task[None] | None = None  # its thread only; None once it came to its own end
+        self._takers: list[threading.Thread | None] = []  # any thread appends; the first counts
+        self._life: asyncio.Task[None] | None = None  # its thread only; None once it ended by itself
 
     # --- any thread ---
 
     def take(self, taker: threading.Thread | None) -> bool:
-        """Be the one that runs this, or with None see that nobody does; False when another was first. Takes no lock.
+        """Become the thread that runs this, or with None prevent that; False if another was first. Takes no lock.
 
-        So a thread may be started for it as often as need be: the first to arrive is the server.
+        So any number of threads may be started for it: the first to arrive is the server.
         """
         self._takers.append(taker)
         return self._takers[0] is taker
 
     @property
     def taken(self) -> bool:
-        """Whether it needs no other thread."""
+        """Whether a thread has taken it."""
         return bool(self._takers)
 
     @property
@@ -62,25 +62,25 @@ class Run:
 
     @property
     def left_behind(self) -> bool:
-        """Whether it was stuck, and others went on without it."""
+        """Whether it was stuck and has been replaced."""
         return self.loop.calls.left_behind
 
     def leave_behind(self) -> None:
-        """Have the stuck thread end without a word, should it ever wake up."""
+        """Make the stuck thread end silently if it ever wakes up."""
         self.loop.loss = TimeoutError(f"the engine blocked the server thread, which was stuck in {self._where()}")
         self.loop.calls.left_behind = True
         self._move_out()
         self.call_soon(self.loop.loop.stop)
 
     def call_soon(self, function: Callable[[], object]) -> None:
-        """Run ``function`` on the loop; not at all once that is closed. Takes no lock."""
+        """Run ``function`` on the loop, or not at all if that is closed. Takes no lock."""
         try:
             self.loop.loop.call_soon_threadsafe(function)
         except RuntimeError:
             return
 
     def describe_stuck(self) -> str:
-        """Names the thread and the place where it is stuck."""
+        """Names the thread and where it is stuck."""
         name = "" if self.thread is None else f" {self.thread.name!r}"
         return f"The thread{name} is stuck in {self._where()}"
 
@@ -90,19 +90,19 @@ class Run:
     # --- the thread that took it ---
 
     def serve(self) -> BaseException:
-        """Run to the end; why that came."""
+        """Run to the end; returns the reason."""
         stuck, self._stuck = self._stuck, None
         try:
             self.loop.open(None if stuck is None else stuck.loop)
             self._life = self.loop.loop.create_task(self.supervisor.run(None if stuck is None else stuck.loop.loss))
             self.loop.loop.run_until_complete(self._life)
             self._life = None
-        except BaseException as error:  # the loop was stopped from outside, or something was thrown in
+        except BaseException as error:  # the loop was stopped from outside, or an exception was thrown in
             return error
         return BridgeClosedError("The bridge was closed; its requests were aborted.")
 
     def clear(self) -> None:
-        """Close the engines that are left, cancel what they left on the loop, and close it. Every call has ended."""
+        """Close remaining engines, cancel their leftover tasks, and close the loop. Every call has ended."""
         loop = self.loop.loop
         try:
             if self._life is not None:
@@ -114,16 +114,16 @@ class Run:
             tasks.add(loop.create_task(loop.shutdown_asyncgens()))
             loop.run_until_complete(asyncio.wait(tasks, timeout=LEFTOVERS))
         except BaseException:
-            logger.debug("Leftovers on the loop would not end.", exc_info=True)
+            logger.debug("Leftover tasks on the loop did not end.", exc_info=True)
         finally:
             self.discard()
 
     def discard(self) -> None:
-        """Close the loop of a run that does not run."""
+        """Close the loop of a run that no thread took."""
         self._move_out()
         self.loop.loop.close()
 
     def _move_out(self) -> None:
-        """What its engines had on their devices is for others, whether or not they have let go of it. Any thread."""
+        """Free its engines' share of their devices, whether or not they have released it. Any thread."""
         for place in list(self.loop.sweep.places):
             place.move_out()

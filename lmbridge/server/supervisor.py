@@ -1,7 +1,6 @@
-"""The engine's life: loaded, watched, rebuilt when it dies, exchanged for another, closed.
+"""The engine's life: loads, monitors, rebuilds, swaps and closes it.
 
-Rule: server thread only. One coroutine, ``run``, is the whole life; everything
-else here is one of its chapters.
+Rule: server thread only. The coroutine ``run`` is the whole life; the other methods are its parts.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 from lmbridge.engines.ailments import is_sticky
 from lmbridge.errors import BridgeClosedError, EngineDeadError, EngineStartError, LMBridgeError, RequestTimeoutError
-from lmbridge.log import logger, shown
+from lmbridge.log import logger, said
 from lmbridge.server.lodging import Lodging
 from lmbridge.server.loop import ServerLoop
 from lmbridge.server.losses import died, not_again, start_error, swap_error
@@ -23,17 +22,17 @@ from lmbridge.server.places import Places
 from lmbridge.server.rest import Rest
 from lmbridge.server.swaps import STUCK, Recipe, Swap, Swaps
 
-MAX_FAILURES = 3  # losses within FAILURE_WINDOW seconds after which the engine stays down
+MAX_FAILURES = 3  # after this many losses within FAILURE_WINDOW seconds the engine stays down
 FAILURE_WINDOW = 300.0
 FIRST_BACKOFF = 0.1  # seconds before the first rebuild; each further one waits four times longer, up to
 LAST_BACKOFF = 60.0
 
 
 class Supervisor:
-    """Keeps one engine at the server until it is told to stop.
+    """Keeps one engine running until told to stop.
 
     Attributes:
-        recipe: of the engine that serves, or is to. Read by anyone.
+        recipe: of the current or next engine. Read by anyone.
     """
 
     def __init__(self, server: ServerLoop, recipe: Recipe, swaps: Swaps, lodging: Lodging) -> None:
@@ -45,17 +44,17 @@ class Supervisor:
         self._calls = server.calls
         self._status = server.handle.status
         self._swaps = swaps
-        self._called = asyncio.Event()  # to stop, to swap, to rest or to come back
+        self._called = asyncio.Event()  # set to stop, swap, unload or reload
         self._rest = Rest(lodging, self._calls, self._look_soon)
         lodging.label, lodging.host = recipe.label, self
         self._drained: asyncio.Future[None] | None = None
 
-    # --- asked for by others ---
+    # --- requests from others ---
 
     def stop(self, drain: bool, timeout: float) -> None:
-        """End ``run``: after every call that was made has ended, at most ``timeout`` seconds, or at once.
+        """End ``run``: at once, or (``drain``) after all calls have ended, at most ``timeout`` seconds later.
 
-        Until then all goes on: loading, rebuilding and swapping too.
+        Until then everything continues, including loads, rebuilds and swaps.
         """
         if self._over:
             return
@@ -69,27 +68,27 @@ class Supervisor:
             self._drained.add_done_callback(lambda drained: self._stop_now())
 
     def look(self) -> None:
-        """See whether a swap was asked for, or something else."""
+        """Check for swaps and other requests."""
         self._called.set()
 
     def _look_soon(self) -> None:
-        """The same; any thread: the last call may be ended by one that ends the server."""
+        """The same, from any thread: the thread that ends the server may end the last call."""
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self.look)
 
     def load_again(self) -> None:
-        """Have a model that was unloaded come back."""
+        """Reload an unloaded model."""
         self._rest.want()
 
     def ask_to_rest(self, why: str) -> None:
-        """Have the model unloaded if there is nothing to do for it. Any thread."""
+        """Unload the model if it is idle. Any thread."""
         with contextlib.suppress(RuntimeError):  # the loop has ended, and the model with it
             self._loop.call_soon_threadsafe(self._rest.ask, why)
 
     # --- from beginning to end ---
 
     async def run(self, after_death: BaseException | None = None) -> None:
-        """The whole life. ``after_death``: why the engine of a server thread before this one was lost."""
+        """The whole life. ``after_death``: why the previous server thread's engine was lost."""
         sweep = asyncio.ensure_future(self._sweep.run())
         try:
             place = await (self._open() if after_death is None else self._rebuild(after_death, died(after_death)))
@@ -102,7 +101,7 @@ class Supervisor:
             sweep.cancel()
 
     async def _see_to(self, place: Place | None) -> Place | None:
-        """Do what this was called for; the engine that serves then."""
+        """Handle pending requests; returns the engine that serves then."""
         if self._swaps:
             return await self._exchange(place)
         if place is None:
@@ -113,7 +112,7 @@ class Supervisor:
         return await self._unload(place, why) if why else place
 
     async def close_engines(self) -> None:
-        """Close the engines that are left, all at once."""
+        """Close all remaining engines, concurrently."""
         await self._places.close_all()
 
     @property
@@ -122,11 +121,11 @@ class Supervisor:
 
     @property
     def _over(self) -> bool:
-        """Whether this was told to stop, or others have ended everything or gone on without it."""
+        """Whether to stop: told to, ended by others, or replaced."""
         return self._stopped or self._handle.ended is not None or self._calls.left_behind
 
     def _stop_now(self) -> None:
-        """End every call, before the engines are closed, which may take their time."""
+        """End every call before closing the engines, which may be slow."""
         if self._over:
             return
         self._places.stop.set()
@@ -137,22 +136,22 @@ class Supervisor:
     # --- loading ---
 
     async def _open(self) -> Place | None:
-        """The first engine, in its place; None when it could not be loaded, or not now."""
+        """The first engine, installed; None if it could not be loaded, or not now."""
         try:
             place = await self._load(self.recipe)
         except Exception as cause:
-            self._stay_down(start_error(cause))  # before it is logged: a handler may be held by one who waits for us
-            logger.error("The engine could not be loaded: %s", shown(cause))
+            self._stay_down(start_error(cause))  # before logging: a log handler may wait for us
+            logger.error("The engine could not be loaded: %s", said(cause))
             return None
         return None if place is None else self._install(place)
 
     async def _load(self, recipe: Recipe, swapped_in: bool = False) -> Place | None:
-        """A loaded engine, watched from now on; None when it is time to stop, or to see to a swap first.
+        """A loaded engine, monitored from now on; None when it is time to stop, or to do a swap first.
 
-        One that waits for room gives way to a swap, which may need less; it waits again when that fails.
+        A load that waits for room yields to a swap, which may need less; it waits again if that fails.
 
         Raises:
-            Exception: it could not be loaded, and has been closed.
+            Exception: it could not be loaded, and was closed.
         """
         yields = recipe.rebuildable and not swapped_in
         place = await self._places.load(recipe, lambda: yields and bool(self._swaps))
@@ -163,7 +162,7 @@ class Supervisor:
         return place
 
     def _install(self, place: Place) -> Place:
-        """Give the place to an engine."""
+        """Make this the serving engine."""
         self._rest.end()
         self._status.loaded(place.engine.tasks)
         self._rest.serves(self.recipe)
@@ -173,7 +172,7 @@ class Supervisor:
     # --- dying ---
 
     def _on_death(self, place: Place, dead: asyncio.Future[BaseException]) -> None:
-        """Tell it before the dead engine is closed, which may take its time."""
+        """Report the death before closing the engine, which may be slow."""
         if self._calls.left_behind:
             return
         place.stop_computing()
@@ -183,16 +182,16 @@ class Supervisor:
         self._calls.fail_begun(place, dead.result())
 
     async def _replace(self, place: Place) -> Place | None:
-        """Follow a dead engine with a new one; None when it stays down."""
+        """Replace a dead engine; None if it stays down."""
         cause = place.dead.result()
         self._on_death(place, place.dead)
         await self._places.close(place)
         return await self._rebuild(cause, died(cause))
 
     async def _rebuild(self, cause: BaseException, what: str) -> Place | None:
-        """Load the engine again after ``what`` happened; None when it stays down, or when it is time to stop.
+        """Load the engine again after ``what`` happened; None if it stays down or it is time to stop.
 
-        A load that fails counts like a death: the memory that the last engine held may not be free yet.
+        A load that fails counts like a death: the last engine's memory may not be free yet.
         """
         while await self._may_come_back(cause, what):
             try:
@@ -207,23 +206,23 @@ class Supervisor:
         return None
 
     async def _may_come_back(self, cause: BaseException, what: str) -> bool:
-        """Whether the engine may be loaded again after ``what`` happened; waits before it may."""
+        """Whether the engine may be loaded again after ``what`` happened; waits until it may."""
         deaths, now = self._status.deaths, time.monotonic()
         deaths.append(now)
         while now - deaths[0] > FAILURE_WINDOW:
             deaths.popleft()
         if not self.recipe.rebuildable:
-            why = "It was given as an instance, which cannot be rebuilt; give a factory."
+            why = "It was given as an instance, which cannot be rebuilt; give a function that builds it."
         elif is_sticky(cause):
             why = "The device is in a state that only a new process clears; restart the process."
         elif len(deaths) >= MAX_FAILURES:
-            why = f"It was lost {len(deaths)} times in {FAILURE_WINDOW:.0f} s and stays down. Start anew, or swap it."
+            why = f"It was lost {len(deaths)} times in {FAILURE_WINDOW:.0f} s and stays down. Restart, or swap models."
         else:
             self._status.lost(what)
             _log(what)
             await self._places.unless_stopped(timeout=_backoff(len(deaths)))
             return not self._stopped
-        error = EngineDeadError(f"There is no engine any more: {what}. {why}")
+        error = EngineDeadError(f"The engine is down: {what}. {why}")
         error.__cause__ = cause
         self._stay_down(error)
         _log(what)
@@ -236,7 +235,7 @@ class Supervisor:
     # --- resting ---
 
     async def _unload(self, place: Place, why: str) -> Place | None:
-        """Free a model that has nothing to do, until there is a call for it."""
+        """Unload an idle model until the next call."""
         self._calls.vacate(place)
         self._rest.begin()
         self._status.unloaded(f"{why}; the next call loads it again")
@@ -247,7 +246,7 @@ class Supervisor:
         return None
 
     async def _come_back(self) -> Place | None:
-        """Load the engine again; None when it stays down, or when it is time to stop."""
+        """Load the engine again; None if it stays down or it is time to stop."""
         self._status.loading(self._rest.over)
         self._rest.end()
         return await self._bring_back()
@@ -255,12 +254,12 @@ class Supervisor:
     # --- swapping ---
 
     async def _exchange(self, old: Place | None) -> Place | None:
-        """Put another engine into the old one's place; the engine that has it afterwards, which may be the old one."""
+        """Replace the engine; returns the one serving afterwards, which may be the old one."""
         swap = self._swaps.begin()
         if swap is None:
             return old
         self._rest.busy()
-        if self._calls.left_behind:  # only now: whoever left this thread behind did not see that the swap was begun
+        if self._calls.left_behind:  # only now: the successor did not see the swap begin
             swap.done.tell(EngineStartError(STUCK))
             self._swaps.end(swap)
             return old
@@ -287,18 +286,18 @@ class Supervisor:
         return self._take_over(new, swap)
 
     async def _swap_in_place(self, old: Place, swap: Swap) -> Place | None:
-        """Drain and free the old engine, then load the new one; a failed load brings the old one back."""
+        """Drain and free the old engine, then load the new one; if that fails, reload the old one."""
         self._calls.vacate(old)
-        self._status.holds("a swap lets what runs finish before it loads the other model")
+        self._status.holds("a swap is waiting for running requests to finish")
         quiet = asyncio.ensure_future(old.quiet())
         await self._places.unless_stopped(quiet, old.dead, timeout=swap.timeout)
         quiet.cancel()
         if old.calls and not old.dead.done():
             swap.done.tell(
-                RequestTimeoutError(f"What runs did not finish within {swap.timeout} s; the old model goes on.")
+                RequestTimeoutError(f"Running requests did not end within {swap.timeout} s; the old model serves on.")
             )
             return old if self._stopped else self._install(old)
-        self._status.loading("a swap loads another model in place of the old one")
+        self._status.loading("a swap is loading the new model")
         await self._places.close(old)
         try:
             new = await self._load(swap.recipe, swapped_in=True)
@@ -309,7 +308,7 @@ class Supervisor:
         return None if new is None else self._take_over(new, swap)
 
     async def _bring_back(self) -> Place | None:
-        """Load the engine again that has made room for others; None when it cannot be."""
+        """Reload the engine that had made room; None if that fails."""
         try:
             place = await self._load(self.recipe)
         except Exception as cause:
@@ -323,7 +322,7 @@ class Supervisor:
         return new
 
     def _fail(self, swap: Swap, cause: Exception, place: Place | None) -> None:
-        """Tell whoever asked that the new model could not be loaded, and what has the place now."""
+        """Report to the requester that the new model could not be loaded, and what serves now."""
         error = swap_error(cause, place, self._rest.unloaded)
         swap.done.tell(error)
         logger.error("The swap failed: %s", error)
@@ -331,7 +330,7 @@ class Supervisor:
     # --- waiting ---
 
     async def _until_called(self, place: Place | None) -> None:
-        """Wait for a call to stop, to swap or to come back, for the engine's death, or until it is to be unloaded."""
+        """Wait for a request to stop, swap or reload, for the engine's death, or for the time to unload."""
         self._called.clear()
         if self._stopped or self._swaps or self._rest.pending:
             return
@@ -346,5 +345,5 @@ def _log(what: str) -> None:
 
 
 def _backoff(deaths: int) -> float:
-    """Seconds to wait after so many."""
+    """Seconds to wait after this many deaths."""
     return min(FIRST_BACKOFF * 4.0 ** min(deaths - 1, 100), LAST_BACKOFF)

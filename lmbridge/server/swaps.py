@@ -1,6 +1,6 @@
-"""What an engine is built from, and the orders to exchange it.
+"""Recipes for engines, and requests to swap them.
 
-Rule: any thread; nobody holds a lock in here. Orders outlive a server thread that is replaced.
+Rule: any thread; nobody holds a lock in here. Requests outlive a replaced server thread.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from lmbridge.device import Device
 from lmbridge.engines import EngineFactory
 from lmbridge.errors import LMBridgeError
 
-STUCK = "The server thread was stuck; ask for the swap again."
+STUCK = "The server thread was stuck and has been replaced. Request the swap again."
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to build the engine, what to call it, whether it can be built again, and where it runs: None asks it."""
+    """How to build the engine, its label, whether it can be rebuilt, and its device (None: ask the engine)."""
 
     build: EngineFactory
     label: str
@@ -29,7 +29,7 @@ class Recipe:
 
 @dataclass(eq=False)
 class Swap:
-    """A request to exchange the engine; ``done`` tells whoever asked."""
+    """A request to swap the engine; ``done`` reports to the requester."""
 
     recipe: Recipe
     overlap: bool
@@ -38,13 +38,11 @@ class Swap:
 
 
 class Swaps:
-    """The swaps of one bridge that were asked for: one is under way, the others wait for it."""
+    """The requested swaps of one bridge: one is under way, the others wait."""
 
     def __init__(self) -> None:
         self._waiting: deque[Swap] = deque()  # any thread; each step is atomic
-        self._begun: deque[Swap] = (
-            deque()
-        )  # one, but for a thread that was left behind with its own; each step is atomic
+        self._begun: deque[Swap] = deque()  # at most one, plus any of threads left behind; each step is atomic
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
@@ -53,23 +51,23 @@ class Swaps:
         self._waiting.append(swap)
 
     def withdraw(self, swap: Swap) -> bool:
-        """Take back a swap; False when it has been begun."""
+        """Cancel a swap; False if it has begun."""
         with contextlib.suppress(ValueError):
             self._waiting.remove(swap)
             return True
         return False
 
     def waits(self, swap: Swap) -> bool:
-        """Whether it has not been begun."""
+        """Whether it has not begun."""
         return swap in list(self._waiting)
 
     def fail_begun(self, error: LMBridgeError) -> None:
-        """Tell whoever waits for the swap that is under way that nothing will come of it."""
+        """Fail the swap under way."""
         for swap in list(self._begun):
             swap.done.tell(error)
 
     def fail_all(self, error: LMBridgeError) -> None:
-        """Tell the same to everybody."""
+        """Fail all swaps."""
         self.fail_begun(error)
         with contextlib.suppress(IndexError):
             while True:
@@ -78,7 +76,7 @@ class Swaps:
     # --- the server thread only ---
 
     def begin(self) -> Swap | None:
-        """The next swap, which is under way from now on; None when whoever asked does not wait any more."""
+        """The next swap, now under way; None if it was withdrawn."""
         with contextlib.suppress(IndexError):
             swap = self._waiting.popleft()
             self._begun.append(swap)
@@ -86,5 +84,5 @@ class Swaps:
         return None
 
     def end(self, swap: Swap) -> None:
-        """It is not under way any more."""
+        """The swap is over."""
         self._begun.remove(swap)

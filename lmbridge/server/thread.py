@@ -1,6 +1,6 @@
-"""What callers ask of the server thread: its handle, how it is, that it start, swap or end.
+"""The callers' interface to the server thread: handle, status, start, swap, close.
 
-Rule: any thread; what blocks refuses the server thread.
+Rule: any thread; blocking methods refuse the server thread.
 """
 
 from __future__ import annotations
@@ -28,48 +28,48 @@ T = TypeVar("T")
 
 
 class ServerThread:
-    """The server of one bridge, whichever thread that is at the moment.
+    """The server of one bridge, whichever thread currently runs it.
 
     Attributes:
-        handle: what callers hold of it.
-        keeper: starts and ends its thread.
+        handle: the callers' interface.
+        keeper: starts and ends the thread.
     """
 
     def __init__(
         self, recipe: Recipe, gate: Gate, metrics: Metrics, stall_timeout: float | None, terms: Terms | None = None
     ) -> None:
         self.metrics = metrics
-        self._status = Status()  # as the server thread writes it
+        self._status = Status()  # written by the server thread
         self.handle = ServerHandle(gate, self._status)
         lodging = Lodging(terms or Terms(), self._status, gate)
         self.keeper = Keeper(recipe, self.handle, metrics, stall_timeout, lodging)
 
-    # --- what can be seen, by anyone; waits for nobody ---
+    # --- inspection, by anyone; never blocks ---
 
     @property
     def label(self) -> str:
-        """What the present engine is called."""
+        """The current engine's label."""
         return self.keeper.recipe.label
 
     @property
     def started(self) -> bool:
-        """Whether there has been a server thread in this process."""
+        """Whether a server thread was started in this process."""
         return self.keeper.started
 
     @property
     def engine(self) -> Engine | None:
-        """The engine that gets what comes now."""
+        """The engine that gets new calls."""
         run = self.keeper.run
         place = run.loop.calls.place if run is not None and self.started else None
         return None if place is None else place.engine
 
     def living(self) -> list[Call]:
-        """The calls that were made and have not ended, oldest first."""
+        """All unfinished calls, oldest first."""
         return list(self.handle.gate.calls) if self.started else []
 
     @property
     def silent(self) -> float:
-        """Seconds since the server thread's last sign of life, of which it gives two a second; 0 without one."""
+        """Seconds since the server thread's last heartbeat (it sends two a second); 0 without a thread."""
         run = self.keeper.run
         if run is None or not self.started or self._status.state == "closed":
             return 0.0
@@ -77,13 +77,13 @@ class ServerThread:
 
     @property
     def status(self) -> Status:
-        """The engine's life, seen to be true now."""
+        """The engine's state as observed now."""
         return health.seen(self._status, self.keeper.run, self.handle.forked)
 
-    # --- what callers ask for ---
+    # --- requests from callers ---
 
     def server(self, blocking: bool) -> ServerHandle:
-        """The running server's handle; starts it when this is the first call.
+        """The running server's handle; the first call starts it.
 
         Raises:
             ForkedError: the bridge was started in another process.
@@ -98,7 +98,7 @@ class ServerThread:
         return handle
 
     def ask_engine(self, question: Callable[[Engine], T]) -> T | None:
-        """What ``question`` finds on the server thread; None without an engine, or when the loop does not answer."""
+        """The result of ``question`` on the server thread; None without an engine or if the loop does not answer."""
         if not self.started:
             return None
         return self.handle.ask(lambda: None if (engine := self.engine) is None else _ask(engine, question))
@@ -110,8 +110,8 @@ class ServerThread:
 
         Raises:
             EngineStartError: it could not be loaded.
-            RequestTimeoutError: it was not ready in time; loading goes on.
-            BridgeClosedError: somebody closed meanwhile.
+            RequestTimeoutError: it was not ready in time; loading continues.
+            BridgeClosedError: the bridge was closed meanwhile.
         """
         end = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -122,19 +122,19 @@ class ServerThread:
             if ready.wait(min(left, SLICE)):
                 break
             if left <= 0:
-                raise RequestTimeoutError(f"The engine was not ready after {timeout} s; it goes on loading.")
+                raise RequestTimeoutError(f"The engine was not ready after {timeout} s; loading continues.")
         if ready.error is not None:
             raise fresh(ready.error)
 
     def swap(self, recipe: Recipe, overlap: bool, timeout: float | None) -> None:
-        """Exchange the engine and block until the new one has the place.
+        """Swap the engine and block until the new one serves.
 
         Raises:
-            EngineStartError: it could not be loaded; the old one goes on.
-            RequestTimeoutError: ``overlap=False``, and what runs did not finish in time; the old one goes on. Or the
-                server thread is stuck, and did not hear of the swap.
-            InvalidRequestError: ``overlap=False``, and the old engine could not be brought back after a failed load.
-            BridgeClosedError: somebody closed meanwhile.
+            EngineStartError: it could not be loaded; the old one keeps serving.
+            RequestTimeoutError: with ``overlap=False``, running calls did not finish in time; or the server thread is
+                stuck and did not begin the swap. The old engine is kept.
+            InvalidRequestError: with ``overlap=False``, the old engine could not be reloaded after a failure.
+            BridgeClosedError: the bridge was closed meanwhile.
         """
         if self.keeper.begin_with(recipe):
             return
@@ -153,31 +153,31 @@ class ServerThread:
             raise fresh(swap.done.error)
 
     def close(self, drain: bool, timeout: float) -> None:
-        """End the server and wait for its thread, at most ``timeout`` seconds and some grace. Idempotent."""
+        """End the server and wait for its thread, at most ``timeout`` seconds plus some grace. Idempotent."""
         self.keeper.close(drain, timeout)
 
     def drop(self) -> bool:
-        """Have the server end at once; for finalizers: takes no lock and waits for nobody. False: nothing ran."""
+        """Make the server end at once; for finalizers: takes no lock, never waits. False: nothing was running."""
         return self.keeper.drop()
 
-    # --- a swap on its way ---
+    # --- a swap under way ---
 
     def _check_way_back(self, overlap: bool) -> None:
         if not overlap and not self.keeper.recipe.rebuildable:
             raise InvalidRequestError(
-                "overlap=False frees the old model first, and one given as an instance could not be brought back if "
-                "the new one failed to load; use overlap=True, or build the Bridge from a factory.",
+                "overlap=False frees the old model first, but a model given as an instance could not be reloaded if "
+                "the new one failed. Use overlap=True, or build the Bridge with a function that builds the engine.",
                 "overlap",
             )
 
     def _call_supervisor(self) -> None:
-        """Have the present supervisor see that a swap was asked for."""
+        """Notify the current supervisor of a requested swap."""
         run = self.keeper.run
         if run is not None:
             run.call_soon(run.supervisor.look)
 
     def _look_after(self, swap: Swap) -> None:
-        """Raise when nothing will come of a swap; comes once a second."""
+        """Raise if a swap cannot happen; called once a second."""
         if self.handle.ended is not None:
             raise self.handle.closed_error()
         if not self.keeper.swaps.waits(swap):  # it is under way
@@ -185,8 +185,8 @@ class ServerThread:
         silent = self.silent
         if silent > 2 * watchdog.LOOP_GRACE and self.keeper.swaps.withdraw(swap):
             raise RequestTimeoutError(
-                f"The server thread has not answered for {silent:.0f} s, so the swap was not begun and the old model "
-                "stays. See in health() where it stands, and ask again when it answers."
+                f"The server thread has not answered for {silent:.0f} s, so the swap did not begin and the old model "
+                "stays. Check health() to see where it is stuck, and swap again once it answers."
             )
         self._call_supervisor()
 
@@ -196,5 +196,5 @@ def _ask(engine: Engine, question: Callable[[Engine], T]) -> T:
         return question(engine)
     except Exception:
         raise
-    except BaseException as cause:  # an engine that exits must not end whoever asked
-        raise engine_error(f"{name_of(engine)} could not answer: {shown(cause)}.", cause) from cause
+    except BaseException as cause:  # an engine that exits must not end the asker
+        raise engine_error(f"The engine {name_of(engine)} could not answer: {shown(cause)}.", cause) from cause

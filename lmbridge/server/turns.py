@@ -1,4 +1,4 @@
-"""Who is next: the queue between the gate and the engine, in fair turns.
+"""The fair queue between the gate and the engine.
 
 Rule: server thread only. Requests queue here and at the gate, and nowhere else.
 """
@@ -10,20 +10,20 @@ from collections import OrderedDict
 
 from lmbridge.crossing.call import Call
 
-_Lanes = OrderedDict[str, OrderedDict[Call, None]]  # the calls of each client, in order of turns; no lane is empty
+_Lanes = OrderedDict[str, OrderedDict[Call, None]]  # each client's calls, in order of turns; no lane is empty
 
 
 class Turns:
-    """The queue between clients and engine: clients take turns, first come first served within one.
+    """The queue before the engine: clients take turns; within a client, first come first served.
 
-    Calls of one priority take turns among themselves. The next is of the priority that is most urgent, where every
-    ``AGING`` seconds for which its next call has waited count as one level; of equal ones, the one that waits longer.
+    Calls of one priority take turns among themselves. The most urgent priority is next, where every ``AGING`` seconds
+    that its next call has waited count as one level; between equals, the one that has waited longer.
     """
 
     AGING = 10.0
 
     def __init__(self) -> None:
-        self.lanes: dict[int, _Lanes] = {}  # by priority; usually there is one, and none when nobody waits
+        self.lanes: dict[int, _Lanes] = {}  # by priority; usually one, and none when no call waits
 
     def push(self, call: Call) -> None:
         request = call.request
@@ -36,7 +36,7 @@ class Turns:
         lane[call] = None
 
     def pop(self) -> Call:
-        """The next call, of which there must be one. Its client goes to the end of the line."""
+        """The next call; there must be one. Its client moves to the end of the line."""
         call = self._next()
         request = call.request
         self.lanes[request.priority].move_to_end(request.client)
@@ -44,7 +44,7 @@ class Turns:
         return call
 
     def remove(self, call: Call) -> None:
-        """Take out a call that will not be begun."""
+        """Remove a call that will not begin."""
         request = call.request
         lanes = self.lanes[request.priority]
         lane = lanes[request.client]

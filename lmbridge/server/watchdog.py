@@ -1,7 +1,7 @@
-"""Notices a server thread that is stuck, and one that has ended without a word.
+"""Detects a server thread that is stuck or has ended silently.
 
-Rule: a thread of its own, which only reads and, when it finds something, tells the server thread's keeper. An engine
-that stands still without blocking the loop is the sweep's to find.
+Rule: its own thread, which only reads and reports to the server thread's keeper. The sweep finds an engine that stalls
+without blocking the loop.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from lmbridge.log import logger
 from lmbridge.server.clock import LookClock
 from lmbridge.server.run import Run
 
-LOOP_GRACE = 5.0  # seconds more for the loop itself: on a crowded machine it may be slow, and is not stuck then
-LONGEST_PAUSE = 5.0  # seconds between two looks
+LOOP_GRACE = 5.0  # more seconds for the loop itself: on a loaded machine it may be slow without being stuck
+LONGEST_PAUSE = 5.0  # the longest interval between checks, in seconds
 
 
 class Watchdog:
-    """Watches one run of the server; ends with it, or once it was told to be stuck.
+    """Monitors one run of the server; ends with it, or after reporting it stuck.
 
     Args:
-        thread: the one that runs it.
-        stall_timeout: seconds without a sign of life, besides some grace, after which it is stuck; None: never.
-        on_stuck: told when it is.
-        on_end: told when the thread is not there any more.
+        thread: the thread that runs it.
+        stall_timeout: seconds without a heartbeat, plus some grace, after which it counts as stuck; None: never.
+        on_stuck: called when it is stuck.
+        on_end: called when the thread is gone.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Watchdog:
         self._on_stuck = on_stuck
         self._on_end = on_end
         self._pause = LONGEST_PAUSE if stall_timeout is None else min(stall_timeout / 4, LONGEST_PAUSE)
-        self._clock = LookClock()  # the watchdog's thread only, as are the next two
+        self._clock = LookClock()  # watchdog thread only, like the next two
         self._heartbeat = 0.0  # the last one seen
         self._since = 0.0  # when that was, by the clock
 
@@ -54,8 +54,8 @@ class Watchdog:
                 if not self._run.gone.wait(self._pause) and self._stuck():
                     self._on_stuck(self._run)
                     return
-            except BaseException:  # without it nobody would look any more
-                logger.exception("The watchdog failed; it goes on.")
+            except BaseException:  # without it nobody would check
+                logger.exception("The watchdog failed once and continues.")
         self._on_end(self._run, RuntimeError("it was killed"))
 
     def _stuck(self) -> bool:

@@ -59,7 +59,7 @@ def test_nobody_is_busy_for_ever(scripted: Callable[..., tuple[Bridge, ScriptedE
     busy(bridge, seconds)
     health = bridge.health()
     assert health.state == "ready"
-    found = re.search(r"full, and takes nothing for ([\d.]+) s", health.reason)
+    found = re.search(r"full and takes no requests for another ([\d.]+) s", health.reason)
     assert found is not None
     assert float(found[1]) <= 120
     busy(bridge, 0)

@@ -114,7 +114,7 @@ def test_an_engine_that_cancels_its_own_task() -> None:
 def test_a_factory_that_builds_no_engine() -> None:
     """A function that forgot its return statement is told what it returned."""
     bridge = Bridge(lambda: None)  # type: ignore[arg-type,return-value]
-    with pytest.raises(EngineStartError, match="built no Engine but None"):
+    with pytest.raises(EngineStartError, match="must return an Engine, not None"):
         bridge.start()
     bridge.close()
 

@@ -121,7 +121,7 @@ def test_an_unanswered_abort_gives_the_place_back(caplog: pytest.LogCaptureFixtu
         assert isinstance(lost.exception(30), RequestAbortedError)
         until_gone(bridge, "left")
         assert len(place_of(bridge).calls) <= 1
-    assert "does not let go of request left" in caplog.text
+    assert "does not release request left" in caplog.text
     assert bridge.metrics.outcomes["RequestAbortedError"] == 1
 
 
@@ -163,7 +163,7 @@ def test_an_engine_that_cannot_tell_its_progress(caplog: pytest.LogCaptureFixtur
     engine.forget("lost")
     with Bridge(engine, stall_timeout=STALL) as bridge, busy(bridge):
         assert isinstance(bridge.submit("lost").exception(30), EngineError)
-    assert caplog.text.count("failed to tell its progress") == 1
+    assert caplog.text.count("failed to report its progress") == 1
 
 
 @pytest.mark.parametrize("overlap", [True, False])

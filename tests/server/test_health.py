@@ -54,7 +54,7 @@ def test_health_while_the_loop_is_stuck(scripted: Scripted, monkeypatch: pytest.
         patch.setattr(lmbridge.server.watchdog, "LOOP_GRACE", -1.0)  # any silence is too long
         health = bridge.health()
         assert health.state == "restarting"
-        assert health.reason.startswith("the server thread has not answered for 0 s; it stands in ")
+        assert health.reason.startswith("the server thread has not answered for 0 s; it is in ")
         assert "_stand_still" in health.reason
         assert health.silent > 0.0
     turns(bridge)
@@ -154,11 +154,11 @@ def test_a_deadline_gives_advice_that_helps(scripted: Scripted) -> None:
     bridge, engine = scripted(ScriptedEngine(manual=True, max_batch_size=1))
     bridge.start()
     silent, waiting = bridge.submit("one two three", timeout=0.4), bridge.submit("queued", timeout=0.2)
-    assert "health() says what holds the queue up" in str(waiting.exception(10))
-    assert "No token had come: see in health()" in str(silent.exception(10))
+    assert "health() says what delays the queue" in str(waiting.exception(10))
+    assert "No token had arrived: check in health()" in str(silent.exception(10))
     stream = bridge.stream("one two three", timeout=1.0)
     engine.wait_for(lambda e: e.active == 1)
     engine.step()
     assert next(stream).text == "one"
-    with pytest.raises(RequestTimeoutError, match="fewer max_new_tokens"):
+    with pytest.raises(RequestTimeoutError, match="lower max_new_tokens"):
         list(stream)

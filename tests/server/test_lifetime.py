@@ -257,7 +257,7 @@ def test_a_dead_instance_is_not_rebuilt(scripted: Scripted) -> None:
     bridge.start()
     engine.crash(ValueError("device lost"))
     until(lambda: bridge.state == "failed")
-    with pytest.raises(EngineDeadError, match="factory"):
+    with pytest.raises(EngineDeadError, match="give a function"):
         bridge.infer("hello", timeout=10)
 
 

@@ -100,7 +100,7 @@ def test_a_failed_swap_says_what_serves_now(overlap: bool) -> None:
     """Whoever reads it has to know whether anything serves; building a new Bridge is no advice at a command line."""
     workshop = Workshop(manual=False)
     with Bridge(workshop) as bridge:
-        with pytest.raises(EngineStartError, match=r"could not be loaded: no weights\. The old one serves on\.$"):
+        with pytest.raises(EngineStartError, match=r"could not be loaded: no weights\. The old model keeps serving\.$"):
             bridge.swap(lambda: ScriptedEngine(start_error=OSError("no weights")), overlap=overlap)
         assert bridge.health().reason == ""
 
@@ -108,9 +108,9 @@ def test_a_failed_swap_says_what_serves_now(overlap: bool) -> None:
 def test_a_failed_swap_of_an_engine_that_is_down() -> None:
     """Where nothing serves, a swap that fails too must not say that the old model goes on."""
     bridge = Bridge(lambda: ScriptedEngine(start_error=OSError("broken")))
-    with pytest.raises(EngineStartError, match=r"could not be loaded: broken\. Fix that, then start anew\.$"):
+    with pytest.raises(EngineStartError, match=r"could not be loaded: broken\. Fix this, then restart\.$"):
         bridge.start()
-    with pytest.raises(EngineStartError, match=r"no weights\. Nothing serves now: fix that, then swap again\.$"):
+    with pytest.raises(EngineStartError, match=r"no weights\. No model is serving: fix this, then swap again\.$"):
         bridge.swap(lambda: ScriptedEngine(start_error=OSError("no weights")))
     bridge.close()
 
@@ -120,7 +120,7 @@ def test_a_swap_in_vain_brings_the_old_engine_back_in_time() -> None:
     workshop = Workshop(manual=False)
     with Bridge(workshop) as bridge:
         workshop.spoiled = [MemoryError("out of memory")]
-        with pytest.raises(EngineStartError, match=r"no weights\. The old one serves on\.$"):
+        with pytest.raises(EngineStartError, match=r"no weights\. The old model keeps serving\.$"):
             bridge.swap(lambda: ScriptedEngine(start_error=OSError("no weights")), overlap=False)
         assert bridge.infer("and on", timeout=30).text == "and on"
         assert len(workshop.built) == 3
@@ -134,8 +134,8 @@ def test_a_swap_in_place_says_what_holds_the_calls() -> None:
         workshop.built[0].wait_for(lambda e: e.active == 1)
         swapping = in_thread(lambda: bridge.swap(ScriptedEngine, overlap=False))
         until(lambda: bridge.health().reason)
-        assert bridge.health().reason == "a swap lets what runs finish before it loads the other model"
-        with pytest.raises(RequestTimeoutError, match=r"in the queue \(a swap lets what runs finish"):
+        assert bridge.health().reason == "a swap is waiting for running requests to finish"
+        with pytest.raises(RequestTimeoutError, match=r"in the queue \(a swap is waiting for running requests"):
             bridge.infer("two", timeout=0.1)
         workshop.built[0].step()
         assert running.result(30).text == "one"
@@ -150,7 +150,7 @@ def test_a_swap_in_place_is_not_ready_while_it_loads() -> None:
         swapping = in_thread(lambda: bridge.swap(lambda: loading, overlap=False))
         loading.wait_for(lambda e: e._loop is not None)
         health = bridge.health()
-        assert (health.state, health.reason) == ("starting", "a swap loads another model in place of the old one")
+        assert (health.state, health.reason) == ("starting", "a swap is loading the new model")
         assert loading._start_gate is not None
         loading._start_gate.set()
         swapping.result(30)
@@ -171,7 +171,7 @@ def test_an_engine_that_dies_during_a_swap_that_fails() -> None:
         gate.set()
         error = swapping.exception(30)
         assert isinstance(error, EngineStartError)
-        assert str(error).endswith("The old one has died meanwhile, and is loaded again.")
+        assert str(error).endswith("The old model has died meanwhile and is being reloaded.")
         assert waiting.result(30).text == "and on"
         assert bridge.health().state == "ready"
 
@@ -286,7 +286,10 @@ def test_a_swap_asked_of_a_stuck_thread_that_nobody_replaces(monkeypatch: pytest
     workshop = Workshop(manual=False)
     with Bridge(workshop, stall_timeout=None) as bridge:
         bridge.infer("hello")
-        with Blocked(bridge), pytest.raises(RequestTimeoutError, match="has not answered for 1 s, so the swap was not"):
+        with (
+            Blocked(bridge),
+            pytest.raises(RequestTimeoutError, match="for 1 s, so the swap did not begin"),
+        ):
             bridge.swap(lambda: ScriptedEngine(lambda request: ["new"]))
         assert bridge.infer("who?").text == "who?"
         assert len(workshop.built) == 1
@@ -302,7 +305,7 @@ def test_a_swap_under_way_when_the_thread_gets_stuck(monkeypatch: pytest.MonkeyP
             release.wait(60)
 
     with Bridge(Workshop(manual=False), stall_timeout=0.3) as bridge:
-        with pytest.raises(EngineStartError, match="stuck; ask for the swap again"):
+        with pytest.raises(EngineStartError, match="Request the swap again"):
             bridge.swap(Native)
         assert bridge.infer("still the old one").text == "still the old one"
         release.set()
@@ -323,7 +326,7 @@ def test_a_swap_begun_by_a_thread_that_was_just_left_behind(monkeypatch: pytest.
     with bridge:
         threads = [bridge._server_thread.handle.thread_id]
         bridge._server_thread.keeper.swaps._begun = Slow()
-        with pytest.raises(EngineStartError, match="ask for the swap again"):
+        with pytest.raises(EngineStartError, match="Request the swap again"):
             in_thread(lambda: bridge.swap(ScriptedEngine)).result(30)
         bridge.swap(ScriptedEngine)
         assert bridge.infer("and on", timeout=30).text == "and on"
