@@ -1,4 +1,4 @@
-"""Other libraries' faces over the Bridge: ``lmbridge.compat.lmdeploy`` for LMDeploy's ``pipeline``.
+"""Other libraries' APIs over the Bridge: ``lmbridge.compat.lmdeploy`` is LMDeploy's ``pipeline``.
 
-Rule: what is here uses the Bridge's public names only, and nothing of lmbridge knows what is here.
+Rule: uses only the Bridge's public names; the rest of lmbridge does not know this package.
 """

@@ -1,5 +1,5 @@
-"""For tests: ``ScriptedEngine`` and ``ScriptedEncoder`` do what they are told; ``EngineContract`` and ``JobContract``
-say what every engine must do.
+"""For tests: ``ScriptedEngine`` and ``ScriptedEncoder`` follow a script; ``EngineContract`` and ``JobContract`` test
+what every engine must do.
 """
 
 from lmbridge.messages import prompt_text

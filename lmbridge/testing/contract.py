@@ -1,6 +1,6 @@
 """What every engine must do, as tests of a Bridge over it.
 
-Rule: asks nothing of an engine that a caller of the Bridge, or the server, would not; uses what is public alone.
+Rule: requires only what callers of the Bridge and the server require; uses only public names.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class EngineContract:
         prompts: prompts whose answers differ from each other.
         long_prompt: a prompt whose answer takes at least ten steps.
         poison: a prompt that the engine refuses, if there is one.
-        workers: beginnings of the names of the engine's own threads whose end is the engine's, where it has such.
-        follows_forms: whether what answers follows forms, as a model does and a script may not; without it an engine
-            that supports tools is not asked to call one.
-        patience: seconds after which a test is taken to hang.
-        stall_timeout: seconds that none of the engine's steps takes, not even the first.
+        workers: name prefixes of the engine's own threads, if the engine ends when one of them does.
+        follows_forms: whether answers follow forms, as a model's do and a script's may not; if False, an engine that
+            supports tools is not asked to call one.
+        patience: seconds after which a test counts as hanging.
+        stall_timeout: longer than any step of the engine, the first included, in seconds.
     """
 
     prompts: Sequence[str] = ()
@@ -56,12 +56,12 @@ class EngineContract:
         raise NotImplementedError
 
     def alone(self, bridge: Bridge) -> list[str]:
-        """Each prompt's answer, asked one after another."""
+        """The answers to the prompts, asked one by one."""
         return [bridge.infer(prompt, timeout=self.patience).text for prompt in self.prompts]
 
     def idle(self, bridge: Bridge, engines: WitnessedEngines) -> None:
-        """Return when the engine works on nothing; it must have said the last word on all that it took."""
-        assert engines.latest.in_flight(self.patience) == 0, f"the engine still works: {bridge.stats()}"
+        """Wait until the engine is idle; it must have ended every request it took."""
+        assert engines.latest.in_flight(self.patience) == 0, f"the engine is still working: {bridge.stats()}"
         assert not bridge.requests()
 
     def _wrong_requests(self) -> Iterator[tuple[Any, GenerationConfig]]:
@@ -72,7 +72,7 @@ class EngineContract:
                 yield self.prompts[0], GenerationConfig().merged(cast(Overrides, {field: value}))
 
     def test_answers_are_whole_and_in_order(self) -> None:
-        """The deltas of a stream join to the answer that infer gives, and the facts of it are consistent."""
+        """A stream's deltas join to the answer that infer gives, with consistent details."""
         with Bridge(self.engine) as bridge:
             for prompt, answer in zip(self.prompts, self.alone(bridge), strict=True):
                 stream = bridge.stream(prompt, timeout=self.patience)
@@ -81,7 +81,7 @@ class EngineContract:
                 assert stream.response.timings.first_token is not None
 
     def test_max_new_tokens_is_kept(self) -> None:
-        """An engine that claims ``max_new_tokens`` stops there and says so; the shorter answer begins the longer."""
+        """An engine that supports ``max_new_tokens`` stops there; a shorter answer is a prefix of a longer one."""
         if "max_new_tokens" not in self.engine().supports:  # it is refused: see test_an_error_ends_one_request
             raise unittest.SkipTest("it does not support max_new_tokens")
         with Bridge(self.engine) as bridge:
@@ -93,7 +93,7 @@ class EngineContract:
         assert longer.token_ids[: len(shorter.token_ids)] == shorter.token_ids
 
     def test_usage_counts_what_was_said(self) -> None:
-        """An engine that counts tokens counts the prompt's, and those it said; the ending one may come on top."""
+        """An engine that counts tokens counts the prompt's and those it sent, with or without the end token."""
         with Bridge(engines := WitnessedEngines(self.engine)) as bridge:
             self.alone(bridge)
             if "max_new_tokens" in bridge.supports():
@@ -106,7 +106,7 @@ class EngineContract:
             assert 0 < first == again < twice, f"prompt_tokens: {first}, asked again {again}, twice as long {twice}"
 
     def test_answers_do_not_mix(self) -> None:
-        """Asked all at once by many threads, each prompt gets the answer it gets alone, and none is forgotten."""
+        """Asked by many threads at once, each prompt gets the same answer as alone, and none is lost."""
         with Bridge(engines := WitnessedEngines(self.engine)) as bridge, ThreadPoolExecutor(16) as pool:
             answers = dict(zip(self.prompts, self.alone(bridge), strict=True))
             asked = list(self.prompts) * 8
@@ -117,7 +117,7 @@ class EngineContract:
         assert not elsewhere, f"a sink was called by {elsewhere}; use loop.call_soon_threadsafe(sink, delta)"
 
     def test_twenty_streams_at_once_do_not_mix(self) -> None:
-        """Twenty threads that read a stream each get the pieces of their own answer, in order."""
+        """Twenty threads reading a stream each get the pieces of their own answer, in order."""
         with Bridge(engines := WitnessedEngines(self.engine)) as bridge, ThreadPoolExecutor(20) as pool:
             answers = dict(zip(self.prompts, self.alone(bridge), strict=True))
             asked = list(itertools.islice(itertools.cycle(self.prompts), 20))
@@ -131,20 +131,20 @@ class EngineContract:
             self.idle(bridge, engines)
 
     def test_a_tool_is_called(self) -> None:
-        """An engine that claims tools calls the one that it must, with arguments that its schema allows."""
+        """An engine that supports tools calls the required one, with arguments that match its schema."""
         if not {"tools", "tool_choice"} <= self.engine().supports:
             raise unittest.SkipTest("it does not support tools")
         if not self.follows_forms:
-            raise unittest.SkipTest("what answers here follows no forms")
+            raise unittest.SkipTest("the answers here follow no forms")
         with Bridge(self.engine) as bridge:
             response = bridge.infer(self.prompts[0], tools=[_TOOL], tool_choice="required", timeout=self.patience)
         assert response.finish_reason == "tool_calls"
         for call in response.tool_calls:
-            assert call.name == "paint", f"a function that was not given: {call.name}"
-            assert call.parsed().get("colour") in _COLOURS, f"not what the schema allows: {call.arguments}"
+            assert call.name == "paint", f"called an unknown function: {call.name}"
+            assert call.parsed().get("colour") in _COLOURS, f"arguments do not match the schema: {call.arguments}"
 
     def test_abort_while_queued_working_and_finished(self) -> None:
-        """An abort ends a request wherever it is, frees its place and harms nobody; a late one does nothing."""
+        """An abort ends a request in any state, frees its place and affects no other; a late one does nothing."""
         with Bridge(engines := WitnessedEngines(self.engine)) as bridge:
             room = self.engine().max_batch_size
             streams = [bridge.stream(self.long_prompt) for _ in range(room + 2)]
@@ -154,14 +154,14 @@ class EngineContract:
                 assert stream.response.finish_reason == "abort"
             self.idle(bridge, engines)
             last = engines.latest.said[streams[0].request_id][-1]
-            assert last.finish_reason == "abort", f"it was aborted and ended with {last.finish_reason or last.error!r}"
+            assert last.finish_reason == "abort", f"it was aborted but ended with {last.finish_reason or last.error!r}"
             finished = bridge.submit(self.prompts[0])
             assert finished.result(self.patience).text
             assert not finished.cancel()
             assert all(self.alone(bridge))
 
     def test_nothing_is_said_after_the_end(self) -> None:
-        """A request hears its last delta once, and none after it, however it ends."""
+        """A request gets exactly one last delta and none after it, however it ends."""
         with Bridge(engines := WitnessedEngines(self.engine)) as bridge:
             streams = [bridge.stream(self.long_prompt) for _ in range(2)]
             next(streams[0])
@@ -172,11 +172,11 @@ class EngineContract:
             self.alone(bridge)
         for request_id, deltas in engines.latest.said.items():  # the engine is closed by now
             heard = [(delta.text, delta.finish_reason, delta.error) for delta in deltas]
-            assert has_ended(deltas[-1:]), f"{request_id} heard more after its end: {heard[-3:]}"
+            assert has_ended(deltas[-1:]), f"{request_id} got a delta after its end: {heard[-3:]}"
             assert not has_ended(deltas[:-1]), f"{request_id} ended twice: {heard[-3:]}"
 
     def test_an_error_ends_one_request(self) -> None:
-        """A request that cannot be honoured fails by itself, while another one runs on."""
+        """An invalid request fails alone, while another continues."""
         with Bridge(self.engine) as bridge:
             other = bridge.submit(self.long_prompt)
             for prompt, config in self._wrong_requests():
@@ -185,7 +185,7 @@ class EngineContract:
             assert other.result(self.patience).text
 
     def test_a_deadline_stops_the_engine(self) -> None:
-        """A call whose time is up raises, and the engine does not go on with it."""
+        """A call past its deadline raises, and the engine stops working on it."""
         with Bridge(engines := WitnessedEngines(self.engine)) as bridge:
             stream = bridge.stream(self.long_prompt, timeout=self.patience)
             next(stream)
@@ -195,11 +195,11 @@ class EngineContract:
             except RequestTimeoutError as error:
                 assert error.retryable
             else:
-                raise AssertionError("an answer in a millisecond is no long answer; give another long_prompt")
+                raise AssertionError("the answer took under a millisecond; give a longer long_prompt")
             self.idle(bridge, engines)
 
     def test_death_ends_what_runs_and_a_new_engine_follows(self) -> None:
-        """When the engine says that it is dead, its requests end as retryable, and the next request is answered."""
+        """When the engine reports its death, its requests fail as retryable, and the next one is answered."""
         with Bridge(engines := WitnessedEngines(self.engine)) as bridge:
             stream = bridge.stream(self.long_prompt)
             next(stream)
@@ -216,9 +216,9 @@ class EngineContract:
             assert len(engines.witnesses) == 2
 
     def test_the_end_of_its_own_thread_is_told(self) -> None:
-        """An engine whose own thread ends, by whatever exception, tells it at once, and a new engine follows."""
+        """An engine whose own thread ends, for any reason, reports it at once and is replaced."""
         if not self.workers:
-            raise unittest.SkipTest("it names no threads of its own")
+            raise unittest.SkipTest("``workers`` is empty")
         before = set(threading.enumerate())
         with _exits_unreported(), Bridge(self.engine, stall_timeout=None) as bridge:
             stream = bridge.stream(self.long_prompt, timeout=self.patience)
@@ -230,29 +230,29 @@ class EngineContract:
             except EngineError as error:
                 assert error.retryable
             except RequestTimeoutError:
-                raise AssertionError("its thread has ended, and on_death was not called") from None
+                raise AssertionError("its thread has ended, but on_death was not called") from None
             else:
                 raise AssertionError("the answer was complete before the thread ended; give a longer long_prompt")
             assert bridge.infer(self.prompts[0], timeout=self.patience).text
 
     def test_a_forgotten_request_ends_alone(self) -> None:
-        """A request of which the engine says no more ends as retryable and gives its place back, while others go on."""
+        """A request that the engine forgets fails as retryable and frees its place, while others continue."""
         engines = WitnessedEngines(self.engine)
         with Bridge(lambda: _unheard(engines(), self.long_prompt), stall_timeout=self.stall_timeout) as bridge:
             forgotten = bridge.submit(self.long_prompt)
             end = time.monotonic() + self.patience
             while not forgotten.done() or bridge.requests():  # the others keep the engine busy
                 assert all(self.alone(bridge))
-                assert time.monotonic() < end, f"the engine still works on it: {bridge.requests()}"
+                assert time.monotonic() < end, f"the engine is still working on it: {bridge.requests()}"
             error = forgotten.exception(0)
             assert isinstance(error, EngineError), repr(error)
             assert error.retryable
-            assert "went on with others" in str(error)
+            assert "worked on others" in str(error)
             assert len(engines.witnesses) == 1
             self.idle(bridge, engines)
 
     def test_where_it_stands_is_told_to_anybody(self) -> None:
-        """The message of a stall is written by another thread: where() answers it at any time of the engine's life."""
+        """Other threads report stalls: where() answers any thread at any time."""
         engine = self.engine()
         places = [engine.where()]
         with Bridge(engine) as bridge:
@@ -264,7 +264,7 @@ class EngineContract:
         assert all(isinstance(place, str) for place in places)
 
     def test_close_with_work_in_flight(self) -> None:
-        """Closing ends what runs and leaves no thread behind."""
+        """Closing ends running requests and leaves no thread behind."""
         before = set(threading.enumerate())
         with Bridge(self.engine) as bridge:
             stream, future = bridge.stream(self.long_prompt), bridge.submit(self.long_prompt)
@@ -273,12 +273,12 @@ class EngineContract:
             assert isinstance(future.exception(self.patience), BridgeClosedError)
         end, tick = time.monotonic() + self.patience, threading.Event()
         while left := [thread.name for thread in set(threading.enumerate()) - before if "lmbridge" in thread.name]:
-            assert time.monotonic() < end, f"threads that are left: {left}"
+            assert time.monotonic() < end, f"remaining threads: {left}"
             tick.wait(0.01)
 
 
 def _unheard(engine: Engine, prompt: Prompt) -> Engine:
-    """The engine, whose words on one prompt are lost from now on."""
+    """The engine, with all further deltas for one prompt lost."""
     add = engine.add_request
 
     def add_request(request: Request, sink: Sink) -> None:
@@ -293,20 +293,20 @@ def _usage(deltas: list[Delta]) -> Usage | None:
 
 
 def _checked_usage(deltas: list[Delta]) -> Usage:
-    """Usage counts what the deltas carried, and the ending token, which they leave out."""
+    """Check that usage counts the deltas' tokens, with or without the end token, which they omit."""
     said, usage = sum(len(delta.token_ids) for delta in deltas), _usage(deltas)
     assert usage is not None
     counted = usage.completion_tokens
-    if said:  # the engine tells its token ids
+    if said:  # the engine reports token ids
         most = said if any(delta.finish_reason == "length" for delta in deltas) else said + 1
         assert said <= counted <= most, f"completion_tokens is {counted} for {said} tokens"
     else:
-        assert counted > 0 or not any(delta.text for delta in deltas), "completion_tokens is 0 for a text"
+        assert counted > 0 or not any(delta.text for delta in deltas), "completion_tokens is 0 although there is text"
     return usage
 
 
 def _end_threads(threads: Sequence[threading.Thread], names: Sequence[str]) -> None:
-    """End these threads as ``sys.exit()`` in them would."""
+    """End these threads as if they called ``sys.exit()``."""
     own = [thread for thread in threads if thread.name.startswith(tuple(names))]
     assert own, f"no thread named {names}; there are {[thread.name for thread in threads]}"
     for thread in own:
@@ -315,7 +315,7 @@ def _end_threads(threads: Sequence[threading.Thread], names: Sequence[str]) -> N
 
 @contextmanager
 def _exits_unreported() -> Iterator[None]:
-    """Python says nothing of a thread that exits; pytest does, unless it is kept from hearing of it."""
+    """Silence pytest's report of a thread that exits, which Python itself does not report."""
     before = threading.excepthook
 
     def hook(args: Any) -> None:

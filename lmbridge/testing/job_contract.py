@@ -1,6 +1,6 @@
-"""What every engine must do that embeds, reranks or calls a function, as tests of a Bridge over it.
+"""What every engine that embeds, reranks or calls a function must do, as tests of a Bridge over it.
 
-Rule: asks nothing of an engine that a caller of the Bridge, or the server, would not; uses what is public alone.
+Rule: requires only what callers of the Bridge and the server require; uses only public names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ QUERY = "what is asked for"
 
 
 class JobContract:
-    """What every engine must do that embeds, reranks or calls a function. Subclass it in a pytest module::
+    """Tests for engines that embed, rerank or call a function. Subclass it in a pytest module::
 
         class TestMyEncoder(JobContract):
             task = "embed"
@@ -33,10 +33,10 @@ class JobContract:
                 return MyEncoder("a-model")
 
     Attributes:
-        task: what is asked of the engine: ``embed``, ``rerank`` or ``call``.
-        items: texts, documents or what the function takes; their results differ from each other.
+        task: the engine's task: ``embed``, ``rerank`` or ``call``.
+        items: texts, documents or the function's inputs, with different results.
         poison: an item that fails, if there is one.
-        patience: seconds after which a test is taken to hang.
+        patience: seconds after which a test counts as hanging.
         tolerance: how far two results for one item may differ.
     """
 
@@ -53,7 +53,7 @@ class JobContract:
     # --- each task with one name ---
 
     def ask(self, bridge: Bridge, item: Any, timeout: float | None = None) -> Any:
-        """What the engine makes of one item, asked alone."""
+        """The engine's result for one item."""
         timeout = self.patience if timeout is None else timeout
         if self.task == "embed":
             return bridge.embed(item, timeout=timeout)
@@ -62,7 +62,7 @@ class JobContract:
         return bridge.call(item, timeout=timeout)
 
     def ask_all(self, bridge: Bridge, items: Sequence[Any], timeout: float | None = None) -> list[Any]:
-        """What it makes of a list of items."""
+        """Its results for a list of items."""
         timeout = self.patience if timeout is None else timeout
         if self.task == "embed":
             return list(bridge.embed(items, timeout=timeout))
@@ -71,7 +71,7 @@ class JobContract:
         return bridge.map(items, timeout=timeout)
 
     def submit(self, bridge: Bridge, item: Any) -> Gathered[Any]:
-        """The same for one, as a future."""
+        """The future of one item's result."""
         if self.task == "embed":
             return bridge.submit_embed(item)
         return bridge.submit_rerank(QUERY, [item]) if self.task == "rerank" else bridge.submit_call(item)
@@ -83,29 +83,29 @@ class JobContract:
         return bool(abs(one - other) <= self.tolerance if self.task == "rerank" else one == other)
 
     def alone(self, bridge: Bridge) -> list[Any]:
-        """Each item's result, asked one after another."""
+        """Each item's result, asked one by one."""
         return [self.ask(bridge, item) for item in self.items]
 
     def idle(self, bridge: Bridge, engines: WitnessedEngines) -> None:
-        """Return when the engine works on nothing; it must have said the last word on all that it took."""
-        assert engines.latest.in_flight(self.patience) == 0, f"the engine still works: {bridge.stats()}"
+        """Wait until the engine is idle; it must have ended every request it took."""
+        assert engines.latest.in_flight(self.patience) == 0, f"the engine is still working: {bridge.stats()}"
         assert not bridge.requests()
 
     # --- the tests ---
 
     def test_results_are_each_items_own(self) -> None:
-        """Alone, in a list in any order and beside others, an item has one result, and another item another."""
+        """An item has the same result alone, in a list of any order and beside others; other items differ."""
         with Bridge(self.engine) as bridge:
             alone = self.alone(bridge)
             for number, one in enumerate(alone):
-                assert not any(self.equal(one, other) for other in alone[:number]), "give items that differ"
+                assert not any(self.equal(one, other) for other in alone[:number]), "give items with different results"
             together = self.ask_all(bridge, [*self.items, *reversed(self.items)])
             assert len(together) == 2 * len(alone)
             for one, other in zip([*alone, *reversed(alone)], together, strict=True):
                 assert self.equal(one, other)
 
     def test_results_do_not_mix(self) -> None:
-        """Asked all at once by many threads, each item gets the result it gets alone, and none is forgotten."""
+        """Asked by many threads at once, each item gets the same result as alone, and none is lost."""
         with Bridge(engines := WitnessedEngines(self.engine)) as bridge, ThreadPoolExecutor(16) as pool:
             alone, asked = self.alone(bridge), list(range(len(self.items))) * 8
             results = list(pool.map(lambda number: self.ask(bridge, self.items[number]), asked))
@@ -114,7 +114,7 @@ class JobContract:
             self.idle(bridge, engines)
 
     def test_an_item_that_fails_fails_alone(self) -> None:
-        """Whatever shares its batch is none the worse for it."""
+        """The other items of its batch are unaffected."""
         if self.poison is None:
             return
         with Bridge(engines := WitnessedEngines(self.engine)) as bridge:
@@ -127,12 +127,12 @@ class JobContract:
             self.idle(bridge, engines)
 
     def test_an_item_that_is_left_shifts_nobody(self) -> None:
-        """Those that wait with it, or work beside it, get what is theirs, and its place is free."""
+        """Items waiting or running beside it get their own results, and its place is freed."""
         with Bridge(engines := WitnessedEngines(self.engine)) as bridge:
             alone = self.alone(bridge)
             futures = [self.submit(bridge, item) for _ in range(8) for item in self.items]
             left = [future.cancel() for future in futures[1::2]]
-            assert any(left), "all were done before the second was left; give items that take longer"
+            assert any(left), "all finished before the second was cancelled; give slower items"
             for number, future in enumerate(futures):
                 try:
                     result = self._result(future)
@@ -143,30 +143,30 @@ class JobContract:
             self.idle(bridge, engines)
 
     def test_nothing_is_said_after_the_end(self) -> None:
-        """A request hears its last delta once, and none after it, however it ends."""
+        """A request gets exactly one last delta and none after it, however it ends."""
         with Bridge(engines := WitnessedEngines(self.engine)) as bridge:
             futures = [self.submit(bridge, item) for item in self.items]
             futures[0].cancel()
             bridge.abort(futures[-1].request_ids[0])
             self.alone(bridge)
         for request_id, deltas in engines.latest.said.items():  # the engine is closed by now
-            assert has_ended(deltas[-1:]), f"{request_id} heard more after its end: {deltas[-3:]}"
+            assert has_ended(deltas[-1:]), f"{request_id} got a delta after its end: {deltas[-3:]}"
             assert len(deltas) == 1, f"{request_id} ended twice: {deltas[-3:]}"
 
     def test_a_deadline_holds(self) -> None:
-        """A call whose time is up raises, and the engine serves the next."""
+        """A call past its deadline raises, and the engine serves the next."""
         with Bridge(engines := WitnessedEngines(self.engine)) as bridge:
             try:
                 self.ask_all(bridge, [*self.items] * 50, timeout=0.0)
             except RequestTimeoutError as error:
                 assert error.retryable
             else:
-                raise AssertionError("its time was up before it was asked")
+                raise AssertionError("its deadline passed before it was sent")
             assert self.alone(bridge)
             self.idle(bridge, engines)
 
     def test_other_tasks_are_refused(self) -> None:
-        """Whoever asks for what the engine does not do is told so, and nothing else is lost with it."""
+        """A task that the engine does not support is refused, without affecting other requests."""
         with Bridge(self.engine) as bridge:
             others: dict[Task, Callable[[], Any]] = {
                 "generate": lambda: bridge.infer("text", timeout=self.patience),
@@ -182,11 +182,11 @@ class JobContract:
                     ask()
                 except UnsupportedTaskError:
                     continue
-                raise AssertionError(f"the engine was asked to {task}, and did not refuse")
+                raise AssertionError(f"the engine did not refuse to {task}")
             assert self.alone(bridge)
 
     def test_death_ends_what_runs_and_a_new_engine_follows(self) -> None:
-        """When the engine says that it is dead, what it had begun ends, and the next item is answered."""
+        """When the engine reports its death, its requests fail, and the next item is answered."""
         with Bridge(engines := WitnessedEngines(self.engine)) as bridge:
             self.ask(bridge, self.items[0])
             engine = engines.latest.engine
@@ -199,7 +199,7 @@ class JobContract:
             assert len(engines.witnesses) == 2
 
     def test_where_it_stands_is_told_to_anybody(self) -> None:
-        """The message of a stall is written by another thread: where() answers it at any time of the engine's life."""
+        """Other threads report stalls: where() answers any thread at any time."""
         engine = self.engine()
         places = [engine.where()]
         with Bridge(engine) as bridge:
@@ -210,7 +210,7 @@ class JobContract:
         assert all(isinstance(place, str) for place in places)
 
     def test_close_with_work_in_flight(self) -> None:
-        """Closing ends what runs and leaves no thread behind."""
+        """Closing ends running requests and leaves no thread behind."""
         before = set(threading.enumerate())
         with Bridge(self.engine) as bridge:
             futures = [self.submit(bridge, item) for _ in range(8) for item in self.items]
@@ -220,7 +220,7 @@ class JobContract:
                 assert error is None or isinstance(error, BridgeClosedError), repr(error)
         end, tick = time.monotonic() + self.patience, threading.Event()
         while left := [thread.name for thread in set(threading.enumerate()) - before if "lmbridge" in thread.name]:
-            assert time.monotonic() < end, f"threads that are left: {left}"
+            assert time.monotonic() < end, f"remaining threads: {left}"
             tick.wait(0.01)
 
     def _result(self, future: Gathered[Any]) -> Any:

@@ -1,6 +1,6 @@
-"""An engine that does what it is told, for tests without a model.
+"""An engine that follows a script, for tests without a model.
 
-Rule: loads nothing and needs nothing; its cues may be given from any thread.
+Rule: loads nothing and needs nothing; cues may be given from any thread.
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ from lmbridge.messages import Delta, FinishReason, GenerationConfig, Logprobs, P
 
 Script = Callable[[Request], Sequence[str | Delta]]
 
-SLICE = 0.5  # seconds between two looks of a start that waits at its gate; an engine that was closed waits no longer
+SLICE = 0.5  # seconds between checks while ``start`` waits at its gate, so that closing ends the wait
 _FIRST_WORD, _LIKELY = 1000, 2000  # token ids
-STEP_PATIENCE = 10.0  # seconds within which a loop that is not blocked makes the steps it is told to
+STEP_PATIENCE = 10.0  # seconds that ``step`` waits for the loop
 
 
 def echo(request: Request) -> list[str]:
-    """The default script: the words of the prompt, in pieces that join to it."""
+    """The default script: the prompt itself, word by word."""
     return _words_of(prompt_text(request.prompt))
 
 
 def _words_of(text: str) -> list[str]:
-    """The words of a text, all but the first with the space before them."""
+    """The words of a text; all but the first keep the space before them."""
     return [word if place == 0 else f" {word}" for place, word in enumerate(text.split(" "))]
 
 
 class ScriptedEngine(Engine):
-    """Answers each prompt with the pieces its script names, one piece per request and step.
+    """Answers each prompt with the pieces from its script, one piece per request and step.
 
     Steps follow each other as fast as the loop runs, or ``step_time`` seconds apart; with ``manual=True`` only
-    ``step()`` makes one, which stands for time that passes on demand.
+    ``step()`` makes one, so tests control time.
 
-    Each word of a prompt is a token, with an id from 1000 on that stays the same; ``truncate_prompt_tokens`` keeps the
-    last of them. ``prompt_logprobs`` are scripted: the n-th token after the first has -n, and the likely ones beside
-    it, from 2000 on, have -0.1, -0.2, and so on.
+    Each word of a prompt is a token, with a fixed id from 1000 on; ``truncate_prompt_tokens`` keeps the last of them.
+    ``prompt_logprobs`` are scripted: the n-th token after the first has -n, and the alternatives, with ids from 2000
+    on, have -0.1, -0.2, and so on.
 
     Args:
-        script: from a request to the pieces of its answer; each piece counts as one token. A piece that is a Delta may
-            hold reasoning and tool calls; an answer with calls ends with ``tool_calls``.
+        script: maps a request to the pieces of its answer; each piece counts as one token. A piece may be a Delta with
+            reasoning and tool calls; an answer with calls ends with ``tool_calls``.
         manual: make steps only on ``step()``.
         step_time: seconds between steps otherwise.
         start_error: raised by ``start``.
         start_gate: ``start`` waits until this event is set, without blocking the loop.
-        load_time: seconds that ``start`` takes besides.
-        max_batch_size: requests at once.
+        load_time: additional seconds that ``start`` takes.
+        max_batch_size: the most requests at once.
     """
 
     name = "scripted"
@@ -69,9 +69,7 @@ class ScriptedEngine(Engine):
         max_batch_size: int = 64,
     ) -> None:
         self.max_batch_size = max_batch_size
-        self.steps = (
-            0  # written on the server thread, read by anyone, as are the next five; `wait_for` sees each change
-        )
+        self.steps = 0  # written on the server thread, read by anyone, like the next five; `wait_for` sees each change
         self.tokens = 0
         self.started: list[str] = []
         self.aborted: list[str] = []
@@ -83,11 +81,11 @@ class ScriptedEngine(Engine):
         self._start_error = start_error
         self._start_gate = start_gate
         self._load_time = load_time
-        self._failing: dict[str, BaseException] = {}  # by prompt; cues of any thread, each one atomic step; as the next
+        self._failing: dict[str, BaseException] = {}  # by prompt; set by any thread in one atomic step, like the next
         self._refusing: dict[str, BaseException] = {}
         self._forgetting: set[str] = set()
         self._words: dict[str, int] = {}  # their token ids; server thread only
-        self._active: dict[str, _Work] = {}  # server thread only, as are the next three
+        self._active: dict[str, _Work] = {}  # server thread only, like the next three
         self._stepping = False
         self._stalled = False
         self._doorman = EngineThread("scripted start")
@@ -97,7 +95,7 @@ class ScriptedEngine(Engine):
     # --- cues, from any thread ---
 
     def step(self, count: int = 1) -> None:
-        """Make ``count`` steps; returns when they are made.
+        """Make ``count`` steps; returns once they are done.
 
         Raises:
             TimeoutError: the loop did not make them within ``STEP_PATIENCE`` seconds.
@@ -114,11 +112,11 @@ class ScriptedEngine(Engine):
             raise TimeoutError(f"the loop made no steps for {STEP_PATIENCE:g} s: it is blocked, or has ended")
 
     def crash(self, cause: BaseException) -> None:
-        """Die: tell the server that this engine cannot go on."""
+        """Die: report that this engine cannot go on."""
         self._on_loop(lambda: self.on_death(cause))
 
     def fail(self, text: str, error: BaseException) -> None:
-        """Fail the request with this prompt at its next step; the others go on."""
+        """Fail the request with this prompt at its next step; the others continue."""
         self._failing[text] = error
 
     def refuse(self, text: str, error: BaseException) -> None:
@@ -126,15 +124,15 @@ class ScriptedEngine(Engine):
         self._refusing[text] = error
 
     def forget(self, text: str) -> None:
-        """Lose the request with this prompt at its next step: it gets no piece any more, nor a word on its abort."""
+        """Forget the request with this prompt at its next step: no more pieces, and no reply to its abort."""
         self._forgetting.add(text)
 
     def stall(self) -> None:
-        """Go silent for good: no step follows and no abort is answered, as if a kernel never returned."""
+        """Go silent for good: no more steps and no replies to aborts, as if a kernel never returned."""
         self._on_loop(lambda: setattr(self, "_stalled", True))
 
     def block(self, until: threading.Event) -> None:
-        """Block the loop itself, as an engine stuck in native code does, until the event is set; 30 s at most."""
+        """Block the loop itself, like an engine stuck in native code, until the event is set; 30 s at most."""
         self._on_loop(functools.partial(_wait_here, until))
 
     def wait_for(self, condition: Callable[[ScriptedEngine], bool], timeout: float = 10.0) -> None:
@@ -145,11 +143,11 @@ class ScriptedEngine(Engine):
         """
         with self._changed:
             if not self._changed.wait_for(lambda: condition(self), timeout):
-                raise TimeoutError(f"the engine did not come to the state waited for: {self.stats()}")
+                raise TimeoutError(f"the engine did not reach the expected state: {self.stats()}")
 
     @property
     def active(self) -> int:
-        """How many requests it works on."""
+        """How many requests it is working on."""
         return len(self._active)
 
     # --- the engine contract ---
@@ -203,7 +201,7 @@ class ScriptedEngine(Engine):
         self._tell(lambda: setattr(self, "closed", True))
 
     def _prompt(self, request: Request) -> tuple[list[int], list[Logprobs | None] | None] | None:
-        """The prompt's tokens and their scripted log-probabilities, where they are asked for."""
+        """The prompt's tokens and their scripted log-probabilities, if requested."""
         config = request.config
         if config.prompt_logprobs is None and not config.return_prompt_token_ids:
             return None
@@ -274,10 +272,10 @@ class _Work:
         self._calls = any(piece.tool_calls for piece in pieces if isinstance(piece, Delta))
         self._limit = limit
         self._said = 0
-        self.prompt: tuple[list[int], list[Logprobs | None] | None] | None = None  # to be told with the first delta
+        self.prompt: tuple[list[int], list[Logprobs | None] | None] | None = None  # sent with the first delta
 
     def advance(self) -> bool:
-        """Say the next piece; whether that was the last one."""
+        """Send the next piece; returns whether it was the last."""
         given = self._pieces[self._said] if self._said < len(self._pieces) else ""
         self._said += 1
         piece = Delta(given, [self._said]) if isinstance(given, str) else replace(given, token_ids=[self._said])

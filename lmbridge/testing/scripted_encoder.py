@@ -1,7 +1,7 @@
-"""An encoder that does what it is told, for tests without a model: it embeds and reranks by rules that a test can know.
+"""A scripted encoder for tests without a model: it embeds and reranks by simple, known rules.
 
-Rule: loads nothing and needs numpy alone; its cues, which are ``ScriptedEngine``'s, may be given from any thread. The
-rest runs on the server thread, and its batches are those of a real encoder.
+Rule: loads nothing and needs only numpy; its cues, those of ``ScriptedEngine``, may be given from any thread. The rest
+runs on the server thread, and batches form as in a real encoder.
 """
 
 from __future__ import annotations
@@ -28,15 +28,13 @@ TURNS = 6
 
 
 class ScriptedEncoder(ScriptedEngine):
-    """Makes vectors of a text's hash, and scores of the words that a document shares with the query.
+    """Makes vectors from a text's hash, and scores from the words that a document shares with the query.
 
-    Equal texts have equal vectors, and others have none in common; ``vector_of`` and ``score_of`` say which. Each word
-    counts as a token. A step is a batch: one follows the other as fast as the loop runs, or after ``step_time``
-    seconds; with ``manual=True`` only ``step()`` makes one. ``fail``, ``refuse`` and ``forget`` name a text or a
-    document.
-
+    Equal texts have equal vectors, different texts different ones; ``vector_of`` and ``score_of`` return them. Each
+    word counts as a token. A step is a batch: they follow each other as fast as the loop runs, or ``step_time`` seconds
+    apart; with ``manual=True`` only ``step()`` makes one. ``fail``, ``refuse`` and ``forget`` name a text or document.
     Args:
-        tasks: what it does, of ``embed`` and ``rerank``.
+        tasks: one or both of ``embed`` and ``rerank``.
         max_length: the most words of a text, or of a document with its query; None takes any.
         manual, step_time, start_error, start_gate, load_time: as for ``ScriptedEngine``.
         max_batch_size: texts in a batch.
@@ -69,13 +67,13 @@ class ScriptedEncoder(ScriptedEngine):
         self._batcher: Batcher[Embed | Rerank] = Batcher(
             self._encode, max_items=max_batch_size, max_size=max_batch_tokens
         )
-        self._gate: asyncio.Future[None] | None = None  # what a batch waits at; server thread only, as is the next
+        self._gate: asyncio.Future[None] | None = None  # holds a batch back; server thread only, like the next
         self._stepper: asyncio.Task[None] | None = None
 
     # --- cues, from any thread ---
 
     def step(self, count: int = 1) -> None:
-        """Run ``count`` batches, or none where nothing waits; returns when their results have been told.
+        """Run ``count`` batches, fewer if nothing waits; returns once their results are delivered.
 
         Raises:
             TimeoutError: the loop did not run them within ``STEP_PATIENCE`` seconds.
@@ -93,7 +91,7 @@ class ScriptedEncoder(ScriptedEngine):
 
     @property
     def active(self) -> int:
-        """How many texts it works on."""
+        """How many texts it is working on."""
         return len(self._batcher)
 
     # --- the engine contract ---
@@ -139,7 +137,7 @@ class ScriptedEncoder(ScriptedEngine):
     # --- stepping, on the server thread ---
 
     async def _encode(self, jobs: list[Embed | Rerank]) -> list[Any]:
-        """One batch: what became of each text, once it is time."""
+        """Run one batch when it is time; the result of each text."""
         await self._turn()
         texts = [_name_of(job) for job in jobs]
         self._tell(lambda: self.batches.append(texts))
@@ -158,11 +156,11 @@ class ScriptedEncoder(ScriptedEngine):
             await asyncio.get_running_loop().create_future()
 
     async def _step_once(self) -> None:
-        await _turns()  # what was added just now makes its batch
+        await _turns()  # let what was just added form its batch
         if self._gate is not None:
             self._gate.set_result(None)
             self._gate = None
-        await _turns()  # the batch is told
+        await _turns()  # let the batch deliver its results
 
     def _begin(self, steps: Coroutine[Any, Any, None]) -> None:
         self._stepper = asyncio.get_running_loop().create_task(steps, name="scripted steps")
@@ -179,11 +177,11 @@ class ScriptedEncoder(ScriptedEngine):
 
     def _check_length(self, job: Embed | Rerank, words: int) -> None:
         if self._max_length is not None and words > self._max_length and job.truncate == "error":
-            raise PromptTooLongError(f"It has {words} tokens; the model reads {self._max_length}.")
+            raise PromptTooLongError(f"It has {words} tokens; the model reads at most {self._max_length}.")
 
 
 async def _turns() -> None:
-    """As many turns of the loop as a batch takes from one task to the next."""
+    """Yield for as many turns of the loop as a batch needs."""
     for _ in range(TURNS):
         await asyncio.sleep(0)
 
@@ -205,7 +203,7 @@ def score_of(query: str, document: str) -> float:
 
 
 def _name_of(job: Embed | Rerank) -> str:
-    """What cues call it: its text or document, or its token ids in a row."""
+    """Its name in cues: its text or document, or its joined token ids."""
     text = job.text if isinstance(job, Embed) else job.document
     return text if isinstance(text, str) else " ".join(map(str, text))
 
@@ -217,5 +215,5 @@ def _words_of(job: Embed | Rerank) -> int:
 
 def _check_dimensions(job: Embed) -> None:
     if job.dimensions is not None and job.dimensions > DIMENSIONS:
-        message = f"The model's vectors have {DIMENSIONS} dimensions; {job.dimensions} are none of them."
+        message = f"The model's vectors have {DIMENSIONS} dimensions, so {job.dimensions} cannot be kept."
         raise InvalidRequestError(message, "dimensions")

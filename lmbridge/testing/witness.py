@@ -1,6 +1,6 @@
-"""Sees what an engine is told and what it says, for tests of any engine.
+"""Observes an engine's input and output, for tests of any engine.
 
-Rule: from outside: the methods of one engine are wrapped, and the loop is known from its own ``start``.
+Rule: works from outside, by wrapping one engine's methods; ``start`` reveals the loop.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from collections.abc import Callable
 from lmbridge.engines.base import Engine, Sink
 from lmbridge.messages import Delta, Request
 
-TURNS = 3  # of the loop, within which an engine lets go of a request whose last delta it has said
+TURNS = 3  # of the loop, within which an engine releases a request after its last delta
 
 
 class Witness:
-    """Watches one engine.
+    """Observes one engine.
 
     Attributes:
-        said: the deltas of each request that the engine took, by id, in the order in which they came.
-        elsewhere: names of threads other than the server's on which the engine has said something.
+        said: the deltas of each request that the engine took, by id, in order.
+        elsewhere: names of threads other than the server's on which the engine called a sink.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -29,9 +29,9 @@ class Witness:
         self.said: dict[str, list[Delta]] = {}  # written by the server thread under _changed
         self.elsewhere: set[str] = set()  # each entry made in one atomic step
         self._changed = threading.Condition()
-        self._thread = 0  # ident of the server's; set once, by itself
-        self._loop: asyncio.AbstractEventLoop | None = None  # set once, by the server thread, as is the next
-        self._started = False  # what it asks itself before that, to prove itself, is its own affair
+        self._thread = 0  # ident of the server thread; set once, by that thread
+        self._loop: asyncio.AbstractEventLoop | None = None  # set once, by the server thread, like the next
+        self._started = False  # requests before that are the engine's own self-tests
         self._start, self._add = engine.start, engine.add_request
         engine.start, engine.add_request = self._on_start, self._on_add  # type: ignore[method-assign]
 
@@ -41,15 +41,15 @@ class Witness:
         self._loop.call_soon_threadsafe(function)
 
     def in_flight(self, patience: float) -> float:
-        """How many requests the engine counts when it has said the last word on each that it took.
+        """The engine's count of requests once it has ended each one it took.
 
         Raises:
-            AssertionError: it has not after ``patience`` seconds.
+            AssertionError: it had not ended them after ``patience`` seconds.
         """
         with self._changed:
             self._changed.wait_for(lambda: all(map(has_ended, self.said.values())), patience)
             forgotten = [request_id for request_id, deltas in self.said.items() if not has_ended(deltas)]
-        assert not forgotten, f"the engine has said no last word on {len(forgotten)} requests, {forgotten[0]} the first"
+        assert not forgotten, f"no last delta for {len(forgotten)} requests; the first is {forgotten[0]}"
         answer: concurrent.futures.Future[float] = concurrent.futures.Future()
         self.on_loop(lambda: self._ask(answer, TURNS))
         return answer.result(patience)
@@ -91,10 +91,10 @@ class Witness:
 
 
 class WitnessedEngines:
-    """A factory for ``Bridge(...)`` that has each of its engines witnessed."""
+    """A factory for ``Bridge(...)`` that observes each engine it builds."""
 
     def __init__(self, build: Callable[[], Engine]) -> None:
-        self.witnesses: list[Witness] = []  # one for each engine, in order; appended by who builds
+        self.witnesses: list[Witness] = []  # one per engine, in order; appended by the building thread
         self._build = build
 
     def __call__(self) -> Engine:
@@ -107,5 +107,5 @@ class WitnessedEngines:
 
 
 def has_ended(deltas: list[Delta]) -> bool:
-    """Whether the last delta of a request is among them."""
+    """Whether a last delta is among them."""
     return any(delta.finish_reason is not None or delta.error is not None for delta in deltas)

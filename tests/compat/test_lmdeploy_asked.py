@@ -164,7 +164,7 @@ def test_sessions_by_number() -> None:
 def test_what_is_not_here_names_what_is(name: str) -> None:
     """The user would read that there is no such attribute, and have to find out what to use."""
     with pipeline(ScriptedEngine) as pipe:
-        with pytest.raises(AttributeError, match=r"not here; instead: .*pipe\."):
+        with pytest.raises(AttributeError, match=r"only in LMDeploy; instead: .*pipe\."):
             getattr(pipe, name)
         with pytest.raises(AttributeError, match="no attribute 'no_such'"):
             _ = pipe.no_such

@@ -185,7 +185,7 @@ def test_what_the_other_engine_cannot_do_is_named(tmp_path: Path) -> None:
     done = run(*ON_DEMO, script)
     assert done.returncode == 1
     assert 'script.py", line 2' in done.stderr
-    assert "cannot honour tp" in done.stderr
+    assert "does not support tp" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------- install()

@@ -1,4 +1,4 @@
-"""LMDeploy's ``pipeline`` over a Bridge: put ``lmbridge.compat.lmdeploy`` for ``lmdeploy`` in the import line, no more.
+"""LMDeploy's ``pipeline`` over a Bridge: change ``lmdeploy`` to ``lmbridge.compat.lmdeploy`` in the import.
 
 ::
 
@@ -7,10 +7,10 @@
     with pipeline("demo", backend_config=PytorchEngineConfig(session_len=512)) as pipe:
         print(pipe(["Hi", "Tell me a story"], gen_config=GenerationConfig(max_new_tokens=32)))
 
-``install()`` gives it to code whose import line stays as it is, and so does ``lmbridge run script.py``.
+``install()`` and ``lmbridge run script.py`` redirect the import in unchanged code.
 
-Rule: names only. They are always our own, so that nothing depends on what is installed; ``messages``, ``model``,
-``pipeline`` and ``vl`` are modules as in LMDeploy, for those who import from there.
+Rule: names only, and always our own, so that nothing depends on what is installed; ``messages``, ``model``,
+``pipeline`` and ``vl`` are modules as in LMDeploy, for code that imports from there.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lmbridge.compat.lmdeploy.sessions import Session
 from lmbridge.compat.lmdeploy.standin import install
 from lmbridge.compat.lmdeploy.tokenizer import Tokenizer
 
-__version__ = "0.18.0"  # the LMDeploy whose calls and fields these are
+__version__ = "0.18.0"  # the LMDeploy version that this follows
 version_info = (0, 18, 0)
 
 __all__ = [

@@ -1,7 +1,7 @@
 """The Bridge's answers, deltas and errors as LMDeploy's Responses.
 
-Rule: pure functions and one counter. A request's own failure is a Response with ``finish_reason="error"``, as LMDeploy
-has it, so that a list keeps its other answers; what ends the caller's wait for another reason is raised.
+Rule: pure functions and one counter. A request's own failure is a Response with ``finish_reason="error"``, as in
+LMDeploy, so that a list keeps its other answers; anything else that ends the wait is raised.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CODES: tuple[tuple[type[LMBridgeError], str], ...] = (
 
 
 def whole(response: messages.Response, index: int = 0) -> Response:
-    """A whole answer."""
+    """A complete answer."""
     return Response(
         text=response.text,
         generate_token_len=len(response.token_ids),
@@ -47,17 +47,17 @@ def whole(response: messages.Response, index: int = 0) -> Response:
 
 
 def _beside(value: object) -> dict[str, Any]:
-    """What LMDeploy's engine tells beside tokens, by the names of the fields here."""
+    """What LMDeploy's engine returns besides tokens, by field name."""
     return value if isinstance(value, dict) else {}
 
 
 def _reason(reason: messages.FinishReason) -> Literal["stop", "length", "error", "abort"]:
-    """Calls of tools end an answer there as the model's own end does."""
+    """LMDeploy reports tool calls as ``stop``."""
     return "stop" if reason == "tool_calls" else reason
 
 
 def answer(result: messages.Response | BaseException, index: int = 0) -> Response:
-    """What became of a request; raises as ``failed`` does."""
+    """The result of a request; raises as ``failed`` does."""
     if isinstance(result, messages.Response):
         return whole(result, index)
     if isinstance(result, LMBridgeError):
@@ -66,7 +66,7 @@ def answer(result: messages.Response | BaseException, index: int = 0) -> Respons
 
 
 def failed(error: LMBridgeError, index: int = 0) -> Response:
-    """What a request's own failure looks like, with the text there was; raises ``error`` when it is not its own."""
+    """A request's own failure as a Response, with its partial text; raises any other error."""
     if isinstance(error, RequestAbortedError):
         return Response(error.partial, 0, 0, "abort", index=index)
     for kind, code in _CODES:
@@ -78,7 +78,7 @@ def failed(error: LMBridgeError, index: int = 0) -> Response:
 
 
 class Parts:
-    """One answer's parts: what was added, and one last part that says how it ended."""
+    """One answer's parts: added text, and a last part with the end."""
 
     def __init__(self, index: int) -> None:
         self._index = index
@@ -86,10 +86,10 @@ class Parts:
         self._prompt_tokens = 0  # until they are known
 
     def of(self, delta: messages.Delta) -> Iterator[Response]:
-        """What a delta adds, if anything; and with the answer's last one its end.
+        """A delta's new text, if any, and after the last delta the end.
 
         Raises:
-            LMBridgeError: it ended for a reason that is not the request's own.
+            LMBridgeError: it ended for a reason other than the request's own failure.
         """
         if delta.prompt_token_ids is not None:
             self._prompt_tokens = len(delta.prompt_token_ids)
@@ -106,7 +106,7 @@ class Parts:
             yield Response("", self._tokens, prompt_tokens, reason, index=self._index, **_beside(delta.value))
 
     def error(self, error: LMBridgeError) -> Response:
-        """As ``failed``; its text was handed out already."""
+        """As ``failed``, without the text, which was already returned."""
         last = failed(error, self._index)
         last.text, last.generate_token_len, last.input_token_len = "", self._tokens, self._prompt_tokens
         return last

@@ -1,7 +1,7 @@
-"""An engine's config in LMDeploy's words, in the words of whoever is to build it.
+"""Converts LMDeploy's engine configs to the chosen engine's options.
 
-Rule: pure functions on the caller's thread. Configs are read by their fields, so that LMDeploy's own objects do as well
-as ours. What cannot be honoured is refused by name; what cannot matter is let pass.
+Rule: pure functions on the caller's thread. Configs are read by field name, so LMDeploy's own objects work like ours.
+Unsupported settings are refused by name; settings without effect are ignored.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _TRANSFORMERS = {
     "max_prefill_token_num": "max_chunk_size",
     "revision": "revision",
 }
-"""Field of an engine config to the transformers engine's option."""
+"""Maps engine config fields to the transformers engine's options."""
 _ALWAYS_SO = frozenset(
     {"thread_safe", "enable_metrics", "eager_mode", "enable_prefix_caching", "kernel_block_size", "language_model_only"}
 )
-"""What the transformers engine does anyway, or what has nothing to act on there."""
+"""What the transformers engine does anyway, or cannot be affected by."""
 
 
 def common_options(config: Any) -> dict[str, Any]:
-    """The options that engines other than LMDeploy's share, for an engine config; its defaults leave them their own.
+    """An engine config as options for engines other than LMDeploy's; fields at their defaults are left out.
 
     Raises:
-        UnsupportedOptionError: a field is set that is LMDeploy's alone; the message names them all.
+        UnsupportedOptionError: fields are set that only LMDeploy has; the message names them all.
     """
     if config is None:
         return {}
@@ -44,7 +44,7 @@ def common_options(config: Any) -> dict[str, Any]:
     where = f"{type(config).__name__} on an engine other than LMDeploy's"
     _refuse([name for name in changed if name not in _TRANSFORMERS and name not in _ALWAYS_SO], where)
     options = {_TRANSFORMERS[name]: value for name, value in changed.items() if name in _TRANSFORMERS}
-    if isinstance(options.get("cache_share"), int):  # TurboMind counts blocks then
+    if isinstance(options.get("cache_share"), int):  # for TurboMind, an int counts blocks
         options["num_blocks"] = options.pop("cache_share")
     return options
 
@@ -52,11 +52,11 @@ def common_options(config: Any) -> dict[str, Any]:
 def lmdeploy_engine_config(config: Any, library: Any) -> Any:
     """LMDeploy's own engine config, for one of ours or a copy of one of its own.
 
-    ``thread_safe`` is taken out, because LMDeploy ends the process for it, and so are its metrics: they fill a queue
-    that only its own server empties. Log-probabilities are told when a request asks for them.
+    ``thread_safe`` is removed because with it LMDeploy ends the process, and so are its metrics, which fill a queue
+    that only its own server empties. Log-probabilities are enabled per request.
 
     Raises:
-        UnsupportedOptionError: a field is set that the installed LMDeploy does not have.
+        UnsupportedOptionError: the installed LMDeploy does not have a field that is set.
     """
     _check_engine_config(config)
     own = copy.copy(config) if _is_lmdeploys(config) else _rebuilt(config, getattr(library, type(config).__name__))
@@ -80,7 +80,7 @@ def lmdeploy_chat_template(config: Any, library: Any) -> Any:
 
 
 def _rebuilt(config: Any, theirs: Any) -> Any:
-    """An object of LMDeploy's class with what was changed in ours."""
+    """An object of LMDeploy's class with the fields changed in ours."""
     known = {field.name: field for field in dataclasses.fields(theirs)}
     changed = {
         name: value for name, value in changed_fields(config).items() if name not in ("thread_safe", "enable_metrics")
@@ -106,16 +106,16 @@ def _check_engine_config(config: Any) -> None:
 
 
 def changed_fields(config: Any) -> dict[str, Any]:
-    """The fields that differ from their defaults, those without a default included."""
+    """The fields that differ from their defaults, and those without a default."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    defaults["kernel_block_size"] = values.get("block_size")  # what its -1 becomes
+    defaults["kernel_block_size"] = values.get("block_size")  # what -1 stands for
     return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 def _refuse(names: list[str], where: str) -> None:
     if names:
-        raise UnsupportedOptionError(f"{where} cannot honour {', '.join(names)}; leave it out.", param=names[0])
+        raise UnsupportedOptionError(f"{where} does not support {', '.join(names)}; leave it out.", param=names[0])
 
 
 def has_fields(config: Any, names: Any) -> bool:

@@ -1,6 +1,6 @@
 """Which engine a pipeline runs on, and with which options.
 
-Rule: the caller's thread, before anything is loaded. LMDeploy is asked for only where it is to be used.
+Rule: the caller's thread, before anything is loaded. LMDeploy is imported only if it is used.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from lmbridge.errors import InvalidRequestError, MissingDependencyError, Unsuppo
 def choose_engine(
     model: Any, backend: str | None, backend_config: Any, given: dict[str, Any], trust: bool, log_level: str
 ) -> tuple[str, dict[str, Any]]:
-    """The engine's name and its options.
+    """Choose the engine's name and its options.
 
     Args:
-        backend: an engine's name; None means transformers for the bundled model, and else LMDeploy.
-        given: pipeline's other configs by name, None where none was given.
+        backend: an engine's name; None means transformers for the bundled model, otherwise LMDeploy.
+        given: pipeline's other configs by name, None for those not given.
 
     Raises:
-        MissingDependencyError: LMDeploy is to be used and is not installed.
-        UnsupportedOptionError: the engine cannot honour what was given; the message names it.
+        MissingDependencyError: LMDeploy is needed and not installed.
+        UnsupportedOptionError: the engine does not support an argument; the message names it.
         InvalidRequestError: a config is of the wrong type.
     """
     names = (AUTO, *engine_names())
@@ -58,7 +58,7 @@ def _import_lmdeploy() -> Any:
     from lmbridge.engines.lmdeploy.library import import_library
 
     try:
-        import_library()  # sees that it is there, and has what the engine relies on
+        import_library()  # checks that it is installed and has what the engine needs
     except MissingDependencyError as error:
         raise MissingDependencyError(
             f"{error}. To run on transformers instead, add backend='transformers' to the call of pipeline(), or "
@@ -70,4 +70,4 @@ def _import_lmdeploy() -> Any:
 def _refuse_given(given: dict[str, Any], where: str) -> None:
     names = [name for name, value in given.items() if value is not None]
     if names:
-        raise UnsupportedOptionError(f"{', '.join(names)}: {where} does not take it; leave it out.", names[0])
+        raise UnsupportedOptionError(f"{where} does not support {', '.join(names)}; leave it out.", names[0])

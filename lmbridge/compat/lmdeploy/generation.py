@@ -1,7 +1,7 @@
-"""How to generate, said in LMDeploy's words, in the words of the engine that is to do it.
+"""Converts LMDeploy's GenerationConfig to ours, for the chosen engine.
 
-Rule: the caller's thread. Configs are read by their fields, so that LMDeploy's own objects do as well as ours. A value
-that is wrong or cannot be honoured fails its own prompt when it is sent, as in LMDeploy, and not the whole list.
+Rule: the caller's thread. Configs are read by field name, so LMDeploy's own objects work like ours. An invalid or
+unsupported value fails only its own prompt, when that is sent, as in LMDeploy.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ _PLAIN = (
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "random_seed")
 _READ = frozenset({"n", "do_sample", "response_format", *_PLAIN, *_SAMPLING, *GENERATION})
 _WITHOUT_EFFECT = frozenset({"return_ppl", "spaces_between_special_tokens"})
-"""What changes no Response of LMDeploy's pipeline, with a fast tokenizer."""
-_NO_LIMIT = 2**31 - 1  # the room in the model's context ends the answer
-_BAN = -100.0  # the strongest bias there is
+"""Fields without effect on the Responses of LMDeploy's pipeline with a fast tokenizer."""
+_NO_LIMIT = 2**31 - 1  # only the model's context limits the answer
+_BAN = -100.0  # the strongest possible bias
 
 WordIds = Callable[[str], Sequence[int]]
-"""The tokens that a bad word stands for; raises LMBridgeError where none do."""
+"""The tokens of a bad word; raises LMBridgeError if there are none."""
 
 
 @dataclass(frozen=True)
 class Ability:
-    """What the engine below can do.
+    """What the underlying engine can do.
 
     Attributes:
-        supports: the names of the fields that it honours.
-        word_ids: finds bad words' tokens, for an engine that does not itself.
+        supports: the names of the fields that it supports.
+        word_ids: finds the tokens of bad words, if the engine cannot.
     """
 
     supports: frozenset[str]
@@ -51,7 +51,7 @@ class Ability:
 
 
 class RefusedConfig(messages.GenerationConfig):
-    """Stands for a config that cannot be used: its prompt fails when a request is made of it, the list's others run."""
+    """An invalid config: its prompt fails when its request is made, and the list's others run."""
 
     def __init__(self, error: LMBridgeError) -> None:
         super().__init__()
@@ -62,12 +62,12 @@ class RefusedConfig(messages.GenerationConfig):
 
 
 def generation_config(config: Any, ability: Ability, keywords: Keywords) -> messages.GenerationConfig:
-    """Our config for LMDeploy's, with what the call's keywords say; its values are checked when it is sent.
+    """Our config for LMDeploy's and the call's keywords; its values are checked when it is sent.
 
-    Greedy means greedy there: without ``do_sample`` the repetition penalty is off too.
+    As in LMDeploy, without ``do_sample`` decoding is greedy and has no repetition penalty.
 
     Raises:
-        InvalidRequestError: ``config`` is no GenerationConfig.
+        InvalidRequestError: ``config`` is not a GenerationConfig.
     """
     if config is None:
         config = GenerationConfig()
@@ -88,7 +88,7 @@ def generation_config(config: Any, ability: Ability, keywords: Keywords) -> mess
         return RefusedConfig(error)
     if keywords.template:
         fields["chat_template_kwargs"] = keywords.template
-    if "return_prompt_token_ids" in ability.supports:  # LMDeploy tells the prompt's length from the first part on
+    if "return_prompt_token_ids" in ability.supports:  # LMDeploy reports the prompt's length from the first part on
         fields["return_prompt_token_ids"] = True
     if not OWN_FIELDS.isdisjoint(fields):
         return LMDeployRequestConfig(**fields)
@@ -96,14 +96,14 @@ def generation_config(config: Any, ability: Ability, keywords: Keywords) -> mess
 
 
 def _look_through(config: Any) -> None:
-    """Warn of what is ignored, as in LMDeploy, and refuse what is not known here."""
+    """Warn about what is ignored, as in LMDeploy, and refuse unknown fields."""
     if config.n != 1:
-        told_once("GenerationConfig.n=%s is taken for 1, as LMDeploy does", config.n)
+        told_once("GenerationConfig.n=%s is treated as 1, as in LMDeploy", config.n)
     for name in changed_fields(config):
         if name in _WITHOUT_EFFECT:
             told_once("GenerationConfig.%s has no effect, as in LMDeploy", name)
         elif name not in _READ:
-            raise UnsupportedOptionError(f"GenerationConfig cannot honour {name}; leave it out.", param=name)
+            raise UnsupportedOptionError(f"GenerationConfig.{name} is not supported; leave it out.", param=name)
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -111,9 +111,9 @@ def _plain(config: Any) -> dict[str, Any]:
     if config.max_new_tokens is None:
         fields["max_new_tokens"] = _NO_LIMIT
     elif config.min_new_tokens and not 0 <= config.min_new_tokens <= config.max_new_tokens:
-        told_once("GenerationConfig.min_new_tokens=%s is taken for none, as LMDeploy does", config.min_new_tokens)
+        told_once("GenerationConfig.min_new_tokens=%s has no effect, as in LMDeploy", config.min_new_tokens)
         fields["min_new_tokens"] = None
-    if config.do_sample:  # else nothing here asks for sampling, and an engine without such fields does as well
+    if config.do_sample:  # otherwise greedy: engines without sampling fields work too
         fields.update(do_sample=True, **{name: getattr(config, name) for name in _SAMPLING})
         if config.top_p == 0:  # the smallest set of all is the most likely token
             fields.update(top_p=None, top_k=1)
@@ -121,7 +121,7 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def _form(asked: Any) -> dict[str, Any]:
-    """What form the answer has; LMDeploy takes a schema bare as well, and has expressions among the formats."""
+    """The form of the answer; LMDeploy also accepts a bare schema, and regular expressions as a format."""
     kind = asked.get("type") if isinstance(asked, Mapping) else None
     if kind == "regex_schema":
         return {"grammar": {"regex": asked.get("regex_schema")}}
@@ -136,7 +136,7 @@ def _form(asked: Any) -> dict[str, Any]:
 
 
 def _of_lmdeploy(config: Any, ability: Ability) -> dict[str, Any]:
-    """What LMDeploy's engine is to do itself; another does the part of it that it can, and refuses the rest."""
+    """Options for LMDeploy's own engine; other engines take what they support and refuse the rest."""
     own = {name: value for name in GENERATION if (value := getattr(config, name)) not in (None, 0, False)}
     if ability.own:
         return {**own, "keep_ending_token": True} if config.include_stop_str_in_output else own

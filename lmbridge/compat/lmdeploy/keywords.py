@@ -1,6 +1,6 @@
-"""The keyword arguments that LMDeploy's calls hand on to its engine.
+"""The keyword arguments that LMDeploy's calls pass to its engine.
 
-Rule: the caller's thread. What LMDeploy ignores is ignored here, and said once.
+Rule: the caller's thread. What LMDeploy ignores is ignored here, with one warning.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from lmbridge.errors import InvalidRequestError
 _log = logging.getLogger("lmbridge.compat.lmdeploy")
 _TEMPLATE = ("chat_template_kwargs", "enable_thinking", "reasoning_effort", "tools")
 _NEUTRAL: dict[str, Any] = {"multiplex": True, "sequence_start": True, "sequence_end": True, "step": 0}
-"""Arguments without an effect in LMDeploy, with a value that asks for nothing; None never does."""
-_told: set[str] = set()  # what was said already; any thread, in whole steps
+"""Arguments without effect in LMDeploy, with a value that needs no warning; None never does."""
+_told: set[str] = set()  # warnings already given; any thread, in atomic steps
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Keywords:
 
     Attributes:
         template: variables of the chat template.
-        own: what LMDeploy's own engine is to be told beside.
+        own: further options for LMDeploy's own engine.
     """
 
     template: dict[str, Any] = field(default_factory=dict)
@@ -37,28 +37,28 @@ def read_keywords(given: Mapping[str, Any], *, template: bool) -> Keywords:
     """The keywords of a call.
 
     Args:
-        template: prompts go through the chat template; without it, what is for it has no effect.
+        template: prompts go through the chat template; otherwise its keywords have no effect.
 
     Raises:
-        InvalidRequestError: ``chat_template_kwargs`` is no dict.
+        InvalidRequestError: ``chat_template_kwargs`` is not a dict.
     """
     asked = {name: value for name, value in given.items() if value is not None}
     for name, value in asked.items():
         if name not in _TEMPLATE and name not in PREPROCESSING and _NEUTRAL.get(name) != value:
-            told_once("The argument %s is ignored, as in LMDeploy; see GenerationConfig for how to generate", name)
+            told_once("The argument %s is ignored, as in LMDeploy; use GenerationConfig instead", name)
     own = {name: asked[name] for name in PREPROCESSING if name in asked}
     return Keywords(_variables(asked) if template else {}, own)
 
 
 def told_once(message: str, *values: Any) -> None:
-    """Warn, unless the same was said before."""
+    """Warn once per message."""
     if (text := message % values) not in _told:
         _told.add(text)
         _log.warning(text)
 
 
 def _variables(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """In LMDeploy ``chat_template_kwargs`` count more than ``enable_thinking``, and less than ``reasoning_effort``."""
+    """As in LMDeploy, ``chat_template_kwargs`` override ``enable_thinking``; ``reasoning_effort`` overrides both."""
     variables = asked.get("chat_template_kwargs", {})
     if not isinstance(variables, Mapping):
         raise InvalidRequestError(

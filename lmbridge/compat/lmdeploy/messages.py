@@ -1,7 +1,7 @@
-"""LMDeploy's configs and its Response, with its fields, defaults, order and mutability (those of 0.18).
+"""LMDeploy's configs and Response, with the fields, defaults, order and mutability of 0.18.
 
-Rule: plain data that checks itself when it is made; neither LMDeploy nor torch is known here. What a field means is
-said in LMDeploy's own documentation.
+Rule: plain data that validates itself when created; neither LMDeploy nor torch is known here. LMDeploy's documentation
+explains the fields.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from lmbridge.errors import InvalidRequestError
 
 
 class AssertedError(InvalidRequestError, AssertionError):
-    """A value that LMDeploy asserts something of: who catches AssertionError for it there does so here."""
+    """An invalid value that LMDeploy rejects by ``assert``: code catching AssertionError still works."""
 
 
 class ResponseType(enum.Enum):
-    """How a step of LMDeploy's engine ended, for code that names it; a Response says so by its ``finish_reason``."""
+    """How a step of LMDeploy's engine ended, for code that uses it; a Response has ``finish_reason`` instead."""
 
     SUCCESS = enum.auto()
     FINISH = enum.auto()
@@ -114,7 +114,7 @@ class GenerationConfig:
 
 @dataclass
 class KVTransferConfig:
-    """A connector of LMDeploy's PyTorch engine to a cache elsewhere."""
+    """Connects LMDeploy's PyTorch engine to an external cache."""
 
     kv_connector: str | None = None
     kv_role: Literal["kv_producer", "kv_consumer", "kv_both"] | None = None
@@ -281,15 +281,15 @@ class Response:
 
     Attributes:
         text: the answer, or what this part adds.
-        generate_token_len: tokens generated so far, the ending one left out.
-        input_token_len: tokens of the prompt, the chat template's included; an engine of your own that does not tell a
-            prompt's tokens has it in the last part only.
+        generate_token_len: tokens generated so far, without the end token.
+        input_token_len: tokens of the prompt, the chat template's included; an engine of your own that does not report
+            them sets this only in the last part.
         finish_reason: ``stop``, ``length``, ``abort`` or ``error``; None in a part that is not the last.
         token_ids: the tokens of ``text``.
-        logprobs: per token id of the answer, token id to log-probability; None unless asked for.
-        index: position of the prompt in the list given.
-        error_code, error_message: why, where ``finish_reason`` is ``error``.
-        logits, last_hidden_state, routed_experts, cached_tokens: what LMDeploy's engine tells, in the last part.
+        logprobs: per token id of the answer, token id to log-probability; None unless requested.
+        index: position of the prompt in the given list.
+        error_code, error_message: the reason, if ``finish_reason`` is ``error``.
+        logits, last_hidden_state, routed_experts, cached_tokens: set by LMDeploy's engine, in the last part.
     """
 
     text: str

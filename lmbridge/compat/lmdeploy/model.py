@@ -1,6 +1,6 @@
 """LMDeploy's ChatTemplateConfig.
 
-Rule: plain data; an LMDeploy engine gets it converted, other engines use the model's own template.
+Rule: plain data; converted for LMDeploy's engine; other engines use the model's own template.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lmbridge.errors import InvalidRequestError
 
 @dataclass
 class ChatTemplateConfig:
-    """Which of LMDeploy's chat templates is used, and what is changed in it; None leaves the template's own."""
+    """One of LMDeploy's chat templates, with changes; None keeps the template's own value."""
 
     model_name: str
     model_path: str | None = None
@@ -34,7 +34,7 @@ class ChatTemplateConfig:
     stop_words: list[str] | None = None
 
     def to_json(self, file_path: str | None = None) -> str:
-        """The fields as JSON, written to ``file_path`` too where one is given."""
+        """The fields as JSON; also written to ``file_path`` if given."""
         text = json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=4)
         if file_path:
             Path(file_path).write_text(text, encoding="utf-8")
@@ -42,19 +42,19 @@ class ChatTemplateConfig:
 
     @classmethod
     def from_json(cls, file_or_string: str) -> ChatTemplateConfig:
-        """Made of a JSON text or of the file of that name; a template without a name gets a new one.
+        """From JSON or from the file of that name; a template without a name gets a new one.
 
         Raises:
             InvalidRequestError: it is neither.
         """
         try:
             text = Path(file_or_string).read_text(encoding="utf-8")
-        except OSError:  # no such file, or a text too long to name one
+        except OSError:  # no such file, or too long for a file name
             text = file_or_string
         try:
             fields = json.loads(text)
         except ValueError as cause:
-            raise InvalidRequestError("Give ChatTemplateConfig.from_json a file or a JSON text.") from cause
+            raise InvalidRequestError("ChatTemplateConfig.from_json needs a file name or a JSON string.") from cause
         if fields.get("model_name") is None:
             fields["model_name"] = uuid.uuid4().hex
         return cls(**fields)

@@ -1,7 +1,7 @@
 """LMDeploy's Pipeline over a Bridge.
 
-Rule: the caller's end; any thread, and any number of them. What it adds to LMDeploy's calls is keyword-only, and leaves
-the meaning of a call without it alone.
+Rule: the caller's end; any number of threads. What it adds to LMDeploy's calls is keyword-only, and does not change the
+meaning of calls without it.
 """
 
 from __future__ import annotations
@@ -30,46 +30,45 @@ from lmbridge.engines.base import Engine
 from lmbridge.errors import InvalidRequestError, LMBridgeError
 
 _IGNORED = ("model_name", "vision_config")
-"""Arguments of LMDeploy's ``pipeline`` that change nothing."""
+"""Arguments of LMDeploy's ``pipeline`` that have no effect here."""
 _GONE = {
-    "async_engine": "what it is used for has a word of its own: pipe.bridge has health(), requests(), stats() and "
+    "async_engine": "pipe.bridge has health(), requests(), stats() and "
     "metrics, and pipe.get_ppl() and pipe.session() are as in LMDeploy",
     "generate": "await pipe.async_batch_infer(...), or iterate over pipe.bridge.astream(...)",
     "internal_thread": "the engine's thread is the bridge's; any thread may call the pipeline",
-    "limiter": "pipe.bridge.requests() tells what waits and what runs",
-    "session_mgr": "pipe.session() begins a session, and its abort() ends what it generates",
+    "limiter": "pipe.bridge.requests() lists waiting and running requests",
+    "session_mgr": "pipe.session() starts a session, and its abort() stops generation",
 }
-"""Attributes of LMDeploy's Pipeline that would hand out an engine that any thread may not touch; what to use."""
+"""Attributes of LMDeploy's Pipeline that would expose the engine, which is not thread-safe; what to use instead."""
 
 
 class Pipeline:
-    """LMDeploy's Pipeline, which any number of threads may use. ``pipeline`` is another name of it.
+    """LMDeploy's Pipeline, safe for any number of threads. ``pipeline`` is an alias.
 
     Args:
-        model_path: a folder or a hub id; ``"demo"`` is the bundled model; an Engine, or a function that
-            builds one.
+        model_path: a folder, a hub id, ``"demo"`` for the bundled model, an Engine, or a function that builds one.
         backend_config: a PytorchEngineConfig or a TurbomindEngineConfig, ours or LMDeploy's own.
         chat_template_config: a ChatTemplateConfig, ours or LMDeploy's own; for the LMDeploy engine.
-        log_level: of LMDeploy's logger and ours, for the whole process.
-        max_log_len: ignored, as ``model_name`` and ``vision_config`` are; prompts are never logged.
+        log_level: the level of LMDeploy's logger and ours, for the whole process.
+        max_log_len: ignored, like ``model_name`` and ``vision_config``; prompts are never logged.
         trust_remote_code: run code that comes with the model.
         speculative_config: refused; the engines do not decode speculatively.
-        allowed_media_domains: refused; the engines would not keep to it.
-        backend: an engine's name; None takes transformers for the bundled model, and else LMDeploy.
+        allowed_media_domains: refused; the engines do not enforce it.
+        backend: an engine's name; None means transformers for the bundled model, otherwise LMDeploy.
         timeout: default deadline of every call, in seconds; None waits forever.
-        stall_timeout: seconds of silence after which an engine with work is taken for dead; None trusts it.
+        stall_timeout: seconds without output after which a working engine counts as dead; None: never.
         engine_options: the engine's own options.
 
     Raises:
-        MissingDependencyError: LMDeploy is to be used and is not installed; the message says how to install it.
-        UnsupportedOptionError: the engine cannot honour what was given; the message names it.
-        ModelNotFoundError, InvalidRequestError: what was given cannot work.
+        MissingDependencyError: LMDeploy is needed and not installed; the message says how to install it.
+        UnsupportedOptionError: the engine does not support an argument; the message names it.
+        ModelNotFoundError, InvalidRequestError: an argument is invalid.
         EngineStartError: the model could not be loaded.
 
     Attributes:
-        bridge: the Bridge below, for what LMDeploy has no word for: ``health``, ``requests``, ``metrics``, ``swap``.
-        backend_config: with what the engine has made of it, where LMDeploy's is loaded: ``session_len``,
-            ``max_batch_size``, ``num_gpu_blocks``.
+        bridge: the underlying Bridge, for what LMDeploy lacks: ``health``, ``requests``, ``metrics``, ``swap``.
+        backend_config: as LMDeploy's engine, if that is loaded, has completed it: ``session_len``, ``max_batch_size``,
+            ``num_gpu_blocks``.
     """
 
     def __init__(
@@ -112,7 +111,7 @@ class Pipeline:
             self.bridge.close()
             raise
 
-    # --- whole answers ---
+    # --- complete answers ---
 
     def infer(
         self,
@@ -125,25 +124,25 @@ class Pipeline:
         timeout: float | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Generate and block for the whole answer; a list of prompts gives a list of answers in the same order.
+        """Generate and block for the complete answer; a list of prompts gives a list of answers in order.
 
         Args:
-            prompts: a text, a list of messages, a pair of text and image, or a list of these.
-            gen_config: how to generate; a list has one for each prompt.
-            do_preprocess: False gives a text to the model as it is, without the chat template.
+            prompts: a string, a list of messages, a pair of text and image, or a list of these.
+            gen_config: how to generate; a list gives one per prompt.
+            do_preprocess: False passes a string to the model as it is, without the chat template.
             use_tqdm: show a progress bar.
             adapter_name: one of the ``adapters`` in the ``backend_config``, for LMDeploy's engine.
-            timeout: seconds for all of it; None takes the pipeline's.
+            timeout: seconds for the whole call; None means the pipeline's.
             kwargs: ``enable_thinking``, ``chat_template_kwargs``, ``reasoning_effort`` and ``tools`` for the chat
                 template; ``media_io_kwargs`` and ``mm_processor_kwargs`` for LMDeploy's engine. Others are ignored,
                 with a warning.
 
         Returns:
-            A Response, or a list of them. A prompt that fails by itself has one with ``finish_reason="error"``.
+            A Response, or a list of them. A prompt that fails on its own gets one with ``finish_reason="error"``.
 
         Raises:
-            InvalidRequestError: prompts or configs are wrong; nothing was sent.
-            RequestTimeoutError: the time is up; the engine has stopped.
+            InvalidRequestError: prompts or configs are invalid; nothing was sent.
+            RequestTimeoutError: the deadline passed; generation was aborted.
             BridgeClosedError, ForkedError: the pipeline was closed, or belongs to the parent process.
         """
         asked = self._asked(prompts, gen_config, do_preprocess, adapter_name, timeout, kwargs)
@@ -160,7 +159,7 @@ class Pipeline:
         return self.infer(prompts, gen_config=gen_config, **kwargs)
 
     def batch_infer(self, *args: Any, **kwargs: Any) -> Any:
-        """``infer`` by its old name."""
+        """``infer`` under its old name."""
         warnings.warn("batch_infer is deprecated; call infer.", DeprecationWarning, stacklevel=2)
         return self.infer(*args, **kwargs)
 
@@ -174,20 +173,20 @@ class Pipeline:
         timeout: float | None = None,
         **kwargs: Any,
     ) -> Any:
-        """``infer`` for a task on any event loop, the engine's own included; cancelling the task stops the engine."""
+        """``infer`` for a task on any event loop, the engine's own included; cancelling the task stops generation."""
         asked = self._asked(prompts, gen_config, do_preprocess, adapter_name, timeout, kwargs)
         results = await self.bridge.ainfer(asked.prompts, asked.configs, return_exceptions=True, **asked.options)
         responses = [answers.answer(result, index) for index, result in enumerate(results)]
         return responses[0] if is_single(prompts) else responses
 
     def _infer_one(self, asked: Asked) -> Response:
-        """A single prompt, without what a list costs."""
+        """A single prompt, without the overhead of a list."""
         try:
             return answers.whole(self.bridge.infer(asked.prompts[0], asked.configs[0], **asked.options))
         except LMBridgeError as error:
             return answers.failed(error)
 
-    # --- answers that grow ---
+    # --- streams ---
 
     def stream_infer(
         self,
@@ -201,17 +200,17 @@ class Pipeline:
         timeout: float | None = None,
         **kwargs: Any,
     ) -> ResponseStream:
-        """Send the prompts and return the parts of their answers as they come; ``index`` says whose a part is.
+        """Send the prompts and return the parts of their answers as they come; ``index`` names the prompt.
 
         Args:
-            sessions: one for each prompt, or its number, to ``abort()`` it by; each is taken until its answer was read
-                or left.
-            stream_response: False gives each answer as one whole, when it is complete.
+            sessions: one per prompt, or its number, so that ``abort()`` works; each is in use until its answer is read
+                to the end or abandoned.
+            stream_response: False returns each answer whole, once complete.
             prompts, gen_config, do_preprocess, timeout: as for ``infer``.
 
         Raises:
-            InvalidRequestError: prompts, sessions or configs are wrong, or a session is taken; nothing was sent.
-            LMBridgeError: what reading on may raise; see ``infer``.
+            InvalidRequestError: prompts, sessions or configs are invalid, or a session is in use; nothing was sent.
+            LMBridgeError: raised while reading; see ``infer``.
         """
         asked = self._asked(prompts, gen_config, do_preprocess, adapter_name, timeout, kwargs)
         owners = map(self._sessions.find, _per_prompt(sessions, len(asked.prompts), "sessions"))
@@ -229,11 +228,11 @@ class Pipeline:
         timeout: float | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Say ``prompt`` in a conversation. A turn that is left or fails is not remembered.
+        """Say ``prompt`` in a conversation. A turn that fails or is abandoned is forgotten.
 
         Args:
-            prompt: a text, or a pair of text and image.
-            session: the conversation; None begins one.
+            prompt: a string, or a pair of text and image.
+            session: the conversation; None starts one.
             stream_response: return the parts of the answer as they come.
             gen_config, timeout: as for ``infer``.
 
@@ -241,7 +240,7 @@ class Pipeline:
             The session, with the answer as ``response``; or a ResponseStream, whose last part completes the turn.
 
         Raises:
-            InvalidRequestError: the session has a turn running; and what ``infer`` raises.
+            InvalidRequestError: the session has a turn running; otherwise as ``infer``.
         """
         session = self.session() if session is None else session
 
@@ -264,7 +263,7 @@ class Pipeline:
             stream.close()
 
     def _stream(self, turns: Sequence[Turn | None], ask: Callable[[], Asked], whole: bool = False) -> ResponseStream:
-        """Claim the sessions, only then ask, and send; whatever raises leaves nothing claimed and nothing running."""
+        """Claim the sessions, then build and send the requests; on any error, release and stop everything."""
         stream = ResponseStream(turns, whole)
         try:
             for turn in turns:
@@ -289,8 +288,8 @@ class Pipeline:
             input_ids: token ids, at least two, or a list of such lists.
 
         Raises:
-            InvalidRequestError: they are none, or what ``infer`` raises; also where a prompt fails by itself.
-            UnsupportedOptionError: the engine scores no prompts.
+            InvalidRequestError: they are not lists of token ids, a prompt fails on its own, or as ``infer``.
+            UnsupportedOptionError: the engine cannot score prompts.
         """
         config, prompts = scoring_config("ppl", self._ability()), lists_of_ids(input_ids, least=2)
         answered = self.bridge.infer(prompts, config, timeout=self._timeout)
@@ -299,10 +298,10 @@ class Pipeline:
         ]
 
     def get_reward_score(self, input_ids: Any) -> list[float]:
-        """What a reward model thinks of each prompt; on LMDeploy's engine, for the models that it knows.
+        """A reward model's score of each prompt; on LMDeploy's engine, for the models it supports.
 
         Raises:
-            InvalidRequestError: the model is none; and as ``get_ppl``.
+            InvalidRequestError: the model is not a reward model; otherwise as ``get_ppl``.
         """
         config, prompts = scoring_config("reward", self._ability()), lists_of_ids(input_ids, least=1)
         return [float(one.value) for one in self.bridge.infer(prompts, config, timeout=self._timeout)]
@@ -310,7 +309,7 @@ class Pipeline:
     # --- lifetime ---
 
     def close(self) -> None:
-        """Stop what runs and free the model; every waiting call raises BridgeClosedError. Any thread, any time."""
+        """Abort running calls, which raise BridgeClosedError, and free the model. Any thread, any time."""
         self.bridge.close()
 
     def __enter__(self) -> Pipeline:
@@ -323,9 +322,9 @@ class Pipeline:
         return f"<Pipeline over {self.bridge!r}>"
 
     def __getattr__(self, name: str) -> Any:
-        """Only asked for what is not there."""
+        """Called only for missing attributes."""
         if name in _GONE:
-            raise AttributeError(f"Pipeline.{name} is LMDeploy's own and not here; instead: {_GONE[name]}.")
+            raise AttributeError(f"Pipeline.{name} exists only in LMDeploy; instead: {_GONE[name]}.")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
@@ -353,7 +352,7 @@ class Pipeline:
         )
 
     def _ability(self) -> Ability:
-        """What the engine can do, or the last one could while a new one is built."""
+        """The abilities of the current or last engine."""
         self._supports = self.bridge.supports() or self._supports
         return Ability(self._supports, self._word_ids)
 
@@ -368,13 +367,13 @@ def _per_prompt(given: Any, count: int, name: str) -> list[Any]:
     return list(given)
 
 
-# Not a WeakSet, which breaks when one thread looks while another adds. Any thread, each step atomic.
+# Not a WeakSet, which breaks when one thread iterates while another adds. Any thread; atomic steps.
 _open: dict[weakref.ref[Pipeline], Any] = {}
 
 
 @atexit.register
 def _close_all() -> None:
-    """End the pipelines nobody closed: with LMDeploy one need not. Runs before the Bridge's own, which would warn."""
+    """Close open pipelines, as LMDeploy requires no close. Runs before the Bridge's own exit hook, which would warn."""
     for found in list(_open):
         if (pipe := found()) is not None:
             pipe.close()

@@ -1,6 +1,6 @@
-"""LMDeploy's forms of prompts: a text, a conversation, a pair of text and images, or a list of these.
+"""LMDeploy's forms of prompts: a string, a conversation, a pair of text and images, or a list of these.
 
-Rule: pure functions on the caller's thread; what a text part or a message without content means is LMDeploy's rule.
+Rule: pure functions on the caller's thread; text parts and messages without content follow LMDeploy's rules.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def is_single(prompts: object) -> bool:
 
 
 def each_prompt(prompts: Any) -> list[Prompt]:
-    """The prompts, each a text or a conversation.
+    """The prompts, each a string or a conversation.
 
     Raises:
-        InvalidRequestError: one of them is neither; nothing has been sent then.
+        InvalidRequestError: one of them is neither; nothing was sent.
     """
     if is_single(prompts) or not isinstance(prompts, list):
         prompts = [prompts]
@@ -52,14 +52,14 @@ def _prompt(prompt: Any, place: int) -> Prompt:
             said, shown = [{"type": "text", "text": text}], [*map(_image_part, images)]
             return [{"role": "user", "content": [*said, *shown] if text_first else [*shown, *said]}]
     raise InvalidRequestError(
-        f"Prompt {place} must be a text, a list of messages such as {{'role': 'user', 'content': '…'}}, or a pair of "
+        f"Prompt {place} must be a string, a list of messages such as {{'role': 'user', 'content': '…'}}, or a pair of "
         f"text and image (or images), not {prompt!r:.80}.",
         "prompts",
     )
 
 
 def _message(message: Message) -> Message:
-    """The message with a content; parts that are all texts become one text, a line each."""
+    """The message with its content; text parts are joined, one line each."""
     content = message.get("content")
     if content is None:
         return {**message, "content": ""}
@@ -75,7 +75,7 @@ def _is_text_of(pair: tuple[Any, Any]) -> bool:
 def _is_image(value: object) -> bool:
     if isinstance(value, str):
         return value.startswith(("http", "data:image"))
-    return type(value).__module__.partition(".")[0] == "PIL"  # asked without importing it
+    return type(value).__module__.partition(".")[0] == "PIL"  # checked without importing it
 
 
 def _image_part(image: object) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Prompts that are scored rather than gone on with: ``get_ppl`` and ``get_reward_score``.
+"""Scoring prompts instead of continuing them: ``get_ppl`` and ``get_reward_score``.
 
 Rule: pure functions on the caller's thread.
 """
@@ -15,25 +15,23 @@ from lmbridge.errors import UnsupportedOptionError
 
 
 def perplexity(prompt_logprobs: messages.PromptLogprobs) -> float:
-    """The mean cross-entropy of a prompt whose tokens' log-probabilities are these; the first has none."""
+    """The mean cross-entropy of a prompt with these log-probabilities; the first token has none."""
     own = [next(iter(entry.values())) for entry in prompt_logprobs if entry is not None]
     return -sum(own) / len(own)
 
 
 def scoring_config(kind: Literal["ppl", "reward"], ability: Ability) -> messages.GenerationConfig:
-    """What has a prompt scored rather than gone on with.
+    """The config that scores a prompt instead of continuing it.
 
     Raises:
-        UnsupportedOptionError: the engine does not score prompts that way.
+        UnsupportedOptionError: the engine cannot score prompts that way.
     """
     if ability.own:
         return LMDeployRequestConfig(score=kind)
     if kind == "ppl" and "prompt_logprobs" in ability.supports:
         return messages.GenerationConfig(max_new_tokens=1, prompt_logprobs=0)
     what = "get_ppl" if kind == "ppl" else "get_reward_score"
-    raise UnsupportedOptionError(
-        f"{what} is not supported by this engine; LMDeploy's does it (backend='lmdeploy').", what
-    )
+    raise UnsupportedOptionError(f"{what} is not supported by this engine; use LMDeploy's (backend='lmdeploy').", what)
 
 
 def lists_of_ids(given: Any, least: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
-"""A script that imports ``lmdeploy``, run on the drop-in as ``python script.py`` would run it.
+"""A script that imports ``lmdeploy``, run on the drop-in like ``python script.py``.
 
-Rule: the main thread, before anything else runs. The script's module stays ``__main__`` when the script is through,
-because its threads may go on.
+Rule: the main thread, before anything else runs. The script's module stays ``__main__`` after the script ends, because
+its threads may go on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from lmbridge.compat.lmdeploy.standin import install
 
-_ENVIRONMENT = "LMBRIDGE_RUN"  # what processes that the script spawns are to do, as JSON
+_ENVIRONMENT = "LMBRIDGE_RUN"  # instructions for processes that the script spawns, as JSON
 _SPAWNED = "lmbridge.compat.lmdeploy.spawned"
 
 
@@ -47,25 +47,25 @@ class Script:
         install(backend=backend, model=model)
         os.environ[_ENVIRONMENT] = json.dumps({"file": self._file, "backend": backend, "model": model})
         sys.argv = [self._path, *arguments]
-        if not getattr(sys.flags, "safe_path", False):  # with it there is no entry for the script
+        if not getattr(sys.flags, "safe_path", False):  # safe_path omits the script's entry
             sys.path[0] = os.path.dirname(os.path.realpath(self._file))
         main = types.ModuleType("__main__")
         main.__dict__.update(__builtins__=builtins, __file__=self._file, __loader__=self._loader)
-        main.__spec__ = find_spec(_SPAWNED)  # what multiprocessing has a spawned process import
+        main.__spec__ = find_spec(_SPAWNED)  # imported by spawned processes of multiprocessing
         sys.modules["__main__"] = main
         exec(self._loader.source_to_code(self._source, self._file), main.__dict__)
 
     def show(self, error: BaseException) -> None:
-        """Print what it has raised as Python does, without the frames that called it."""
+        """Print its exception as Python does, without the frames that called it."""
         traceback = error.__traceback__
         while traceback is not None and traceback.tb_frame.f_code.co_filename != self._file:
-            traceback = traceback.tb_next  # to its end where the file does not compile
+            traceback = traceback.tb_next  # the end, if the file does not compile
         error.__traceback__ = traceback
         sys.excepthook(type(error), error, traceback)
 
 
 def run_again(namespace: dict[str, Any]) -> None:
-    """In a process that the script has spawned: what ``Script.run`` did, into ``namespace``."""
+    """In a process spawned by the script: repeat ``Script.run`` into ``namespace``."""
     told = json.loads(os.environ[_ENVIRONMENT])
     install(backend=told["backend"], model=told["model"])
     file = sys.argv[0] = told["file"]

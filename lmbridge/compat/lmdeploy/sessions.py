@@ -1,6 +1,6 @@
-"""A conversation as LMDeploy keeps it: pairs of what was said and what was answered; one turn at a time.
+"""A conversation as in LMDeploy: pairs of prompt and answer, one turn at a time.
 
-Rule: plain state of the callers', any thread; the pipeline does the asking.
+Rule: plain caller state, any thread; the pipeline sends the requests.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from lmbridge.compat.lmdeploy.prompts import as_messages
 from lmbridge.errors import InvalidRequestError
 from lmbridge.messages import Message
 
-# Whose turn it is, and what a turn that ends writes into its session. Held for moments, never while anything waits;
-# re-entrant, because the garbage collector may end a stream, and its turns, in the middle of anything.
+# Guards whose turn it is, and what an ending turn writes into its session. Held briefly, never while waiting;
+# re-entrant, because the garbage collector may end a stream and its turns at any point.
 _lock = threading.RLock()
 
 
 def _after_fork() -> None:
     global _lock
-    _lock = threading.RLock()  # the old one may have been held by a thread that does not exist here
+    _lock = threading.RLock()  # a thread that no longer exists may hold the old one
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -36,15 +36,15 @@ class Session:
 
     Attributes:
         session_id: its number within the pipeline.
-        prompt: what was asked last.
-        response: the whole answer to it; None while it is missing.
+        prompt: the last prompt.
+        response: the complete answer to it; None until there is one.
         history: pairs of prompt and answer; may be changed between turns.
         gen_config: for the caller's own use, as in LMDeploy.
     """
 
     def __init__(self, session_id: int) -> None:
         self.session_id = session_id
-        self._turn: Turn | None = None  # who has the session; written under _lock, read by any thread
+        self._turn: Turn | None = None  # the turn using the session; written under _lock, read by any thread
         self.reset()
 
     def update(self, **fields: Any) -> None:
@@ -53,7 +53,7 @@ class Session:
             setattr(self, name, fields.get(name, getattr(self, name)))
 
     def reset(self) -> None:
-        """Forget everything but the number; a turn that runs will not be remembered."""
+        """Forget everything but the number, including a running turn."""
         with _lock:
             if self._turn is not None:
                 self._turn.forgotten = True
@@ -63,13 +63,13 @@ class Session:
             self.gen_config: Any = None
 
     def abort(self) -> None:
-        """Stop the answer that is being generated, or about to be, if one is; any thread."""
+        """Stop the answer being generated or about to be, if any. Any thread."""
         turn = self._turn
         if turn is not None:
             turn.abort()
 
     def close(self) -> None:
-        """Stop the answer that is being generated and forget everything."""
+        """Stop the answer being generated and forget everything."""
         self.abort()
         self.reset()
 
@@ -100,21 +100,21 @@ class Session:
 
 
 class Sessions:
-    """A pipeline's sessions by their numbers, as long as somebody holds them. Any thread."""
+    """A pipeline's sessions by number, while they are referenced. Any thread."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count()
         self._alive: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()  # under _lock
 
     def new(self) -> Session:
-        """One with a number that no other has."""
+        """A session with a new number."""
         with _lock:
             number = next(number for number in self._numbers if number not in self._alive)
             session = self._alive[number] = Session(number)
             return session
 
     def find(self, given: Any) -> Any:
-        """The session of that number, a new one where there is none; what is no number is given back."""
+        """The session of that number, new if needed; anything but a number is returned unchanged."""
         if not isinstance(given, int) or isinstance(given, bool):
             return given
         with _lock:
@@ -125,20 +125,20 @@ class Sessions:
 
 
 class Turn:
-    """One request in a session's name, from before it is sent until its answer was read to its end or left.
+    """One request of a session, from before it is sent until its answer is read or abandoned.
 
     Raises:
-        InvalidRequestError: that is no session.
+        InvalidRequestError: it is not a session.
     """
 
     def __init__(self, session: Session, index: int = 0) -> None:
         if not isinstance(session, Session):
             raise InvalidRequestError(
-                f"A session is what pipe.session() gives, not {type(session).__name__}; nothing was sent.", "sessions"
+                f"sessions must come from pipe.session(), not {type(session).__name__}; nothing was sent.", "sessions"
             )
         self._session = session
         self._index = index  # of its prompt in the list that is sent
-        # Ends its answer. Weak, so that a stream that is dropped ends, and gives the session back.
+        # Stops its answer. Weak, so that a dropped stream ends and releases the session.
         self._stop: weakref.WeakMethod[Callable[[int], None]] | None = None  # set once, under _lock
         self.forgotten = False  # the session was reset meanwhile; guarded by _lock
 
@@ -147,30 +147,30 @@ class Turn:
         return self._stop is not None and self._stop() is not None
 
     def claim(self, stop: Callable[[int], None]) -> None:
-        """Take the session, before anything of it is looked at or sent; ``stop`` is a stream's method.
+        """Take the session before reading or sending anything; ``stop`` is a stream's method.
 
         Raises:
-            InvalidRequestError: another turn has it. Two at once would each miss the other in the history.
+            InvalidRequestError: another turn has it; two at once would be missing from each other's history.
         """
         with _lock:
             other = self._session._turn
             if other is not None and other.alive:
                 raise InvalidRequestError(
-                    f"Session {self._session.session_id} has a request running; this one was not sent. Read the other "
-                    "to its end (session.abort() ends it early) or close its stream, and ask again.",
+                    f"Session {self._session.session_id} has a request running, so this one was not sent. Read it "
+                    "to the end (session.abort() ends it early) or close its stream, then try again.",
                     "session",
                 )
             self._stop = weakref.WeakMethod(stop)
             self._session._turn = self
 
     def abort(self) -> None:
-        """Stop the answer; its last part says ``abort``. Any thread, also before it is sent."""
+        """Stop the answer; its last part says ``abort``. Any thread, even before it is sent."""
         stop = self._stop() if self._stop is not None else None
         if stop is not None:
             stop(self._index)
 
     def hear(self, part: Response) -> None:
-        """The reader has the answer's next part; the last one ends the turn."""
+        """Called with each part that the reader gets; the last one ends the turn."""
         if part.finish_reason is None:
             return
         with _lock:
@@ -179,17 +179,17 @@ class Turn:
                 self._session._turn = None
 
     def remember(self) -> None:
-        """The answer was read to its end. Under _lock, while the session is this turn's."""
+        """Called once the answer is read to the end. Under _lock, while this turn has the session."""
 
     def end(self) -> None:
-        """The answer is left, or was never asked for. Any thread, any time."""
+        """End the turn: its answer is abandoned or was never requested. Any thread, any time."""
         with _lock:
             if self._session._turn is self:
                 self._session._turn = None
 
 
 class ChatTurn(Turn):
-    """A turn of a conversation, which is remembered when its answer is complete."""
+    """A turn of a conversation, remembered once its answer is complete."""
 
     def __init__(self, session: Session, prompt: Any) -> None:
         super().__init__(session)

@@ -1,8 +1,8 @@
-"""``install``: code that imports ``lmdeploy`` gets the drop-in, without an edit.
+"""``install``: code that imports ``lmdeploy`` gets the drop-in, without being edited.
 
-Rule: any thread, and who asks decides. LMDeploy's own modules and ours get LMDeploy, everybody else the drop-in; so the
-engine works on with the real package, and what a script gets does not depend on what is installed. No module is
-replaced: a finder of modules does not know who asks, and LMDeploy goes on importing its own modules by their names.
+Rule: any thread; the importing package decides. LMDeploy's own modules and ours get LMDeploy, everyone else the
+drop-in: so the engine keeps using the real package, and a script's imports do not depend on what is installed. No
+module is replaced: a module finder does not know who imports, and LMDeploy imports its own modules by name.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 _NAME = "lmdeploy"
 _MODULES = frozenset({_NAME, *(f"{_NAME}.{name}" for name in ("api", "messages", "model", "pipeline", "vl"))})
-"""LMDeploy's modules that have a counterpart here; its others are its own for everybody."""
+"""LMDeploy's modules with a counterpart here; the others are never redirected."""
 _EXEMPT = frozenset({_NAME, "lmbridge"})
 
-_lock = threading.RLock()  # held while an installation comes or goes
+_lock = threading.RLock()  # held while installing or uninstalling
 _current: Installation | None = None  # written under _lock, as a whole; any thread may read it
 
 
@@ -27,19 +27,19 @@ class Installation(AbstractContextManager["Installation"]):
     """What ``install`` has set up, until ``uninstall()`` or the end of its ``with``.
 
     Attributes:
-        backend: the engine of pipelines that name none; None leaves the choice to ``pipeline``.
-        model: the model of all pipelines; None leaves it to the code that builds them.
+        backend: the engine of pipelines built without one; None lets ``pipeline`` choose.
+        model: the model of all pipelines; None keeps the one given in the code.
     """
 
     def __init__(self, backend: str | None, model: str | None) -> None:
         self.backend = backend
         self.model = model
-        self._active = False  # written under _lock, read by any thread; the hook may stay below somebody else's
+        self._active = False  # written under _lock, read by any thread; another hook may still call ours
         self._next = builtins.__import__  # what was there before; written under _lock
-        self._hook = self._import  # one object, to be recognised by
+        self._hook = self._import  # one object, so that it can be recognised
 
     def uninstall(self) -> None:
-        """Let ``lmdeploy`` be LMDeploy again; names that were imported meanwhile stay what they are. Any thread."""
+        """Undo the redirection; names already imported stay as they are. Any thread."""
         global _current
         with _lock:
             self._active = False
@@ -49,7 +49,7 @@ class Installation(AbstractContextManager["Installation"]):
                 _current = None
 
     def _install(self) -> None:
-        """Take the place of the one before. Under _lock."""
+        """Replace the previous installation. Under _lock."""
         global _current
         if _current is not None:
             _current.uninstall()
@@ -69,7 +69,7 @@ class Installation(AbstractContextManager["Installation"]):
         fromlist: Sequence[str] | None = (),
         level: int = 0,
     ) -> Any:
-        """What an import statement calls; with a ``fromlist`` it wants the module, without the first of its names."""
+        """Called by import statements; returns the module itself if there is a ``fromlist``, else its top package."""
         root = name.partition(".")[0]
         if not self._active or level or root != _NAME or _importer(globals) in _EXEMPT:
             return self._next(name, globals, locals, fromlist, level)
@@ -80,31 +80,31 @@ class Installation(AbstractContextManager["Installation"]):
 
 
 def install(*, backend: str | None = None, model: str | None = None) -> Installation:
-    """From now on ``import lmdeploy`` and ``from lmdeploy import …`` give the drop-in, everywhere in this process.
+    """Make ``import lmdeploy`` and ``from lmdeploy import …`` give the drop-in, everywhere in this process.
 
-    It takes import statements of ``lmdeploy`` and its modules ``api``, ``messages``, ``model``, ``pipeline`` and
-    ``vl``; those that LMDeploy and lmbridge make themselves are left alone, and so is ``importlib.import_module``. A
-    second call replaces the first.
+    Affects import statements of ``lmdeploy`` and its modules ``api``, ``messages``, ``model``, ``pipeline`` and ``vl``,
+    except those in LMDeploy and lmbridge themselves; ``importlib.import_module`` is not affected. A second call
+    replaces the first.
 
     Args:
         backend: an engine's name, for pipelines built without a ``backend``.
         model: what all pipelines load, whatever path they are given.
 
     Returns:
-        What undoes it, by ``uninstall()`` or as a context manager.
+        An object that undoes it, by ``uninstall()`` or as a context manager.
     """
     installation = Installation(backend, model)
     try:
         with _lock:
             installation._install()
         return installation
-    except BaseException:  # Ctrl-C: nobody will have it to undo it with
+    except BaseException:  # Ctrl-C: the caller will never get the object to undo it
         installation.uninstall()
         raise
 
 
 def chosen(model: Any, backend: str | None) -> tuple[Any, str | None]:
-    """The model and the backend of a pipeline, where ``install`` has said more than its caller."""
+    """The model and backend of a pipeline, overridden by ``install``."""
     current = _current  # one read: another thread may uninstall it
     if current is None or not (isinstance(model, str) or hasattr(model, "__fspath__")):
         return model, backend

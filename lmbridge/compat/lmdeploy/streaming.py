@@ -1,7 +1,7 @@
-"""Answers read while they grow: the deltas of a group of requests as LMDeploy's parts.
+"""Streams: the deltas of a group of requests as LMDeploy's parts.
 
-Rule: the caller's end; one thread reads, any thread may stop or close. Only its reader refers to a stream, so that one
-that is dropped is gone at once, and its group with it, whose finalizer stops the engine.
+Rule: the caller's end; one thread reads, any thread may stop or close. Only the reader references a stream, so a
+dropped stream is freed at once, and with it its group, whose finalizer stops generation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lmbridge.messages import GenerationConfig
 
 @dataclass
 class Asked:
-    """Prompts, with what the Bridge's verbs take for them."""
+    """Prompts and the arguments of the Bridge's verbs."""
 
     prompts: list[Any]  # of Prompt; any mixture
     configs: list[GenerationConfig]
@@ -32,25 +32,25 @@ class Asked:
 class ResponseStream:
     """The parts of the answers, as they come: ``for out in pipe.stream_infer(...)``.
 
-    ``close``, the end of a ``with`` and dropping the stream stop the engine; so does leaving a ``for`` loop that alone
-    holds it. One that is held goes on where the last ``for`` or ``next`` stopped.
+    ``close``, leaving a ``with`` block and dropping the stream stop generation; so does leaving a ``for`` loop that
+    holds the only reference. Otherwise iteration resumes where the last ``for`` or ``next`` stopped.
     """
 
     def __init__(self, turns: Sequence[Turn | None], whole: bool) -> None:
         self._turns = turns  # by prompt; None for one without a session
         self._whole = whole  # each answer as one part
         self._group: StreamGroup | None = None  # set once, by the thread that sends; read by any thread
-        self._stopped: set[int] = set()  # answers that somebody has ended; any thread, in whole steps
-        self._parts = [Parts(index) for index in range(len(turns))]  # reader only, as are the rest
-        self._begun: dict[int, Response] = {}  # whole answers as far as they have come
-        self._ready: deque[Response] = deque()  # parts to be handed out
+        self._stopped: set[int] = set()  # stopped answers; any thread, in atomic steps
+        self._parts = [Parts(index) for index in range(len(turns))]  # reader only, like the rest
+        self._begun: dict[int, Response] = {}  # partial answers to be returned whole
+        self._ready: deque[Response] = deque()  # parts to return
         self._failed = False
 
     def send(self, bridge: Bridge, asked: Asked) -> None:
-        """Send the prompts, the sessions being claimed; once.
+        """Send the prompts, once; the sessions are already claimed.
 
         Raises:
-            LMBridgeError: nothing runs, and not for a reason of the requests' own.
+            LMBridgeError: sending failed for a reason other than the requests; nothing runs.
         """
         try:
             self._group = bridge.stream_many(asked.prompts, asked.configs, return_exceptions=True, **asked.options)
@@ -68,8 +68,8 @@ class ResponseStream:
 
         Raises:
             StopIteration: all answers are complete.
-            RuntimeError: another thread reads already.
-            RequestTimeoutError, BridgeClosedError, ForkedError: what ends the reading of all of them.
+            RuntimeError: another thread is reading.
+            RequestTimeoutError, BridgeClosedError, ForkedError: ends the reading of all answers.
         """
         try:
             part = self._read()
@@ -77,13 +77,13 @@ class ResponseStream:
                 raise StopIteration
             return part
         except BaseException as error:  # KeyboardInterrupt too: nobody reads on
-            if type(error) not in (StopIteration, RuntimeError):  # that one says that another thread reads
+            if type(error) not in (StopIteration, RuntimeError):  # RuntimeError says that another thread is reading
                 self._failed = True
                 self.close()
             raise
 
     def close(self) -> None:
-        """Stop what still runs. Any thread, any time."""
+        """Stop what is still running. Any thread, any time."""
         try:
             if self._group is not None:
                 self._group.close()
@@ -93,7 +93,7 @@ class ResponseStream:
                     turn.end()
 
     def stop(self, index: int) -> None:
-        """End the answer to that prompt; its last part says ``abort``, and the others go on. Any thread, any time."""
+        """End the answer to that prompt; its last part says ``abort``; the others continue. Any thread, any time."""
         self._stopped.add(index)  # first: either we see the group below, or ``send`` sees this
         if (group := self._group) is not None:
             group.stop(index)
@@ -126,7 +126,7 @@ class ResponseStream:
         return None
 
     def _add(self, part: Response) -> None:
-        """Have a part handed out: at once, or with the rest of its answer."""
+        """Queue a part, at once or with the rest of its answer."""
         if self._whole:
             begun = self._begun.pop(part.index, None)
             part = part if begun is None else begun.extend(part)

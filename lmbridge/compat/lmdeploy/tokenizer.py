@@ -1,4 +1,4 @@
-"""LMDeploy's Tokenizer, over that of transformers.
+"""LMDeploy's Tokenizer, over the one of transformers.
 
 Rule: any thread; transformers is imported when one is made.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from lmbridge.engines.models import find_model
 from lmbridge.errors import MissingDependencyError, UnsupportedOptionError
 
-_MOST_WITH_WORD = 256  # tokens that have a word inside; beyond them only the word itself is meant
+_MOST_WITH_WORD = 256  # if more tokens contain a word, only the word's own token counts
 
 
 class Tokenizer:
@@ -34,7 +34,7 @@ class Tokenizer:
                 f"A Tokenizer needs transformers ({cause}); install it with: pip install transformers"
             ) from cause
         self.model: Any = AutoTokenizer.from_pretrained(find_model(model_path), trust_remote_code=trust_remote_code)
-        self._texts: list[str] = []  # of all tokens, once somebody looks for a word
+        self._texts: list[str] = []  # of all tokens; filled on the first word lookup
 
     @property
     def vocab_size(self) -> int:
@@ -55,7 +55,7 @@ class Tokenizer:
         return dict(self.model.get_vocab())
 
     def encode(self, s: str, add_bos: bool = True, add_special_tokens: bool = True, **kwargs: Any) -> list[int]:
-        """The text's token ids; ``add_bos=False`` leaves the token that begins a text out."""
+        """The text's token ids; ``add_bos=False`` omits the begin-of-sequence token."""
         encoded = list(self.model.encode(s, add_special_tokens=add_special_tokens, **kwargs))
         return encoded[1:] if not add_bos and encoded[:1] == [self.bos_token_id] else encoded
 
@@ -64,11 +64,11 @@ class Tokenizer:
         return str(self.model.decode(list(t)[offset:], skip_special_tokens=skip_special_tokens))
 
     def __call__(self, s: str | Sequence[str]) -> Any:
-        """What the tokenizer of transformers makes of it, without special tokens."""
+        """The output of transformers' tokenizer, without special tokens."""
         return self.model(s, add_special_tokens=False)
 
     def indexes_containing_token(self, token: str) -> list[int]:
-        """The tokens whose text contains this one's; none where the text takes several tokens."""
+        """The tokens whose text contains ``token``; none if it takes several tokens."""
         encoded = self.encode(token, add_bos=False, add_special_tokens=False)
         if len(encoded) > 1:
             return []
@@ -78,7 +78,7 @@ class Tokenizer:
         return found if len(found) <= _MOST_WITH_WORD else [i for i in found if self._texts[i] == token]
 
     def bad_word_ids(self, word: str) -> list[int]:
-        """The tokens to keep out of an answer with the word.
+        """The tokens to ban for a bad word.
 
         Raises:
             UnsupportedOptionError: the word takes several tokens.
@@ -86,20 +86,20 @@ class Tokenizer:
         found = self.indexes_containing_token(word)
         if not found:
             raise UnsupportedOptionError(
-                f"bad_words: {word!r} is no single token of this model, and only such words can be kept out of an "
-                "answer; leave it out.",
+                f"bad_words: {word!r} is not a single token of this model, and only single tokens can be banned; leave "
+                "it out.",
                 param="bad_words",
             )
         return found
 
 
 def words_of(model: Any, trust: bool) -> Callable[[str], Sequence[int]]:
-    """What finds a bad word's tokens, by the model's tokenizer, which is loaded when the first is looked for."""
+    """A function that finds a bad word's tokens; loads the model's tokenizer on first use."""
     tokenizer = functools.cache(lambda: Tokenizer(model, trust))
 
     def word_ids(word: str) -> Sequence[int]:
         if not isinstance(model, (str, Path)):
-            raise UnsupportedOptionError("bad_words: an engine of your own has no tokenizer here.", param="bad_words")
+            raise UnsupportedOptionError("bad_words: the tokenizer of your own engine is unknown.", param="bad_words")
         return tokenizer().bad_word_ids(word)
 
     return word_ids

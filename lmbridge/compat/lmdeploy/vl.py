@@ -1,6 +1,6 @@
-"""LMDeploy's ``lmdeploy.vl``: what reads images and the like, for prompts to vision models.
+"""LMDeploy's ``lmdeploy.vl``: loads images and other media for vision models.
 
-Rule: LMDeploy's own functions, imported when one is asked for. Its engine alone takes images.
+Rule: LMDeploy's own functions, imported on first use. Only its engine takes images.
 """
 
 from __future__ import annotations
@@ -23,6 +23,6 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module("lmdeploy.vl"), name)
     except ImportError as cause:
         raise MissingDependencyError(
-            f"{name} is LMDeploy's ({cause}); install it with: pip install 'lmbridge[lmdeploy]'. An image can also be "
-            "given as its URL, or as PIL.Image.open opens it."
+            f"{name} needs LMDeploy ({cause}); install it with: pip install 'lmbridge[lmdeploy]'. Or give an image as "
+            "its URL, or as PIL.Image.open returns it."
         ) from cause
