@@ -9,31 +9,27 @@ from __future__ import annotations
 import re
 
 from lmbridge.cli.values import did_you_mean
-from lmbridge.errors import InvalidRequestError
+from lmbridge.errors import EngineStartError, InvalidRequestError
+from lmbridge.log import said
 
 _NO_MEMORY = "there is not enough memory; close other programs, or take a smaller model"
 
+_CALL = r"(?:\bhealth|\bbridge\.\w+)\(\)"  # a function that nobody can call from a terminal
 _WORDS: tuple[tuple[str, str], ...] = (
-    (r"^The engine could not be loaded: (.*?)\.? Fix this, then restart\.$", r"The model could not be loaded: \1."),
     (r"\bMemoryError\(\)", _NO_MEMORY),
     (r"\[enforce fail at \S+\].*can't allocate memory.*", f"{_NO_MEMORY}."),
     (
         r"\bTorch not compiled with CUDA enabled\b",
         "the installed torch has no CUDA; install one that has, or leave device=cuda out",
     ),
+    (rf"(?:; |, or |: )[^;.]*?{_CALL}[^.]*\.", "."),
+    (rf"(^|(?<=\. ))[^.]*{_CALL}[^.]*\.", "Try again later."),
     (r"\bBuild a new Bridge\.", "Start the command again."),
     (r"\bgive trust_remote_code=True\b", "give --option trust_remote_code=True"),
     (r"\bengine='(\w+)'", r"--engine \1"),
     (r"\braise max_context( or cache_share)? where\b", "raise it with --option max_context=N where"),
     (r"\bmax_context=(\d+) avoids it\b", r"--option max_context=\1 avoids it"),
-    (r"\blower max_new_tokens\b", "lower --max-new-tokens"),
-    (
-        r"\bNo token had arrived: check in health\(\) whether the engine makes progress\.",
-        "No token had arrived by then.",
-    ),
-    (r"; health\(\) says what delays the queue\b", ""),
-    (r"\bgive a longer timeout, or load first: bridge\.start\(\)\.", "Give a longer timeout."),
-    (r"\bSend it again once health\(\) .*", "Try again later."),
+    (r"\bmax_new_tokens\b", "--max-new-tokens"),
     (r"\bLMBRIDGE_API_KEYS_FILE:", "--api-keys-file:"),
     (r"(?i)<(?:!doctype|html)\b.*", "it sent a web page, and not an answer of the API."),
 )
@@ -48,6 +44,8 @@ def in_words(error: BaseException) -> str:
         text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     if isinstance(error, InvalidRequestError):
         text = _as_option(text)
+    if isinstance(error, EngineStartError) and error.__cause__ is not None:
+        text = f"The model could not be loaded: {' '.join(said(error.__cause__).split())}."
     for pattern, words in _WORDS:
         text = re.sub(pattern, words, text)
     return text

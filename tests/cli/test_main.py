@@ -5,16 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 import lmbridge
-from lmbridge import BridgeClosedError, EngineStartError, PromptTooLongError
+from lmbridge import Bridge, BridgeClosedError, EngineStartError, PromptTooLongError, RequestTimeoutError
 from lmbridge.cli.faults import in_words
 from lmbridge.cli.terminal import guarded
 from lmbridge.server.losses import start_error
+from lmbridge.testing import ScriptedEngine
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Open, Run
@@ -111,12 +113,31 @@ def test_a_model_that_cannot_be_loaded(run: Run, tmp_path: Path) -> None:
             BridgeClosedError("The request was lost. Build a new Bridge."),
             "The request was lost. Start the command again.",
         ),
+        (
+            RequestTimeoutError(
+                "It passed after 1.5 s in the queue; it was aborted. Give time, or load: bridge.start()."
+            ),
+            "It passed after 1.5 s in the queue; it was aborted. Give time.",
+        ),
+        (
+            RequestTimeoutError("It was aborted. Send it again once health() says so."),
+            "It was aborted. Try again later.",
+        ),
         (PermissionError(13, "Permission denied", "./keys"), "./keys: Permission denied"),
     ],
 )
 def test_words_for_a_terminal(told: Exception, shown: str) -> None:
     """What the library says to a programmer would have somebody at a terminal look for a Bridge to build."""
     assert shown in in_words(told)
+
+
+def test_a_deadline_in_words(scripted: Callable[..., tuple[Bridge, ScriptedEngine]]) -> None:
+    """A request that passed its deadline names no function of the library, which nobody can call from a terminal."""
+    bridge, _ = scripted(ScriptedEngine(step_time=3600))
+    with pytest.raises(RequestTimeoutError) as raised:
+        bridge.infer("hello", timeout=0.01)
+    assert "deadline" in in_words(raised.value)
+    assert "()" not in in_words(raised.value)
 
 
 def test_completion(terminal: Open) -> None:
