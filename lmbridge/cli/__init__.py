@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
         "  lmbridge demo                 the bundled model; no download\n"
         "  lmbridge chat ./my-model      a model in a folder\n"
         "  lmbridge serve ./my-model     the same for OpenAI clients and browsers\n"
-        "\ncompletion by Tab, in bash and zsh:\n"
+        "\ncompletion by Tab, in bash:\n"
         '  pip install argcomplete && eval "$(register-python-argcomplete lmbridge)"\n'
         "\n`lmbridge COMMAND --help` says more about each command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
