@@ -50,7 +50,9 @@ class Chat:
         turn = self._begin(text)
         try:
             rounds = Rounds(turn.messages, self._config, options)
-            while not rounds.over:
+            while True:  # Python 3.12 and 3.13 keep the backward jump of `while not rounds.over` outside the try
+                if rounds.over:
+                    break
                 rounds.take(self._caller.infer(rounds.messages, self._config, **rounds.options))
             self._keep(rounds)
         finally:

@@ -56,7 +56,9 @@ class Batch:
         sender = Sender(self._account, server, channel)
         try:
             self._begin(requests, sender)
-            while not sender.done:
+            while True:  # Python 3.12 and 3.13 keep the backward jump of `while not sender.done` outside the try
+                if sender.done:
+                    break
                 sender.send()
                 self._record(sender, sender.ended() or _named(channel, server, sender))
         except BaseException:

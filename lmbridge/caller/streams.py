@@ -120,7 +120,10 @@ class Stream(Reading):
         # A separate generator: only the for loop holds it, so `break` drops it and this finally runs at once, even
         # while the Stream itself is referenced.
         try:
-            while (delta := self._next()) is not None:
+            while True:  # Python 3.12 and 3.13 keep the backward jump of a `while` with a condition outside the try
+                delta = self._next()
+                if delta is None:
+                    break
                 yield delta
         finally:
             self._leave()
