@@ -21,7 +21,8 @@ autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 nitpick_ignore_regex = [
     # the standard library's and our dependencies' names: no inventory is fetched while building
-    (r"py:.*", r"(concurrent|asyncio|threading|contextvars|collections|typing|signal|weakref|os|atexit|janus|torch|flask)\..*"),
+    (r"py:.*", r"(concurrent|asyncio|threading|contextvars|collections|typing)\..*"),
+    (r"py:.*", r"(signal|weakref|os|atexit|janus|torch|flask)\..*"),
     (r"py:(class|exc|obj)", r"(BaseException|Exception|LookupError|ValueError|ImportError|TimeoutError|RuntimeError)"),
     (r"py:(class|exc|obj)", r"(StopIteration|StopAsyncIteration|TypeError|abc\.ABC|optional|Generic|ABC)"),
     (r"py:(class|exc|obj)", r"(TypedDict|str|int|float|bool|list|dict|None)"),

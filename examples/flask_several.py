@@ -2,7 +2,8 @@
 
 Run it with ``python examples/flask_several.py [PORT]``, and ask ``/at-once``, ``/stream`` or ``/in-turn``::
 
-    curl -N http://127.0.0.1:5000/stream -d 'prompt=What is the capital of Peru?' -d 'prompt=What is the opposite of hot?'
+    curl -N http://127.0.0.1:5000/stream -d 'prompt=What is the capital of Peru?' \\
+        -d 'prompt=What is the opposite of hot?'
 """
 
 from __future__ import annotations

@@ -349,7 +349,7 @@ def _check_builder(build: Callable[..., Any]) -> None:
         name = getattr(build, "__name__", type(build).__name__)
         raise InvalidRequestError(
             f"{name} requires arguments; a function that builds an Engine takes none. To share a function that maps a "
-            f"list to a list, or yields one prompt's answer, pass function_engine({name}).",
+            f"list to a list, or yields one prompt's answer, pass Bridge a function_engine({name}).",
             "model",
         ) from cause
 

@@ -29,7 +29,7 @@ pickled, and ``fresh`` gives each waiter an instance of its own.
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Self, TypeVar
 
 _E = TypeVar("_E", bound=BaseException)
 
@@ -43,6 +43,7 @@ class LMBridgeError(Exception):
         listed: what the list holds, such as "Prompt".
         partial: the text generated before the error, or "".
         retryable: whether sending the same request again may succeed.
+        hint: what the program can do, in terms of this library, or "". ``str(error)`` ends with it.
     """
 
     request_id: str | None = None
@@ -50,10 +51,21 @@ class LMBridgeError(Exception):
     listed: str = "Prompt"
     partial: str = ""
     retryable: bool = False
+    hint: str = ""
 
-    def __str__(self) -> str:
+    @property
+    def message(self) -> str:
+        """The text without the hint, for those who never see the program: clients of a server, users of a command."""
         text = super().__str__()
         return text if self.index is None else f"{self.listed} {self.index} of the list: {text}"
+
+    def hinted(self, hint: str) -> Self:
+        """This error, with the hint."""
+        self.hint = hint
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}" if self.hint else self.message
 
 
 class InvalidRequestError(LMBridgeError, ValueError):

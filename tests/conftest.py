@@ -21,8 +21,8 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     if config.args != config.getini("testpaths"):
         return None
     return (
-        "lmbridge: some 5 minutes with -n 2 on two quiet cores. Left out: `-m long` (10 minutes), `-m real tests/real`\n"
-        "(downloads two models from the package index), `-m gpu`; .ci/run runs the first two and the optional engines."
+        "lmbridge: about 5 minutes with -n 2 on two quiet cores. Left out: `-m long` (15 minutes),\n"
+        "`-m real tests/real` (downloads two models) and `-m gpu`; .ci/run runs the first two, and the tests of optional engines."
     )
 
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 import re
 
 from lmbridge.cli.values import did_you_mean
-from lmbridge.errors import EngineStartError, InvalidRequestError
+from lmbridge.errors import EngineStartError, InvalidRequestError, LMBridgeError, PromptTooLongError
 from lmbridge.log import said
 
 _NO_MEMORY = "there is not enough memory; close other programs, or take a smaller model"
 
-_CALL = r"(?:\bhealth|\bbridge\.\w+)\(\)"  # a function that nobody can call from a terminal
 _WORDS: tuple[tuple[str, str], ...] = (
     (r"\bMemoryError\(\)", _NO_MEMORY),
     (r"\[enforce fail at \S+\].*can't allocate memory.*", f"{_NO_MEMORY}."),
@@ -22,12 +21,8 @@ _WORDS: tuple[tuple[str, str], ...] = (
         r"\bTorch not compiled with CUDA enabled\b",
         "the installed torch has no CUDA; install one that has, or leave device=cuda out",
     ),
-    (rf"(?:; |, or |: )[^;.]*?{_CALL}[^.]*\.", "."),
-    (rf"(^|(?<=\. ))[^.]*{_CALL}[^.]*\.", "Try again later."),
-    (r"\bBuild a new Bridge\.", "Start the command again."),
     (r"\bgive trust_remote_code=True\b", "give --option trust_remote_code=True"),
     (r"\bengine='(\w+)'", r"--engine \1"),
-    (r"\braise max_context( or cache_share)? where\b", "raise it with --option max_context=N where"),
     (r"\bmax_context=(\d+) avoids it\b", r"--option max_context=\1 avoids it"),
     (r"\bmax_new_tokens\b", "--max-new-tokens"),
     (r"\bLMBRIDGE_API_KEYS_FILE:", "--api-keys-file:"),
@@ -39,11 +34,13 @@ _MUST_BE = re.compile(r"^(?!LMBRIDGE_)(\w+) must be (.*), not (.*)\.$")
 
 def in_words(error: BaseException) -> str:
     """What ``error`` says, for a person at a terminal."""
-    text = " ".join(str(error).split())
+    text = " ".join((error.message if isinstance(error, LMBridgeError) else str(error)).split())
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     if isinstance(error, InvalidRequestError):
         text = _as_option(text)
+    if isinstance(error, PromptTooLongError) and "max_context" in error.hint:
+        text = f"{text} --option max_context=N raises the limit where the model allows it."
     if isinstance(error, EngineStartError) and error.__cause__ is not None:
         text = f"The model could not be loaded: {' '.join(said(error.__cause__).split())}."
     for pattern, words in _WORDS:

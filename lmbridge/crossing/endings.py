@@ -32,44 +32,43 @@ def timeout_error(call: Call, status: Status, waiting: int) -> RequestTimeoutErr
     """
     waited = time.monotonic() - call.request.created
     end = "generation" if call.request.job is None else "it"
+    hint = ""
     if call.began is None:
-        where, advice = _what_held_it(call, status, waiting)
+        where, advice, hint = _what_held_it(call, status, waiting)
     elif call.request.job is not None:
         where, advice = "in the engine", "Its batch had not finished: give a longer timeout, or use smaller batches."
     elif call.first_token is None:
-        where, advice = "in the engine", "No token had arrived: check in health() whether the engine makes progress."
+        where, advice, hint = "in the engine", "No token had arrived.", "health() says whether it makes progress."
     else:
         where, advice = "in the engine", "Give a longer timeout, or lower max_new_tokens."
     what = f"Request {call.request.id} passed its deadline after {waited:.1f} s {where}; {end} was aborted."
-    return RequestTimeoutError(f"{what} {advice}")
+    return RequestTimeoutError(f"{what} {advice}").hinted(hint)
 
 
-def _what_held_it(call: Call, status: Status, waiting: int) -> tuple[str, str]:
-    """Where a call that never reached the engine waited, and what to do."""
+def _what_held_it(call: Call, status: Status, waiting: int) -> tuple[str, str, str]:
+    """Where a call that never reached the engine waited, what its caller can do, and what the program can."""
+    longer, later = "Give a longer timeout.", "Send it again later."
     reason = f" ({status.reason})" if status.reason else ""
     if status.state in ("new", "starting", "unloaded"):
-        return f"while the model was loading{reason}", "Give a longer timeout, or load first: bridge.start()."
+        return f"while the model was loading{reason}", longer, "bridge.start() loads it first."
     if status.state == "restarting":
-        return f"while the engine was restarting{reason}", "Send it again once health() says that the engine is ready."
+        return f"while the engine was restarting{reason}", later, "health() says when the engine is ready."
     if status.state != "ready":
-        return f"while the bridge was {status.state}{reason}", "Build a new Bridge."
+        return f"while the bridge was {status.state}{reason}", later, "Build a new Bridge."
     if reason:
-        return f"in the queue{reason}", "Send it again once health() shows that this is over."
+        return f"in the queue{reason}", later, "health() says when this is over."
     if not call.admitted:
-        return (
-            f"while the queue was full (requests waiting: {waiting})",
-            "Give a longer timeout, or send fewer requests at once.",
-        )
-    return "in the queue", "Give a longer timeout; health() says what delays the queue."
+        where = f"while the queue was full (requests waiting: {waiting})"
+        return where, "Give a longer timeout, or send fewer requests at once.", ""
+    return "in the queue", longer, "health() says what delays the queue."
 
 
 def closed_error(cause: BaseException) -> LMBridgeError:
     """The error of a call whose loop is gone: a new instance, with the cause chained."""
     if isinstance(cause, BridgeClosedError):
         return fresh(cause)
-    error = BridgeClosedError(
-        f"The server thread has ended ({shown(cause)}); the request was lost. Build a new Bridge."
-    )
+    error = BridgeClosedError(f"The server thread has ended ({shown(cause)}); the request was lost.")
+    error.hint = "Build a new Bridge."
     error.__cause__ = cause
     return error
 

@@ -87,8 +87,11 @@ class Gate:
             del self.calls[call]
             self._metrics.outcomes[REFUSED] += 1  # the server never sees it
         raise QueueFullError(
-            f"{self.pending} requests are already waiting (max_pending={self._max_pending}, max_pending_per_client="
-            f"{self._max_per_client}); this one was refused. Try again later, or use when_full='block'."
+            f"{self.pending} requests are already waiting, and one client may have {self._max_per_client} of them; "
+            "this one was refused. Try again later."
+        ).hinted(
+            f"max_pending={self._max_pending} and max_pending_per_client={self._max_per_client} are the limits; "
+            "when_full='block' waits for room."
         )
 
     def stand(self, call: Call, wake: Wake) -> bool:

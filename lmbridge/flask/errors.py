@@ -93,9 +93,9 @@ def _of_bridge(error: LMBridgeError) -> HttpError:
 def _message(error: LMBridgeError) -> str:
     """A prompt that is too long is told in OpenAI's words: clients know the error by them, and cut the prompt."""
     if not isinstance(error, PromptTooLongError):
-        return str(error)
+        return error.message
     most = f"{error.most} tokens" if error.most else "exceeded"  # not every engine tells
-    return f"This model's maximum context length is {most}. {error}"
+    return f"This model's maximum context length is {most}. {error.message}"
 
 
 def _headers(error: LMBridgeError, status: int) -> dict[str, str]:

@@ -123,4 +123,5 @@ def usage_object(usage: Usage, reasoning_tokens: int = 0) -> dict[str, Any]:
 
 
 def _error(error: BaseException) -> dict[str, str]:
-    return {"error": str(error), "type": type(error).__name__}
+    text = error.message if isinstance(error, LMBridgeError) else str(error)
+    return {"error": text, "type": type(error).__name__}

@@ -252,10 +252,10 @@ def _in_a_slow_engine(scripted: Scripted) -> Bridge:
         (
             _while_restarting,
             r"while the engine was restarting .*'lost power'.*",
-            "once health.. says",
+            "Send it again later. health.. says when",
         ),
         (_at_the_gate, "while the queue was full .requests waiting: 1.", "send fewer requests at once"),
-        (_behind_another, "in the queue", "longer timeout; health.. says what delays the queue"),
+        (_behind_another, "in the queue", "longer timeout. health.. says what delays the queue"),
         (_in_a_silent_engine, "in the engine", "No token had arrived"),
         (_in_a_slow_engine, "in the engine", "longer timeout, or lower max_new_tokens"),
     ],

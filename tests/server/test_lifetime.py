@@ -548,12 +548,12 @@ def test_errors_pickle() -> None:
     for name in lmbridge.__all__:
         cls = getattr(lmbridge, name)
         if isinstance(cls, type) and issubclass(cls, LMBridgeError):
-            error = cls("what happened")
+            error = cls("what happened").hinted("what to do")
             error.partial, error.request_id, error.index = "half", "req-1", 3
             for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
                 assert type(twin) is cls
                 assert (twin.args, twin.partial, twin.request_id, twin.index) == (error.args, "half", "req-1", 3)
-                assert str(twin) == str(error)
+                assert str(twin) == str(error) == "Prompt 3 of the list: what happened what to do"
 
 
 def test_public_names() -> None:
