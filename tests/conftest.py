@@ -10,10 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 
 from lmbridge import Bridge
 from lmbridge.testing import ScriptedEngine
+
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a slow machine is no fault
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:

@@ -6,7 +6,6 @@ Run it with ``python examples/recipes/django_app.py runserver`` and ask::
     curl -N 'http://127.0.0.1:8000/tell?prompt=Tell+me+a+story+about+an+owl.'
 """
 
-import atexit
 import sys
 
 from django.conf import settings
@@ -21,7 +20,6 @@ from lmbridge import Bridge, InvalidRequestError
 settings.configure(DEBUG=True, ALLOWED_HOSTS=["127.0.0.1", "localhost"], ROOT_URLCONF=__name__, SECRET_KEY="example")
 
 bridge = Bridge("demo")  # in a project: a module of its own; it loads at the first request, in the process that serves
-atexit.register(bridge.close)
 
 
 def ask(request):

@@ -5,15 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import closing
 
 import pytest
 from app import create_app
 from werkzeug.test import TestResponse
 
-from lmbridge import Bridge
 from lmbridge.flask.testing import scripted_engine
-from lmbridge.testing import ScriptedEngine
 
 Asked = Future[TestResponse]
 
@@ -94,10 +91,8 @@ def test_a_deadline() -> None:
 
 def test_a_slow_start(pool: ThreadPoolExecutor) -> None:
     """Requests that come while the model loads wait for it."""
-    gate = threading.Event()
-    engine = ScriptedEngine(start_gate=gate)
-    with closing(Bridge(engine)) as bridge:  # a bridge of the test's own, not started yet
-        app = create_app(LMBRIDGE_MODEL=bridge)
+    app, gate = create_app(), threading.Event()
+    with scripted_engine(app, start_gate=gate) as engine:
         asked: Asked = pool.submit(app.test_client().post, "/ask", data={"prompt": "a"})
         engine.wait_for(lambda e: bool(e.threads))  # it has begun to load
         assert not asked.done()
@@ -107,6 +102,6 @@ def test_a_slow_start(pool: ThreadPoolExecutor) -> None:
 
 def test_a_model_that_cannot_be_loaded() -> None:
     """A deployment whose files are missing answers 503."""
-    with closing(Bridge(ScriptedEngine(start_error=OSError("no such weights")))) as bridge:
-        app = create_app(LMBRIDGE_MODEL=bridge)
+    app = create_app()
+    with scripted_engine(app, start_error=OSError("no such weights")):
         assert app.test_client().post("/ask", data={"prompt": "a"}).status_code == 503

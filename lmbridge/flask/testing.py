@@ -48,16 +48,16 @@ def _in_place(app: Flask, model: str | None, engine: AnyEngine) -> Iterator[AnyE
     models = models_of(app)
     name = models.default if model is None else model
     settings = models.settings
-    with Bridge(
+    bridge = Bridge(
         engine,
         timeout=settings.timeout,
         max_pending=settings.max_pending,
         max_pending_per_client=settings.max_pending_per_client,
         when_full=settings.when_full,
-    ) as bridge:
-        real = models.replace(name, bridge)
-        try:
-            yield engine
-        finally:
-            models.replace(name, real)
-            bridge.close()  # what a test has left running is aborted, not waited for
+    )  # not started: a test may be of what requests meet while the model loads
+    real = models.replace(name, bridge)
+    try:
+        yield engine
+    finally:
+        models.replace(name, real)
+        bridge.close()  # what a test has left running is aborted, not waited for
