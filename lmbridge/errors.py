@@ -55,7 +55,7 @@ class LMBridgeError(Exception):
 
     @property
     def message(self) -> str:
-        """The text without the hint, for those who never see the program: clients of a server, users of a command."""
+        """The text without the hint. Clients of a server and users of a command see only this."""
         text = super().__str__()
         return text if self.index is None else f"{self.listed} {self.index} of the list: {text}"
 

@@ -16,7 +16,6 @@ import pytest
 from lmbridge import Bridge
 from lmbridge.testing import ScriptedEngine
 
-
 hypothesis.settings.register_profile("untimed", deadline=None)  # a slow machine is no fault
 hypothesis.settings.load_profile("untimed")
 
@@ -27,7 +26,7 @@ def pytest_report_header(config: pytest.Config) -> str | None:
         return None
     return (
         "lmbridge: about 5 minutes with -n 2 on two quiet cores. Left out: `-m long` (15 minutes),\n"
-        "`-m real tests/real` (downloads two models) and `-m gpu`; .ci/run runs the first two, and the tests of optional engines."
+        "`-m real tests/real` (downloads two models) and `-m gpu`. .ci/run runs the first two and the optional engines."
     )
 
 
