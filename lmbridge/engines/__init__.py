@@ -1,9 +1,9 @@
-"""The registry of engines: a name to the module that holds it, imported only when somebody asks for it.
+"""The registry of engines: maps names to modules, imported only on demand.
 
-Other packages add engines by entry points of the group ``lmbridge.engines``: a name, and the Engine class, whose first
+Other packages add engines by entry points in the group ``lmbridge.engines``: a name and an Engine class, whose first
 argument is the model.
 
-Rule: importing this package imports no engine. Factories are made in the thread that builds a Bridge, and load nothing.
+Rule: importing this package imports no engine. Factories are made on the thread that builds a Bridge, and load nothing.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ ENGINES = {
 }
 """Engine name to (module, class)."""
 GROUP = "lmbridge.engines"
-"""The group of entry points by which other packages add theirs."""
+"""The entry point group by which other packages add engines."""
 OBJECTS = {"sentence_transformers.SentenceTransformer": "encoder", "sentence_transformers.CrossEncoder": "encoder"}
-"""Package and class of an object that may be given as a model, to the name of the engine that takes it."""
+"""Maps the (package, class) of objects accepted as models to the engine that takes them."""
 
 
 def engine_names() -> list[str]:
-    """All names that an engine is registered under, those that other packages add last."""
+    """All registered engine names, those of other packages last."""
     return list(dict.fromkeys([*ENGINES, *sorted(_added())]))
 
 
 def named_engine(name: str, model: object) -> str:
-    """The engine's own name, where ``"auto"`` leaves it to the model.
+    """The engine's name; ``"auto"`` chooses by the model.
 
     Raises:
-        ModelNotFoundError, InvalidRequestError: the model's name means none.
+        ModelNotFoundError, InvalidRequestError: no engine fits the model's name.
     """
     return engine_for(model) if name == AUTO and isinstance(model, str) else name
 
@@ -59,8 +59,8 @@ def engine_class(name: str) -> type[Engine]:
     """The engine class registered under ``name``.
 
     Raises:
-        UnknownEngineError: there is none; the message lists those there are.
-        MissingDependencyError: the package that adds it cannot be imported, or adds no Engine.
+        UnknownEngineError: there is none; the message lists the known ones.
+        MissingDependencyError: its package cannot be imported, or provides no Engine.
     """
     if name in ENGINES:
         module, attribute = ENGINES[name]
@@ -68,12 +68,12 @@ def engine_class(name: str) -> type[Engine]:
         return found
     added = _added().get(name)
     if added is None:
-        raise UnknownEngineError(f"There is no engine {name!r}; the engines are auto, {', '.join(engine_names())}.")
+        raise UnknownEngineError(f"Unknown engine {name!r}; the engines are auto, {', '.join(engine_names())}.")
     return _loaded(added)
 
 
 def _added() -> dict[str, importlib.metadata.EntryPoint]:
-    """What other packages add; a name of ours stays ours."""
+    """Engines of other packages; built-in names take precedence."""
     return {point.name: point for point in importlib.metadata.entry_points(group=GROUP) if point.name not in ENGINES}
 
 
@@ -88,31 +88,31 @@ def _loaded(point: importlib.metadata.EntryPoint) -> type[Engine]:
         ) from cause
     if not (isinstance(found, type) and issubclass(found, Engine)):
         raise MissingDependencyError(
-            f"The package {package} adds {shown(found)} as the engine {point.name!r}, which is no subclass of "
-            "lmbridge.Engine; tell its author, or use another engine."
+            f"The package {package} registers {shown(found)} as the engine {point.name!r}, which is not a subclass of "
+            "lmbridge.Engine. Report this to its author, or use another engine."
         )
     return found
 
 
 def engine_factory(name: str, model: str, options: dict[str, Any]) -> EngineFactory:
-    """What builds a new engine each time it is called, its model and options checked now.
+    """A function that builds a new engine on each call; validates the model and options now.
 
     Raises:
         UnknownEngineError: no such engine.
-        InvalidRequestError: the engine has no such option, or the option's value is wrong.
+        InvalidRequestError: an option is unknown or its value is invalid.
         ModelNotFoundError: the model is a folder that does not exist.
     """
     cls: Callable[..., Engine] = engine_class(name)
     factory = functools.partial(cls, model, **_known(cls, name, options))
-    factory()  # an engine's __init__ checks values and loads nothing, so this finds mistakes early
+    factory()  # __init__ validates and loads nothing, so mistakes surface early
     return factory
 
 
 def engine_around(model: object, options: dict[str, Any]) -> Engine | None:
-    """The engine for a model that another library has loaded, if there is one for such objects; else None.
+    """The engine for a model object of another library; None if no engine takes such objects.
 
     Raises:
-        InvalidRequestError: an option is wrong.
+        InvalidRequestError: an option is invalid.
     """
     names = [f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(model).__mro__]
     engine = next((OBJECTS[name] for name in names if name in OBJECTS), None)
@@ -125,7 +125,7 @@ def engine_around(model: object, options: dict[str, Any]) -> Engine | None:
 def _known(cls: Callable[..., Engine], name: str, options: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(cls).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return options  # some are for an engine inside, which checks them itself
+        return options  # some are for an inner engine, which validates them itself
     known = list(parameters)[1:]  # the model comes first
     for option in options:
         if option not in known:

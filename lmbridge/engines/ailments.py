@@ -1,4 +1,4 @@
-"""What an exception of a library means for the device. Guesses by name, since no library tells.
+"""What a library's exception means for the device. Guesses by name, since libraries do not say.
 
 Rule: any thread; imports no library.
 """
@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from lmbridge.log import said
 
-MAX_CAUSES = 10  # of a chain that are looked at; an exception may be its own cause
+MAX_CAUSES = 10  # examined in a chain; an exception may be its own cause
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device, or the process, had too little memory; torch has words of its own for a CPU's."""
+    """Whether the device or process ran out of memory; torch words a CPU's case differently."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return any(words in said(error) for words in ("out of memory", "can't allocate memory"))
 
 
 def is_sticky(cause: BaseException) -> bool:
-    """Whether the cause is a device error after which every later call to the device fails too; lack of memory is not.
+    """Whether the cause is a device error that makes every later call to the device fail; lack of memory is not.
 
-    By torch's AcceleratorError, and by messages of older versions.
+    Recognised by torch's AcceleratorError, or by the messages of older versions.
     """
     link: BaseException | None = cause
     for _ in range(MAX_CAUSES):

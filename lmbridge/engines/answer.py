@@ -1,7 +1,7 @@
-"""One answer of an engine that yields token ids: these made into deltas.
+"""One answer of an engine that yields token ids: turns them into deltas.
 
-Rule: plain data, no library; server thread only. The text is our own detokenising of the token ids: it is exact, stop
-words of any length are found in it, and calls and thoughts are read out of it.
+Rule: plain data, no library; server thread only. We detokenise the ids ourselves: the text is exact, stop words of any
+length are found, and calls and thoughts are parsed.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from lmbridge.messages import Delta, FinishReason, GenerationConfig, Logprobs, U
 
 
 class Answer:
-    """What is known of an answer from its first token to its last.
+    """The state of one answer, from its first token to its last.
 
     Args:
         prompt: its token ids.
-        dialect: in which the model calls and thinks.
-        stop_ids: tokens that end the answer and that the library does not look for; they are no part of its text.
+        dialect: the model's format for calls and thoughts.
+        stop_ids: tokens that end the answer, unknown to the library; excluded from the text.
 
     Attributes:
-        stopped: a stop word or one of ``stop_ids`` has ended it; the library is to be told.
+        stopped: a stop word or one of ``stop_ids`` has ended it; the library must be stopped.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class Answer:
         self._prompt_tokens = len(prompt)
         self._tokens: list[int] = []
         self._logprobs: list[Logprobs] = []
-        self._told = 0  # tokens handed out
-        self._cut = False  # by a stop word: what was held back is no part of the answer
-        self._count = 0  # tokens generated, the ending one included
+        self._told = 0  # tokens returned so far
+        self._cut = False  # by a stop word: drop the text held back
+        self._count = 0  # tokens generated, including the end token
 
     def take(self, token_ids: list[int], logprobs: list[dict[int, float]] | None) -> Delta | None:
-        """Take in the next tokens; what can be shown of them, if anything."""
+        """Take the next tokens; returns what can be shown of them, if anything."""
         if self.stopped or not token_ids:
             return None
         ending = next((place for place, token in enumerate(token_ids) if token in self._stop_ids), None)
@@ -69,9 +69,9 @@ class Answer:
         return self._read(self._delta(piece)) if piece.text or piece.tokens else None
 
     def finish(self, reason: FinishReason) -> Delta:
-        """The last delta, with all that was held back."""
+        """The last delta, with everything held back."""
         if reason == "stop" and not self.stopped:
-            self._count += 1  # libraries leave the ending token out of what they yield
+            self._count += 1  # libraries do not yield the end token
         rest = Piece("", 0) if self._cut else self._stream.finish()
         if self.stopped or rest.stopped:
             reason = "stop"
@@ -93,6 +93,6 @@ class Answer:
         return delta
 
     def _entry(self, token: int, entry: dict[int, float]) -> Logprobs:
-        """The token's own log-probability first; a library may tell one more where none was wanted."""
+        """The token's own log-probability first; libraries may return one more than requested."""
         others = entry.items() if self._most_likely else ()
         return {token: entry.get(token, float("-inf")), **dict(others)}

@@ -1,6 +1,6 @@
-"""Which engine a model is for, where nobody says: by what its name means on this machine.
+"""Chooses the engine for a model by what its name means on this machine.
 
-Rule: standard library only; nothing is loaded or fetched, any thread may ask.
+Rule: standard library only; loads and fetches nothing; any thread.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ _LOGIN = re.compile(r"://(?:(?!://).)*@", re.DOTALL)
 
 
 def is_url(model: str) -> bool:
-    """Whether the model is said to be on a server."""
+    """Whether the model's name is a URL."""
     return model.lower().startswith(("http://", "https://"))
 
 
 def shown_url(model: str) -> str:
-    """The model as it may be shown: its URLs without the user and the password in them."""
+    """The model's name without the user names and passwords in its URLs."""
     return _LOGIN.sub("://", model)
 
 
 def engine_for(model: str) -> str:
-    """The name of the engine that the model is for; what is not the usual one is logged.
+    """The name of the engine for the model; logs any choice but the default.
 
-    A URL is another server's, a ``.gguf`` file llama.cpp's where that is installed, a folder quantised for ExLlama is
-    ExLlama's, and one of sentence-transformers the encoder's. All else is for transformers.
+    A URL goes to the openai engine, a ``.gguf`` file to llama.cpp if that is installed, a folder quantised for ExLlama
+    to ExLlama, one of sentence-transformers to the encoder, and everything else to transformers.
 
     Raises:
-        ModelNotFoundError, InvalidRequestError: there is no such model, or the name is none.
+        ModelNotFoundError, InvalidRequestError: there is no such model, or the name is invalid.
     """
     engine, why = _chosen(model)
     if why:
@@ -54,13 +54,13 @@ def _chosen(model: str) -> tuple[str, str]:
     found = find_model(model)
     if ":" in found and not os.path.exists(found):
         raise ModelNotFoundError(
-            f"{model!r} is no folder here, and no hub has such names. A server's URL begins with http://; a function "
-            "is named with engine='function'."
+            f"{model!r} is not a folder here and cannot be a hub id. A server's URL begins with http://; for a "
+            "function, add engine='function'."
         )
     if found.lower().endswith(GGUF):
         if importlib.util.find_spec("xllamacpp") is not None:
             return "llamacpp", "a .gguf file"
-        return USUAL, "a .gguf file, and no xllamacpp is installed"
+        return USUAL, "a .gguf file, and xllamacpp is not installed"
     folder = Path(found)
     if (method := _quant_method(folder)) in _QUANTISED:
         return _QUANTISED[method], f"quantised as {method}"
@@ -70,7 +70,7 @@ def _chosen(model: str) -> tuple[str, str]:
 
 
 def _quant_method(folder: Path) -> str:
-    """How the folder's model was quantised; "" where that is not said, or there is no such folder."""
+    """The quantisation of the folder's model; "" if unknown, or there is no such folder."""
     try:
         settings = json.loads((folder / "config.json").read_text("utf-8"))
         return str(settings["quantization_config"]["quant_method"]).lower()

@@ -1,9 +1,9 @@
-"""The engine contract: what the server asks of an engine, and what an engine tells the server.
+"""The engine contract: what the server requires of an engine, and what an engine reports.
 
-Rule: every method here but ``where`` is called on the server thread only, with the server's loop running. An engine is
-*pushed* to (``add_request``) and pushes back (``sink``); it never lets requests queue inside, because the server hands
-over at most ``max_batch_size`` of them. Engines know this module, ``messages``, ``errors`` and ``standing``, and import
-their own library inside.
+Rule: every method here except ``where`` is called only on the server thread, with the server's loop running. The server
+pushes requests (``add_request``) and the engine pushes deltas back (``sink``); requests never queue inside an engine,
+because the server hands over at most ``max_batch_size``. Engines know this module, ``messages``, ``errors`` and
+``standing``, and import their own library inside functions.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from lmbridge.log import logger, shown
 from lmbridge.messages import Delta, Request, Task
 
 CLEANUP_PATIENCE = 2.0
-"""Seconds that an iterator may take to clean up, after its last delta or an abort, before its sink hears the end."""
+"""Seconds that an iterator may take to clean up after its last delta or an abort, before the sink gets the end."""
 CLOSE_PATIENCE = 3.0
-"""Seconds that all iterators may take to end when the engine is closed; the others are left behind."""
+"""Seconds that iterators may take to end when the engine is closed; then they are left behind."""
 
 T = TypeVar("T")
 
@@ -32,16 +32,16 @@ Sink = Callable[[Delta], None]
 
 
 class Party(Protocol):
-    """An engine's share of a device that several work on. Its own threads ask for turns, never the server's."""
+    """An engine's access to a shared device. Only its own threads ask for turns, never the server's."""
 
     def turn(self) -> contextlib.AbstractContextManager[object]:
-        """Blocks until it is this engine's turn; the turn lasts as long as the ``with``."""
+        """Block until it is this engine's turn; the turn lasts as long as the ``with`` block."""
 
     def share(self) -> float | None:
-        """For how many seconds a turn should last now, at most; None while nobody else is at work on the device."""
+        """The most seconds that a turn should last now; None while nobody else uses the device."""
 
     def pause(self) -> float:
-        """In the midst of a turn, on its thread: let those who wait have theirs first; how many seconds they took."""
+        """In the middle of a turn, on its thread: let waiters go first; returns the seconds that took."""
 
     @property
     def waiting(self) -> bool:
@@ -49,7 +49,7 @@ class Party(Protocol):
 
 
 class _Alone:
-    """Nobody else works on the device."""
+    """The Party of an engine that has its device to itself."""
 
     def turn(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
@@ -67,13 +67,13 @@ class _Alone:
 
 @dataclass(frozen=True)
 class Library:
-    """A package that an engine drives, as ``lmbridge doctor`` lists it.
+    """A package that an engine uses, as listed by ``lmbridge doctor``.
 
     Attributes:
-        package: its name in the package index.
-        tried: the versions that the engine was run with, in words.
-        install: the command that brings it.
-        builds: other packages that bring the same module, for CPUs say.
+        package: its name on PyPI.
+        tried: the tested versions, as text.
+        install: the command that installs it.
+        builds: other packages with the same module, such as CPU builds.
     """
 
     package: str
@@ -85,22 +85,22 @@ class Library:
 class Engine(ABC):
     """A model that works on many requests at once.
 
-    An author overrides either ``generate`` (an async iterator; the base class runs it in a task and leaving it is the
-    abort) or the pair ``add_request`` and ``abort_request`` where the library pushes results itself.
+    Override either ``generate``, an async iterator that the base class runs in a task and leaves to abort, or, if the
+    library pushes results itself, the pair ``add_request`` and ``abort_request``.
 
-    ``__init__`` must be cheap: it checks options and remembers them. Loading belongs into ``start``.
+    ``__init__`` must be cheap: it validates and stores the options. Load the model in ``start``.
 
     Attributes:
         name: the engine's name in messages.
-        libraries: the packages that it drives.
-        tasks: what it does: ``generate``, ``embed``, ``rerank``, ``call``. Others are refused by name.
-        supports: the GenerationConfig fields it honours; the others are refused by name.
+        libraries: the packages that it uses.
+        tasks: any of ``generate``, ``embed``, ``rerank``, ``call``; others are refused by name.
+        supports: the GenerationConfig fields that it supports; others are refused by name.
         max_batch_size: how many requests it works on at once.
         party: set by the server before the start: the engine's turns on its device.
-        on_death: set by the server; call it with the cause, from any thread, when the engine cannot go on. The
-            requests inside need no delta then.
-        on_busy: set by the server; call it on the server thread with seconds for which the engine takes no further
-            request, since whoever computes for it is full. The last call counts, and 0 ends it.
+        on_death: set by the server; call it with the cause, from any thread, when the engine cannot go on. Its requests
+            then need no further delta.
+        on_busy: set by the server; call it on the server thread with the seconds for which the engine takes no more
+            requests, because a remote server, say, is full. The last call counts; 0 ends it.
     """
 
     name: ClassVar[str] = "engine"
@@ -119,14 +119,14 @@ class Engine(ABC):
 
     @abstractmethod
     async def start(self) -> None:
-        """Load the model. What takes over 10 ms runs on a worker thread (``EngineThread``), so that the loop lives.
+        """Load the model. Run anything over 10 ms on a worker thread (``EngineThread``), to keep the loop responsive.
 
         Raises:
-            Exception: the engine cannot be used; it is closed then and never asked again.
+            Exception: the engine cannot be used; it is then closed and discarded.
         """
 
     def check(self, request: Request) -> None:
-        """Refuse what cannot be honoured, before the request takes a place in the batch.
+        """Refuse an unsupported request before it takes a place in the batch.
 
         Raises:
             UnsupportedOptionError: a field of the request's config is not in ``supports``.
@@ -139,12 +139,12 @@ class Engine(ABC):
                 )
 
     def add_request(self, request: Request, sink: Sink) -> None:
-        """Begin the request and return at once; ``sink`` gets its deltas later, the last one always.
+        """Begin the request and return at once; ``sink`` gets its deltas later, always including a last one.
 
-        It runs in the caller's context variables.
+        Runs with the caller's context variables.
 
         Raises:
-            LMBridgeError: the request alone is at fault; the engine goes on with the others.
+            LMBridgeError: only this request fails; the engine continues with the others.
         """
         self._pumps.add(_Pump(self, request, sink))
 
@@ -154,50 +154,50 @@ class Engine(ABC):
         Its sink gets one last delta with finish_reason ``abort``, now or soon.
         """
         for pump in self._pumps:
-            if pump.request.id == request_id:  # two have it while one, which has ended, still cleans up
+            if pump.request.id == request_id:  # two share an id while an ended one still cleans up
                 pump.abort()
 
     def generate(self, request: Request) -> AsyncIterator[Delta]:
-        """Yield the request's deltas, the last with a finish_reason. Cancellation at a yield or await is the abort.
+        """Yield the request's deltas, the last with a finish_reason. An abort cancels it at a yield or await.
 
-        What is freed in a ``finally`` is free when the server hears of the end, unless that takes over
-        ``CLEANUP_PATIENCE`` seconds.
+        What a ``finally`` frees is free once the server hears of the end, unless it takes over ``CLEANUP_PATIENCE``
+        seconds.
         """
         raise TypeError(f"{type(self).__name__} must override generate(), or add_request() and abort_request().")
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
-        """Each token's own text; "" for one that has none or that the engine cannot tell."""
+        """The text of each token; "" if it has none or the engine does not know it."""
         return [""] * len(token_ids)
 
     def progress(self, request_id: str) -> int | None:
-        """Any number that changes while the engine works on the request, whether or not it says anything of it.
+        """Any number that changes while the engine works on the request, even without deltas.
 
-        A prompt that is read in chunks, or text that is held back, shows here. None: not known, or no such request; the
-        request is judged by its deltas then. The server asks about requests that have been silent, twice a second.
+        It shows prompts read in chunks and text held back. None: unknown, or no such request; the request is then
+        judged by its deltas. The server asks about silent requests, twice a second.
         """
         return None
 
     def where(self) -> str:
-        """Where the engine's own thread stands, in a few words, for the message of a stall; "" where there is none.
+        """What the engine's own thread is executing, briefly, for stall messages; "" if it has none.
 
-        Unlike the other methods it may be called by any thread, and it waits for nothing.
+        Unlike the other methods it may be called by any thread; it must not block.
         """
         return ""
 
     def estimate(self) -> int | None:
-        """Bytes of its device that the model will need, asked before ``start`` on a worker thread; None: not known."""
+        """Device bytes that the model will need; called before ``start`` on a worker thread; None: unknown."""
         return None
 
     def footprint(self) -> int | None:
-        """Bytes of its device that the model holds, asked after ``start``; None: not known."""
+        """Device bytes that the model holds; called after ``start``; None: unknown."""
         return None
 
     def stats(self) -> dict[str, float]:
-        """Numbers of the engine itself: ``in_flight``, ``steps``, ``tokens`` and what else it counts."""
+        """The engine's own counters: ``in_flight``, ``steps``, ``tokens`` and any others."""
         return {"in_flight": float(len(self._pumps))}
 
     async def close(self) -> None:
-        """Stop everything and free the model. Called once, also after a failed start; in-flight requests are lost."""
+        """Stop everything and free the model. Called once, even after a failed start; requests in flight are lost."""
         pumps = list(self._pumps)
         for pump in pumps:
             pump.abort()
@@ -209,20 +209,20 @@ class Engine(ABC):
 
     @functools.cached_property
     def _pumps(self) -> set[_Pump]:
-        """The requests that run by ``generate``, and those whose iterator still cleans up; server thread only."""
+        """Requests run by ``generate``, and those whose iterator still cleans up; server thread only."""
         return set()
 
     @property
     def _running(self) -> dict[str, asyncio.Task[None]]:
-        """The task of each request that runs by ``generate``; server thread only."""
+        """The task of each request run by ``generate``; server thread only."""
         return {pump.request.id: pump.task for pump in self._pumps}
 
 
 class _Pump:
-    """One request's ``generate`` into its sink. Whatever happens, the sink hears one last delta, and nothing after it.
+    """Runs one request's ``generate`` into its sink. Whatever happens, the sink gets exactly one last delta.
 
-    What the last delta says is decided by the first of: the iterator, its failure, an abort. It is told when the
-    iterator has cleaned up, or when that takes too long. Server thread only.
+    The first of iterator, failure and abort decides the last delta. It is sent once the iterator has cleaned up, or
+    when that takes too long. Server thread only.
     """
 
     def __init__(self, engine: Engine, request: Request, sink: Sink) -> None:
@@ -231,7 +231,7 @@ class _Pump:
         self._sink = sink
         self._last: Delta | None = None  # once it is decided
         self._told = False
-        self._patience: asyncio.TimerHandle | None = None  # there from the decision on
+        self._patience: asyncio.TimerHandle | None = None  # set once it is decided
         self._loop = asyncio.get_running_loop()
         self.task = self._loop.create_task(self._run(), name=f"lmbridge {request.id}")
         self.task.add_done_callback(self._on_end)
@@ -249,34 +249,34 @@ class _Pump:
             async for delta in deltas:
                 if delta.finish_reason is not None or delta.error is not None:
                     self._decide(delta)
-                if self._last is not None:  # or it was aborted, and has swallowed the cancellation
+                if self._last is not None:  # or it was aborted and swallowed the cancellation
                     break
                 self._sink(delta)
             else:
                 self._decide(Delta(error=EngineError(f"{self._engine.name} ended the answer without a finish_reason.")))
-        except GeneratorExit:  # the loop has been closed with the task in it
+        except GeneratorExit:  # the loop was closed with the task in it
             raise
         except LMBridgeError as error:
             self._decide(Delta(error=error))
-        except BaseException as cause:  # SystemExit too, which would otherwise take the loop with it
+        except BaseException as cause:  # SystemExit too, which would otherwise end the loop
             self._decide(Delta(error=engine_error(f"{self._engine.name} failed: {shown(cause)}.", cause)))
         await self._clean_up(deltas)
         self._tell()
 
     def _decide(self, last: Delta) -> None:
-        """The first decision counts: what an iterator does after it was aborted concerns nobody."""
+        """The first decision counts: what an iterator does after an abort is ignored."""
         if self._last is None:
             self._last = last
             self._patience = self._loop.call_later(CLEANUP_PATIENCE, self._lose_patience)
 
     async def _clean_up(self, deltas: Any) -> None:
-        close = getattr(deltas, "aclose", None)  # iterators that are no generators need not have it
+        close = getattr(deltas, "aclose", None)  # iterators other than generators may lack it
         if close is not None:
             try:
                 await close()
             except GeneratorExit:
                 raise
-            except BaseException as cause:  # the answer is none the worse for it
+            except BaseException as cause:  # the answer is unaffected
                 self._warn(f"failed to clean up: {shown(cause)}")
 
     def _lose_patience(self) -> None:
@@ -297,7 +297,7 @@ class _Pump:
         try:
             self._sink(self._last)
         except BaseException:
-            logger.exception("The end of request %s could not be told.", self.request.id)
+            logger.exception("The end of request %s could not be delivered.", self.request.id)
 
     def _warn(self, what: str) -> None:
         logger.warning("generate() of the engine %s for request %s %s.", self._engine.name, self.request.id, what)

@@ -1,6 +1,6 @@
-"""Single items into batches: what waits when the model is free goes together, and a batch that fails is taken apart.
+"""Dynamic batching: items waiting when the model is free run together; a failed batch is split.
 
-Rule: server thread only; the batches themselves run wherever ``run`` has them run. Nothing polls and nothing idles:
+Rule: server thread only; ``run`` decides where batches run. Nothing polls and nothing idles:
 while a batch runs, the next one gathers.
 """
 
@@ -36,18 +36,18 @@ class _Entry(Generic[T]):
 
 
 class Batcher(Generic[T]):
-    """Hands items to ``run`` in batches, in the order in which they came; clients of several take turns.
+    """Hands items to ``run`` in batches, in order of arrival; clients with several items take turns.
 
     Args:
         run: takes a list of items and returns one result for each, which may be an exception.
         max_items: the most items in a batch.
-        max_size: the most that the sizes of a batch's items may add up to, tokens say; a larger item runs alone.
-        wait: seconds for which a batch that is not full waits for more.
-        cap: asked before each batch: a limit for now, below ``max_size``.
+        max_size: the largest total size of a batch, in tokens say; a larger item runs alone.
+        wait: seconds for which a batch that is not full waits for more items.
+        cap: called before each batch: a temporary limit below ``max_size``.
 
     Attributes:
-        batches, items, size: how many were run so far, and what their sizes add up to.
-        max_size: halved when a batch does not fit into the memory.
+        batches, items, size: how many were run so far, and their total size.
+        max_size: halved when a batch does not fit into memory.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class Batcher(Generic[T]):
         self._max_items = max_items
         self._wait = wait
         self._cap = cap
-        self._waiting: OrderedDict[str, _Entry[T]] = OrderedDict()  # by the request's id, as is the next
+        self._waiting: OrderedDict[str, _Entry[T]] = OrderedDict()  # by request id, like the next
         self._running: dict[str, _Entry[T]] = {}
-        self._served: dict[str, int] = {}  # the last batch that a client who waits had a part in
-        self._failed_alone = False  # some item of the batch that runs did
-        self._work: asyncio.Task[None] | None = None  # there while there is something to do
-        self._batch: asyncio.Task[list[Any]] | None = None  # there while one runs
+        self._served: dict[str, int] = {}  # the last batch that a waiting client took part in
+        self._failed_alone = False  # some item of the running batch did
+        self._work: asyncio.Task[None] | None = None  # set while there is work
+        self._batch: asyncio.Task[list[Any]] | None = None  # set while one runs
         self._more = asyncio.Event()
 
     def __len__(self) -> int:
@@ -80,11 +80,11 @@ class Batcher(Generic[T]):
         return key in self._waiting or key in self._running
 
     def add(self, key: str, item: T, sink: Sink, size: int = 1, usage: Usage | None = None, client: str = "") -> None:
-        """Have an item run with the next batch; ``sink`` hears what became of it.
+        """Run an item with the next batch; ``sink`` gets its result.
 
         Args:
             size: what it counts against ``max_size``.
-            usage: said with its result.
+            usage: returned with its result.
             client: whose turn it takes.
         """
         self._waiting[key] = _Entry(key, item, size, usage, client, sink)
@@ -93,9 +93,9 @@ class Batcher(Generic[T]):
             self._work = _start(self._serve(), "lmbridge batches")
 
     def discard(self, key: str) -> bool:
-        """Let go of an item, whose sink hears of an abort; False when there is none of that key.
+        """Drop an item, whose sink gets an abort; False if there is none with that key.
 
-        One that runs already runs on with the others of its batch; with none of them left, the batch is cancelled.
+        A running item continues with its batch; a batch with no items left is cancelled.
         """
         entry = self._waiting.pop(key, None) or self._running.pop(key, None)
         if entry is None:
@@ -122,9 +122,9 @@ class Batcher(Generic[T]):
                 self._running = {entry.key: entry for entry in batch}
                 self._failed_alone = False
                 await self._attempt(batch)
-                await asyncio.sleep(0)  # the server fills the places that this has freed, before the next is taken
-        except Exception as cause:  # a fault in here must leave nobody waiting
-            logger.exception("A batch was lost.")
+                await asyncio.sleep(0)  # lets the server fill the freed places before the next batch
+        except Exception as cause:  # a bug here must leave nobody waiting
+            logger.exception("A batch was lost to an internal error.")
             for entry in list(self._running.values()):
                 self._tell(entry, cause)
         finally:
@@ -133,7 +133,7 @@ class Batcher(Generic[T]):
             self._work = _start(self._serve(), "lmbridge batches")
 
     async def _gather(self) -> None:
-        """Wait for more while the batch is not full, for as long as was asked for."""
+        """Wait up to ``wait`` seconds for more items while the batch is not full."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self._wait
         while not self._is_full() and (left := end - loop.time()) > 0:
@@ -165,7 +165,7 @@ class Batcher(Generic[T]):
         return batch
 
     def _in_turns(self) -> list[_Entry[T]]:
-        """Who waits: the first of each client, then the second of each, and so on; who was served last comes last."""
+        """Waiting items: each client's first, then each one's second, and so on; last-served clients last."""
         ranks: Counter[str] = Counter()
         ranked: list[tuple[int, _Entry[T]]] = []
         for entry in self._waiting.values():
@@ -174,12 +174,12 @@ class Batcher(Generic[T]):
         return [entry for _, entry in sorted(ranked, key=lambda pair: (pair[0], self._served.get(pair[1].client, 0)))]
 
     async def _attempt(self, batch: list[_Entry[T]]) -> None:
-        """Run a batch, or its halves where it fails, until only what fails by itself has failed."""
+        """Run a batch; if it fails, run its halves, until only items that fail alone have failed."""
         batch = [entry for entry in batch if entry.key in self._running]  # the others were aborted meanwhile
         if not batch:
             return
         if len(batch) > 1 and self.max_size is not None and sum(entry.size for entry in batch) > self.max_size:
-            await self._halve(batch)  # it would not fit into the memory, as we have learned meanwhile
+            await self._halve(batch)  # we have learned that it would not fit into memory
             return
         try:
             results = await self._work_on([entry.item for entry in batch])
@@ -187,7 +187,7 @@ class Batcher(Generic[T]):
             await self._take_apart(batch, error)
         except Exception as cause:
             await self._take_apart(batch, cause)
-            if is_out_of_memory(cause) and not self._failed_alone:  # it was how many there were
+            if is_out_of_memory(cause) and not self._failed_alone:  # the batch was too large
                 self._shrink(batch)
         else:
             self._count(batch)
@@ -198,10 +198,10 @@ class Batcher(Generic[T]):
                 self._tell(entry, result)
 
     async def _work_on(self, items: list[T]) -> list[Any]:
-        """What ``run`` makes of a batch, in a task of its own, which it may cancel or try to leave the loop by.
+        """Run a batch in a separate task, which ``run`` may cancel or try to end the loop from.
 
         Raises:
-            Exception: whatever it raised.
+            Exception: whatever ``run`` raised.
         """
         self._batch = batch = _start(_tame(self._run, items), "lmbridge batch")
         try:
@@ -229,7 +229,7 @@ class Batcher(Generic[T]):
         await self._attempt(batch[half:])
 
     def _shrink(self, batch: list[_Entry[T]]) -> None:
-        """Remember how much was too much."""
+        """Lower the size limit."""
         half = sum(entry.size for entry in batch) // 2
         self.max_size = max(1, half if self.max_size is None else min(half, self.max_size))
 
@@ -258,12 +258,12 @@ def _error(result: Any) -> BaseException | None:
 
 
 def _start(work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
-    """A task with no context variables: those of whoever comes first are not for the others."""
+    """A task without context variables: one caller's must not leak to the others."""
     return asyncio.get_running_loop().create_task(work, name=name, context=contextvars.Context())
 
 
 async def _tame(run: Callable[[list[T]], Awaitable[Sequence[Any]]], items: list[T]) -> list[Any]:
     try:
         return list(await run(items))
-    except (SystemExit, KeyboardInterrupt) as cause:  # which would end the loop, and all who are on it
+    except (SystemExit, KeyboardInterrupt) as cause:  # which would end the loop for everyone
         raise RuntimeError(f"{shown(cause)} was raised") from cause

@@ -1,12 +1,12 @@
 """From a prompt to token ids, with a Hugging Face tokenizer.
 
-Rule: no torch is known here. A ``PromptEncoder`` is built on the engine's worker thread, for it looks through the whole
-vocabulary. After that nothing in it changes, so that the server thread (``at_once``) and the worker thread
-(``encode``) may both be in it.
+Rule: no torch is known here. A ``PromptEncoder`` is built on the engine's worker thread, because it scans the whole
+vocabulary. Afterwards it is immutable, so the server thread (``at_once``) and the worker thread (``encode``) may use it
+together.
 
-The GIL decides what a long prompt costs everybody else. Of a tokenizer's calls ``encode`` holds it to the end and
-``encode_batch_fast`` gives it up, so that long texts take the second. How many tokens came out is asked before they are
-made into a list. A tokenizer written in Python has no such call: its long prompts hold the GIL as its code does.
+The GIL decides what a long prompt costs everyone else. Of a tokenizer's calls, ``encode`` holds it throughout and
+``encode_batch_fast`` releases it, so long texts use the latter; the number of tokens is checked before they become a
+list. A tokenizer written in Python has no such call: it holds the GIL for long prompts.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from lmbridge.errors import InvalidRequestError, PromptTooLongError
 from lmbridge.messages import GenerationConfig, Message, Prompt
 
 INLINE_CHARACTERS = 8_000
-"""A prompt of up to this many characters (see ``characters``) is tokenised at once; it takes a few milliseconds."""
+"""Prompts of up to this many characters (see ``characters``) are tokenised at once, in a few milliseconds."""
 INLINE_IDS = 100_000
-"""So many token ids are checked at once; it takes about four milliseconds."""
+"""Up to this many token ids are checked at once, in about four milliseconds."""
 RENDERED_CHARACTERS = 5_000_000
-"""Up to this many characters, a prompt that will probably not fit is put through the chat template at once, so that it
-can be refused: about two milliseconds for each million."""
+"""Up to this many characters, a prompt that probably does not fit is rendered at once, so that it can be refused: about
+two milliseconds per million."""
 RENDERED_MESSAGES = 256
 """And up to this many messages: about one millisecond."""
 
@@ -40,13 +40,13 @@ _USUAL = GenerationConfig()
 class PromptEncoder:
     """Turns strings, conversations and token ids into the ids a model is given.
 
-    Of a request's config it reads what the chat template is given, tools among it, and ``truncate_prompt_tokens``.
+    Of a request's config it reads the chat template's variables, tools, and ``truncate_prompt_tokens``.
 
     Args:
         tokenizer: a tokenizer of transformers.
         vocabulary_size: how many rows the model's embeddings have.
-        room: the most tokens, prompt and answer together; None where there is no limit.
-        dialect: how the model is told of tools; made of the tokenizer if left out.
+        room: the most tokens, prompt and answer together; None for no limit.
+        dialect: how tools are described to the model; derived from the tokenizer if omitted.
     """
 
     def __init__(
@@ -58,15 +58,15 @@ class PromptEncoder:
         self._room: float = math.inf if room is None else room
         self._bound: LengthBound | None = None
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
-        if self._backend is not None:  # a saved tokenizer may cut texts short or fill them up
+        if self._backend is not None:  # a saved tokenizer may truncate or pad
             self._backend.no_truncation()
             self._backend.no_padding()
             self._bound = length_bound(self._backend)
 
     def at_once(self, prompt: Prompt, raw: bool = False, config: GenerationConfig = _USUAL) -> list[int] | None:
-        """``encode`` where that takes milliseconds; None where another thread should do it.
+        """``encode`` if that takes only milliseconds; None if another thread should do it.
 
-        A prompt that cannot fit is refused here, if that can be told within milliseconds.
+        Refuses a prompt that cannot fit, if that can be determined within milliseconds.
 
         Raises:
             InvalidRequestError, PromptTooLongError: as ``encode``.
@@ -82,15 +82,15 @@ class PromptEncoder:
         return None
 
     def encode(self, prompt: Prompt, raw: bool = False, config: GenerationConfig = _USUAL) -> list[int]:
-        """The token ids of ``prompt``: at least one, and so few that there is room for one more.
+        """The token ids of ``prompt``: at least one, with room for one more.
 
-        A string becomes one user message of a chat where the tokenizer has a chat template, unless ``raw``.
+        A string becomes one user message if the tokenizer has a chat template, unless ``raw``.
 
         Raises:
-            InvalidRequestError: the prompt is of no known kind, has no tokens, is refused by the chat template, or
-                has ids that the model does not have, be they the caller's or the tokenizer's.
-            PromptTooLongError: there is no room for it and one more token. A text that cannot fit because of its
-                length alone is not tokenised.
+            InvalidRequestError: the prompt is of an unknown kind, has no tokens, is refused by the chat template, or
+                has ids unknown to the model, whether the caller's or the tokenizer's.
+            PromptTooLongError: there is no room for it and one more token. A text that is too long by length alone is
+                not tokenised.
         """
         text, most = self.text(prompt, raw, config), config.truncate_prompt_tokens
         if not isinstance(text, str):
@@ -100,14 +100,14 @@ class PromptEncoder:
                 self.refuse_long(text)
             ids = self._tokenize(text, self._is_bare(prompt, raw), most)
         if not ids:
-            raise _invalid("The prompt is empty: the tokenizer makes no token of it. Give it some text.")
+            raise _invalid("The prompt is empty: the tokenizer produces no token. Add some text.")
         return ids
 
     def text(self, prompt: Prompt, raw: bool = False, config: GenerationConfig = _USUAL) -> str | Sequence[Any]:
-        """What is to be tokenised, with the chat template around it; of token ids, these ids.
+        """The text to tokenise, with the chat template applied; token ids unchanged.
 
         Raises:
-            InvalidRequestError: the prompt is of no known kind, or is refused by the chat template.
+            InvalidRequestError: the prompt is of an unknown kind, or is refused by the chat template.
         """
         if self._is_bare(prompt, raw):
             self._refuse_variables(config, raw)
@@ -121,7 +121,7 @@ class PromptEncoder:
         return prompt
 
     def refuse_long(self, text: str) -> None:
-        """Refuse a text that has too many tokens whatever they are; milliseconds for millions of characters.
+        """Refuse a text that is too long by length alone; milliseconds for millions of characters.
 
         Raises:
             PromptTooLongError: there is no room for it and one more token.
@@ -130,18 +130,17 @@ class PromptEncoder:
             return
         fewest = self._bound.fewest_tokens(text)
         if fewest >= self._room:
-            raise self._too_long(f"{len(text)} characters, and so at least {fewest} tokens")
+            raise self._too_long(f"{len(text)} characters, so at least {fewest} tokens")
 
     def _refuse_variables(self, config: GenerationConfig, raw: bool) -> None:
         if config.calling is not None and not raw:
             raise InvalidRequestError(
-                "The model has no chat template, so that nothing tells it of tools; leave them out, or describe them "
-                "in a raw prompt.",
+                "The model has no chat template to describe tools; leave them out, or describe them in a raw prompt.",
                 param="tools",
             )
         if config.chat_template_kwargs:
             raise InvalidRequestError(
-                "chat_template_kwargs are for a chat template, and this prompt goes without one; leave them out.",
+                "chat_template_kwargs need a chat template, which this prompt does not use; leave them out.",
                 param="chat_template_kwargs",
             )
 
@@ -152,28 +151,28 @@ class PromptEncoder:
         return characters([*beside, prompt] if beside else prompt, INLINE_CHARACTERS) <= INLINE_CHARACTERS
 
     def _is_bare(self, prompt: Prompt, raw: bool) -> bool:
-        """Whether it is a string for the model as it is."""
+        """Whether it is a string that goes to the model unchanged."""
         return isinstance(prompt, str) and (raw or not self._tokenizer.chat_template)
 
     def _is_rendered_at_once(self, prompt: Any, raw: bool, bound: LengthBound) -> bool:
-        """Whether it takes milliseconds to render, and is likely to be refused then."""
+        """Whether it renders within milliseconds and is likely to be refused."""
         if self._is_bare(prompt, raw):
             return True
         return bound.longest * self._room <= _rendered_length(prompt) <= RENDERED_CHARACTERS
 
     def _chat(self, messages: list[Message], config: GenerationConfig) -> str:
         if not self._tokenizer.chat_template:
-            raise _invalid("The model has no chat template, so that it takes no messages; give it a string.")
+            raise _invalid("The model has no chat template, so it cannot take messages; give a string.")
         messages = self._dialect.told(messages, config)
         try:
             if config.calling is not None and not self._dialect.knows_tools:
                 return self._render_told(messages, config)
             return self._render_calls(messages, config)
-        except Exception as cause:  # a template is a program of the model's author, and may raise anything
+        except Exception as cause:  # a template is the model author's program, and may raise anything
             raise _invalid(f"The model's chat template refused the messages: {cause}") from cause
 
     def _render_told(self, messages: list[Message], config: GenerationConfig) -> str:
-        """Messages whose first describes tools to a model whose template knows none, nor always a system message."""
+        """Render with tools described in the first message, for templates without tools or a system role."""
         try:
             return self._render_calls(messages, config)
         except Exception as first:
@@ -183,7 +182,7 @@ class PromptEncoder:
                 raise first from None
 
     def _render_calls(self, messages: list[Message], config: GenerationConfig) -> str:
-        """Most templates want the arguments of a tool call as a mapping; some join them to a string as they came."""
+        """Most templates take the arguments of a tool call as a mapping; some concatenate them as a string."""
         parsed = [_with_parsed_arguments(message) for message in messages]
         try:
             return self._render(parsed, config)
@@ -210,11 +209,11 @@ class PromptEncoder:
         try:
             if self._backend is None:
                 encoded = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-            elif len(text) <= INLINE_CHARACTERS:  # the wrapper around it changes settings, and two threads may be here
+            elif len(text) <= INLINE_CHARACTERS:  # the tokenizer's wrapper is not thread-safe
                 encoded = self._backend.encode(text, add_special_tokens=add_special_tokens)
             else:
                 encoded = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
-        except (TypeError, UnicodeError) as cause:  # a text with halves of surrogate pairs
+        except (TypeError, UnicodeError) as cause:  # unpaired surrogates
             raise _invalid(f"The prompt is not valid Unicode text: {cause}") from cause
         except Exception as cause:  # tokenizers raises nothing more precise
             raise _invalid(f"The model's tokenizer refused the prompt: {cause}") from cause
@@ -234,7 +233,7 @@ class PromptEncoder:
         return list(tokens)
 
     def _unknown(self, tokens: Sequence[Any]) -> Iterable[Any]:
-        """Those that are no ids of the model. Where there are none, it costs about 35 ns a token."""
+        """Ids unknown to the model. If there are none, this costs about 35 ns a token."""
         if set(map(type, tokens)) <= {int} and (
             not tokens or (min(tokens) >= 0 and max(tokens) < self._vocabulary_size)
         ):
@@ -245,15 +244,15 @@ class PromptEncoder:
         return isinstance(token, int) and not isinstance(token, bool) and 0 <= token < self._vocabulary_size
 
     def _missing_row(self, token: Any) -> str:
-        """About an id that the tokenizer made."""
+        """The message about an id that the tokenizer produced."""
         try:
             name = self._tokenizer.convert_ids_to_tokens(token)
-        except Exception:  # of an id that it made itself; that it has no name for it is the smaller trouble
+        except Exception:  # it may lack a name for its own id
             name = None
         return (
-            f"The tokenizer makes the token {_short(name)} (id {_short(token)}) of a part of the prompt, but the "
-            f"model's embeddings have no row for it: its ids end at {self._vocabulary_size - 1}. Leave that part out; "
-            "the model's owner can call resize_token_embeddings on the model, or drop the token from the tokenizer."
+            f"The tokenizer produces the token {_short(name)} (id {_short(token)}) for a part of the prompt, but the "
+            f"model's embeddings end at id {self._vocabulary_size - 1}. Leave that part out. The model's owner can "
+            "call resize_token_embeddings on the model or drop the token from the tokenizer."
         )
 
     def _refuse_count(self, tokens: int) -> None:
@@ -262,18 +261,17 @@ class PromptEncoder:
 
     def _too_long(self, size: str) -> PromptTooLongError:
         return PromptTooLongError(
-            f"The prompt has {size}; there is room for {self._room}, one of them for the answer. "
-            "Shorten it, or raise max_context or cache_share where the model allows it.",
+            f"The prompt has {size}; there is room for {self._room}, one of them for the answer. Shorten it.",
             param="prompt",
             most=int(self._room),
-        )
+        ).hinted("max_context or cache_share raises the limit where the model allows it.")
 
 
 def characters(prompt: object, enough: float = math.inf) -> int:
-    """Approximately how much there is to render and tokenise, in characters of ASCII; token ids need neither.
+    """The approximate amount to render and tokenise, in ASCII characters; 0 for token ids.
 
-    A character of a string that is not ASCII counts as three, for it may be as many tokens; a number, in the arguments
-    of a tool call say, as one. Counting ends once there are more than ``enough``.
+    A non-ASCII character counts as three, since it may be as many tokens; a number, as in the arguments of a tool call,
+    as one. Counting stops above ``enough``.
     """
     if _is_ids(prompt):
         return 0
@@ -290,7 +288,7 @@ def characters(prompt: object, enough: float = math.inf) -> int:
 
 
 def _rendered_length(prompt: Any) -> int:
-    """The characters of a string, or of a few messages of nothing but strings; else 0."""
+    """The length of a string, or of a few messages made only of strings; else 0."""
     if isinstance(prompt, str):
         return len(prompt)
     if _is_ids(prompt) or len(prompt) > RENDERED_MESSAGES:
@@ -309,7 +307,7 @@ def _is_ids(prompt: object) -> bool:
 
 
 def _plain(message: object) -> Message:
-    """The message with its content as one string; parts of it that are strings are joined."""
+    """The message with its content as one string; text parts are joined."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
         raise _invalid(f"A message is a dict with 'role' and 'content', not {_short(message)}.")
     content = message["content"]
@@ -325,7 +323,7 @@ def _is_text_part(part: object) -> bool:
 
 
 def _with_parsed_arguments(message: Message) -> Message:
-    """The message itself where no tool call of it has a JSON object's text as its arguments."""
+    """The message with tool call arguments parsed from JSON; unchanged if there are none."""
     calls = message.get("tool_calls")
     if not isinstance(calls, (list, tuple)):
         return message
@@ -342,7 +340,7 @@ def _parsed_call(call: Any) -> Any:
         return call
     try:
         mapping = json.loads(arguments)
-    except (ValueError, RecursionError):  # a model may write anything there
+    except (ValueError, RecursionError):  # the model may have written anything
         return call
     return {**call, "function": {**function, "arguments": mapping}} if isinstance(mapping, dict) else call
 

@@ -1,6 +1,6 @@
-"""How few tokens a text can have, told from its length alone.
+"""A lower bound for a text's tokens, from its length alone.
 
-Rule: pure functions of a text or of a tokenizer of ``tokenizers``. ``length_bound`` looks through the whole vocabulary
+Rule: pure functions of a text or of a tokenizer of ``tokenizers``. ``length_bound`` scans the whole vocabulary
 and belongs on the engine's worker thread.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
-"""Unicode's White_Space, which is what an added token may take with it (``str.isspace`` has four more)."""
+"""Unicode's White_Space, which an added token may swallow (``str.isspace`` has four more)."""
 _COMPOSED = 4
 """The most characters that become one in NFC: the longest canonical decomposition of a character (UAX #15)."""
 _NORMALIZERS = {
@@ -27,12 +27,12 @@ _Step = dict[str, Any]
 
 @dataclass(frozen=True)
 class LengthBound:
-    """The most that a token can stand for.
+    """The most text that one token can stand for.
 
     Attributes:
         longest: characters of the longest token.
-        composed: how many characters of a text that is not ASCII may become one before they are looked up.
-        strips: some token takes all white space beside it, so that only the rest counts.
+        composed: how many characters of a non-ASCII text may be composed into one before lookup.
+        strips: some token swallows adjacent white space, so only the rest counts.
     """
 
     longest: int
@@ -40,17 +40,17 @@ class LengthBound:
     strips: bool = False
 
     def fewest_tokens(self, text: str) -> int:
-        """A text has at least so many tokens."""
+        """The least number of tokens of a text."""
         count = len(text) - _white_space(text) if self.strips else len(text)
         return -(-count // (self.longest if text.isascii() else self.longest * self.composed))
 
 
 def length_bound(backend: Any) -> LengthBound | None:
-    """The bound for ``backend``, a tokenizer of ``tokenizers``; None where there is no telling.
+    """The bound for ``backend``, a tokenizer of ``tokenizers``; None if there is none.
 
-    There is none where something of a text may vanish: a normaliser deletes it, the spaces between words are dropped,
-    or a whole unknown word becomes one token. So this knows BPE of bytes, BPE that falls back to bytes and BPE with a
-    token for each unknown character, where the steps before it keep every character.
+    There is none if part of a text may vanish: a normaliser deletes it, spaces between words are dropped, or a whole
+    unknown word becomes one token. Supported are byte BPE, BPE with byte fallback, and BPE with one token per unknown
+    character, if the steps before it keep every character.
     """
     steps = _steps(backend)
     if steps is None or not _covers_every_character(backend.model, steps):
@@ -73,17 +73,17 @@ def _white_space(text: str) -> int:
 
 
 def _steps(backend: Any) -> list[_Step] | None:
-    """What is done before the model, as tokenizer.json has it; None where a part of it is written in Python."""
+    """The steps before the model, as in tokenizer.json; None if one is written in Python."""
     from tokenizers import Tokenizer, models
 
-    shell = Tokenizer(models.BPE())  # without the vocabulary, which would take long
+    shell = Tokenizer(models.BPE())  # without the vocabulary, which would be slow
     try:
         if backend.normalizer is not None:
             shell.normalizer = backend.normalizer
         if backend.pre_tokenizer is not None:
             shell.pre_tokenizer = backend.pre_tokenizer
         layout = json.loads(shell.to_str())
-    except Exception:  # no type of its own
+    except Exception:  # tokenizers has no specific exception
         return None
     return _flat(layout["normalizer"], "normalizers") + _flat(layout["pre_tokenizer"], "pretokenizers")
 
@@ -97,7 +97,7 @@ def _flat(step: _Step | None, inner: str) -> list[_Step]:
 
 
 def _factor(step: _Step) -> int | None:
-    """How many characters before the step one after it stands for at most; None where some may be dropped."""
+    """How many input characters one output character of the step may stand for; None if some may be dropped."""
     kind = step["type"]
     if kind == "Replace":
         replaced = step["pattern"].get("String", "")
@@ -108,7 +108,7 @@ def _factor(step: _Step) -> int | None:
 
 
 def _covers_every_character(model: Any, steps: list[_Step]) -> bool:
-    """Whether each character belongs to a token that is at least as long as what it covers."""
+    """Whether every character belongs to a token at least as long as the text it covers."""
     from tokenizers import models
 
     if not isinstance(model, models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
@@ -120,7 +120,7 @@ def _covers_every_character(model: Any, steps: list[_Step]) -> bool:
 
 
 def _byte_symbols(model: Any, steps: list[_Step]) -> list[str]:
-    """How the vocabulary writes the bytes that a text may have; none where it is not made of bytes."""
+    """The vocabulary's symbols for the bytes of texts; empty if it is not byte-based."""
     from tokenizers import pre_tokenizers
 
     kinds = [step["type"] for step in steps]

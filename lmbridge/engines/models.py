@@ -1,6 +1,6 @@
 """What the name of a model means: the bundled one, a folder, a GGUF file, or a hub id.
 
-Rule: standard library only, and nothing is loaded or fetched; any thread may ask.
+Rule: standard library only, loads and fetches nothing; any thread.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ logger = logging.getLogger("lmbridge.loading")
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo_model"
 GGUF = ".gguf"
-_MOST_NEIGHBOURS = 1_000  # entries of a folder that are looked at for a name to suggest
+_MOST_NEIGHBOURS = 1_000  # entries of a folder searched for a name to suggest
 
 
 def find_model(name: str | os.PathLike[str]) -> str:
-    """What a library is to load for ``name``: a folder's path, a ``.gguf`` file's, or the hub id unchanged.
+    """What to load for ``name``: the path of a folder or ``.gguf`` file, or the hub id unchanged.
 
-    ``"demo"`` is the bundled model. What exists on disk, or looks like a path, is a folder or a ``.gguf`` file; the
-    rest is a hub id, which has one slash at most (``gpt2``, ``Qwen/Qwen3-0.6B``). For a folder whose only weights are
+    ``"demo"`` is the bundled model. Anything that exists on disk or looks like a path is a folder or a ``.gguf`` file;
+    anything else is a hub id, with at most one slash (``gpt2``, ``Qwen/Qwen3-0.6B``). If a folder's only weights are
     one ``.gguf`` file, that file is the model.
 
     Raises:
-        ModelNotFoundError: the folder does not exist, or holds no model, or an adapter without its base, or several
+        ModelNotFoundError: the folder does not exist, or holds no model, an adapter without its base, or several
             ``.gguf`` files.
-        InvalidRequestError: the name is empty or no string.
+        InvalidRequestError: the name is empty or not a string.
     """
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise InvalidRequestError(f"model must be 'demo', a folder or a hub id, not {name!r}.", param="model")
@@ -41,14 +41,14 @@ def find_model(name: str | os.PathLike[str]) -> str:
         return _model_at(DEMO_FOLDER, "The bundled model is missing from this installation")
     text = os.path.expanduser(os.fspath(name))
     if not isinstance(name, str) or _looks_like_path(os.fspath(name)) or os.path.exists(text):
-        return _model_at(Path(text), f"The model {os.fspath(name)!r} is taken for a folder")
+        return _model_at(Path(text), f"The model {os.fspath(name)!r} looks like a folder")
     return text
 
 
 def announce(model: str) -> None:
     """Log that the hub will be asked for ``model``, which may take a while, unless it is on this disk.
 
-    A warning where a similar name is at hand, since this one is probably mistyped.
+    A warning if a similar name exists, since this one is probably mistyped.
     """
     if not os.path.exists(model):
         hint = did_you_mean(model)
@@ -56,7 +56,7 @@ def announce(model: str) -> None:
 
 
 def did_you_mean(name: str) -> str:
-    """`` (did you mean 'demo'?)``, with the names most like ``name`` among what can be loaded here, or ""."""
+    """`` (did you mean 'demo'?)``, with the most similar loadable names, or ""."""
     path = Path(os.path.expanduser(name))
     known = {DEMO: DEMO, **{os.path.basename(found).lower(): found for found in _neighbours(path.parent)}}
     close = difflib.get_close_matches(path.name.lower(), known, n=2)
@@ -64,14 +64,14 @@ def did_you_mean(name: str) -> str:
 
 
 def _neighbours(folder: Path) -> Iterator[str]:
-    """What a name could have meant in ``folder``, and as a relative path: folders with a model, and GGUF files."""
+    """Candidates in ``folder`` or by relative path: folders with a model, and GGUF files."""
     try:
         with os.scandir(folder) as entries:
             for entry in itertools.islice(entries, _MOST_NEIGHBOURS):
                 path = Path(entry.path)
                 if path.suffix.lower() == GGUF or (path / "config.json").is_file() or _gguf_files(path):
                     yield os.path.normpath(path)
-    except OSError:  # no such folder, or not for us to read
+    except OSError:  # missing or unreadable folder
         return
 
 
@@ -124,18 +124,18 @@ def _gguf_files(folder: Path) -> list[str]:
 def _names(folder: Path) -> list[str]:
     try:
         return os.listdir(folder)
-    except OSError:  # no folder, or not for us to read
+    except OSError:  # missing or unreadable folder
         return []
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """Raise ModelNotFoundError if the folder holds an adapter, which is no model without the one it was trained on."""
+    """Raise ModelNotFoundError if the folder holds an adapter, which needs its base model."""
     settings = folder / "adapter_config.json"
     if not settings.is_file():
         return
     base = _base_model(settings)
     raise ModelNotFoundError(
-        f"{folder} holds an adapter (LoRA) without its base model, {base}. Merge the two once and give the new folder: "
+        f"{folder} holds an adapter (LoRA) without its base model, {base}. Merge the two once and use the new folder: "
         "pip install peft, then: from peft import AutoPeftModelForCausalLM; from transformers import AutoTokenizer; "
         f"AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained('merged'); "
         f"AutoTokenizer.from_pretrained({base}).save_pretrained('merged')"
@@ -143,7 +143,7 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 def _base_model(settings: Path) -> str:
-    """The base model's name in quotes, or what stands for one that the file does not name."""
+    """The base model's quoted name, or a placeholder if the file does not name it."""
     try:
         content = json.loads(settings.read_text("utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Whether a library has the names that an engine leans on, so that one that has changed says so by name at the start.
+"""Checks that a library has the names an engine relies on, so that changes are reported by name at the start.
 
 Rule: standard library only. Libraries are imported inside, on an engine's worker thread. A place is written
 ``module:name.name``.
@@ -16,7 +16,7 @@ Places = Mapping[str, Sequence[str]]
 
 
 def missing_parameters(callables: Places) -> Iterator[str]:
-    """Callables that are not there, and parameters that they do not take."""
+    """Missing callables, and parameters that they do not accept."""
     for where, wanted in callables.items():
         found = find(where)
         if found is None:
@@ -28,7 +28,7 @@ def missing_parameters(callables: Places) -> Iterator[str]:
 
 
 def missing_fields(dataclass_places: Places) -> Iterator[str]:
-    """Dataclasses that are not there, and fields that they do not have."""
+    """Missing dataclasses, and fields that they lack."""
     for where, wanted in dataclass_places.items():
         found = find(where)
         if found is None:
@@ -38,7 +38,7 @@ def missing_fields(dataclass_places: Places) -> Iterator[str]:
 
 
 def missing_members(classes: Places) -> Iterator[str]:
-    """Classes that are not there, and members that they do not have."""
+    """Missing classes, and members that they lack."""
     for where, wanted in classes.items():
         found = find(where)
         if found is None:
@@ -63,7 +63,7 @@ def _absent(where: str, wanted: Sequence[str], present: Any, form: str) -> Itera
 
 
 def find(where: str) -> Any:
-    """What ``where`` names, or None."""
+    """The object named by ``where``, or None."""
     module, _, path = where.partition(":")
     try:
         found: Any = importlib.import_module(module)

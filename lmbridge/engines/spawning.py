@@ -1,4 +1,4 @@
-"""Processes that a library starts, and the user's script.
+"""Keeps processes started by libraries from running the user's script.
 
 Rule: any thread; standard library only.
 """
@@ -11,17 +11,16 @@ from importlib.machinery import ModuleSpec
 
 
 class WithoutMain:
-    """While entered, the processes that a library starts (its look at the GPU, its ranks) do not run the user's script.
+    """While entered, processes started by a library (a GPU probe, its ranks) do not run the user's script.
 
-    A spawned process imports the script first, and one without the ``__main__`` guard would build its engine in there.
-    A library's processes need nothing of it, and multiprocessing leaves a main module alone whose name ends in
-    ``__main__``. The danger: a process that the user's own threads spawn meanwhile does not find the script's
-    functions.
+    A spawned process imports the script first; without the ``__main__`` guard it would build its own engine there. A
+    library's processes do not need it, and multiprocessing skips a main module whose name ends in ``__main__``. The
+    danger: a process spawned meanwhile by the user's own threads does not find the script's functions.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._entered = 0  # guarded by _lock, as is the next; two engines may load at once
+        self._entered = 0  # guarded by _lock, like the next; two engines may load at once
         self._spec: ModuleSpec | None = None
 
     def __enter__(self) -> None:
@@ -39,4 +38,4 @@ class WithoutMain:
 
 
 without_main = WithoutMain()
-"""The one of this process."""
+"""The instance for this process."""

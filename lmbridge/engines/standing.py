@@ -1,6 +1,6 @@
-"""Where a thread stands: for the message of one that hangs.
+"""What a thread is executing, for messages about a hang.
 
-Rule: imports nothing of lmbridge. Any thread may ask about any other; it is only looked at, never held up.
+Rule: imports nothing of lmbridge. Any thread may inspect any other; the other is not delayed.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import sys
 from pathlib import PurePath
 from types import FrameType
 
-DEPTH = 3  # frames that are told
+DEPTH = 3  # frames reported
 
 
 def where_is(thread_id: int | None, depth: int = DEPTH) -> str:
-    """The innermost ``depth`` Python frames of a running thread, the innermost first; "" without such a thread.
+    """The innermost ``depth`` Python frames of a running thread, innermost first; "" without such a thread.
 
-    For example ``models/modeling_llama.py:312 forward, called from generation/utils.py:2790 _sample``. A thread inside
-    native code stands in the Python function that called it.
+    For example ``models/modeling_llama.py:312 forward, called from generation/utils.py:2790 _sample``. A thread in
+    native code shows the Python function that called it.
     """
     frame = frame_of(thread_id)
     places: list[str] = []
@@ -29,9 +29,9 @@ def where_is(thread_id: int | None, depth: int = DEPTH) -> str:
 
 def frame_of(thread_id: int | None) -> FrameType | None:
     """The innermost frame of a running thread."""
-    # CPython 3.11 collects garbage in the midst of this, under its lock over all threads; a finalizer that needs the
-    # lock, as that of a threading.local does, or another thread that starts or ends meanwhile, then stops the process.
-    # Source: CPython's issue 106883, which 3.12 closed.
+    # CPython 3.11 may collect garbage during this call, under its lock over all threads; a finalizer that needs the
+    # lock, as a threading.local's does, or a thread starting or ending meanwhile, then deadlocks the process. Source:
+    # CPython issue 106883, fixed in 3.12.
     collects = gc.isenabled()
     gc.disable()
     try:

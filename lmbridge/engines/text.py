@@ -1,17 +1,17 @@
-"""From token ids to text as they arrive: incremental detokenisation and stop words.
+"""Incremental detokenisation and stop words.
 
 Rule: no torch and no engine is known here; a tokenizer is anything with Hugging Face's ``decode``. One ``Vocabulary``
 belongs to an engine, one ``TextStream`` to each answer, and both are used on the server thread only.
 
-The texts a stream hands out, joined, are exactly what decoding all its tokens at once would give. Three things keep a
-naive difference of two decodings from that:
+The texts a stream returns, joined, are exactly the decoding of all its tokens at once. A naive difference of two
+decodings fails for three reasons:
 
-- a token may end inside a character. The decoding then ends in U+FFFD, which is held back until it is settled;
-- byte tokens (``<0xF0>``) are decoded as a run: a bad byte turns the whole run into U+FFFD, so that a run is held back
+- a token may end inside a character. The decoding then ends in U+FFFD, which is held back until resolved;
+- byte tokens (``<0xF0>``) are decoded as a run: one bad byte turns the whole run into U+FFFD, so a run is held back
   until another token ends it;
-- the first token of a text is decoded unlike the others (a leading space goes, a word piece loses its space). So each
-  window begins with the last token already shown, and tokens without text, which would not count as a first token
-  (skipped special ones, ids the tokenizer does not know), never enter a window.
+- the first token of a text is decoded differently (a leading space goes, a word piece loses its space). So each window
+  begins with the last token already shown, and tokens without text, which would not count as a first token (skipped
+  special ones, ids unknown to the tokenizer), never enter a window.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import Any
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_LONGEST_CHARACTER = 4  # bytes of UTF-8, hence the most tokens one character can spread over
+_LONGEST_CHARACTER = 4  # bytes of UTF-8, so the most tokens of one character
 
 
 class Vocabulary:
-    """What streams ask of a tokenizer, remembered per token."""
+    """A tokenizer's answers for streams, cached per token."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -55,7 +55,7 @@ class Vocabulary:
         return kind
 
     def texts(self, token_ids: Sequence[int]) -> list[str]:
-        """Each token's own text; "" for one that the tokenizer does not know."""
+        """The text of each token; "" if unknown to the tokenizer."""
         return [self.decode([token], False) if self.kind(token) != "unknown" else "" for token in token_ids]
 
     def length(self, token_id: int, skip_special_tokens: bool) -> int:
@@ -71,7 +71,7 @@ class Vocabulary:
             return "special"
         try:
             token = self._tokenizer.convert_ids_to_tokens(token_id)
-        except (IndexError, KeyError, OverflowError):  # beyond a vocabulary that the model pads
+        except (IndexError, KeyError, OverflowError):  # the model may pad the vocabulary
             token = None
         if token is None:
             return "unknown"
@@ -88,10 +88,10 @@ class Detokenizer:
         self._skip = skip_special_tokens
         self._always = shown
         self._window: list[int] = []  # the last token shown, then those not shown in full
-        self._shown = 0  # characters of the window's text that were handed out
+        self._shown = 0  # characters of the window's text already returned
 
     def push(self, token_id: int) -> str:
-        """The text that ``token_id`` settles, which may be none."""
+        """The text that ``token_id`` completes, possibly ""."""
         kind = self._vocabulary.kind(token_id)
         if kind == "special" and token_id in self._always:
             return self.finish() + self._vocabulary.decode([token_id], False)
@@ -108,7 +108,7 @@ class Detokenizer:
         return new
 
     def finish(self) -> str:
-        """What was held back; characters that broke off come as U+FFFD."""
+        """The text held back; incomplete characters become U+FFFD."""
         text = self._vocabulary.decode(self._window, self._skip)[self._shown :] if self._window else ""
         self._window, self._shown = [], 0
         return text
@@ -126,10 +126,10 @@ class StopWords:
     """Looks for stop words in a text that arrives in pieces.
 
     Args:
-        keep: the word that was found is part of what is shown.
+        keep: show the stop word that was found.
 
-    The word that is complete first wins, so that the outcome does not depend on how the text was cut into pieces;
-    of two that end together, the longer one.
+    The first complete word wins, so the result does not depend on how the text was cut into pieces; of two that end at
+    the same place, the longer one.
     """
 
     def __init__(self, words: Iterable[str], keep: bool = False) -> None:
@@ -139,9 +139,7 @@ class StopWords:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """The text that can be shown: nothing of a stop word that is not kept, nor of what may become a stop word, nor
-        after one.
-        """
+        """The text that can be shown: without a stop word (unless kept), what may become one, and anything after it."""
         if self.stopped:
             return ""
         text = self._held + text
@@ -156,20 +154,20 @@ class StopWords:
         return text[:keep]
 
     def finish(self) -> str:
-        """What was held back and did not become a stop word."""
+        """The text held back that did not become a stop word."""
         text, self._held = self._held, ""
         return text
 
 
 def _overlap(text: str, word: str) -> int:
-    """The length of the longest beginning of ``word``, short of all of it, that ``text`` ends with."""
+    """The length of the longest proper prefix of ``word`` that ``text`` ends with."""
     longest = min(len(word) - 1, len(text))
     return next((size for size in range(longest, 0, -1) if text.endswith(word[:size])), 0)
 
 
 @dataclass(slots=True)
 class Piece:
-    """What a stream hands out at once.
+    """What a stream returns at once.
 
     Attributes:
         text: new text.
@@ -185,12 +183,12 @@ class Piece:
 class TextStream:
     """One answer's text and how many of its tokens belong to it.
 
-    While a text is held back because it may become a stop word, so are its tokens. When it did, the tokens shown are
-    those with any of their text before the stop word; the last may hold the word's beginning too.
+    While text is held back because it may become a stop word, so are its tokens. If it does, the tokens shown are those
+    with any text before the stop word; the last may include its beginning.
 
     Args:
         keep_stop_word: the stop word, and the tokens with any of its text, belong to the answer.
-        least: stop words are looked for in what comes after so many tokens.
+        least: look for stop words only after this many tokens.
         shown: special tokens that are never skipped.
     """
 
@@ -206,13 +204,13 @@ class TextStream:
     ) -> None:
         self._detokenizer = Detokenizer(vocabulary, skip_special_tokens, shown)
         self._stop_words = StopWords(stop_words, keep_stop_word) if stop_words else None
-        self._unscanned = least  # how many more tokens stop words are not looked for in
-        self._starts: list[int] = []  # where the text of each token not shown begins; only with stop words
+        self._unscanned = least  # how many more tokens to skip before looking for stop words
+        self._starts: list[int] = []  # where the text of each unshown token begins; only with stop words
         self._length = 0  # characters detokenised
-        self._shown = 0  # characters handed out
+        self._shown = 0  # characters returned
 
     def push(self, token_ids: Sequence[int]) -> Piece:
-        """Take tokens in, get out what can be shown."""
+        """Take tokens; returns what can be shown."""
         if self._stop_words is None:
             return Piece("".join([self._detokenizer.push(token_id) for token_id in token_ids]), len(token_ids))
         text = ""
@@ -225,7 +223,7 @@ class TextStream:
         return Piece(text, self._release(), self._stop_words.stopped)
 
     def finish(self) -> Piece:
-        """The rest of an answer that no stop word has ended so far; what was held back may still do so."""
+        """The rest of an answer not yet ended by a stop word; the text held back may still contain one."""
         text = self._detokenizer.finish()
         if self._stop_words is None:
             return Piece(text, 0)

@@ -1,6 +1,6 @@
-"""An engine's own thread, for what blocks.
+"""An engine's own thread, for blocking calls.
 
-Rule: ``EngineThread.run`` is called on the server thread; what it is given runs on a thread of its own.
+Rule: ``EngineThread.run`` is called on the server thread; the function runs on a separate thread.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar, cast
 from lmbridge.log import logger, shown
 
 LOOK_INTERVAL = 1.0
-"""Seconds between two looks at whether an engine's thread still lives, while something is awaited from it."""
+"""Seconds between checks that an engine's thread is alive, while a result is awaited."""
 
 T = TypeVar("T")
 
@@ -25,14 +25,14 @@ _here = threading.local()
 
 
 def loop_behind() -> int | None:
-    """The ident of the thread whose loop waits for what this thread is at; None where this is no engine's thread."""
+    """The ident of the thread whose loop awaits this engine thread; None on any other thread."""
     ident: int | None = getattr(_here, "loop", None)
     return ident
 
 
 @contextlib.contextmanager
 def giving_way(end: Callable[[], object]) -> Iterator[None]:
-    """Have ``end`` called, in this block on an engine's thread, before that waits for somebody else."""
+    """Within this block on an engine's thread, call ``end`` before the thread waits for anything else."""
     _here.end = end
     try:
         yield
@@ -41,43 +41,43 @@ def giving_way(end: Callable[[], object]) -> Iterator[None]:
 
 
 def give_way() -> None:
-    """This thread is about to wait, for another bridge say: what it holds of a device is for others."""
+    """Called before this thread waits, for another bridge say: releases its turn on the device."""
     end: Callable[[], object] | None = getattr(_here, "end", None)
     if end is not None:
         end()
 
 
 class EngineThread:
-    """The one worker thread of an engine: what blocks runs there in order, while the loop serves on.
+    """The one worker thread of an engine: blocking calls run there in order, while the loop goes on.
 
-    It is a daemon of our own rather than an executor: the interpreter joins executor threads before atexit runs, and a
-    model that is stuck in native code would then hold the process.
+    It is our own daemon thread rather than an executor: the interpreter joins executor threads before atexit runs, so a
+    model stuck in native code would hang the process.
 
-    Should the thread end, by an exception thrown into it say, another one goes on with what waits. The call that the
-    thread was at fails; it is not made twice.
+    If the thread ends, because an exception was thrown into it say, another continues with what waits. The interrupted
+    call fails; it is not retried.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
-        # Appended on the server thread. The worker looks at the first, and takes it out when it is through with it.
+        # Appended on the server thread. The worker peeks at the first and pops it when done.
         self._jobs: deque[_Job[Any]] = deque()
-        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # rung by any thread: there is something to look at
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # rung by any thread: there is work
         self._closed = False  # set by any thread, once
         self._thread: threading.Thread | None = None  # server thread only
-        self._loop = 0  # ident of the server thread, once it has given work
+        self._loop = 0  # ident of the server thread, once it has submitted work
 
     async def run(self, function: Callable[..., T], *args: Any, while_awaited: bool = False) -> T:
         """Run ``function(*args)`` on the thread and await what it returns or raises.
 
         Args:
-            while_awaited: do not begin once whoever awaits it has been cancelled.
+            while_awaited: do not begin if the awaiting task was cancelled.
 
         Raises:
-            RuntimeError: the thread was closed before, ended meanwhile, or cannot be started; or the function tried
-                to end it, with SystemExit say, which is chained.
+            RuntimeError: the thread was closed, ended meanwhile, or cannot be started; or the function tried to end it,
+                with SystemExit say, which is chained.
         """
         if self._closed:
-            raise RuntimeError(f"The thread {self._name!r} has been closed; it takes no more work.")
+            raise RuntimeError(f"The thread {self._name!r} is closed and takes no more work.")
         self._loop = threading.get_ident()
         self._see_to_thread()
         job = _Job(functools.partial(function, *args))
@@ -94,21 +94,21 @@ class EngineThread:
         return job.result()
 
     def close(self) -> None:
-        """Let the thread end after the jobs it has. Any thread; takes no lock."""
+        """Let the thread end after its queued jobs. Any thread; takes no lock."""
         self._closed = True
         self._bell.put(None)
 
     def _see_to_thread(self) -> None:
-        """Start it, or another one in place of one that has ended."""
+        """Start the thread, or replace one that has ended."""
         if self._thread is not None and self._thread.is_alive():
             return
         if self._thread is not None:
-            logger.error("The thread %r has ended, and is replaced.", self._name)
+            logger.error("The thread %r has ended and is being replaced.", self._name)
         if self._jobs and self._jobs[0].begun:
-            self._jobs.popleft().lose(f"The thread {self._name!r} ended in the middle of a call; it has been replaced.")
+            self._jobs.popleft().lose(f"The thread {self._name!r} ended in the middle of a call and was replaced.")
         thread = threading.Thread(target=self._work, name=self._name, daemon=True)
         thread.start()
-        self._thread = thread  # not before it runs: one that does not would be waited for
+        self._thread = thread  # only once it runs: nothing may wait for one that does not
 
     def _work(self) -> None:
         _here.loop = self._loop
@@ -122,18 +122,18 @@ class EngineThread:
 
 
 class _Job(Generic[T]):
-    """One call for an engine's thread, and what came of it."""
+    """One call for an engine's thread, and its outcome."""
 
     def __init__(self, call: Callable[[], T]) -> None:
         self._call = call
         self._loop = asyncio.get_running_loop()
         self.news: asyncio.Future[None] = self._loop.create_future()  # loop's thread only
-        self.unwanted = False  # nobody waits any more: it need not begin; set by the loop's thread
+        self.unwanted = False  # nobody is waiting: it need not begin; set by the loop's thread
         self.begun = False  # set by the worker thread, read when that has ended
         self.outcome: tuple[T | None, BaseException | None] | None = None  # set once, by the worker or its successor
 
     def do(self) -> None:
-        """Make the call, if somebody waits for it. Worker thread."""
+        """Make the call, unless it is unwanted. Worker thread."""
         if self.unwanted:
             return
         self.begun = True
@@ -143,11 +143,11 @@ class _Job(Generic[T]):
             self.outcome = None, raised
         except BaseException as raised:  # some libraries call exit() when they cannot load
             self.lose(f"{shown(raised)} on the engine's thread", raised)
-        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile: nobody waits
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody is waiting
             self._loop.call_soon_threadsafe(self._wake)
 
     def lose(self, why: str, cause: BaseException | None = None) -> None:
-        """Nothing came of it, unless something did."""
+        """Fail the call, unless it has an outcome."""
         if self.outcome is None:
             error = RuntimeError(why)
             error.__cause__ = cause
@@ -161,7 +161,7 @@ class _Job(Generic[T]):
             if error is not None:
                 raise error
             return cast(T, result)
-        finally:  # what the error's traceback holds, half a model say, would live until the next garbage collection
+        finally:  # frees what the error's traceback holds, such as half a model, at once
             self.outcome = None
             del error
 

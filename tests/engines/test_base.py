@@ -251,7 +251,7 @@ def test_a_sink_that_fails_does_not_take_the_loop_with_it(caplog: pytest.LogCapt
         assert await Heard(engine).end() == STOP
 
     asyncio.run(main())
-    assert "The end of request one could not be told." in caplog.text
+    assert "The end of request one could not be delivered." in caplog.text
 
 
 def test_an_iterator_that_refuses_to_end_does_not_hold_the_close(
@@ -393,7 +393,7 @@ def test_a_closed_thread_finishes_what_it_has_and_takes_no_more(worker: EngineTh
         thread = await asyncio.wait_for(behind, 10)
         thread.join(10)
         assert not thread.is_alive()
-        with pytest.raises(RuntimeError, match="has been closed"):
+        with pytest.raises(RuntimeError, match="is closed"):
             await asyncio.wait_for(worker.run(int), 10)
 
     asyncio.run(main())

@@ -203,11 +203,11 @@ def vit() -> Any:
     [
         ("T5ForConditionalGeneration", t5, r"t5 model \(T5ForConditionalGeneration\), an encoder-decoder"),
         ("BartForConditionalGeneration", bart, "bart model .* an encoder-decoder"),
-        ("BertForMaskedLM", bert, r"bert model \(BertForMaskedLM\), an encoder: it reads text and writes none"),
+        ("BertForMaskedLM", bert, r"bert model \(BertForMaskedLM\), an encoder, which does not generate text"),
         ("BertForSequenceClassification", bert, "bert model .* an encoder"),
         ("BertModel", bert, "bert model .* an encoder"),
         ("RobertaForMaskedLM", roberta, "roberta model .* an encoder"),
-        ("LlamaForSequenceClassification", small_llama, "which labels text"),
+        ("LlamaForSequenceClassification", small_llama, "which does not generate text"),
         ("ViTModel", vit, r"vit model \(ViTModel\), for which transformers has no causal language model"),
     ],
 )
@@ -415,10 +415,10 @@ def test_without_the_packages_the_error_names_the_extra(
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda whole: b"<!DOCTYPE html>", "is no GGUF file"),
-        (lambda whole: b"", "is no GGUF file"),
-        (lambda whole: whole[:200], "cut short"),
-        (lambda whole: whole[: len(whole) // 2], "cut short"),
+        (lambda whole: b"<!DOCTYPE html>", "is not a GGUF file"),
+        (lambda whole: b"", "is not a GGUF file"),
+        (lambda whole: whole[:200], "truncated"),
+        (lambda whole: whole[: len(whole) // 2], "truncated"),
         (lambda whole: whole.replace(b"llama", b"zorgo"), "zorgo"),
     ],
 )
@@ -522,7 +522,7 @@ def test_the_hub_is_asked_once_and_quickly(a_hub: Hub) -> None:
         ("org/none", None, r"has no model of that name \(for a private one"),
         ("org/gated", None, "accepted its conditions"),
         ("org/tiny", "v9", "has no revision 'v9'"),
-        ("no name", None, "the hub has no names like this one"),
+        ("no name", None, "not a valid name on the hub"),
     ],
 )
 def test_what_the_hub_does_not_have_is_told(a_hub: Hub, model: str, revision: str | None, words: str) -> None:
@@ -614,7 +614,7 @@ def test_half_a_model_in_the_cache_says_so(a_hub: Hub, copy: Path, monkeypatch: 
     (copy / "model.safetensors").unlink()
     put_into_cache("org/half", str(copy))
     use("http://127.0.0.1:9", monkeypatch)
-    with pytest.raises(ModelNotFoundError, match="its cache does not hold the whole model"):
+    with pytest.raises(ModelNotFoundError, match="the cache does not hold the complete model"):
         load(ModelOptions("org/half"))
 
 

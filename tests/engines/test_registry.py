@@ -135,7 +135,7 @@ def test_another_package_adds_an_engine() -> None:
 
 
 @pytest.mark.usefixtures("package")
-@pytest.mark.parametrize(("name", "words"), [("five", "no subclass"), ("gone", "cannot be imported")])
+@pytest.mark.parametrize(("name", "words"), [("five", "not a subclass"), ("gone", "cannot be imported")])
 def test_a_package_that_adds_no_engine(name: str, words: str) -> None:
     """Whoever uses its name is told which package is at fault."""
     with pytest.raises(MissingDependencyError, match=words) as caught:

@@ -148,7 +148,7 @@ def test_what_pydantic_writes(bridge: Bridge, model: type[BaseModel]) -> None:
     [
         ({"oneOf": [{"type": "integer"}, {"minimum": 3}]}, "#/oneOf: .*anyOf"),
         ({"items": {"oneOf": [{"required": ["a"]}, {"required": ["b"]}]}}, "#/items/oneOf: "),
-        ({"oneOf": 3}, "#/oneOf: it is no list"),
+        ({"oneOf": 3}, "#/oneOf: it is not a list"),
         ({"properties": {"a": {"not": {"const": 1}}}}, "#/properties/a/not: "),
         ({"$defs": {"S": {"type": "array", "uniqueItems": True}}}, "#/\\$defs/S/uniqueItems: "),
         ({"anyOf": [{"if": {}, "then": {}}]}, "#/anyOf/0/if: "),

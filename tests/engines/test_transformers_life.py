@@ -320,8 +320,8 @@ def test_the_cache_takes_a_small_part_of_a_cpus_memory(llama: str) -> None:
 @pytest.mark.parametrize(
     ("prompt", "complaint"),
     [
-        ("", "no tokens|makes no token"),
-        ([], "makes no token"),
+        ("", "no tokens|produces no token"),
+        ([], "produces no token"),
         ([1, 264], "from 0 to 263"),
         ([1, -1], "from 0 to 263"),
         ([1, "two"], "from 0 to 263"),

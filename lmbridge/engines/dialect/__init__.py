@@ -1,11 +1,11 @@
-"""How a model is told of tools, how it calls them, and how it shows what it thinks.
+"""How tools are described to a model, how it calls them, and how it marks its thoughts.
 
-Rule: engines that render chat templates themselves use it; no torch is known here. A ``Dialect`` is made on an engine's
-worker thread, where a chat template may take its time, and is not changed after that. transformers' own parser takes
-answers apart; what is ours is the table of forms in which models call, and the way back: from tools to a grammar.
+Rule: used by engines that render chat templates themselves; no torch is known here. A ``Dialect`` is built on an
+engine's worker thread, since chat templates may be slow, and never changes. transformers' own parser takes answers
+apart; ours are the table of call formats, and the way back from tools to a grammar.
 
-``formats`` is that table, ``dialect`` finds the model's line of it, ``telling`` speaks to models whose template knows
-no tools, ``spelling`` makes the grammar, ``reader`` takes an answer apart as it comes.
+``formats`` is that table, ``dialect`` finds the model's entry, ``telling`` describes tools to models whose template
+knows none, ``spelling`` makes the grammar, ``reader`` takes an answer apart as it arrives.
 """
 
 from lmbridge.engines.dialect.dialect import Dialect

@@ -1,7 +1,7 @@
-"""What one model's chat template says of tools and thinking.
+"""How one model's chat template handles tools and thinking.
 
-Rule: made on a worker thread, for it renders the template; used on the server thread and that worker thread, and never
-changed. The form in which a model calls is the one by which what its template writes of a call can be read again.
+Rule: built on a worker thread, because it renders the template; used on the server thread and that worker thread, and
+never changes. The call format is the one that can read what the template writes for a call.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ _TOOL = {
     },
 }
 _QUESTION: Message = {"role": "user", "content": "lmbridge_question"}
-_TAIL = 512  # tokens of a prompt that are looked at for what it begins of the answer
+_TAIL = 512  # last tokens of a prompt searched for a started answer
 _BEGIN, _END = "<think>", "</think>"
 
 
 class Dialect:
-    """The forms in which one model is told of tools and answers.
+    """The formats of tools and answers for one model.
 
     Args:
-        tokenizer: of transformers.
-        spells: the engine follows grammars; if not, it follows JSON schemas.
+        tokenizer: a tokenizer of transformers.
+        spells: the engine follows grammars; if False, only JSON schemas.
 
     Attributes:
-        knows_tools: the template tells the model of tools.
+        knows_tools: the template describes tools to the model.
         knows_calls: it shows the model its earlier calls.
-        shown: special tokens that are part of what is read, unless all are.
+        shown: special tokens to keep in the text, unless all are kept.
     """
 
     def __init__(self, tokenizer: Any, spells: bool = True) -> None:
@@ -59,11 +59,11 @@ class Dialect:
         self.shown = frozenset(self._tokens.values())
 
     def reads(self, config: GenerationConfig) -> bool:
-        """Whether the request's answer has to be taken apart."""
+        """Whether the request's answer must be parsed."""
         return config.calling is not None or (config.separate_reasoning and self._thinks)
 
     def reader(self, config: GenerationConfig, prompt: Sequence[int]) -> Reader:
-        """What takes the answer to this prompt apart."""
+        """The parser for the answer to this prompt."""
         format = self._format_for(config)
         calling = config.calling
         if self._own is not None and (calling is None or format is None):
@@ -76,25 +76,25 @@ class Dialect:
         return Reader(self._tokenizer.get_response_parser(template, prefix=tail, tools=tools), format)
 
     def wants_all_tokens(self, config: GenerationConfig) -> bool:
-        """Whether the text that is read has to hold all special tokens."""
+        """Whether the parsed text must contain all special tokens."""
         return self._own is not None and (config.calling is None or self._format_for(config) is None)
 
     def holds(self, config: GenerationConfig) -> bool:
-        """Whether the answer is held to a form; quickly."""
+        """Whether the answer is constrained; cheap."""
         calling = config.calling
         return config.form is not None or (calling is not None and calling.required)
 
     def form(self, config: GenerationConfig) -> Grammar | None:
-        """What the answer must be, calls included.
+        """The form of the answer, calls included.
 
         Raises:
-            InvalidRequestError: it may be calls or has another form, and these do not go together.
+            InvalidRequestError: the answer may be calls or another form, and these cannot be combined.
         """
         calling, form = config.calling, config.form
         if calling is None or not self.holds(config):
             return form
         if form is not None and form.kind == "lark":
-            raise InvalidRequestError("A Lark grammar cannot go with tools; leave one of them out.", form.param)
+            raise InvalidRequestError("A Lark grammar cannot be combined with tools; leave one out.", form.param)
         if not self._spells:
             return calls_schema(calling, form)
         format = self._format_for(config)
@@ -103,18 +103,18 @@ class Dialect:
         return calls_grammar(calling, format.spelled, self._tokens, form)
 
     def thought_end(self, config: GenerationConfig, prompt: Sequence[int]) -> int | None:
-        """The token from which on the answer must have its form, where the prompt has the model think first."""
+        """The token after which the form applies, if the model thinks first."""
         return self._thought_ends if self.reads(config) and self._opens_thought(prompt) else None
 
     def tools(self, config: GenerationConfig) -> list[Tool] | None:
-        """What the template is to be given."""
+        """The tools to give to the template."""
         return config.calling.tools if config.calling is not None and self.knows_tools else None
 
     def told(self, messages: list[Message], config: GenerationConfig) -> list[Message]:
-        """The conversation, with all in it that the template would not say.
+        """The conversation, with tools and calls that the template cannot render written out.
 
         Raises:
-            InvalidRequestError: the model is to choose among tools that nothing tells it of.
+            InvalidRequestError: the model would have to choose among tools that it does not see.
         """
         self.refuse_unknown_tools(config)
         if not self.knows_calls:
@@ -124,19 +124,19 @@ class Dialect:
         return messages
 
     def refuse_unknown_tools(self, config: GenerationConfig) -> None:
-        """Raise InvalidRequestError where the model is to choose among tools that nothing can tell it of."""
+        """Raise InvalidRequestError if the model would have to choose among tools that it cannot see."""
         calling = config.calling
         if calling is not None and not calling.required and not self.knows_tools:
             raise InvalidRequestError(
-                "The model's chat template knows no tools, so that the model cannot choose whether to call one. Send "
-                'tool_choice "required", or name the function: its arguments will keep to their schema.',
+                "The model's chat template does not support tools, so the model cannot choose whether to call one. Use "
+                'tool_choice "required", or name the function: its arguments will follow their schema.',
                 "tools",
             )
 
     # --- parts ---
 
     def _format_for(self, config: GenerationConfig) -> Format | None:
-        """The form of the request's calls; calls that must come are written by us, so in a form that can be."""
+        """The format of the request's calls; required calls need a format that we can write."""
         calling = config.calling
         if calling is None or not self.holds(config):
             return self._format
@@ -145,7 +145,7 @@ class Dialect:
         return HERMES if self._format is None or self._format.spelled is None else self._format
 
     def _token(self, text: str) -> int | None:
-        """The id of what was added to the tokenizer as one token."""
+        """The id of a text added to the tokenizer as one token."""
         added = getattr(self._tokenizer, "added_tokens_decoder", {})
         return next((token for token, content in added.items() if content.content == text), None)
 
@@ -153,20 +153,20 @@ class Dialect:
         return str(self._tokenizer.decode(list(prompt[-_TAIL:]), skip_special_tokens=False))
 
     def _opens_thought(self, prompt: Sequence[int]) -> bool:
-        """Whether the prompt ends inside of what the model thinks."""
+        """Whether the prompt ends inside the model's thoughts."""
         return self._thinks and self._tail(prompt).rstrip().endswith(_BEGIN)
 
     def _render(self, messages: list[Message], **more: Any) -> str:
         try:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **more))
-        except Exception:  # a template is a program of the model's author, and may raise anything
+        except Exception:  # a template is the model author's program, and may raise anything
             return ""
 
     def _tells_of_tools(self) -> bool:
         return bool(self._tokenizer.chat_template) and _NAME in self._render([_QUESTION], tools=[_TOOL])
 
     def _format_of_calls(self) -> Format:
-        """The first that reads a call as the template writes it; Hermes' where none does."""
+        """The first format that can read a call written by the template; otherwise Hermes."""
         written = self._written_call() if self.knows_calls else ""
         for format in FORMATS if written else ():
             reader = Reader(self._tokenizer.get_response_parser(response_template(format), prefix=""), format)
@@ -186,7 +186,7 @@ class Dialect:
         return self._without_end(text)
 
     def _without_end(self, text: str) -> str:
-        """Without the special tokens that end an answer, which none holds."""
+        """The text without the special tokens that end an answer."""
         ends = [token for token in self._tokenizer.all_special_tokens if token]
         while end := next((end for end in ends if text.rstrip().endswith(end)), ""):
             text = text.rstrip().removesuffix(end)

@@ -1,12 +1,12 @@
-"""The forms in which models call functions.
+"""The formats in which models call functions.
 
-Rule: data only. Each line says how calls are found in an answer, in the terms of transformers' response templates, and
-how they are written, for answers that must be calls.
+Rule: data only. Each entry says how to find calls in an answer, in the terms of transformers' response templates, and
+how to write them, for answers that must be calls.
 
-Sources: the chat templates that the models' authors publish.
+Sources: the chat templates published by the models' authors.
 """
 
-# ruff: noqa: RUF001  DeepSeek writes its marks with a wide bar
+# ruff: noqa: RUF001  DeepSeek writes its marks with a full-width bar
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from typing import Any
 Field = Mapping[str, Any]
 """A field of one of transformers' response templates."""
 
-_BLANK = r"\s{0,9}"  # before a mark; without a bound, an answer of blanks would be gone through again and again
+_BLANK = r"\s{0,9}"  # before a mark; bounded, or an answer of blanks would be rescanned endlessly
 _JSON: Field = {"repeats": True, "content": "json", "content_args": {"allow_non_json": True}}
 _WHOLE: Field = {**_JSON, "transform": {"call": "{content}"}}  # name and arguments are both in the JSON
-_NAMED: Field = {**_JSON, "transform": {"name": "{name}", "arguments": "{content}"}}  # the name stands before it
+_NAMED: Field = {**_JSON, "transform": {"name": "{name}", "arguments": "{content}"}}  # the name comes before it
 
 THOUGHT: Field = {"open_pattern": r"<think>\s{0,9}", "close_pattern": _BLANK + r"</think>\s{0,9}", "content": "text"}
 
@@ -31,7 +31,7 @@ class Spelled:
     """How calls are written: ``first``, then for each ``begin`` NAME ``middle`` ARGUMENTS ``end``, then ``last``.
 
     Attributes:
-        joint: between two calls; None where there is but one.
+        joint: between two calls; None if only one call is possible.
     """
 
     begin: str
@@ -44,16 +44,16 @@ class Spelled:
 
 @dataclass(frozen=True)
 class Format:
-    """One form.
+    """One format.
 
     Attributes:
         field: how calls are found.
-        spelled: how they are written; None where arguments are no JSON.
-        marks: what may be a token of its own, and must be seen where special tokens are left out of the text.
-        around: what stood around a region that turned out to be no call, with ``{name}`` for its name; nothing where
-            calls are not announced.
-        closing: what comes after the last call, and the end of all that is said.
-        id_length: of a call's id, without prefix; 0 where the template takes any.
+        spelled: how they are written; None if the arguments are not JSON.
+        marks: possible single tokens that must be kept when special tokens are left out of the text.
+        around: what stood around a region that was not a call after all, with ``{name}`` for its name; "" if calls are
+            not announced.
+        closing: what follows the last call, at the end of the answer.
+        id_length: of a call's id, without prefix; 0 if the template accepts any.
     """
 
     name: str
@@ -155,11 +155,11 @@ DEEPSEEK = Format(  # DeepSeek V3.1 and later
 )  # fmt: skip
 
 FORMATS = (HERMES, QWEN_XML, MISTRAL_NAMED, MISTRAL_LIST, DEEPSEEK_FENCED, DEEPSEEK, LLAMA)
-"""The more particular ones first: a call in one of them may look like one in a later."""
+"""The most specific first: a call in one format may look like one in a later format."""
 
 
 def response_template(format: Format | None) -> dict[str, Any]:
-    """What transformers' parser takes an answer apart by. ``format`` None: it holds no calls."""
+    """The response template for transformers' parser. ``format`` None: no calls."""
     calls = {} if format is None else {"tool_calls": dict(format.field)}
     if format is not None and format.closing:
         calls["closing"] = {"open_pattern": _BLANK + re.escape(format.closing), "content": "text"}

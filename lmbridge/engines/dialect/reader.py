@@ -1,7 +1,7 @@
-"""An answer taken apart as it comes: what the model thinks, what it says, which functions it calls.
+"""Parses an answer as it arrives into thoughts, text and function calls.
 
-Rule: server thread only; one ``Reader`` per answer. transformers' parser finds the regions of the text; whatever it
-does with a text that is none of its language, the text reaches the caller.
+Rule: server thread only; one ``Reader`` per answer. transformers' parser finds the regions of the text; even if it
+fails on a text, the text reaches the caller.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ class Said:
 
 
 class Reader:
-    """Takes one answer apart.
+    """Parses one answer.
 
     Args:
         parser: transformers' ``ResponseParser``, which has seen the prompt.
-        format: the form in which calls come; None for the tokenizer's own.
+        format: the format of calls; None for the tokenizer's own.
 
     Attributes:
         called: how many calls have begun.
-        whole: the last of them has ended, too.
+        whole: the last of them has also ended.
     """
 
     def __init__(self, parser: Any, format: Format | None) -> None:
         self._parser: Any = parser
         self._format = format
         self._open: _Region | None = None
-        self._ended = False  # what is open now has not been closed by the model
-        self._bare = False  # no text has been said since the answer or another region began
+        self._ended = False  # the open region was not closed by the model
+        self._bare = False  # no text since the answer or another region began
         self.called = 0
         self.whole = True
 
     def push(self, text: str) -> Said:
-        """The next piece of text, taken apart."""
+        """Parse the next piece of text."""
         said = Said()
-        step = len(text) if self._format is not None else 1  # a tokenizer's own template may fail between any two
+        step = len(text) if self._format is not None else 1  # a tokenizer's own template may fail at any character
         for start in range(0, len(text), step or 1):
             piece = text[start : start + step]
             if self._parser is None:
@@ -69,7 +69,7 @@ class Reader:
         return said
 
     def finish(self) -> Said:
-        """The rest of an answer that has ended."""
+        """Parse the rest of an ended answer."""
         said = Said()
         self._ended = True
         if self._parser is not None:
@@ -80,8 +80,8 @@ class Reader:
         return said
 
     def _give_up(self, cause: Exception, said: Said, last: str = "") -> None:
-        """What comes from now on is text, and what could not be read is, with the last piece if that is longer."""
-        logger.warning("An answer could not be taken apart any further: %s", cause)
+        """From now on everything is text, including what could not be parsed."""
+        logger.warning("An answer could not be parsed any further: %s", cause)
         self._parser = None
         if self._open is not None and not self._open.name:
             self._ended = self._ended or bool(last)
@@ -100,7 +100,7 @@ class Reader:
                 said.reasoning += event["text"]
 
     def _opened(self, text: str) -> str:
-        """Without the blank lines that part it from what came before."""
+        """The text without the blank lines that separate it from the previous region."""
         if self._bare:
             text = text.lstrip()
             self._bare = not text
@@ -126,7 +126,7 @@ class Reader:
         return self._format is None or self._format.around[0] != ""
 
     def _is_cut(self) -> bool:
-        """Whether there may be more of a call than came: JSON shows by itself that it is whole, other forms do not."""
+        """Whether a call may be incomplete: JSON shows its own end, other formats do not."""
         return self._ended and self._format is not None and self._format.spelled is None
 
     def _begun(self, pieces: list[ToolCall]) -> list[ToolCall]:
@@ -137,7 +137,7 @@ class Reader:
         return pieces
 
     def _unread(self, body: str, value: Any = None) -> str:
-        """A region that is no call, as it was written but for blanks around its marks."""
+        """A region that is not a call, as written, except for blanks around its marks."""
         begin, end = ("", "") if self._format is None else self._format.around
         found = value.get("function", value) if isinstance(value, dict) else {}
         begin = begin.replace("{name}", str(found.get("name", "")))
@@ -150,7 +150,7 @@ class Reader:
 
 
 def read_apart(reader: Reader, delta: Delta) -> None:
-    """Have a delta with new text say what the reader makes of it."""
+    """Replace a delta's text by the reader's parse of it."""
     said = reader.push(delta.text)
     delta.text, delta.reasoning, delta.tool_calls = said.text, said.reasoning, tuple(said.calls)
     if delta.finish_reason is not None:
@@ -163,14 +163,14 @@ def read_apart(reader: Reader, delta: Delta) -> None:
 
 
 class _Region:
-    """One region of calls. Of a call ``{"name": …, "arguments": {…}}`` the arguments are told as they come."""
+    """One region of calls. The arguments of ``{"name": …, "arguments": {…}}`` are passed on as they arrive."""
 
     def __init__(self, index: int) -> None:
         self.body = ""
         self.name = ""
         self._index = index
-        self._from = 0  # where in the body is what has not been looked at
-        self._depth = 0  # of braces and brackets; the arguments are over when it is 0 again
+        self._from = 0  # where the unread part of the body starts
+        self._depth = 0  # of braces and brackets; the arguments end when it returns to 0
         self._quoted = self._escaped = self.over = False
 
     def push(self, text: str) -> list[ToolCall]:
@@ -186,7 +186,7 @@ class _Region:
         return pieces
 
     def _arguments(self) -> str:
-        """What is new of them."""
+        """The new part of the arguments."""
         start = self._from
         for character in self.body[start:]:
             self._from += 1
@@ -204,10 +204,10 @@ class _Region:
 
 
 def _calls(value: Any, marked: bool) -> list[tuple[str, str]]:
-    """Names and arguments in what the parser made of a region; none where it is no call.
+    """Names and arguments in the parser's result for a region; none if it is not a call.
 
     Args:
-        marked: a call was announced, so that one that needs no arguments may leave them out.
+        marked: a call was announced, so it may omit its arguments.
     """
     found = value.get("call", value) if isinstance(value, dict) else value
     listed = found if isinstance(found, list) else [found]
@@ -219,7 +219,7 @@ def _call(value: Any, marked: bool) -> tuple[str, str] | None:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         return None
     arguments = value.get("arguments", value.get("parameters", {} if marked else None))
-    if isinstance(arguments, str):  # JSON inside JSON, or text that is none
+    if isinstance(arguments, str):  # JSON inside JSON, or plain text
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):

@@ -1,7 +1,7 @@
-"""The grammar of an answer that has to call functions, or may where it has another form else.
+"""The grammar of an answer that must call functions, or may do so instead of another form.
 
 Rule: pure functions of plain data. The grammar is in llguidance's own Lark, with a JSON schema for each function's
-arguments; a mark that is one token of the model's stands there by its id, for its text would be other tokens.
+arguments; a mark that is a single token appears by its id, because its text would be other tokens.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from lmbridge.grammar import Grammar
 from lmbridge.tools import Calling
 
 MOST_CALLS = 16
-"""In one answer: a small model that may go on calling goes on."""
+"""In one answer: a small model that is allowed to continue never stops."""
 
 
 def calls_grammar(calling: Calling, spelled: Spelled, tokens: Mapping[str, int], other: Grammar | None) -> Grammar:
     """The grammar of these calls.
 
     Args:
-        tokens: ids of the marks that are tokens of their own.
-        other: the form of an answer that calls nothing.
+        tokens: ids of the marks that are single tokens.
+        other: the form of an answer without calls.
     """
     write = _Writer(tokens)
     several = calling.parallel and spelled.joint is not None
@@ -49,10 +49,10 @@ def calls_schema(calling: Calling, other: Grammar | None) -> Grammar:
     """The same for engines that follow JSON schemas: one call, as Llama writes it.
 
     Raises:
-        InvalidRequestError: the other form is no schema.
+        InvalidRequestError: the other form is not a schema.
     """
     if other is not None and other.kind != "json":
-        raise InvalidRequestError(f"This engine takes no {other.param} of this kind beside tools.", other.param)
+        raise InvalidRequestError(f"This engine cannot combine this {other.param} with tools.", other.param)
     schemas = [_call_schema(tool["function"]) for tool in calling.tools] + ([] if other is None else [other.value])
     if len(schemas) == 1:
         return Grammar("json", _moved(schemas[0], "#"), "tools")
@@ -60,7 +60,7 @@ def calls_schema(calling: Calling, other: Grammar | None) -> Grammar:
 
 
 def _moved(schema: Any, place: str) -> Any:
-    """The schema where it stands inside of another: what refers to a part of it says where that is now."""
+    """The schema moved inside another, with its references adjusted."""
     if isinstance(schema, list):
         return [_moved(each, place) for each in schema]
     if not isinstance(schema, dict):
@@ -77,7 +77,7 @@ def _call_schema(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _form(form: Grammar) -> list[str]:
-    """A form as the rule ``other`` and those it needs."""
+    """A form as the rule ``other`` and the rules it needs."""
     if form.kind == "json":
         return [f"other: {_json(form.value, form.param)}"]
     if form.kind == "regex":

@@ -1,6 +1,6 @@
-"""Tools and their use in plain messages, for models whose chat template knows neither.
+"""Tools and calls as plain messages, for models whose chat template supports neither.
 
-Rule: pure functions of messages. Calls are written in the form of ``formats.HERMES``, which answers are held to then.
+Rule: pure functions of messages. Calls are written in ``formats.HERMES``, which answers must then follow.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ A call is JSON with the name of the function and its arguments:
 
 
 def told(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
-    """The conversation with the tools described by its system message."""
+    """The conversation with the tools described in its system message."""
     lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
     text = _TOLD.format(tools=lines)
     if messages and messages[0]["role"] == "system":
@@ -34,7 +34,7 @@ def told(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
 
 
 def told_by_user(messages: Sequence[Message]) -> list[Message]:
-    """For templates that take no system message: what it says begins the first message of the user."""
+    """For templates without a system role: the system message is put before the first user message."""
     first, *rest = messages
     if first["role"] != "system" or not rest or rest[0]["role"] != "user":
         return list(messages)
@@ -42,7 +42,7 @@ def told_by_user(messages: Sequence[Message]) -> list[Message]:
 
 
 def written_out(messages: Sequence[Message]) -> list[Message]:
-    """The conversation with its calls and their results as text; results are what the user says."""
+    """The conversation with calls and results as text; results become user messages."""
     plain: list[Message] = []
     names: dict[str, str] = {}  # of the functions, by the ids of their calls
     for place, message in enumerate(messages):

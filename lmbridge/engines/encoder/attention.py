@@ -1,8 +1,8 @@
-"""Attention over one row that holds many texts, in which each sees itself only; or over a padded batch, as usual.
+"""Attention over one row of many texts, each seeing only itself; or over a padded batch, as usual.
 
-Rule: runs on the engine's worker thread, inside the model's forward, once per layer; ``install`` before. It is reached
-by what transformers documents: an attention function of its own with a function for masks beside it, and a keyword of
-the model's forward that is handed on to it. Where an architecture does otherwise, the self-check finds out.
+Rule: runs on the engine's worker thread, inside the model's forward, once per layer; call ``install`` first. It relies
+on what transformers documents: a custom attention function with a mask function, and a keyword passed through the
+model's forward. If an architecture deviates, the self-check detects it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-NAME = "lmbridge_packed"  # one for the process: another engine's function under the same name would take its place
+NAME = "lmbridge_packed"  # one per process: another function with the same name would replace it
 _NOT_KNOWN = ("position_bias", "softcap", "s_aux", "head_mask", "block_mask")
 
 
@@ -25,13 +25,13 @@ _States = Sequence[torch.Tensor]
 
 
 class Run:
-    """Texts that lie behind each other in the row, and are attended to in one call.
+    """Adjacent texts in the row that are attended to in one call.
 
     Attributes:
         start, end: their tokens.
         texts: how many there are.
         longest: tokens of the longest.
-        even: all are as long.
+        even: all have this length.
     """
 
     def __init__(self, start: int, lengths: Sequence[int]) -> None:
@@ -43,7 +43,7 @@ class Run:
         self._places: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where each token of the padded texts is in the row, and whether it is one: both (texts, longest)."""
+        """For each padded position: its token's place in the row, and whether it is real; both (texts, longest)."""
         if self._places is None:  # made by the first layer
             lengths = torch.tensor(self._lengths, device=device)
             steps = torch.arange(self.longest, device=device)
@@ -56,12 +56,12 @@ class Run:
 
 
 class Segments:
-    """Where the texts of a row are, whose lengths are in ascending order.
+    """The positions of a row's texts, sorted by ascending length.
 
     Args:
-        slack: how much longer than the shortest the longest text of a run may be. 1 attends to texts of equal length in
-            one call and pads nothing, which is best on a CPU; with more there are fewer calls, each of which takes a
-            GPU's time whatever is in it, and the shorter texts are padded, in the attention only.
+        slack: how much longer than the shortest the longest text of a run may be. 1 attends only to texts of equal
+            length in one call and pads nothing, which is best on a CPU; more means fewer calls, each of which costs a
+            GPU the same, with padding in the attention only.
     """
 
     def __init__(self, lengths: Sequence[int], slack: float = 1.0) -> None:
@@ -74,7 +74,7 @@ class Segments:
 
 
 def install() -> None:
-    """Make it known to transformers by ``NAME``."""
+    """Register the attention with transformers as ``NAME``."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, attend)
@@ -82,13 +82,13 @@ def install() -> None:
 
 
 def chosen(model: Any) -> str | None:
-    """The attention that the model uses, by a name that transformers does not document; None where it has gone."""
+    """The model's attention, from an undocumented attribute of transformers; None if that is gone."""
     found: str | None = getattr(model.config, "_attn_implementation", None)
     return found
 
 
 def is_taken(model: Any) -> bool:
-    """Whether the model lets its attention be chosen, so that ours is called at all; it is left as it was."""
+    """Whether the model's attention can be replaced by ours; leaves the model unchanged."""
     usual = chosen(model)
     if usual is None:
         return False
@@ -106,7 +106,7 @@ def is_taken(model: Any) -> bool:
 
 
 def mask(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
-    """A mask only where somebody pads."""
+    """A mask only if there is padding."""
     if attention_mask is None:
         return None
     from transformers.masking_utils import sdpa_mask
@@ -133,7 +133,7 @@ def attend(
         raise NotImplementedError(f"the attention {NAME!r} does not know {', '.join(unknown) or 'dropout'}")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     plain = functools.partial(scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
-    if attention_mask is not None:  # a padded batch of somebody who shares the model
+    if attention_mask is not None:  # a padded batch from someone sharing the model
         return plain(query, key, value, attn_mask=attention_mask).transpose(1, 2), None
     states = (query, key, value)
     if segments is None or (len(segments.runs) == 1 and segments.runs[0].texts == 1):
@@ -157,7 +157,7 @@ def _cut(states: torch.Tensor, run: Run) -> torch.Tensor:
 
 
 def _filled(plain: Any, states: _States, real: torch.Tensor, causal: bool, window: int | None) -> torch.Tensor:
-    """Rows that end in padding, whose own answers mean nothing."""
+    """Rows that end in padding, whose outputs are ignored."""
     tokens = real.shape[1]
     seen = real[:, None, None]
     if causal or (window is not None and tokens > window):

@@ -1,6 +1,6 @@
-"""A model in its layout, and what a request needs of them.
+"""A model in its layout, with everything a request needs.
 
-Rule: torch on the engine's worker thread; what is said to be quick may be asked on the server thread.
+Rule: torch on the engine's worker thread; methods marked quick may be called on the server thread.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from lmbridge.errors import EngineError, InvalidRequestError
 from lmbridge.messages import Embed, Rerank, Task
 
 TOKENS = 16_384
-"""In a batch, where there is no cache to stay in."""
+"""Per batch, on devices where no cache limits it."""
 
 
 class Encoder(Protocol):
-    """Makes items of jobs."""
+    """Turns jobs into items."""
 
     room: int
 
     def at_once(self, job: Embed | Rerank) -> Item | None:
-        """The item, where that is quick."""
+        """The item, if that is quick."""
 
     def encode(self, job: Embed | Rerank) -> Item:
         """The item."""
@@ -36,13 +36,13 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Core:
-    """What has been loaded.
+    """A loaded model.
 
     Attributes:
-        module: what holds the weights.
+        module: the module with the weights.
         dimensions: of a vector; 0 for a model that makes scores.
         score: makes scores; None for a model that makes vectors.
-        pooling: in words; "" for a model that makes scores.
+        pooling: described; "" for a model that makes scores.
     """
 
     module: Any
@@ -56,7 +56,7 @@ class Core:
     dtype: str
 
     def describe(self) -> str:
-        """What it does, and how. Quick."""
+        """The task and how it runs. Quick."""
         length = f"{self.encoder.room} tokens" if self.encoder.room else ""
         said = (
             self.task,
@@ -70,11 +70,11 @@ class Core:
 
     @property
     def usual_tokens(self) -> int:
-        """How many in a batch are fast. Quick."""
+        """How many tokens make a fast batch. Quick."""
         return self.layout.tokens_on_cpu if self.device.startswith("cpu") else TOKENS
 
     def check(self, job: Embed | Rerank) -> None:
-        """Refuse what the model cannot give. Quick."""
+        """Refuse what the model cannot do. Quick."""
         if isinstance(job, Embed) and job.dimensions is not None and job.dimensions > self.dimensions:
             raise InvalidRequestError(
                 f"dimensions is {job.dimensions}, but the model's vectors have {self.dimensions}.", "dimensions"
@@ -96,13 +96,13 @@ class Core:
         """The vectors or the scores.
 
         Raises:
-            EngineError: they have another shape than at the start.
+            EngineError: their shape has changed since the start.
         """
         width = self.dimensions if self.score is None else self.score.labels
         if outputs.shape != (texts, width):
             raise EngineError(
-                f"The model gave numbers of shape {tuple(outputs.shape)} for {texts} texts; from its start on it was "
-                f"{width} for each. It may have been changed since."
+                f"The model returned shape {tuple(outputs.shape)} for {texts} texts; at the start it was {width} for "
+                "each. It may have been modified since."
             )
         found: numpy.ndarray[Any, Any] = outputs.numpy() if self.score is None else self.score(outputs)
         return found
@@ -115,6 +115,6 @@ class Core:
 
 def _no_number() -> EngineError:
     return EngineError(
-        "What the model says of this text is not a number (NaN). In half precision it may overflow; load the model "
-        "with dtype='float32'."
+        "The model's output for this text is not a number (NaN). Half precision may overflow; load the model with "
+        "dtype='float32'."
     )

@@ -1,8 +1,8 @@
 """From a text, or a query and a document, to token ids.
 
-Rule: no torch is known here. After it is built nothing in a ``TextEncoder`` changes, so that the server thread
-(``at_once``) and the worker thread (``encode``) may both be in it. Of a tokenizer's calls ``encode`` holds the GIL to
-the end and ``encode_batch`` gives it up, so that long texts take the second.
+Rule: no torch is known here. A ``TextEncoder`` is immutable once built, so the server thread (``at_once``) and the
+worker thread (``encode``) may use it together. Of a tokenizer's calls, ``encode`` holds the GIL throughout and
+``encode_batch`` releases it, so long texts use the latter.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from lmbridge.errors import InvalidRequestError, LMBridgeError, PromptTooLongErr
 from lmbridge.messages import Embed, Rerank, Task
 
 INLINE_CHARACTERS = 8_000
-"""A text of up to this many characters (three for each where not all are ASCII) is tokenised at once; it takes a few
+"""A text of up to this many characters (three each if not all are ASCII) is tokenised at once, in a few
 milliseconds."""
 INLINE_IDS = 100_000
 CHARACTERS = 16
-"""Of a longer text so many characters for each token that the model reads are looked at first, and twice as many where
-they do not make as many tokens. So a text of millions takes as long as one that the model reads whole."""
+"""Of a longer text, this many characters per token of the model's limit are tokenised first, and twice as many if that
+is too few. So millions of characters take no longer than a text of the full length."""
 MARGIN = 64
-"""Characters before the place where such a beginning ends: what follows may join them to one token."""
+"""Characters before the cut of such a beginning: they may merge with what follows into one token."""
 QUERIES = 64
-"""So many queries are remembered, for they come with one document after another."""
+"""This many queries are cached, since each comes with one document after another."""
 
 Truncate = Literal["error", "end"]
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One text on its way through the model.
+    """One text, tokenised for the model.
 
     Attributes:
-        ids: its tokens, special ones included; none where the model takes texts.
-        types: 0 for those of the first text and 1 for those of the second, where the model tells them apart.
+        ids: its tokens, special ones included; empty if the model takes strings.
+        types: 0 for those of the first text and 1 for those of the second, if the model distinguishes them.
         size: how much room it takes in a batch.
     """
 
@@ -48,13 +48,13 @@ class Item:
 
 
 class TextEncoder:
-    """Makes items of jobs.
+    """Turns jobs into items.
 
     Args:
-        backend: a tokenizer of ``tokenizers``, which nobody else changes.
+        backend: a tokenizer of ``tokenizers``, which nothing else modifies.
         vocabulary: how many rows the model's embeddings have.
         room: the most tokens of a text.
-        takes_types: the model tells the tokens of the query from those of the document.
+        takes_types: the model distinguishes the query's tokens from the document's.
     """
 
     def __init__(self, backend: Any, vocabulary: int, room: int, settings: Settings, takes_types: bool) -> None:
@@ -71,30 +71,30 @@ class TextEncoder:
         self._query = functools.lru_cache(maxsize=QUERIES)(self._tokens)
 
     def least(self, task: Task) -> int:
-        """The fewest tokens that a text can have with one of its own: a pair has one of each."""
+        """The fewest tokens of a text with at least one of its own; a pair has one of each text."""
         return self._specials + 1 if task == "embed" else self._pair_specials + 2
 
     def at_once(self, job: Embed | Rerank) -> Item | None:
-        """``encode`` where that takes milliseconds; None where another thread should do it."""
+        """``encode`` if that takes only milliseconds; None if another thread should do it."""
         return self.encode(job) if _is_short(job) else None
 
     def encode(self, job: Embed | Rerank) -> Item:
         """The tokens of a job's text, or of its query and document.
 
         Raises:
-            InvalidRequestError: there are none, or the model does not know them, or the text is no Unicode.
-            PromptTooLongError: there are more than the model reads, and none may be cut off.
+            InvalidRequestError: there are none, the model does not know them, or the text is not valid Unicode.
+            PromptTooLongError: there are too many, and the text may not be cut.
         """
         return self._embed(job) if isinstance(job, Embed) else self._pair(job)
 
     def made_up(self, job: Embed | Rerank, first: int, count: int) -> Item:
-        """An item of any tokens, for a tokenizer that makes none of a text."""
+        """An item of arbitrary tokens, for a tokenizer that produces none."""
         ids = [(first + place) % self._vocabulary for place in range(min(count, self.room))]
         types = [0] * len(ids) if isinstance(job, Rerank) and self._takes_types else None
         return Item(job, ids, types, len(ids))
 
     def prompted(self, job: Embed) -> str:
-        """The text with its prompt before it."""
+        """The text with its prompt prefixed."""
         assert isinstance(job.text, str)
         return self._prompts.before(job.prompt) + job.text
 
@@ -123,7 +123,7 @@ class TextEncoder:
                 raise self._too_long_a_pair(query, document)
             ends = shares(query.count, document.count, left)
             if ends[0] < query.count:
-                query = self._tokens(job.query, "query")  # not the one that is remembered
+                query = self._tokens(job.query, "query")  # not the cached one
                 query.encoding.truncate(ends[0])
             document.encoding.truncate(ends[1])
         pair = self._backend.post_process(query.encoding, document.encoding, True)
@@ -131,7 +131,7 @@ class TextEncoder:
         return Item(job, ids, list(pair.type_ids) if self._takes_types else None, len(ids))
 
     def _tokens(self, text: str, param: str) -> _Tokens:
-        """The tokens without special ones; of a text that has more than the model reads, of its beginning at least."""
+        """The tokens without special ones; for a text that is too long, at least those of its beginning."""
         length = max(INLINE_CHARACTERS, CHARACTERS * self.room)
         while length < len(text):
             beginning = self._lowered(text[:length])
@@ -150,7 +150,7 @@ class TextEncoder:
             if len(text) <= INLINE_CHARACTERS:
                 return self._backend.encode(text, add_special_tokens=False)
             return self._backend.encode_batch([text], add_special_tokens=False)[0]
-        except (TypeError, UnicodeError) as cause:  # a text with halves of surrogate pairs
+        except (TypeError, UnicodeError) as cause:  # unpaired surrogates
             raise InvalidRequestError(f"The text is not valid Unicode: {cause}", param) from cause
         except Exception as cause:  # tokenizers raises nothing more precise
             raise InvalidRequestError(f"The model's tokenizer refused the text: {cause}", param) from cause
@@ -158,40 +158,38 @@ class TextEncoder:
     def _given(self, job: Embed) -> list[int]:
         if job.prompt:
             raise InvalidRequestError(
-                "A prompt goes before a text, not before token ids; put its token ids before them, or give the text.",
+                "A prompt can only be put before a string; put its token ids before yours, or give the text.",
                 "prompt",
             )
         return self._known(list(job.text), "texts")  # type: ignore[arg-type]  # no string, for it was looked at before
 
     def _known(self, ids: list[int], param: str) -> list[int]:
         if not ids:
-            raise InvalidRequestError(
-                "The text is empty: the tokenizer makes no token of it. Give it some text.", param
-            )
+            raise InvalidRequestError("The text is empty: the tokenizer produces no token. Add some text.", param)
         if min(ids) < 0 or max(ids) >= self._vocabulary:
             raise InvalidRequestError(
-                f"The model's token ids go from 0 to {self._vocabulary - 1}; got {min(ids)} to {max(ids)}.", param
+                f"The model's token ids range from 0 to {self._vocabulary - 1}; got {min(ids)} to {max(ids)}.", param
             )
         return ids
 
     def _refuse_long(self, truncate: Truncate, what: str, param: str) -> None:
         if truncate == "error":
-            raise _too_long(what, self.room, param, "Shorten it, or give truncate='end' to have its end cut off.")
+            raise _too_long(what, self.room, param, "Shorten it, or use truncate='end' to cut off its end.")
 
     def _too_long_a_pair(self, query: _Tokens, document: _Tokens) -> LMBridgeError:
         what = f"Query and document have {query.said()} and {document.said()} tokens"
         if query.count + self._pair_specials >= self.room:
-            advice = "The query alone is too long: shorten it, or give truncate='end' to have the longer one cut."
+            advice = "The query alone is too long: shorten it, or use truncate='end' to cut the longer one."
             return _too_long(what, self.room, "query", advice)
-        return _too_long(what, self.room, "documents", "Shorten the document, or give truncate='end' to have it cut.")
+        return _too_long(what, self.room, "documents", "Shorten the document, or use truncate='end' to cut it.")
 
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """What a tokenizer makes of a text.
+    """The tokens of a text.
 
     Attributes:
-        count: how many there are; one more than the model reads where there are more than that.
+        count: how many there are; at most one more than the model reads.
         whole: they are those of the whole text.
     """
 
@@ -200,13 +198,13 @@ class _Tokens:
     whole: bool
 
     def said(self, specials: int = 0) -> str:
-        """How many, in words."""
+        """The count, as text."""
         return str(self.count + specials) if self.whole else f"more than {self.count - 1}"
 
 
 def shares(query: int, document: int, left: int) -> tuple[int, int]:
-    """How many tokens of a pair are kept where there is room for ``left``: what tokenizers calls "longest_first", which
-    is how a CrossEncoder cuts: the end of the longer, and of both where each has more than half.
+    """How many tokens of each text of a pair are kept if there is room for ``left``: tokenizers' "longest_first", as a
+    CrossEncoder cuts: the longer one, or both if each has more than half.
     """
     if query + document <= left:
         return query, document
@@ -217,8 +215,8 @@ def shares(query: int, document: int, left: int) -> tuple[int, int]:
 
 
 def _certain(beginning: str) -> int:
-    """Up to which character the tokens of a text's beginning are those of the whole text: not in the last word, which
-    may go on; in a script without blanks, the first half.
+    """Up to which character the tokens of a text's beginning are final: excluding the last word, which may go on; in a
+    script without blanks, the first half.
     """
     half = len(beginning) // 2
     blank = beginning.rfind(" ", half, len(beginning) - MARGIN)
@@ -226,7 +224,7 @@ def _certain(beginning: str) -> int:
 
 
 def _too_long(what: str, room: int, param: str, advice: str) -> LMBridgeError:
-    return PromptTooLongError(f"{what}, and the model reads {room}. {advice}", param=param)
+    return PromptTooLongError(f"{what}; the model reads at most {room}. {advice}", param=param)
 
 
 def _is_short(job: Embed | Rerank) -> bool:
@@ -236,7 +234,7 @@ def _is_short(job: Embed | Rerank) -> bool:
 
 
 def cost(job: Embed | Rerank) -> int:
-    """How much there is to make tokens of, in characters of ASCII."""
+    """The amount of text to tokenise, in ASCII characters."""
     if isinstance(job, Rerank):
         return _cost(job.query) + _cost(job.document)
     return _cost(job.text) if isinstance(job.text, str) else 0

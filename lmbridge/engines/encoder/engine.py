@@ -40,38 +40,37 @@ T = TypeVar("T")
 
 LONG_TEXTS = 16
 LONG_CHARACTERS = 32_000
-"""So many long texts, and so many characters of them, become tokens between two batches: about as long as a batch."""
+"""The most long texts, and characters, tokenised between two batches: about as long as a batch takes."""
 
 
 class EncoderEngine(Engine):
-    """A Hugging Face model that makes vectors of texts, or scores of pairs of texts, for many callers in batches.
+    """A Hugging Face model that embeds texts, or scores pairs of texts, for many callers in batches.
 
-    A vector is float32 of shape (dimensions,). A score of a model with one label is what the model's own activation
-    makes of it, as sentence-transformers keeps it: the label itself, of any size, where that is Identity; without a
-    word of it the sigmoid, from 0 to 1. Of a model with several labels it is the softmax of the last, from 0 to 1,
-    which by convention is that of relevance, whatever its activation.
+    A vector is float32 of shape (dimensions,). For a model with one label, a score is the output of the model's own
+    activation, as saved by sentence-transformers: the raw label if that is Identity, and by default the sigmoid, from 0
+    to 1. For a model with several labels it is the softmax of the last, from 0 to 1, which by convention is relevance.
 
     Args:
-        model: a folder, a hub id, or a SentenceTransformer or CrossEncoder object of sentence-transformers. What
-            sentence-transformers keeps beside a model (pooling, prompts, lengths) is read, with or without it.
+        model: a folder, a hub id, or a SentenceTransformer or CrossEncoder object of sentence-transformers. The files
+            of sentence-transformers (pooling, prompts, lengths) are read, even if it is not installed.
         task: ``"embed"``, ``"rerank"``, or ``"auto"``: as the model's config.json says, at the start.
-        pooling: how the vectors of a text's tokens become one: ``"mean"``, ``"cls"``, ``"max"``, ``"lasttoken"``,
-            ``"weightedmean"`` or ``"mean_sqrt_len_tokens"``; by default as the model's files say, else the mean.
-        max_length: the most tokens of a text, special ones included; by default as the model's files say.
-        device: by torch's name; by default ``"cuda"`` where there is one, else ``"cpu"``. An object stays where it is,
+        pooling: how a text's token vectors are combined: ``"mean"``, ``"cls"``, ``"max"``, ``"lasttoken"``,
+            ``"weightedmean"`` or ``"mean_sqrt_len_tokens"``; default: from the model's files, else the mean.
+        max_length: the most tokens of a text, special ones included; default: from the model's files.
+        device: a torch name; default: ``"cuda"`` if available, else ``"cpu"``. An object stays where it is,
             and in its dtype.
         dtype: ``"auto"`` (as stored), ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"`` or a torch dtype;
-            by default float32 on a CPU and as stored elsewhere.
+            default: float32 on a CPU, as stored elsewhere.
         max_batch_size: the most texts in a batch.
-        max_batch_tokens: the most tokens in a batch; a longer text runs alone. By default as many as it takes to be
+        max_batch_tokens: the most tokens in a batch; a longer text runs alone. Default: as many as it takes to be
             fast: 2,048 packed on a CPU, 8,192 padded on a CPU, 16,384 elsewhere.
-        batch_timeout: seconds for which a batch that is not full waits for more; 0 runs what is there.
-        threads: how many threads torch uses on a CPU, for this engine only; by default one for a model of fewer than
-            4 million parameters, else torch's own choice.
+        batch_timeout: seconds for which a batch that is not full waits for more texts; 0 runs what is there.
+        threads: torch's threads on a CPU, for this engine only; default: one for models under 4 million parameters,
+            else torch's own choice.
         layout: ``"packed"``, all texts of a batch in one row without padding; ``"grouped"``, texts of similar length
             padded; ``"single"``, one by one; ``"auto"``, the first of these that passes the self-check.
-        self_check: end loading with texts whose results are compared with those of each text alone. Without it nobody
-            would see whether packing is right, so that ``layout="auto"`` is ``"grouped"`` then.
+        self_check: end loading by comparing some texts' results with those of each text alone. Without it, wrong
+            packing would go unnoticed, so ``layout="auto"`` then means ``"grouped"``.
         trust_remote_code: run code that comes with the model.
         revision: branch, tag or commit on the hub.
     """
@@ -126,15 +125,15 @@ class EncoderEngine(Engine):
         if self._object_task or task != "auto":
             self.tasks = frozenset({self._object_task or task})  # type: ignore[arg-type]  # it is one of them
         self._thread = EngineThread("lmbridge encoder")
-        # An engine whose loop got stuck is never closed. Not at exit, where the bridge closes it and needs the thread.
+        # For an engine never closed because its loop got stuck. Not at exit: the bridge then closes it.
         weakref.finalize(self, self._thread.close).atexit = False
         self._core: Core | None = None
         self._batcher: Batcher[Item] | None = None
         self._long: Batcher[Request] = Batcher(self._tokenize, max_items=LONG_TEXTS, max_size=LONG_CHARACTERS)
         self._pace = Pace()
-        self._pauses: Pauses | None = None  # there while the model is
-        self._steps = 0  # how often the worker thread has begun or ended something
-        self._at_work: int | None = None  # the thread that is in the model
+        self._pauses: Pauses | None = None  # set while the model is loaded
+        self._steps = 0  # how often the worker thread has started or finished something
+        self._at_work: int | None = None  # the thread inside the model
         self._dead: BaseException | None = None
 
     def describe(self) -> str:
@@ -144,12 +143,12 @@ class EncoderEngine(Engine):
     # --------------------------------------------------------------------------------------------------- start and end
 
     async def start(self) -> None:
-        """Load the model on the worker thread, and find the fastest layout that is right.
+        """Load the model on the worker thread, and find the fastest correct layout.
 
         Raises:
             MissingDependencyError: a package is missing or too old.
-            EngineStartError: the model is none that this engine can run, or does not do so in the layout asked for.
-            Exception: what transformers raises when it cannot load the model, or when there is too little memory.
+            EngineStartError: this engine cannot run the model, or not in the requested layout.
+            Exception: whatever transformers raises while loading, out of memory included.
         """
         core = await self._thread.run(self._load)
         self.tasks = frozenset({core.task})
@@ -167,7 +166,7 @@ class EncoderEngine(Engine):
             self._batcher.close()
         try:
             await self._thread.run(self._unload)
-        finally:  # whoever waits for a hanging batch may give up
+        finally:  # callers of a hanging batch can stop waiting
             self._thread.close()
 
     def _load(self) -> Core:
@@ -180,7 +179,7 @@ class EncoderEngine(Engine):
         from lmbridge.engines.encoder.pauses import Pauses
         from lmbridge.engines.encoder.starting import begin
 
-        # kept at once: whoever waits for it may be cancelled
+        # kept at once: the awaiting task may be cancelled
         core = self._core = begin(self._options, self._given, self._object_task, self._label)
         self._pauses = Pauses(core.module, self.party)
         return core
@@ -200,13 +199,14 @@ class EncoderEngine(Engine):
     # --------------------------------------------------------------------------------------------------------- requests
 
     def add_request(self, request: Request, sink: Sink) -> None:
-        """Begin the request; what is wrong with a text is told at once if it is short, and to the sink if it is long.
+        """Begin the request; an invalid text raises at once if it is short, and fails in the sink if it is long.
 
         Raises:
             InvalidRequestError: the text has no tokens, not even special ones (an empty text has these with most
-                models, and gets a vector), or is no Unicode; token ids are unknown, the dimensions too many.
-            PromptTooLongError: the text is longer than the model reads, and none of it may be cut off.
-            EngineDeadError: the engine takes no requests any more.
+                models, and gets a vector), or is not valid Unicode; token ids are unknown, or there are too many
+                dimensions.
+            PromptTooLongError: the text is too long for the model and may not be cut.
+            EngineDeadError: the engine takes no more requests.
         """
         core, batcher = self._alive()
         job = request.job
@@ -216,7 +216,7 @@ class EncoderEngine(Engine):
         if item is not None:
             self._submit(batcher, request, item, sink)
             return
-        at_most = core.encoder.room * CHARACTERS  # of a longer text its beginning is looked at
+        at_most = core.encoder.room * CHARACTERS  # of a longer text only the beginning is tokenised
         size = min(cost(job), at_most) if at_most else cost(job)
         then = functools.partial(self._submit_tokens, request, sink)
         self._long.add(request.id, request, then, size, client=request.client)
@@ -226,9 +226,9 @@ class EncoderEngine(Engine):
             self._batcher.discard(request_id)
 
     def progress(self, request_id: str) -> int | None:
-        """How much the worker thread has begun and ended so far: whoever waits does so for a batch or a long text.
+        """How much the worker thread has started and finished: every request waits for a batch or a long text.
 
-        While the engine waits for its turn on the device, which is no fault of its own, it is a clock.
+        While the engine waits for its turn on the device, this is a clock, so that it does not count as stalled.
         """
         batcher = self._batcher
         inside = request_id in self._long or (batcher is not None and request_id in batcher)
@@ -240,7 +240,7 @@ class EncoderEngine(Engine):
         return where_is(self._at_work) if self._at_work is not None else ""
 
     def estimate(self) -> int | None:
-        """Bytes of the weights as they will be loaded, told from the files; None for a model that is not here yet."""
+        """Bytes of the weights once loaded, from the files; None for a model not yet downloaded."""
         return None if self._given is not None else weight_bytes(self._options.model)
 
     def footprint(self) -> int | None:
@@ -248,9 +248,9 @@ class EncoderEngine(Engine):
         return core.footprint() if core is not None else None
 
     def stats(self) -> dict[str, float]:
-        """``in_flight``; ``batches``, ``items`` and ``tokens`` so far, ``max_batch_size``, ``max_batch_tokens`` (less
-        after a batch did not fit into the memory), and ``padding_share``: how much of what the model computed was
-        padding.
+        """``in_flight``; ``batches``, ``items`` and ``tokens`` so far, ``max_batch_size``, ``max_batch_tokens``
+        (lowered after a batch did not fit into memory), and ``padding_share``: the share of computed positions that
+        were padding.
         """
         batcher, layout = self._batcher, self._core.layout if self._core is not None else None
         limit = batcher.max_size if batcher is not None else self._options.max_batch_tokens
@@ -283,14 +283,14 @@ class EncoderEngine(Engine):
         core, job = self._core, request.job
         assert isinstance(job, (Embed, Rerank))
         try:
-            if core is None or request.id not in self._long:  # it was aborted meanwhile
-                raise EngineDeadError("Nobody waits for this text any more.")
+            if core is None or request.id not in self._long:  # aborted meanwhile
+                raise EngineDeadError("This text's request has ended.")
             return core.encoder.encode(job)
         except Exception as error:
             return error
 
     def _submit_tokens(self, request: Request, sink: Sink, delta: Delta) -> None:
-        """A long text has become an item, or has come to its end."""
+        """A long text has been tokenised, or has failed."""
         if delta.value is None:
             sink(delta)
             return
@@ -329,7 +329,7 @@ class EncoderEngine(Engine):
         return values
 
     def _at(self, work: Callable[[], T]) -> T:
-        """Do it, and show that it is done. On the worker thread."""
+        """Do it and count it as progress. On the worker thread."""
         self._steps += 1
         self._at_work = threading.get_ident()
         try:
@@ -339,12 +339,12 @@ class EncoderEngine(Engine):
             self._steps += 1
 
     def _cap(self) -> int | None:
-        """How many tokens fit into the engine's share of the device; None while it is alone there."""
+        """How many tokens fit into the engine's turn on the device; None while it is alone there."""
         share, pauses = self.party.share(), self._pauses
         return None if share is None else self._pace.tokens_in(share * (pauses.parts if pauses is not None else 1))
 
     def _die(self, cause: BaseException) -> None:
-        """Every later call to the device will fail as well: whoever is inside is lost, and the server is told once."""
+        """Every later call to the device would fail: fail all requests and report the death once."""
         if self._dead is None:
             self._dead = cause
             self._long.close()

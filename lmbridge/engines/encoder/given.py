@@ -1,6 +1,6 @@
-"""Which objects may be given as the model: those of sentence-transformers, told by their class's name.
+"""Objects accepted as the model: those of sentence-transformers, recognised by class name.
 
-Rule: standard library only, nothing is loaded; any thread may ask.
+Rule: standard library only; loads nothing; any thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _TASKS: dict[str, Task] = {"SentenceTransformer": "embed", "CrossEncoder": "rera
 
 
 def task_of_object(model: object) -> Task | None:
-    """What an object of sentence-transformers does; None for all other objects."""
+    """The task of an object of sentence-transformers; None for other objects."""
     for kind in type(model).__mro__:
         if kind.__module__.partition(".")[0] == _PACKAGE and kind.__name__ in _TASKS:
             return _TASKS[kind.__name__]
@@ -23,10 +23,10 @@ def task_of_object(model: object) -> Task | None:
 
 
 def check_options_of_object(given: Any, **options: Any) -> None:
-    """Refuse what cannot be had of a model that somebody else has loaded.
+    """Refuse options that do not apply to a loaded model.
 
     Args:
-        options: device, dtype, revision and task, as they were asked for.
+        options: device, dtype, revision and task, as given.
 
     Raises:
         InvalidRequestError: an option would change the object; ``param`` names it.
@@ -42,7 +42,7 @@ def check_options_of_object(given: Any, **options: Any) -> None:
         if value is None or asked in ("auto", own[name]) or (name == "device" and own[name].startswith(f"{asked}:")):
             continue
         raise InvalidRequestError(
-            f"{name}={value!r} does not go with a {type(given).__name__} object, which is used as it is. Load or move "
-            f"the object as you want it, and leave {name} out.",
+            f"{name}={value!r} cannot be combined with a {type(given).__name__} object, which is used as it is. Load "
+            f"or move the object as needed, and leave {name} out.",
             name,
         )

@@ -1,7 +1,7 @@
-"""The ways of putting a batch of texts through the model, of which ``proof`` takes the fastest that is right.
+"""The ways to run a batch of texts through the model; ``proof`` picks the fastest correct one.
 
-Rule: torch on the engine's worker thread. A layout gives what the model says of each text, in the order in which the
-texts came: the vectors of its tokens, or its logits.
+Rule: torch on the engine's worker thread. A layout returns the model's output for each text, in the given order: its
+token vectors, or its logits.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from lmbridge.engines.transformers.runner import rope_kind
 PADDING = 0.15
 """The share of padding that a group of texts may have."""
 SLACK = 2.0
-"""On a GPU, texts up to so many times as long as another are attended to in one call with it."""
+"""On a GPU, texts up to this many times as long as the shortest share one attention call."""
 
 
 _SHORT = "original_max_position_embeddings"
-_LAST_TOKEN = "GenericForSequenceClassification"  # transformers' head of decoders and their like
+_LAST_TOKEN = "GenericForSequenceClassification"  # transformers' head for decoders
 
 
 class Layout(ABC):
     """One way of running the model.
 
     Attributes:
-        name: what users call it.
-        tokens_on_cpu: in a batch; with more, what is computed leaves the cache, and with fewer, padded texts find
-            less of their own length.
-        tokens, padding: how many the model was given so far, and how many of them were padding.
+        name: its name for users.
+        tokens_on_cpu: per batch; with more, intermediate results leave the cache, and with fewer, padded texts find
+            fewer of similar length.
+        tokens, padding: tokens given to the model so far, and how many were padding.
     """
 
     name: ClassVar[str]
@@ -65,10 +65,10 @@ class Layout(ABC):
 
     @abstractmethod
     def _sorted(self, items: Sequence[Item]) -> torch.Tensor:
-        """What there is to say of items that are sorted by their length."""
+        """The output for items sorted by length."""
 
     def _padded(self, items: Sequence[Item]) -> torch.Tensor:
-        """Of texts in rows of their own, filled up to the longest."""
+        """The output of one row per text, padded to the longest."""
         lengths = [len(item.ids) for item in items]
         longest = lengths[-1]
         ids = numpy.full((len(items), longest), self._pad, numpy.int64)
@@ -93,7 +93,7 @@ class Layout(ABC):
     def _logits(self, output: Any, texts: int) -> torch.Tensor:
         logits: torch.Tensor = output.logits
         if logits.shape[0] != texts or logits.ndim != 2:
-            raise ValueError(f"the model gave logits of shape {tuple(logits.shape)} for {texts} texts")
+            raise ValueError(f"the model returned logits of shape {tuple(logits.shape)} for {texts} texts")
         return logits
 
     def _count(self, tokens: int, padding: int) -> None:
@@ -114,7 +114,7 @@ class Single(Layout):
 
 
 class Grouped(Layout):
-    """Texts of similar length together, the shorter ones filled up."""
+    """Texts of similar length together, the shorter ones padded."""
 
     name = "grouped"
 
@@ -123,12 +123,12 @@ class Grouped(Layout):
 
 
 class Packed(Layout):
-    """All texts in one row, each with positions of its own, kept apart by ``attention``.
+    """All texts in one row, each with its own positions, kept apart by ``attention``.
 
     Args:
-        offset: the position of a first token; None counts as RoBERTa does: from one behind the padding token's id, and
-            without such tokens.
-        slack: see ``Segments``; by default as the device likes it.
+        offset: the position of the first token; None counts as RoBERTa does: from the padding token's id plus one, and
+            skipping such tokens.
+        slack: see ``Segments``; default: by device.
     """
 
     name = "packed"
@@ -139,7 +139,7 @@ class Packed(Layout):
         self._slack = slack or (1.0 if model.device.type == "cpu" else SLACK)
         self._counts_like_roberta = offset is None
         self._usual = attention.chosen(model)
-        self._starts: torch.Tensor | None = None  # of the texts, while the model is to be told of their first tokens
+        self._starts: torch.Tensor | None = None  # of the texts, while the head needs their first tokens
         self._hook: Any = None
         if tail is None:
             self._hook = layers_of(model)[-1].register_forward_hook(self._first_tokens)
@@ -184,7 +184,7 @@ class Packed(Layout):
             self._starts = None
 
     def _first_tokens(self, module: Any, given: Any, output: Any) -> Any:
-        """After the last layer, the row becomes rows of one token, each text's first: what a head looks at."""
+        """After the last layer, turn the row into one row per text with its first token, as a head expects."""
         if self._starts is None:
             return output
         hidden = output if isinstance(output, torch.Tensor) else output[0]
@@ -206,23 +206,23 @@ def groups(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
 
 
 def unpackable(model: Any, ranks: bool) -> str:
-    """Why a model is not to be packed, or "". On a GPU a wrong index ends the process, so these are not even tried.
+    """Why a model must not be packed, or "". On a GPU an invalid index kills the process, so do not try.
 
     Args:
         ranks: it has a head that makes scores.
     """
     attention.install()
     if not attention.is_taken(model):
-        return "its attention cannot be exchanged"
+        return "its attention cannot be replaced"
     kinds = {kind.__name__ for kind in type(model).__mro__}
     causal = any(getattr(module, "is_causal", False) is True for module in model.modules())
     if ranks and (causal or _LAST_TOKEN in kinds):
-        return "its head looks for the last token of each row"
+        return "its head uses the last token of each row"
     return ""
 
 
 def unbatchable(model: Any, room: int) -> str:
-    """Why a text's neighbours in a batch, packed or padded, would change it though short ones do not; "" if not.
+    """Why long neighbours in a batch, packed or padded, would change a text's result; "" if not.
 
     Args:
         room: the most tokens of a text.

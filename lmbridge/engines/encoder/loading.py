@@ -1,7 +1,7 @@
-"""Model, tokenizer and what sentence-transformers keeps beside them, from a folder or the hub.
+"""Loads model, tokenizer and the files of sentence-transformers, from a folder or the hub.
 
-Rule: ``load`` runs on the engine's worker thread and blocks. What the transformers engine's ``loading`` has for every
-kind of model is taken from there.
+Rule: ``load`` runs on the engine's worker thread and blocks. Loading code for every kind of model comes from the
+transformers engine's ``loading``.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from lmbridge.engines.transformers.runner import NO_LIMIT
 from lmbridge.errors import EngineStartError
 from lmbridge.messages import Task
 
-notes = logging.getLogger("lmbridge.loading")  # what a command shows, too
+notes = logging.getLogger("lmbridge.loading")  # commands show these, too
 
 _HEAD = "ForSequenceClassification"
 _UNSTATED = 1_000_000_000
-"""transformers gives tokenizers that state no limit one beyond this."""
+"""transformers gives tokenizers without a limit one above this."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Parts:
     Attributes:
         model: in eval mode, on its device.
         tokenizer: its tokenizer, a fast one.
-        settings: what sentence-transformers knows of it.
-        task: what it does.
-        activation: what makes a score of a model's one logit; None where nothing is said.
+        settings: its settings for sentence-transformers.
+        task: its task.
+        activation: turns a single logit into a score; None if unspecified.
     """
 
     model: Any
@@ -61,11 +61,11 @@ class Parts:
 
 
 def load(options: EncoderOptions) -> Parts:
-    """Load what there is.
+    """Load the model.
 
     Raises:
-        ModelNotFoundError: the hub has no such model or cannot be reached, or there are no weights.
-        EngineStartError: it is no encoder, is incomplete or broken, or asks for what this engine does not do.
+        ModelNotFoundError: the hub has no such model or is unreachable, or there are no weights.
+        EngineStartError: it is not an encoder, is incomplete or broken, or needs an unsupported feature.
         MissingDependencyError: a package that it needs is not installed.
     """
     device = options.model.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,11 +73,11 @@ def load(options: EncoderOptions) -> Parts:
         source = _Source.of(options.model)
         config = _load_config(source)
         if getattr(config, "is_encoder_decoder", False):
-            raise EngineStartError(f"{source.label} is an encoder-decoder, which this engine does not run.")
+            raise EngineStartError(f"{source.label} is an encoder-decoder, which this engine does not support.")
         task = task_of(config) if options.task == "auto" else options.task
         settings = read_settings(_reader(source))
         if task == "rerank" and settings.default_prompt:
-            raise EngineStartError(f"{source.label} puts a prompt before each pair, which this engine does not do.")
+            raise EngineStartError(f"{source.label} puts a prompt before each pair, which is not supported.")
         tokenizer = _load_tokenizer(source)
         model = _load_model(source, config, task, tokenizer, _dtype(options.model.dtype, device))
         activation = _activation(settings, config, source) if task == "rerank" else None
@@ -92,7 +92,7 @@ def task_of(config: Any) -> Task:
 
 
 def _activation(settings: Settings, config: Any, source: _Source) -> Any:
-    """What the files say of it, in the place of each release of sentence-transformers."""
+    """The activation named in the files, wherever the releases of sentence-transformers put it."""
     older = getattr(config, "sentence_transformers", None) or {}
     oldest = getattr(config, "sbert_ce_default_activation_function", None)
     name = settings.activation or older.get("activation_fn") or oldest
@@ -101,17 +101,17 @@ def _activation(settings: Settings, config: Any, source: _Source) -> Any:
     found = activation_of(name)
     if found is None:
         raise EngineStartError(
-            f"{source.label} makes its scores by {name}, which this engine does not know. Load it as a CrossEncoder of "
-            "sentence-transformers, and give that object as the model."
+            f"{source.label} uses the activation {name} for its scores, which is not supported. Load it as a "
+            "CrossEncoder of sentence-transformers, and give that object as the model."
         )
     return found
 
 
 def _prepared(model: Any) -> Any:
-    """The model without what is of no use here."""
+    """The model without unused parts."""
     model.eval().requires_grad_(False)
     model.config.use_cache = False
-    # Such a model may be built without its pooler, and then does not compute what nobody asks for.
+    # Without its pooler such a model skips an unused computation.
     if "add_pooling_layer" in inspect.signature(type(model)).parameters:
         model.pooler = None
     return model
@@ -121,12 +121,12 @@ def room_of(parts: Parts, wanted: int | None) -> int:
     """The most tokens of a text.
 
     Raises:
-        EngineStartError: more are wanted than the model has positions for.
+        EngineStartError: max_length exceeds the model's positions.
     """
     positions = _positions(parts.model)
     if wanted is not None:
         if wanted > positions:
-            raise EngineStartError(f"max_length is {wanted}, but the model has positions for {positions} tokens only.")
+            raise EngineStartError(f"max_length is {wanted}, but the model has positions for only {positions} tokens.")
         return wanted
     stated = parts.tokenizer.model_max_length
     limits = [parts.settings.max_length, stated if stated and stated < _UNSTATED else None, positions]
@@ -134,12 +134,12 @@ def room_of(parts: Parts, wanted: int | None) -> int:
 
 
 def counts_like_roberta(model: Any) -> bool:
-    """Whether positions probably begin behind the padding token's id."""
+    """Whether positions probably begin after the padding token's id."""
     return any(embedding.padding_idx is not None for embedding in _position_embeddings(model))
 
 
 def table_of(model: Any) -> int | None:
-    """How many tokens the model has a table of positions for; None for one that works positions out."""
+    """The size of the model's table of positions; None for computed positions."""
     return min(
         (
             embedding.num_embeddings - (0 if embedding.padding_idx is None else embedding.padding_idx + 1)
@@ -172,19 +172,19 @@ def _load_model(source: _Source, config: Any, task: str, tokenizer: Any, dtype: 
         )
     model = _prepared(model)
     text = model.config.get_text_config()
-    if getattr(text, "pad_token_id", None) is None:  # heads of decoders refuse batches then
+    if getattr(text, "pad_token_id", None) is None:  # heads of decoders then refuse batches
         text.pad_token_id = tokenizer.pad_token_id
     made_up = sorted(set(report["missing_keys"]) & {name for name, _ in model.named_parameters()})
     if made_up:
         raise EngineStartError(
-            f"The files of {source.label} lack {len(made_up)} of the weights that a {type(model).__name__} has, such "
-            f"as {made_up[0]}: what it says would be noise. They may be of a model for another task, or incomplete."
+            f"The files of {source.label} lack {len(made_up)} of the weights of a {type(model).__name__}, such as "
+            f"{made_up[0]}, so its output would be noise. They may be for another task, or incomplete."
         )
     return model
 
 
 def _reader(source: _Source) -> Read:
-    """Finds the model's other files, in its folder or on the hub."""
+    """A function that finds the model's other files, in its folder or on the hub."""
 
     def in_folder(name: str) -> Path | None:
         path = Path(source.name) / name
@@ -202,7 +202,7 @@ def _reader(source: _Source) -> Read:
             )
         except LocalEntryNotFoundError:
             if name == MODULES:
-                notes.warning("the hub is out of reach; whether %s says how to pool is not known", source.name)
+                notes.warning("the hub is unreachable, so the pooling settings of %s are unknown", source.name)
             return None
         except EntryNotFoundError:
             return None

@@ -1,8 +1,8 @@
-"""Models that were given ready-made: objects of sentence-transformers, taken apart or used as they are.
+"""Objects of sentence-transformers as models, taken apart or used as they are.
 
-Rule: runs on the engine's worker thread. sentence-transformers is never imported: whoever gives such an object has done
-so. Its releases 5 and 6 name some things differently; both are known. What is reached for here that it does not
-document stands in ``taken_apart``, and what comes of it is compared with what the object itself says.
+Rule: runs on the engine's worker thread. sentence-transformers is never imported here; whoever made the object did so.
+Its releases 5 and 6 name some things differently; both are supported. Undocumented names are used only in
+``taken_apart``, and its results are compared with the object's own.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lmbridge.engines.encoder.settings import Module, Settings, checked_modules
 from lmbridge.errors import InvalidRequestError
 from lmbridge.messages import Embed, Rerank, Task
 
-_GUESS = 4  # characters of a token, where nobody counts them
+_GUESS = 4  # characters per token, where tokens are not counted
 
 
 def taken_apart(given: Any, task: Task) -> Parts:
-    """Model, tokenizer and the rest out of the object, which stays as it is.
+    """The model, tokenizer and settings of the object, which stays unchanged.
 
     Raises:
         Exception: it cannot be taken apart.
@@ -46,12 +46,12 @@ def taken_apart(given: Any, task: Task) -> Parts:
     if task == "rerank" and settings.default_prompt:
         raise ValueError("it puts a prompt before each pair")
     if not isinstance(model.config.model_type, str):
-        raise TypeError("its model is none of transformers")
+        raise TypeError("its model is not from transformers")
     return Parts(model, tokenizer, settings, task, activation_of_object(given) if task == "rerank" else None)
 
 
 def activation_of_object(given: Any) -> Any:
-    """What the object makes scores by; None where it does not say."""
+    """The object's activation; None if unspecified."""
     return getattr(given, "activation_fn", None) or getattr(given, "default_activation_function", None)
 
 
@@ -117,10 +117,10 @@ class Whole(Layout):
 
 
 class Uncounted:
-    """Items of texts that nobody makes tokens of before the object itself does.
+    """Items whose texts only the object itself tokenises.
 
     Attributes:
-        room: the most tokens of a text, as the object says; longer ones are cut off, whatever was asked for.
+        room: the most tokens of a text, as set in the object; longer ones are always cut.
     """
 
     def __init__(self, given: Any) -> None:
@@ -133,7 +133,7 @@ class Uncounted:
     def encode(self, job: Embed | Rerank) -> Item:
         text = job.text if isinstance(job, Embed) else job.query + job.document
         if not isinstance(text, str):
-            raise InvalidRequestError("The model was given as an object that takes texts and no token ids.", "texts")
+            raise InvalidRequestError("The model was given as an object that takes strings, not token ids.", "texts")
         if isinstance(job, Embed):
-            self._prompts.before(job.prompt)  # it warns of one that is mistyped
+            self._prompts.before(job.prompt)  # warns about a mistyped name
         return Item(job, [], None, max(1, len(text) // _GUESS))

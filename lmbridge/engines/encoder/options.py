@@ -1,6 +1,6 @@
-"""The options of the encoder engine, checked when the engine is made.
+"""The options of the encoder engine, validated when the engine is created.
 
-Rule: standard library only; nothing is loaded. None leaves a choice to whoever loads the model.
+Rule: standard library only; loads nothing. None leaves the choice to the loader.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _CHOICES = {"task": ("auto", "embed", "rerank"), "layout": ("auto", *LAYOUTS), "
 
 @dataclass(frozen=True)
 class EncoderOptions:
-    """What the engine was asked for; its own docstring says what each means.
+    """The engine's options; EncoderEngine documents each.
 
     Attributes:
         model: how the model is loaded.
 
     Raises:
-        InvalidRequestError: a value is wrong; ``param`` names the option.
+        InvalidRequestError: a value is invalid; ``param`` names the option.
     """
 
     model: ModelOptions
@@ -61,7 +61,7 @@ class EncoderOptions:
                 raise _wrong(name, "an int >= 1", value)
         if not _is_device(self.model.device):
             raise _wrong(
-                "device", f"one that torch knows ({', '.join(_DEVICES)}), or such as 'cuda:1'", self.model.device
+                "device", f"a torch device ({', '.join(_DEVICES)}), or one such as 'cuda:1'", self.model.device
             )
         seconds = as_number(self.batch_timeout)
         if seconds is None or not 0 <= seconds < float("inf"):
@@ -69,7 +69,7 @@ class EncoderOptions:
 
 
 def _is_device(name: str | None) -> bool:
-    """torch is not loaded for it."""
+    """Whether it is a torch device name, without importing torch."""
     kind, colon, number = (name or "cpu").partition(":")
     return kind in (*_DEVICES, *_RARE_DEVICES) and (not colon or number.isdecimal())
 

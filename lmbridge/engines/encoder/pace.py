@@ -1,4 +1,4 @@
-"""How fast a model is.
+"""The speed of a model.
 
 Rule: standard library only. Written by the engine's worker thread, read by the server thread; one attribute, set in one
 step.
@@ -17,10 +17,10 @@ class Pace:
         self.rate: float | None = None
 
     def take(self, tokens: int, seconds: float) -> None:
-        """A batch of so many took so long."""
+        """Record a batch of ``tokens`` that took ``seconds``."""
         rate = tokens / max(seconds, 1e-6)
         self.rate = rate if self.rate is None else self.rate + _NEWEST * (rate - self.rate)
 
     def tokens_in(self, seconds: float) -> int | None:
-        """How many take so long, at least one; None while nothing is known."""
+        """How many tokens take that long, at least one; None if unknown."""
         return None if self.rate is None else max(1, int(min(self.rate * seconds, _MOST)))

@@ -1,7 +1,7 @@
-"""Pauses within the layers of a model, in which others may have the device.
+"""Pauses within a model's layers, in which others may use the device.
 
-Rule: the engine's worker thread, by hooks that torch documents. On a CPU only: there a batch of one text may take
-longer than another model's step, and what a GPU has been told to compute is not done when the call returns.
+Rule: the engine's worker thread, by hooks documented by torch. On a CPU only: there one text may take longer than
+another model's step; on a GPU, work is not finished when the call returns.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from lmbridge.engines.encoder.layouts import layers_of
 
 
 class Pauses:
-    """Has a model pause in front of each matrix of its layers, or of each layer where it has none that are known.
+    """Makes a model pause before each matrix of its layers, or each layer if its matrices are unknown.
 
     Attributes:
-        parts: into how many a batch is divided so; read by the server thread.
-        waited: seconds that others have had in all pauses so far.
+        parts: how many parts this divides a batch into; read by the server thread.
+        waited: seconds used by others in all pauses so far.
     """
 
     def __init__(self, model: Any, party: Party) -> None:

@@ -1,6 +1,6 @@
-"""What goes before a text: one of the model's prompts by its name, or what was given.
+"""The prefix of a text: one of the model's prompts by name, or a given string.
 
-Rule: standard library only; the server thread and the worker thread may both be in it.
+Rule: standard library only; safe on the server thread and the worker thread together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Prompts:
 
     Args:
         named: by name.
-        default: the name of the one that goes before texts that come without.
+        default: the name of the prompt for texts without one.
     """
 
     def __init__(self, named: Mapping[str, str], default: str | None = None) -> None:
@@ -31,7 +31,7 @@ class Prompts:
         self._looked_at: set[str] = set()
 
     def before(self, prompt: str | None) -> str:
-        """What goes before the text. A prompt that looks like a name and is none is warned of once."""
+        """The prefix of the text. Warns once about a prompt that looks like an unknown name."""
         if prompt is None:
             return "" if self._default is None else self._named.get(self._default, "")
         if prompt in self._named:
@@ -40,7 +40,7 @@ class Prompts:
             self._looked_at.add(prompt)
             own = f"those of the model are {', '.join(map(shown, self._own))}" if self._own else "the model has none"
             logger.warning(
-                "prompt=%s names no prompt of the model's (%s), and is put before the text as it is. If meant so, "
+                "prompt=%s is not one of the model's prompts (%s), so it is put before the text as it is. If intended, "
                 "end it with a blank or a colon.",
                 shown(prompt),
                 own,

@@ -1,4 +1,4 @@
-"""Which layout is right: some texts of very different lengths, encoded one by one and then together.
+"""Finds the correct layouts: encodes texts of very different lengths one by one, then together.
 
 Rule: torch on the engine's worker thread, in inference mode.
 """
@@ -18,13 +18,13 @@ from lmbridge.errors import EngineStartError, LMBridgeError
 from lmbridge.messages import Embed, Rerank
 
 FINE, COARSE = 1e-5, 1e-3
-"""How far a vector of length 1, or a score, may be from that of the text alone: in full and in half precision. Scores
-that may be of any size are compared in proportion to the largest, if that is beyond 1."""
+"""How far a vector of length 1, or a score, may be from that of the text alone, in full and in half precision.
+Unbounded scores are compared relative to the largest, if that exceeds 1."""
 COUNTS = (3, 1, 40, 9, 200, 9, 90, 17)
 """Words of the texts."""
 REPEATS = 3
 FARTHEST = 1_024
-"""A window of attention up to this wide is looked beyond."""
+"""Attention windows up to this width are tested beyond their edge."""
 _TEXT = "the old sailor walked down to a harbour every morning and looked at that sea which was never quite same"
 _WORDS = _TEXT.split()
 _QUERY = "where did the sailor go"
@@ -39,7 +39,7 @@ class Way:
 
 
 def ways(model: Any, tail: Tail | None, like_roberta: bool) -> list[Way]:
-    """All layouts, the fastest first.
+    """All layouts, fastest first.
 
     Args:
         like_roberta: the model probably counts positions as RoBERTa does.
@@ -50,12 +50,12 @@ def ways(model: Any, tail: Tail | None, like_roberta: bool) -> list[Way]:
 
 
 def check_items(encoder: TextEncoder, task: str, window: int | None, positions: int | None) -> list[Item]:
-    """Texts of one word to many, so far as the tokenizer knows the words, else any tokens.
+    """Texts of one word to many, or arbitrary tokens if the tokenizer does not know the words.
 
     Args:
-        window: how far the model's tokens see, where that is not everywhere.
-        positions: how many the model has a table of, if it has one. All texts together have no more tokens: a model
-            that counts through the row would look beyond its table, which on a GPU ends the process.
+        window: the model's attention window, if limited.
+        positions: the size of the model's table of positions, if it has one. All texts together stay within it: a model
+            that counts through the row would index beyond it, which on a GPU kills the process.
     """
     beyond = window + 40 if window is not None and window <= FARTHEST else 0
     counts = [max(count, beyond) if count == max(COUNTS) else count for count in COUNTS]
@@ -67,13 +67,13 @@ def check_items(encoder: TextEncoder, task: str, window: int | None, positions: 
 
 
 class Proof:
-    """What the model says of each item alone.
+    """The model's output for each item alone.
 
     Args:
         score: makes scores; None for a model that makes vectors.
 
     Raises:
-        EngineStartError: it makes no sense.
+        EngineStartError: the output is invalid.
     """
 
     def __init__(self, items: Sequence[Item], score: Score | None, alone: torch.Tensor, dtype: torch.dtype) -> None:
@@ -85,22 +85,22 @@ class Proof:
             raise EngineStartError("The model's own output is not a number (NaN): its weights are broken, or overflow.")
 
     def fault(self, layout: Layout) -> str:
-        """What is wrong with what a layout gives, or "".
+        """The fault of a layout's output, or "".
 
         Raises:
-            Exception: it gives nothing.
+            Exception: whatever running it raises.
         """
         return self._fault(layout, 1) or self._fault(layout, REPEATS)
 
     def _fault(self, layout: Layout, times: int) -> str:
-        """With each text so many times in the batch, so that it has more tokens than the model has positions."""
+        """With each text ``times`` times in the batch, to exceed the model's positions."""
         found = self._compared(layout.run([*self._items] * times))
         expected = torch.cat([self._expected] * times)
         if found.shape != expected.shape:
-            return f"gave {tuple(found.shape)} numbers where {tuple(expected.shape)} belong"
+            return f"returned shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
         scale = max(1.0, float(expected.abs().max())) if self._score is not None and self._score.is_raw else 1.0
         apart = float((found - expected).abs().max()) / scale
-        return "" if apart <= self._tolerance else f"is {apart:.2g} from the texts one by one"
+        return "" if apart <= self._tolerance else f"differs by {apart:.2g} from the texts one by one"
 
     def _compared(self, outputs: torch.Tensor) -> torch.Tensor:
         if self._score is not None:
@@ -113,5 +113,5 @@ def _item(encoder: TextEncoder, task: str, number: int, count: int) -> Item:
     job: Any = Embed(text, truncate="end") if task == "embed" else Rerank(_QUERY, text)
     try:
         return encoder.encode(job)
-    except LMBridgeError:  # a tokenizer that does not know these words, and no word for the unknown; or little room
+    except LMBridgeError:  # unknown words without an unknown token, or little room
         return encoder.made_up(job, number, count)

@@ -1,7 +1,7 @@
-"""What sentence-transformers keeps beside a model: what is done to its output, how long a text may be, and prompts.
+"""The files of sentence-transformers: output modules, text length and prompts.
 
-Rule: runs on the engine's worker thread, and reads files only, from a folder or from the hub; sentence-transformers
-itself is not needed. Its releases 5 and 6 have moved modules and renamed keys; both are read.
+Rule: runs on the engine's worker thread, and only reads files, from a folder or the hub; sentence-transformers itself
+is not needed. Its releases 5 and 6 have moved modules and renamed keys; both are supported.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lmbridge.engines.encoder.prompts import NO_PROMPTS
 from lmbridge.errors import EngineStartError
 
 Read = Callable[[str], "Path | None"]
-"""The path on this disk of one of the model's files, by its name; None where the model has no such file."""
+"""Maps a file name to its local path; None if the model has no such file."""
 
 _LEGACY_POOLING = {
     "pooling_mode_cls_token": "cls",
@@ -32,7 +32,7 @@ _KINDS = ("Transformer", "Pooling", "Dense", "Normalize")
 
 @dataclass(frozen=True)
 class Module:
-    """One step of what sentence-transformers does.
+    """One module of sentence-transformers.
 
     Attributes:
         kind: the name of its class.
@@ -47,15 +47,15 @@ class Module:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is known of a model beside what transformers knows.
+    """A model's settings beyond those of transformers.
 
     Attributes:
-        modules: what follows the model; empty where nothing is said.
+        modules: the modules after the model; empty if unspecified.
         max_length: tokens, special ones included.
-        lowercase: texts are put into lower case.
+        lowercase: lowercase the texts.
         prompts: by name.
-        default_prompt: the name of the one that goes before texts that come without.
-        activation: the name of what makes a score of a logit; None where nothing is said.
+        default_prompt: the name of the prompt for texts without one.
+        activation: the activation for scores; None if unspecified.
     """
 
     modules: Sequence[Module] = ()
@@ -67,7 +67,7 @@ class Settings:
 
     @property
     def pooling(self) -> tuple[str, ...]:
-        """How the vectors of a text's tokens become one; several kinds are put behind each other."""
+        """How a text's token vectors are pooled; results of several kinds are concatenated."""
         for module in self.modules:
             if module.kind == "Pooling":
                 return pooling_of(module.config)
@@ -75,10 +75,10 @@ class Settings:
 
 
 def read_settings(read: Read) -> Settings:
-    """What the files say.
+    """Read the settings from the files.
 
     Raises:
-        EngineStartError: they ask for what this engine does not do, or cannot be read.
+        EngineStartError: they need an unsupported feature, or cannot be read.
     """
     listed = _json(read, MODULES) or []
     modules = [_module(read, entry) for entry in listed]
@@ -95,22 +95,22 @@ def read_settings(read: Read) -> Settings:
 
 
 def checked_modules(modules: Sequence[Module]) -> Sequence[Module]:
-    """The modules behind the model, if they are what this engine does in the order in which it does it.
+    """The modules after the model, if this engine supports them in this order.
 
     Raises:
-        EngineStartError: they are not.
+        EngineStartError: it does not.
     """
     for module in modules:
         if module.kind not in _KINDS:
             raise EngineStartError(
-                f"The model has a module {module.kind!r} of sentence-transformers, which this engine does not know; it "
-                f"knows {', '.join(_KINDS)}. Load it with sentence-transformers, and give that object as the model."
+                f"The model has a module {module.kind!r} of sentence-transformers, which is not supported. This engine "
+                f"supports {', '.join(_KINDS)}. Load it with sentence-transformers, and give that object as the model."
             )
     order = [_KINDS.index(module.kind) for module in modules]
     if order != sorted(order) or order.count(0) > 1 or order.count(1) > 1:
         kinds = ", ".join(module.kind for module in modules)
         raise EngineStartError(
-            f"The model's modules come in an order that this engine does not know: {kinds}. Load it with "
+            f"The model's modules come in an unsupported order: {kinds}. Load it with "
             "sentence-transformers, and give that object as the model."
         )
     return [module for module in modules if module.kind != "Transformer"]
@@ -120,11 +120,11 @@ def pooling_of(config: dict[str, Any]) -> tuple[str, ...]:
     """The kinds of pooling in a Pooling module's configuration, old or new.
 
     Raises:
-        EngineStartError: the prompt is left out of it.
+        EngineStartError: pooling excludes the prompt.
     """
     if config.get("include_prompt") is False:
         raise EngineStartError(
-            "The model leaves its prompt out when it pools (include_prompt), which this engine does not do. Load it "
+            "The model's pooling excludes the prompt (include_prompt), which this engine does not support. Load it "
             "with sentence-transformers, and give that object as the model."
         )
     named = config.get("pooling_mode")
@@ -137,7 +137,7 @@ def _module(read: Read, entry: dict[str, Any]) -> Module:
     path, kind = entry.get("path", ""), str(entry.get("type", "")).rpartition(".")[2]
     if kind == "Transformer":
         if path:
-            raise EngineStartError(f"The model itself is in the folder {path!r} inside; give that folder.")
+            raise EngineStartError(f"The model itself is in the subfolder {path!r}; give that folder.")
         return Module(kind, {})
     return Module(kind, _json(read, f"{path}/config.json") or {}, lambda: _weights(read, path))
 
@@ -151,7 +151,7 @@ def _weights(read: Read, folder: str) -> dict[str, Any]:
         import torch
 
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    raise EngineStartError(f"The model's module {folder} has no weights (model.safetensors); its files are incomplete.")
+    raise EngineStartError(f"The model's module {folder} has no weights (model.safetensors); download the model again.")
 
 
 def _json(read: Read, name: str) -> Any:

@@ -1,6 +1,6 @@
-"""How a model comes into the layout that serves it: loaded or taken apart, tried, and the next one tried.
+"""Brings a model into its layout: loads it or takes it apart, then tries one layout after another.
 
-Rule: imported once an engine starts; everything here runs on the engine's worker thread.
+Rule: imported when an engine starts; runs on the engine's worker thread.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from lmbridge.log import shown
 from lmbridge.messages import Embed, Rerank, Task
 
 logger = logging.getLogger("lmbridge")
-notes = logging.getLogger("lmbridge.loading")  # what a command shows, too
+notes = logging.getLogger("lmbridge.loading")  # commands show these, too
 
 
 def begin(options: EncoderOptions, given: Any, task: Task | None, label: str) -> Core:
-    """The model in the first layout that is right.
+    """The model in the first correct layout.
 
     Args:
-        given: an object of sentence-transformers, and ``task`` what it does; None loads the model by its name.
+        given: an object of sentence-transformers, with its ``task``; None loads the model by name.
 
     Raises:
-        EngineStartError: there is none, or the model cannot be loaded.
+        EngineStartError: no layout is correct, or the model cannot be loaded.
     """
     try:
         with loading():
@@ -63,7 +63,7 @@ def _load(options: EncoderOptions, label: str) -> Core:
 
 
 def _around(options: EncoderOptions, given: Any, task: Task, label: str) -> Core:
-    """By its parts where they say what the object itself says, else by its own methods."""
+    """Use the object's parts if they agree with the object itself, else its own methods."""
     whole = Whole(given, task)
     changes = [name for name in ("pooling", "max_length") if getattr(options, name) is not None]
     as_it_is = dataclasses.replace(options, pooling=None, max_length=None)
@@ -76,10 +76,10 @@ def _around(options: EncoderOptions, given: Any, task: Task, label: str) -> Core
         wanted = [*changes, *(["layout"] if options.layout != "auto" else [])]
         if wanted:
             raise EngineStartError(
-                f"{label} can be used by its own methods only, which know no {' and no '.join(wanted)} of this "
-                f"engine ({shown(cause).rstrip('.')}). Set it on the object, or give the model's folder."
+                f"{label} can only be used through its own methods, which do not support {' or '.join(wanted)} "
+                f"({shown(cause).rstrip('.')}). Set it on the object, or give the model's folder."
             ) from cause
-        notes.warning("%s is used by its own methods: %s.", label, shown(cause).rstrip("."))
+        notes.warning("%s is used through its own methods: %s.", label, shown(cause).rstrip("."))
         return _by_its_own(given, whole, task)
     if not changes:
         return bench.core(layout)
@@ -113,11 +113,11 @@ class _Bench:
         self._encoder = TextEncoder(backend, vocabulary, room, parts.settings, takes_types)
         if room < self._encoder.least(parts.task):
             raise EngineStartError(
-                f"{label} would read {room} tokens of a text, but it needs {self._encoder.least(parts.task)} at least: "
-                "the special ones, and one that is the text's own. Give a larger max_length."
+                f"max_length={room} is too small: {label} needs at least {self._encoder.least(parts.task)} tokens for "
+                "the special ones and one of the text. Give a larger max_length."
             )
         if parts.task == "rerank" and options.pooling:
-            raise EngineStartError(f"{label} makes scores and pools nothing; leave pooling={options.pooling!r} out.")
+            raise EngineStartError(f"{label} makes scores and does not pool; leave pooling={options.pooling!r} out.")
         said = (options.pooling,) if options.pooling else parts.settings.pooling
         size = model.config.get_text_config().hidden_size
         like = next(model.parameters())
@@ -128,7 +128,7 @@ class _Bench:
         self._pooling = f"{' + '.join(said or ('mean',))} pooling" + ("" if said else " (none stated)")
 
     def core(self, layout: Layout) -> Core:
-        """All that a request needs."""
+        """The model in this layout, with everything a request needs."""
         model, tail = self._parts.model, self._tail
         logger.info("%s (%s) is run %s.", self._label, type(model).__name__, layout.name)
         return Core(
@@ -145,10 +145,10 @@ class _Bench:
 
     @torch.inference_mode()
     def chosen(self, judge: Layout | None) -> Layout:
-        """The first layout that says what each text alone gives.
+        """The first layout whose results equal those of each text alone.
 
         Args:
-            judge: says it, where it is not the model itself.
+            judge: gives those results, if not the model itself.
         """
         model, options = self._parts.model, self._options
         apart = unbatchable(model, self._encoder.room)
@@ -172,10 +172,10 @@ class _Bench:
                 return layout
             faults.append(f"{way.name}: {fault.rstrip('.')}.")
         advice = "Its files may be broken." if options.layout == "auto" else "Use layout='auto'."
-        raise EngineStartError(f"{self._label} does not say the same in batches: {' '.join(faults)} {advice}")
+        raise EngineStartError(f"{self._label} gives different results in batches: {' '.join(faults)} {advice}")
 
     def _is_wanted(self, way: Way, unpackable: str) -> bool:
-        """Packing is not for models that nobody looks at, unless it is asked for by name."""
+        """Without the self-check, packing must be requested by name."""
         if way.name == "packed" and unpackable:
             return False
         if self._options.layout == "auto":
@@ -184,7 +184,7 @@ class _Bench:
 
 
 def _tried(way: Way, proof: Proof) -> tuple[Layout | None, str]:
-    """The layout, or what is wrong with it."""
+    """The layout, or its fault."""
     layout: Layout | None = None
     try:
         layout = way.build()

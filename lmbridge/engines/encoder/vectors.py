@@ -1,4 +1,4 @@
-"""From the vectors of tokens to one of each text: pooling, further layers, dimensions, length 1.
+"""From token vectors to one per text: pooling, further layers, dimensions, normalisation.
 
 Rule: torch on the engine's worker thread. Nothing loops over tokens.
 """
@@ -18,10 +18,10 @@ Pool = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Tail:
-    """What is done to the model's output for a batch of texts.
+    """Processes the model's output for a batch of texts.
 
     Args:
-        pooling: kinds of pooling, whose results are put behind each other.
+        pooling: kinds of pooling, whose results are concatenated.
         size: of a token's vector.
     """
 
@@ -45,7 +45,7 @@ class Tail:
         """Vectors (texts, dimensions), float32.
 
         Args:
-            hidden: (tokens, size): those of all texts, one text behind the other.
+            hidden: (tokens, size): those of all texts, one after another.
             lengths: (texts): how many tokens each has.
         """
         starts = lengths.cumsum(0) - lengths
@@ -57,7 +57,7 @@ class Tail:
 
 
 def finished(vectors: numpy.ndarray[Any, Any], wishes: Sequence[tuple[int | None, bool]]) -> list[Any]:
-    """Each text's own vector, cut to its dimensions and then made as long as it wished: (dimensions, normalize)."""
+    """Each text's own vector, cut and normalised as it wished: (dimensions, normalize)."""
     return [
         _finished(row[:dimensions], normalize) for row, (dimensions, normalize) in zip(vectors, wishes, strict=True)
     ]
@@ -65,13 +65,13 @@ def finished(vectors: numpy.ndarray[Any, Any], wishes: Sequence[tuple[int | None
 
 def _finished(row: numpy.ndarray[Any, Any], normalize: bool) -> numpy.ndarray[Any, Any]:
     if not normalize:
-        return row.copy()  # a view would keep the vectors of the whole batch
-    wide = row.astype(numpy.float64)  # in which squares neither overflow nor vanish
+        return row.copy()  # a view would keep the whole batch alive
+    wide = row.astype(numpy.float64)  # whose squares neither overflow nor vanish
     return (wide / (float(numpy.sqrt(wide @ wide)) or 1.0)).astype(numpy.float32)
 
 
 def _of_length_one(vectors: torch.Tensor) -> torch.Tensor:
-    """Scaled before, so that squares neither overflow nor vanish."""
+    """Normalised, after scaling so that squares neither overflow nor vanish."""
     scale = vectors.abs().amax(-1, keepdim=True)
     return torch.nn.functional.normalize(vectors / torch.where(scale > 0, scale, 1.0), dim=-1)
 
@@ -81,12 +81,12 @@ class Score:
 
     Args:
         labels: how many logits each text has.
-        activation: what is done to the one; None is the sigmoid, which gives a probability. Of several labels the last
-            is the one of relevance, and its softmax counts.
+        activation: applied to the single logit; None is the sigmoid, which gives a probability. With several labels the
+            softmax of the last, relevance, counts.
 
     Attributes:
-        name: in words.
-        is_raw: the number may be of any size.
+        name: described.
+        is_raw: the score is unbounded.
     """
 
     def __init__(self, labels: int, activation: Callable[[torch.Tensor], Any] | None = None) -> None:
@@ -100,10 +100,10 @@ class Score:
         """(texts), float32, of (texts, labels).
 
         Raises:
-            ValueError: there are other labels than there should be.
+            ValueError: the number of labels is wrong.
         """
         if logits.shape[1] != self.labels:
-            raise ValueError(f"the model gave {logits.shape[1]} labels for a text, and has {self.labels}")
+            raise ValueError(f"the model returned {logits.shape[1]} labels for a text instead of {self.labels}")
         logits = logits.float().cpu()
         found = self._activation(logits)[:, 0] if self.labels == 1 else logits.softmax(-1)[:, -1]
         as_array: numpy.ndarray[Any, Any] = found.float().numpy()
@@ -164,9 +164,9 @@ _POOLS: dict[str, Pool] = {
 def _dense(module: Module, size: int) -> torch.nn.Sequential:
     config = module.config
     if not _is_of_texts(module) or config.get("use_residual"):
-        _refuse("Dense", "is no plain layer on a text's vector")
+        _refuse("Dense", "is not a plain layer on a text's vector")
     if config["in_features"] != size:
-        _refuse("Dense", f"takes vectors of {config['in_features']}, but gets such of {size}")
+        _refuse("Dense", f"expects vectors of {config['in_features']} numbers, but gets {size}")
     linear = torch.nn.Linear(size, config["out_features"], bias=config.get("bias", True))
     activation = activation_of(config.get("activation_function") or "torch.nn.Tanh")  # sentence-transformers' default
     if activation is None:
@@ -175,12 +175,12 @@ def _dense(module: Module, size: int) -> torch.nn.Sequential:
     try:
         linear.load_state_dict({name.removeprefix("linear."): tensor for name, tensor in module.weights().items()})
     except RuntimeError as cause:  # missing or unexpected ones, or of another shape
-        _refuse("Dense", "has other weights than its config.json says", cause)
+        _refuse("Dense", "has weights that do not match its config.json", cause)
     return whole.eval().requires_grad_(False)
 
 
 def activation_of(name: str) -> torch.nn.Module | None:
-    """One of torch's own, by the name that sentence-transformers writes; None if it is none."""
+    """A torch activation by the name that sentence-transformers writes; None if unknown."""
     package, _, kind = name.rpartition(".")
     found = getattr(torch.nn, kind, None)
     if not package.startswith("torch.nn") or not isinstance(found, type):
@@ -198,6 +198,6 @@ def _is_of_texts(module: Module) -> bool:
 
 def _refuse(kind: str, why: str, cause: Exception | None = None) -> NoReturn:
     raise EngineStartError(
-        f"The model's {kind} module {why}, which this engine does not do. Load it with sentence-transformers, and give "
+        f"The model's {kind} module {why}, which is not supported. Load it with sentence-transformers, and give "
         "that object as the model."
     ) from cause

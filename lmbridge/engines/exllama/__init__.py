@@ -1,8 +1,8 @@
-"""The ExLlama engines, V2 and V3, file by file as a prompt passes.
+"""The ExLlama engines, V2 and V3. The path of a prompt:
 
-``engine`` takes the request, ``generation`` drives ExLlama's generator on the thread that owns it, and ``guide`` holds
-an answer to its grammar. ``v2`` and ``v3`` load the model in their library's words, as ``options`` say, after
-``library`` has looked at it; ``model`` is what the two have in common.
+``engine`` takes the request, ``generation`` drives ExLlama's generator on the thread that owns it, and ``guide``
+constrains an answer to its grammar. ``v2`` and ``v3`` load the model according to ``options``, after ``library`` has
+checked the package; ``model`` is what the two have in common.
 
 Rule: importing this package loads neither torch nor ExLlama.
 """

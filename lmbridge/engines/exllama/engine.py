@@ -2,8 +2,8 @@
 
 Rule: server thread, except where a docstring says otherwise. ExLlama is imported when an engine starts and no earlier.
 
-Two threads work for an engine. One owns the model: it loads it, steps the generator and frees it. The other makes
-tokens of long prompts and compiles grammars, so that neither holds a step up.
+Two threads work for an engine. One owns the model: it loads it, steps the generator and frees it. The other tokenises
+long prompts and compiles grammars, so that neither delays a step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lmbridge.log import logger, shown
 from lmbridge.messages import Delta, FinishReason, GenerationConfig, Request
 
 CLOSE_TIMEOUT = 5.0
-"""Seconds to wait at the end for the step under way; a model that hangs in one is left behind."""
+"""Seconds to wait on closing for the current step; a model that hangs in it is left behind."""
 PROOF = GenerationConfig(max_new_tokens=2)
 
 
@@ -90,9 +90,9 @@ class ExLlamaEngine(Engine):
         self._owner = EngineThread(f"lmbridge {self.name}")
         self._helper = EngineThread(f"lmbridge {self.name} prompts")
         for thread in (self._owner, self._helper):
-            # An engine whose loop got stuck is never closed. Not at exit, where the bridge closes it and needs them.
+            # For an engine never closed because its loop got stuck. Not at exit: the bridge then closes it.
             weakref.finalize(self, thread.close).atexit = False
-        self._model: ExLlamaModel | None = None  # set by the owner thread, which alone looks into it
+        self._model: ExLlamaModel | None = None  # set and used only by the owner thread
         self._generation: Generation | None = None
         self._ready = self._started = False
         self._proof: Job | None = None
@@ -105,12 +105,12 @@ class ExLlamaEngine(Engine):
     # --------------------------------------------------------------------------------------------------- start and end
 
     async def start(self) -> None:
-        """Load the model on the thread that owns it, and have it answer.
+        """Load the model on its owner thread and generate a first answer.
 
         Raises:
             MissingDependencyError: ExLlama is missing, cannot be built, or has changed; the message names what.
             EngineStartError: the model generates nothing.
-            Exception: what else ExLlama raises when it cannot load the model.
+            Exception: whatever else ExLlama raises while loading the model.
         """
         self._started = True
         await self._owner.run(self._load)
@@ -122,7 +122,7 @@ class ExLlamaEngine(Engine):
         self._ready = True
 
     def _load(self) -> None:
-        """On the owner thread. The model is kept at once: whoever waits for it may be cancelled."""
+        """On the owner thread. The model is stored at once: the awaiting task may be cancelled."""
         self.library.check()
         import transformers
 
@@ -142,7 +142,7 @@ class ExLlamaEngine(Engine):
         """The model in a folder, loaded; on the owner thread."""
 
     async def _prove(self, generation: Generation) -> None:
-        """Two tokens, from whatever token the model ends its answers with, or its first."""
+        """Generate two tokens, starting from an end token or the first one."""
         prompt = [min(self._ends, default=0)]
         self._proof = job = generation.begin(self._maker(_Prepared(prompt), PROOF))
         news = await job.news()
@@ -169,7 +169,7 @@ class ExLlamaEngine(Engine):
             if started and stopped:
                 await self._owner.run(self._unload)
             elif started:
-                logger.warning("%s hangs in a step (%s); it is left behind.", self.describe(), self.where())
+                logger.warning("%s hangs in a step (%s) and is left behind.", self.describe(), self.where())
         finally:
             self._owner.close()
             self._helper.close()
@@ -188,7 +188,7 @@ class ExLlamaEngine(Engine):
         for token in request.config.logit_bias or ():
             if known is not None and token >= known:
                 raise InvalidRequestError(
-                    f"logit_bias names the token {token}; the model's ids end at {known - 1}.", param="logit_bias"
+                    f"logit_bias names the token {token}, but the model's ids end at {known - 1}.", param="logit_bias"
                 )
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
@@ -199,7 +199,7 @@ class ExLlamaEngine(Engine):
                 cannot be followed.
             PromptTooLongError: there is no room for it and one more token.
             EngineError: ExLlama failed this request.
-            EngineDeadError: the engine takes no requests any more.
+            EngineDeadError: the engine takes no more requests.
         """
         config = request.config
         prepared = await self._prepare(request)
@@ -220,15 +220,15 @@ class ExLlamaEngine(Engine):
                 if news.error is not None:
                     raise news.error
                 reason = news.reason
-            generation.end(job)  # a stop word is ours to find
+            generation.end(job)  # we find stop words ourselves
             yield answer.finish(reason or "stop")
         finally:
             generation.end(job)
-            if self._jobs.get(request.id) is job:  # or the id has been given to another meanwhile
+            if self._jobs.get(request.id) is job:  # the id may be in use again
                 del self._jobs[request.id]
 
     async def _prepare(self, request: Request) -> _Prepared:
-        """Its tokens, and what holds its answer to a form."""
+        """The request's tokens, and the mask for its grammar."""
         held = self._dialect.holds(request.config)
         prompt = None if held else self._encoder.at_once(request.prompt, request.raw, request.config)
         if prompt is not None:
@@ -245,7 +245,7 @@ class ExLlamaEngine(Engine):
         return _Prepared(prompt, self._grammars.guide(form, self._dialect.thought_end(config, prompt)))
 
     def _maker(self, prepared: _Prepared, config: GenerationConfig) -> Callable[[], Any]:
-        """What makes ExLlama's job, on the owner thread."""
+        """A function that makes ExLlama's job on the owner thread."""
         ends = {*(config.stop_token_ids or ()), *(() if config.ignore_eos else self._ends)}
 
         def make() -> Any:

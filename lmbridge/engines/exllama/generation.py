@@ -1,12 +1,12 @@
 """ExLlama's generator, on the thread that owns it.
 
-Rule: what is under "generation thread" runs there, all else on the server thread. They meet in two deques, which one
-side fills and the other empties, so that neither waits for the other.
+Rule: everything under "generation thread" runs there, the rest on the server thread. They exchange data through two
+deques, each filled by one side and emptied by the other, so neither waits for the other.
 
-ExLlama's own async wrappers are not used: they call ``iterate()`` on the loop, which stands still while a prompt is
-read, and with it every deadline, abort and health check; and a device could not be shared. Everything that touches the
-generator (``enqueue``, ``cancel``, ``iterate``) happens on the one thread that has loaded the model, whose current
-stream ExLlama sets.
+ExLlama's own async wrappers are not used: they call ``iterate()`` on the loop, which then blocks while a prompt is
+read, with every deadline, abort and health check; and a device could not be shared. Everything that touches the
+generator (``enqueue``, ``cancel``, ``iterate``) happens on the thread that loaded the model, whose current stream
+ExLlama sets.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from lmbridge.log import shown
 from lmbridge.messages import FinishReason, Logprobs
 
 _REASONS: Mapping[str, FinishReason] = {"stop_token": "stop", "max_new_tokens": "length", "end_filter": "stop"}
-"""ExLlama's ``eos_reason``; the others come of settings that are never made."""
+"""ExLlama's ``eos_reason``; other reasons need settings that are never used."""
 
 
 @dataclass
 class News:
-    """What became of a job since it was last looked at.
+    """The news of a job since the last look.
 
     Attributes:
-        tokens: new tokens of its answer, the ending one left out.
-        logprobs: one entry for each, where asked for.
+        tokens: new tokens of its answer, without the end token.
+        logprobs: one entry per token, if requested.
         reason: why it has ended.
         error: what has ended it.
     """
@@ -50,7 +50,7 @@ class News:
     error: BaseException | None = None
 
     def add(self, other: News) -> None:
-        """Take in what came after."""
+        """Append later news."""
         self.tokens += other.tokens
         self.logprobs += other.logprobs
         self.reason = self.reason or other.reason
@@ -58,12 +58,12 @@ class News:
 
 
 class Job:
-    """One request in the generator; server thread, but for what is marked.
+    """One request in the generator; server thread, except as marked.
 
     Attributes:
         inner: ExLlama's job, while it is in the generator. Generation thread.
-        moves: how often the generator has told anything of it.
-        waits: it is in the generator's line, and no cache has been given to it.
+        moves: how often the generator has reported on it.
+        waits: it is queued in the generator, without cache yet.
     """
 
     def __init__(self, make: Callable[[], Any]) -> None:
@@ -76,13 +76,13 @@ class Job:
         self._bell = asyncio.Event()
 
     def tell(self, news: News) -> None:
-        """Keep it until somebody asks; what is kept is one piece however much comes."""
+        """Store news until it is read, merged into one piece."""
         self.ended = self.ended or news.reason is not None or news.error is not None
         self._news.add(news)
         self._bell.set()
 
     async def news(self) -> News:
-        """All that has come since the last call, as soon as there is any."""
+        """All news since the last call, as soon as there is any."""
         await self._bell.wait()
         self._bell.clear()
         news, self._news = self._news, News()
@@ -90,14 +90,14 @@ class Job:
 
 
 class Generation:
-    """A generator of ExLlama's, stepping while it has jobs.
+    """ExLlama's generator, stepping while it has jobs.
 
     Args:
         thread: owns the generator, and has loaded its model.
-        on_end: hears, once, why it cannot go on; no job inside hears more then.
+        on_end: called once with the reason when it cannot go on; its jobs get no more news.
 
     Attributes:
-        steps, tokens: how many there were.
+        steps, tokens: counts so far.
     """
 
     def __init__(
@@ -108,27 +108,27 @@ class Generation:
         self._generator: Any = generator  # None once it is closed
         self._loop = asyncio.get_running_loop()
         self._orders: deque[Callable[[], None]] = deque()  # filled here, emptied by the generation thread
-        self._told: deque[tuple[Job, str, News]] = deque()  # the other way round
+        self._told: deque[tuple[Job, str, News]] = deque()  # filled there, emptied here
         self._jobs: dict[Any, Job] = {}  # by ExLlama's; generation thread
         self._ident: int | None = None  # of the generation thread; set there
         self._closing = False  # set here
         self._dead: BaseException | None = None
-        self._work: asyncio.Task[None] | None = None  # there while there is something to do
+        self._work: asyncio.Task[None] | None = None  # set while there is work
 
     def begin(self, make: Callable[[], Any]) -> Job:
-        """Have the generator work on what ``make`` returns; that is called on its thread.
+        """Start the job that ``make`` returns; ``make`` is called on the generation thread.
 
         Raises:
-            EngineDeadError: it cannot go on.
+            EngineDeadError: the engine has died.
         """
         if self._dead is not None or self._closing:
-            raise EngineDeadError("The ExLlama engine has ended; it takes no requests.") from self._dead
+            raise EngineDeadError("The ExLlama engine has ended and takes no more requests.") from self._dead
         job = Job(make)
         self._order(lambda: self._enqueue(job))
         return job
 
     def end(self, job: Job) -> None:
-        """Free what the job holds, before the next step; nothing where it has ended by itself."""
+        """Free what the job holds, before the next step; does nothing if it has already ended."""
         if not job.ended and self._dead is None:
             job.ended = True
             self._order(lambda: self._cancel(job))
@@ -138,11 +138,11 @@ class Generation:
         return job.moves + (self.steps if job.waits else 0)
 
     def where(self) -> str:
-        """Where its thread stands. Any thread."""
+        """What its thread is executing. Any thread."""
         return where_is(self._ident) if self._work is not None else ""
 
     async def close(self, timeout: float) -> bool:
-        """Stop before the next step, and let go; False if the one under way does not end in ``timeout`` seconds."""
+        """Stop before the next step and release the model; False if the current step takes over ``timeout`` seconds."""
         self._closing = True
         if self._work is not None:
             await asyncio.wait([self._work], timeout=timeout)
@@ -156,7 +156,7 @@ class Generation:
 
     def _order(self, order: Callable[[], None]) -> None:
         self._orders.append(order)
-        if self._work is None:  # the context of whoever comes first is not for the others
+        if self._work is None:  # one caller's context must not leak to the others
             self._work = self._loop.create_task(self._serve(), name="lmbridge exllama", context=contextvars.Context())
 
     async def _serve(self) -> None:
@@ -172,7 +172,7 @@ class Generation:
             self._work = None
 
     def _hear(self) -> None:
-        """Hand out what the generator has told."""
+        """Deliver the generator's news."""
         while self._told:
             job, stage, news = self._told.popleft()
             job.moves += 1
@@ -184,10 +184,10 @@ class Generation:
     # ------------------------------------------------------------------------------------------------ generation thread
 
     def _step_on(self) -> None:
-        """Step until there is nothing to do. What is raised is the generator's end: no job of it can be trusted then.
+        """Step until there is no work. An exception ends the generator: its jobs can no longer be trusted.
 
         Raises:
-            Exception: whatever ``iterate()`` does.
+            Exception: whatever ``iterate()`` raises.
         """
         self._ident = threading.get_ident()
         while not self._closing:
@@ -210,7 +210,7 @@ class Generation:
     def _enqueue(self, job: Job) -> None:
         try:
             self._take_in(job)
-        except Exception as cause:  # this one alone: it is in no queue
+        except Exception as cause:  # only this one: it is in no queue
             traceback.clear_frames(cause.__traceback__)
             self._post(job, "", News(error=engine_error(f"ExLlama refused the request: {shown(cause)}.", cause)))
 
@@ -221,23 +221,23 @@ class Generation:
 
     def _cancel(self, job: Job) -> None:
         inner = job.inner
-        if inner is not None:  # or it has ended by itself meanwhile, or never came in
+        if inner is not None:  # else it has already ended, or never began
             self._forget(job)
             self._generator.cancel(inner)
 
     def _forget(self, job: Job) -> None:
         del self._jobs[job.inner]
-        job.inner = None  # which holds the generator
+        job.inner = None  # it references the generator
 
     def _post(self, job: Job, stage: str, news: News) -> None:
         self._told.append((job, stage, news))
         if len(self._told) <= 1:  # of several, the first has called for whoever empties it, and has not been taken yet
-            with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile: nobody waits
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody is waiting
                 self._loop.call_soon_threadsafe(self._hear)
 
 
 def read(result: Mapping[str, Any]) -> News:
-    """What one of ExLlama's results says."""
+    """Read one of ExLlama's results."""
     if result["stage"] == "error":
         cause = result["error"]
         traceback.clear_frames(cause.__traceback__)
@@ -248,7 +248,7 @@ def read(result: Mapping[str, Any]) -> News:
     for part in (result, result.get("held", {})):  # what ExLlama had held back when the answer ended
         news.tokens += part["token_ids"][0].tolist() if "token_ids" in part else []
         news.logprobs += _logprobs(part) if "token_probs" in part else []
-    if result.get("eos_reason") == "stop_token":  # it comes last, and is no part of the answer
+    if result.get("eos_reason") == "stop_token":  # it comes last and is excluded from the answer
         news.tokens, news.logprobs = news.tokens[:-1], news.logprobs[:-1]
     return news
 

@@ -1,7 +1,7 @@
-"""What of ExLlama the engines rely on, looked at before anything is loaded.
+"""What of ExLlama the engines rely on, checked before anything is loaded.
 
 Rule: ExLlama is imported inside the functions only, on the generation thread. What is named here is everything that the
-other files touch, so that a new version that changes it says so by name at the start rather than in the middle of
+other files touch, so that a changed version is reported by name at the start rather than in the middle of
 somebody's request.
 """
 
@@ -16,11 +16,11 @@ from lmbridge.errors import MissingDependencyError
 
 @dataclass(frozen=True)
 class Parts:
-    """What is relied on of one library.
+    """What the engine relies on in one library.
 
     Attributes:
         package: its name, to import and to install.
-        tried: the version that was run.
+        tried: the tested version.
         parameters: callable to the parameters given to it.
         members: class to the names of its members.
     """
@@ -31,7 +31,7 @@ class Parts:
     members: Places
 
     def check(self) -> None:
-        """See that the library is there and has all this.
+        """Check that the library is installed and has all of this.
 
         Raises:
             MissingDependencyError: it is not installed, cannot be built here, or has changed; the message says which.
@@ -43,9 +43,9 @@ class Parts:
                 f"The engine {self.package} needs {self.package} >= {self.tried} ({cause}); install it with: "
                 f"pip install 'lmbridge[{self.package}]'"
             ) from cause
-        except Exception as cause:  # what the package index has builds its CUDA part when it is first imported
+        except Exception as cause:  # PyPI's package compiles its CUDA part on first import
             raise MissingDependencyError(
-                f"{self.package} cannot build its CUDA part: {cause}. It needs a GPU, the CUDA toolkit (nvcc), a C++ "
+                f"{self.package} cannot compile its CUDA part: {cause}. It needs a GPU, the CUDA toolkit (nvcc), a C++ "
                 f"compiler and ninja; or install a wheel from {self.package}'s releases that was built for your torch."
             ) from cause
         missing = [*missing_parameters(self.parameters), *missing_members(self.members)]

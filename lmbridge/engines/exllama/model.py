@@ -1,4 +1,4 @@
-"""What V2 and V3 have in common: a model that has been loaded, and what its folder says of it.
+"""What V2 and V3 have in common: a loaded model, and what its folder says about it.
 
 Rule: an ``ExLlamaModel`` belongs to the generation thread; the functions here may be called on any.
 """
@@ -36,7 +36,7 @@ class ExLlamaModel(ABC):
 
     @abstractmethod
     def job(self, prompt: Sequence[int], budget: int, ends: Sequence[int], config: GenerationConfig, mask: Any) -> Any:
-        """ExLlama's job for a request, with settings of its own: ExLlama's are not neutral, and some keep a state.
+        """ExLlama's job for a request, with new settings: ExLlama's defaults are not neutral, and some keep state.
 
         Args:
             budget: the most tokens of its answer.
@@ -45,7 +45,7 @@ class ExLlamaModel(ABC):
         """
 
     def row(self, prompt: Sequence[int]) -> Any:
-        """The prompt as ExLlama wants it."""
+        """The prompt in ExLlama's form."""
         import torch
 
         return torch.tensor([list(prompt)], dtype=torch.long)
@@ -60,7 +60,7 @@ class ExLlamaModel(ABC):
         return row
 
     def footprint(self) -> int:
-        """Bytes of the devices that this process holds; there is no other model of ours in most."""
+        """Device bytes held by this process, which mostly has no other model."""
         import torch
 
         return sum(torch.cuda.memory_allocated(device) for device in range(torch.cuda.device_count()))
@@ -82,12 +82,12 @@ def _empty_cache() -> None:
     import torch
 
     if torch.cuda.is_available():
-        with contextlib.suppress(RuntimeError):  # of a device that has failed
+        with contextlib.suppress(RuntimeError):  # the device has failed
             torch.cuda.empty_cache()
 
 
 def ending_ids(folder: str, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end an answer, by all that the folder says; ExLlama stops at none of itself, and V2 reads one."""
+    """The end tokens named in the folder; ExLlama stops at none by itself, and V2 reads only one."""
     found = {tokenizer.eos_token_id}
     for name in SETTINGS:
         path = Path(folder, name)
@@ -99,7 +99,7 @@ def ending_ids(folder: str, tokenizer: Any) -> frozenset[int]:
 
 
 def fetched(model: str, revision: str | None) -> str:
-    """The model's folder, fetched from the hub if it is none here."""
+    """The model's folder, downloaded from the hub if needed."""
     if os.path.isdir(model):
         return model
     import huggingface_hub

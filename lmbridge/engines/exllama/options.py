@@ -1,6 +1,6 @@
-"""The ExLlama engines' options, checked when an engine is made.
+"""The ExLlama engines' options, validated when an engine is created.
 
-Rule: standard library only; nothing is loaded. None leaves a choice to the model or to ExLlama.
+Rule: standard library only; loads nothing. None leaves the choice to the model or to ExLlama.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 from lmbridge.errors import InvalidRequestError
 
 PAGE = 256
-"""ExLlama gives its cache out in pages of so many tokens."""
+"""Tokens in a page of ExLlama's cache."""
 _LEAST = {"max_batch_size": 1, "max_chunk_size": PAGE, "max_context": 2, "cache_tokens": PAGE, "tp": 1}
 
 
 @dataclass(frozen=True)
 class ExLlamaOptions:
-    """What an engine was asked for; its own docstring says what each means.
+    """An engine's options; the engine class documents each.
 
     Raises:
-        InvalidRequestError: a value is wrong, or two contradict each other; ``param`` names the option.
+        InvalidRequestError: a value is invalid, or two contradict each other; ``param`` names the option.
     """
 
     model: str
@@ -58,10 +58,10 @@ class ExLlamaOptions:
         if self.gpu_split is not None and not _is_split(self.gpu_split):
             raise _wrong("gpu_split", "a list of gigabytes for each GPU, such as [20, 24]", self.gpu_split)
         if self.device is not None and (self.gpu_split is not None or self.tp > 1):
-            raise InvalidRequestError("device names one GPU, and gpu_split or tp several: give one.", param="device")
+            raise InvalidRequestError("device names one GPU, gpu_split or tp several: give only one.", param="device")
 
     def share(self) -> list[float] | None:
-        """Gigabytes that each GPU may give to the weights, where anything was said of it."""
+        """Gigabytes for the weights on each GPU, if specified."""
         if self.gpu_split is not None:
             return [float(part) for part in self.gpu_split]
         if self.device is not None and ":" in self.device:
@@ -70,7 +70,7 @@ class ExLlamaOptions:
 
 
 def whole_pages(tokens: int) -> int:
-    """So many tokens, or as many more as fill the last page."""
+    """``tokens``, rounded up to whole pages."""
     return -(-tokens // PAGE) * PAGE
 
 

@@ -17,7 +17,7 @@ from lmbridge.log import logger
 from lmbridge.messages import GenerationConfig
 
 OUTPUTS = 16
-"""Positions of a step whose scores there is memory for, at least; each answer needs one."""
+"""The least number of positions per step with memory for their scores; each answer needs one."""
 _CACHES = {16: "ExLlamaV2Cache", 8: "ExLlamaV2Cache_Q8", 6: "ExLlamaV2Cache_Q6", 4: "ExLlamaV2Cache_Q4"}
 
 
@@ -57,12 +57,12 @@ class V2Model(ExLlamaModel):
         )
         if not paged:
             logger.warning(
-                "ExLlamaV2 works on one request at a time, for it has no pages without flash-attn (>= 2.5.7): "
+                "Without flash-attn (>= 2.5.7) ExLlamaV2 has no pages and runs one request at a time: "
                 "pip install flash-attn, or use the engine exllamav3, which needs none."
             )
 
     def settings(self, config: GenerationConfig) -> Any:
-        """Where nothing was asked for nothing is changed; ExLlamaV2's own defaults sample, and penalise repetition."""
+        """Neutral unless requested; ExLlamaV2's own defaults sample and penalise repetition."""
         from exllamav2.generator import ExLlamaV2Sampler
 
         settings = ExLlamaV2Sampler.Settings(
@@ -91,7 +91,7 @@ class V2Model(ExLlamaModel):
 
 
 def _load(library: Any, model: Any, options: ExLlamaOptions, tokens: int) -> Any:
-    """Load the weights; the cache that goes with them, which lies where they do."""
+    """Load the weights; returns the cache, which is on the same devices."""
     kind = getattr(library, _CACHES[options.cache_bits])
     if options.tp > 1:
         model.load_tp(options.share(), expect_cache_tokens=tokens, expect_cache_base=kind)
@@ -115,7 +115,7 @@ def _filter(mask: Any, generator: Any) -> Any:
 
     class Following(ExLlamaV2Filter):  # type: ignore[misc]
         def begin(self, prefix_str: str) -> None:
-            """Nothing has been said."""
+            """Called before the first token."""
 
         def feed(self, token: torch.Tensor) -> None:
             mask.chosen(int(token))

@@ -25,7 +25,7 @@ class V3Model(ExLlamaModel):
         config = exllamav3.Config.from_directory(folder)
         context = options.max_context or config.max_position_embeddings
         tokens = options.cache_tokens or whole_pages(context + 1)
-        self.room = min(context, tokens - 1)  # the last place is kept free
+        self.room = min(context, tokens - 1)  # the last position stays free
         self.vocabulary = config.vocab_size
         model = exllamav3.Model.from_config(config)
         kind: dict[str, Any] = {}
@@ -49,12 +49,12 @@ class V3Model(ExLlamaModel):
             exllamav3.Tokenizer.from_config(config),
             max_batch_size=options.max_batch_size,
             max_chunk_size=options.max_chunk_size,
-            prefill_cooldown=0,  # with its own 4, batches of short answers are never full
+            prefill_cooldown=0,  # with the default 4, batches of short answers never fill up
         )
         self.batch = self.generator.max_batch_size
 
     def sampler(self, config: GenerationConfig) -> Any:
-        """Where nothing was asked for nothing is changed."""
+        """Neutral unless requested."""
         from exllamav3 import ComboSampler
 
         given: dict[str, Any] = {"rep_p": config.repetition_penalty, "logit_bias": config.logit_bias}
@@ -91,7 +91,7 @@ def _filter(mask: Any, generator: Any) -> Any:
 
     class Following(Filter):  # type: ignore[misc]
         def reset(self) -> None:
-            """Called before the first token only, since nothing is ever taken back."""
+            """Called only before the first token, since nothing is ever rolled back."""
 
         def accept_token(self, token: int) -> None:
             mask.chosen(token)
@@ -101,7 +101,7 @@ def _filter(mask: Any, generator: Any) -> Any:
             return bits.view(torch.int32)
 
         def is_completed(self) -> bool:
-            return False  # the ending token is among those allowed then
+            return False  # the end token is then among those allowed
 
     return Following(generator.tokenizer, None, None, False)
 

@@ -1,6 +1,6 @@
-"""The engine over a function: its options, and the batches of one from a list to a list.
+"""The function engine: its options, and the batches of list functions.
 
-Rule: server thread, but for ``_call`` and ``_in_turn``, which run on a thread of the engine's own.
+Rule: server thread, except ``_call`` and ``_in_turn``, which run on a thread of the engine's own.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from lmbridge.messages import Apply, Delta, GenerationConfig, Request, Task
 from lmbridge.values import as_int, as_number, as_rows
 
 Function = Callable[..., Any]
-"""From a list of items to a sequence or an array of as many results, or to an awaitable of one; or from a prompt to its
+"""From a list of items to as many results, as a sequence, an array, or an awaitable of one; or from a prompt to its
 answer."""
 
 
 class FunctionEngine(Engine):
-    """Batches the items of ``bridge.call`` and ``bridge.map`` for a function, or has it answer prompts.
+    """Batches the items of ``bridge.call`` and ``bridge.map`` for a function, or lets it answer prompts.
 
-    A batch that raises is halved until only the items that raise by themselves have failed, so the function may see an
-    item more than once. It may also put an exception into an item's place in what it returns.
+    A batch that raises is halved until only the items that raise on their own have failed, so the function may see an
+    item more than once. It may also return an exception in an item's place.
 
     Args:
         function: takes a list of at most ``max_batch_size`` items and returns a list of as many results; or takes a
-            prompt, and returns its answer or yields pieces of it, texts or Deltas. A parameter ``config`` is given the
-            request's GenerationConfig. ``"module:name"`` names one.
-        task: ``"call"`` for lists, ``"generate"`` for prompts; None: prompts if it yields, lists if not.
+            prompt, and returns its answer or yields pieces of it, as strings or Deltas. A parameter ``config`` receives
+            the request's GenerationConfig. Or a name, ``"module:name"``.
+        task: ``"call"`` for lists, ``"generate"`` for prompts; None: prompts if it yields, otherwise lists.
         max_batch_size: the most items in a batch, or prompts at once. A plain function that answers prompts gets a
-            thread for each of these.
-        batch_timeout: seconds for which a batch that is not full waits for more; 0 runs what is there.
-        supports: fields of GenerationConfig that a function with ``config`` keeps, as a list or with commas; others are
-            refused by name.
-        name: what the engine is called in messages.
+            thread for each.
+        batch_timeout: seconds for which a batch that is not full waits for more items; 0 runs what is there.
+        supports: the GenerationConfig fields that a function with ``config`` honours, as a list or separated by commas;
+            others are refused by name.
+        name: the engine's name in messages.
     """
 
     name: ClassVar[str] = "function"
@@ -126,11 +126,11 @@ class FunctionEngine(Engine):
         """On the engine's thread."""
         results = self._in_turn(self._function, items)
         if inspect.isawaitable(results):
-            raise TypeError("it returned an awaitable; make it `async def`, so that it runs on the loop")
+            raise TypeError("it returned an awaitable; declare it `async def`, so that it runs on the loop")
         return _listed(results)
 
     def _in_turn(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """On the engine's thread: what the function gives, called while it is this engine's turn on its device."""
+        """On the engine's thread: call the function during this engine's turn on its device."""
         with contextlib.ExitStack() as turn:
             turn.enter_context(self.party.turn())
             with giving_way(turn.close):
@@ -146,10 +146,10 @@ def function_engine(
     supports: Iterable[str] = (),
     name: str | None = None,
 ) -> Callable[[], FunctionEngine]:
-    """What builds a function's engine, for ``Bridge(function_engine(process_batch))``; see ``FunctionEngine``.
+    """A builder of the function's engine, for ``Bridge(function_engine(process_batch))``; see ``FunctionEngine``.
 
     Raises:
-        InvalidRequestError: something is wrong with what was given.
+        InvalidRequestError: an argument is invalid.
     """
 
     def build() -> FunctionEngine:
@@ -162,16 +162,16 @@ def function_engine(
             name=name,
         )
 
-    build.__name__ = build()._label  # which also checks what was given
+    build.__name__ = build()._label  # which also validates the arguments
     setattr(build, BUILDER, True)
     return build
 
 
 def _listed(results: Any) -> list[Any]:
-    """A plain list, made where the function ran: what results do when they are looked at is theirs."""
+    """A plain list, made on the function's thread: reading foreign results may run their code."""
     rows = as_rows(results)
     if rows is None:
-        raise TypeError(f"it returned {shown(results)} where a list of results belongs")
+        raise TypeError(f"it returned {shown(results)} instead of a list of results")
     return list(rows)
 
 
@@ -186,11 +186,11 @@ def _checked_fields(names: Any, function: Function) -> frozenset[str]:
     fields = frozenset(filter(None, map(str.strip, names.split(","))) if isinstance(names, str) else names)
     known = frozenset(GenerationConfig().__dict__)
     for name in fields - known:
-        raise InvalidRequestError(f"supports names fields of GenerationConfig, and {shown(name)} is none.", "supports")
+        raise InvalidRequestError(f"supports must name fields of GenerationConfig, not {shown(name)}.", "supports")
     if fields and not takes_config(function):
         raise InvalidRequestError(
-            f"The function cannot keep {', '.join(sorted(fields))}, of which it is told nothing: give it a parameter "
-            "named config, or leave supports out.",
+            f"The function cannot honour {', '.join(sorted(fields))} without seeing them: give it a parameter named "
+            "config, or leave supports out.",
             "supports",
         )
     return fields
@@ -205,7 +205,7 @@ def _checked_size(value: Any) -> int:
 
 def _checked_name(value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise InvalidRequestError(f"name must be a string that is not empty, not {shown(value)}.", "name")
+        raise InvalidRequestError(f"name must be a non-empty string, not {shown(value)}.", "name")
     return value
 
 

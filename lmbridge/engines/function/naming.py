@@ -1,6 +1,6 @@
-"""Which function is meant, and what it is for.
+"""Finds a function by name, and its kind.
 
-Rule: plain functions, on the thread that builds a Bridge; a module is imported here where one is named.
+Rule: plain functions, on the thread that builds a Bridge; imports the named module.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ BUILDER = "lmbridge_builds_engine"
 
 
 def find_function(given: Any) -> Callable[..., Any]:
-    """The function itself, or the one that ``"module:name"`` names; modules in the working directory are found too.
+    """The function itself, or the one named ``"module:name"``; modules in the working directory are found too.
 
     Raises:
         ModelNotFoundError: there is no such module, or nothing of that name in it.
-        InvalidRequestError: it is no function, nor a name of that form.
+        InvalidRequestError: it is neither a function nor a name of that form.
     """
     found = given
     if isinstance(given, str) and all(given.partition(":")):
         found = _named(given)
     elif not callable(given):
         raise InvalidRequestError(
-            f"The function engine takes a function, or its name as 'module:name', not {shown(given)}.", "function"
+            f"The function engine needs a function, or its name as 'module:name', not {shown(given)}.", "function"
         )
     if hasattr(found, BUILDER):
         raise InvalidRequestError(
-            f"{given} is what function_engine() has made; name the function itself, and give its options beside it.",
+            f"{given} is the result of function_engine(); name the function itself and pass its options separately.",
             "function",
         )
     if not callable(found):
-        raise InvalidRequestError(f"{given} is {shown(found)}, which cannot be called; name a function.", "function")
+        raise InvalidRequestError(f"{given} is {shown(found)}, which is not callable; name a function.", "function")
     function: Callable[..., Any] = found
     return function
 
@@ -46,13 +46,13 @@ def find_function(given: Any) -> Callable[..., Any]:
 def _named(given: str) -> Any:
     module, _, name = given.partition(":")
     if "" not in sys.path:
-        sys.path.append("")  # a command has its own folder there, not the one that it was called in
+        sys.path.append("")  # for a command, sys.path has its own folder, not the working directory
     try:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as cause:
-        raise ModelNotFoundError(f"There is no function {given!r}: {cause}; write it as 'module:name'.") from cause
+        raise ModelNotFoundError(f"There is no function {given!r}: {cause}. Write it as 'module:name'.") from cause
     return found
 
 
@@ -64,7 +64,7 @@ def is_async(function: Callable[..., Any]) -> bool:
 
 
 def yields(function: Callable[..., Any]) -> bool:
-    """Whether it gives its answer in pieces."""
+    """Whether it yields its answer in pieces."""
     kinds = (inspect.isasyncgenfunction, inspect.isgeneratorfunction)
     return any(kind(face) for kind in kinds for face in _faces(function))
 
@@ -73,10 +73,10 @@ def takes_config(function: Callable[..., Any]) -> bool:
     """Whether it has a parameter ``config``."""
     try:
         return "config" in inspect.signature(function).parameters
-    except (TypeError, ValueError):  # one that does not say
+    except (TypeError, ValueError):  # no signature to inspect
         return False
 
 
 def _faces(function: Callable[..., Any]) -> list[Any]:
-    """The function, and what an object's ``__call__`` is."""
+    """The function, and the ``__call__`` of an object."""
     return [function, getattr(function, "__call__", None)]  # noqa: B004

@@ -1,6 +1,6 @@
-"""A function that answers prompts: what it returns or yields, made into deltas.
+"""A function that answers prompts: turns what it returns or yields into deltas.
 
-Rule: server thread, but for plain functions and plain generators; each has a thread to itself while it answers.
+Rule: server thread, except plain functions and generators; each has its own thread while it answers.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Texts:
 
     Args:
         function: takes the prompt, and the request's config by name if it has a parameter ``config``.
-        in_turn: calls what it is given in the engine's turn on its device; on a thread of the engine's.
-        most: threads at the most. One that is stuck in the function is not replaced: whoever needs it waits, until the
-            engine is taken for stuck itself.
+        in_turn: runs a callable in the engine's turn on its device, on an engine thread.
+        most: the most threads. One stuck in the function is not replaced: later requests wait, until the engine itself
+            counts as stalled.
         label: for the names of threads.
     """
 
@@ -54,7 +54,7 @@ class Texts:
         yield Delta(finish_reason="stop")
 
     def close(self) -> None:
-        """Let the threads end; one that is stuck in the function is left behind."""
+        """Let the threads end; a stuck one is left behind."""
         for thread in self._all:
             thread.close()
 
@@ -90,11 +90,11 @@ class Texts:
         return await self._idle.get()
 
     async def _put_back(self, thread: EngineThread, pieces: Iterator[Any] | None) -> None:
-        """Once the function is through with the request, which cannot be interrupted, though nobody may wait for it."""
+        """Return the thread once the function, which cannot be interrupted, has finished the request."""
 
         def is_free(closing: asyncio.Future[None]) -> None:
             if not closing.cancelled():
-                closing.exception()  # whoever waits gets it; nobody need
+                closing.exception()  # retrieved, in case nobody waits for it
             self._idle.put_nowait(thread)
 
         closing = asyncio.ensure_future(thread.run(_close, pieces))
@@ -106,11 +106,11 @@ def _pieces(result: Any) -> Iterator[Any]:
     if isinstance(result, (str, Delta)):
         return iter([result])
     if inspect.isawaitable(result) or hasattr(result, "__aiter__"):
-        raise TypeError("it returned something to await; make it `async def`, so that it runs on the loop")
+        raise TypeError("it returned an awaitable; declare it `async def`, so that it runs on the loop")
     try:
         return iter(result)
     except TypeError:
-        raise TypeError(f"it returned {shown(result)} where a text, or an iterator of texts, belongs") from None
+        raise TypeError(f"it returned {shown(result)} instead of a string or an iterator of strings") from None
 
 
 def _close(pieces: Any) -> None:
@@ -124,4 +124,4 @@ def _delta(piece: Any) -> Delta:
         return piece
     if isinstance(piece, str):
         return Delta(piece)
-    raise TypeError(f"it gave {shown(piece)} where a text or a Delta belongs")
+    raise TypeError(f"it yielded {shown(piece)} instead of a string or a Delta")

@@ -1,9 +1,9 @@
-"""The llama.cpp engine, file by file as a prompt passes.
+"""The llama.cpp engine. The path of a prompt:
 
-``engine`` takes the request and finds it a free slot, ``asking`` says in llama.cpp's words what was asked for and
-``forms`` what form the answer must have; ``calls`` is inside of llama.cpp meanwhile, ``reading`` makes deltas of what
-is heard, ``jobs`` vectors and scores. ``options`` and ``loading`` build llama.cpp's server, ``header`` looks into a
-GGUF file, ``library`` knows which parts of xllamacpp all this relies on.
+``engine`` takes the request and finds a free slot, ``asking`` translates it for llama.cpp and ``forms`` the form of the
+answer; ``calls`` is inside llama.cpp meanwhile, ``reading`` turns its output into deltas, ``jobs`` into vectors and
+scores. ``options`` and ``loading`` build llama.cpp's server, ``header`` reads a GGUF file's header, ``library`` checks
+the parts of xllamacpp that all this relies on.
 
 Rule: importing this package loads no xllamacpp; neither torch nor transformers is ever loaded.
 """

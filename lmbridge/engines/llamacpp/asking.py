@@ -1,7 +1,7 @@
-"""A request in llama.cpp's words: the JSON that its server reads.
+"""Translates a request to the JSON of llama.cpp's server.
 
-Rule: pure functions of a request and a loaded model; any thread. Every sampling field is said each time, since
-llama.cpp's own defaults sample (temperature 0.8, top_k 40, top_p 0.95, min_p 0.05).
+Rule: pure functions of a request and a loaded model; any thread. Every sampling field is always given, since
+llama.cpp's defaults sample (temperature 0.8, top_k 40, top_p 0.95, min_p 0.05).
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from lmbridge.errors import InvalidRequestError
 from lmbridge.messages import GenerationConfig, Message, Request
 from lmbridge.tools import Calling
 
-_SAMPLERS = ("penalties", "temperature", "top_k", "top_p", "min_p")  # in the order in which other engines have them
+_SAMPLERS = ("penalties", "temperature", "top_k", "top_p", "min_p")  # in the order of the other engines
 _SEEDS = (1 << 32) - 1  # the highest means a seed of llama.cpp's choice
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of llama.cpp.
+    """A request for llama.cpp.
 
     Attributes:
         body: JSON.
         chat: it is a conversation.
-        form: what the answer must be.
+        form: the form of the answer.
     """
 
     body: str = field(repr=False)
@@ -39,15 +39,15 @@ class Asked:
 
 
 def asked_of(request: Request, model: Model) -> Asked:
-    """The request in llama.cpp's words.
+    """The request for llama.cpp.
 
     Raises:
-        InvalidRequestError: the prompt is empty or of no known kind, or something asked for does not go together.
+        InvalidRequestError: the prompt is empty or of an unknown kind, or options contradict each other.
     """
     config, prompt = request.config, request.prompt
     fields = {**_usual(config, model), **_sampling(config, model)}
     if config.form is not None and config.calling is not None:
-        raise InvalidRequestError(f"llama.cpp takes no {config.form.param} beside tools; give one.", "tools")
+        raise InvalidRequestError(f"llama.cpp cannot combine {config.form.param} with tools; give only one.", "tools")
     form = _form(config)
     if form is not None:
         fields["grammar"] = form.grammar
@@ -60,29 +60,29 @@ def asked_of(request: Request, model: Model) -> Asked:
         fields["prompt"] = prompt if isinstance(prompt, str) else _ids(prompt, model)
     try:
         body = json.dumps(fields, allow_nan=False, ensure_ascii=False)
-        body.encode()  # halves of surrogate pairs are no text; two that meet would become one character
+        body.encode()  # unpaired surrogates are not text; two that meet would become one character
         return Asked(body, chat, form)
     except (TypeError, ValueError, RecursionError) as cause:
-        raise InvalidRequestError(f"The prompt holds what JSON cannot say: {cause}.", "prompt") from None
+        raise InvalidRequestError(f"The prompt cannot be written as JSON: {cause}.", "prompt") from None
 
 
 def _form(config: GenerationConfig) -> Form | None:
-    """What the answer must be; a call that must come is a form, too."""
+    """The form of the answer; a required call is a form too."""
     if config.calling is not None and config.calling.required:
         return Form(calls_schema(config.calling, None))
     return None if config.form is None else Form(config.form)
 
 
 def _usual(config: GenerationConfig, model: Model) -> dict[str, Any]:
-    counts = bool(config.stop_words or config.stop_token_ids)  # an answer that we end hears no last count
+    counts = bool(config.stop_words or config.stop_token_ids)  # an answer that we stop gets no final count
     return {
         "stream": True,
         "stream_options": {"include_usage": True},
-        "return_progress": True,  # a word before each chunk of a prompt, at which it can be stopped
+        "return_progress": True,  # a message before each chunk of a prompt, at which it can be stopped
         "timings_per_token": counts,
         "max_tokens": min(config.max_new_tokens, model.room),  # it counts in 32 bits
         "n_probs": max(1, config.logprobs or 0),  # with it come the token ids
-        "post_sampling_probs": config.logprobs is None,  # costs nothing, where the others cost a sort of the vocabulary
+        "post_sampling_probs": config.logprobs is None,  # free, while the others need the vocabulary sorted
     }
 
 
@@ -113,14 +113,14 @@ def _chat(prompt: Any, config: GenerationConfig, model: Model) -> dict[str, Any]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [_message(each) for each in prompt]
     if not model.header.has_template:
         raise InvalidRequestError(
-            "The model has no chat template, so that it takes no messages; give it a string.", "prompt"
+            "The model has no chat template, so it cannot take messages; give a string.", "prompt"
         )
     begins = config.add_generation_prompt
     fields: dict[str, Any] = {
         "add_generation_prompt": not config.continue_final_message if begins is None else begins,
         "continue_final_message": config.continue_final_message,
         "chat_template_kwargs": dict(config.chat_template_kwargs or {}),
-        # without it the mark of a thought that the prompt opens would come before what has a form
+        # without it, the mark of a thought opened by the prompt would precede the constrained text
         "reasoning_format": "auto" if config.separate_reasoning or config.calling or config.form else "none",
     }
     if not model.knows_tools:
@@ -132,16 +132,16 @@ def _chat(prompt: Any, config: GenerationConfig, model: Model) -> dict[str, Any]
 
 
 def _told(messages: list[Message], calling: Calling, model: Model) -> tuple[list[Message], dict[str, Any]]:
-    """The conversation of a model that may call functions, or must, and the fields that tell llama.cpp.
+    """The conversation and the fields for a model that may or must call functions.
 
-    A call that must come is written and read by us: llama.cpp 11549 lets the answer go free for most templates
-    (``tool_choice`` "required" with those of Qwen, Llama, Mistral and DeepSeek), and knows no call where there are no
-    tools in the template.
+    We write and read a required call ourselves: llama.cpp 11549 does not constrain the answer for most templates
+    (``tool_choice`` "required" with those of Qwen, Llama, Mistral and DeepSeek), and detects no call if the template
+    has no tools.
     """
     if not calling.required and not model.knows_tools:
         raise InvalidRequestError(
-            "The model's chat template knows no tools, so that the model cannot choose whether to call one. Send "
-            'tool_choice "required", or name the function: its arguments will keep to their schema.',
+            "The model's chat template does not support tools, so the model cannot choose whether to call one. Use "
+            'tool_choice "required", or name the function: its arguments will follow their schema.',
             "tools",
         )
     tools = {"tools": calling.tools} if model.knows_tools else {}
@@ -155,7 +155,7 @@ def _told(messages: list[Message], calling: Calling, model: Model) -> tuple[list
 def _refuse_chat_fields(config: GenerationConfig) -> None:
     for name in ("tools", "chat_template_kwargs"):
         if getattr(config, name):
-            raise InvalidRequestError(f"{name} are for a chat template, and this prompt goes without one.", name)
+            raise InvalidRequestError(f"{name} need a chat template, which this prompt does not use.", name)
 
 
 def _message(message: Any) -> Message:
@@ -167,15 +167,13 @@ def _message(message: Any) -> Message:
 
 def _ids(prompt: Any, model: Model) -> list[int]:
     if not isinstance(prompt, Sequence) or not prompt:
-        raise InvalidRequestError(
-            "A prompt is a string, a list of messages or a list of token ids, and not empty.", "prompt"
-        )
+        raise InvalidRequestError("A prompt is a non-empty string, list of messages or list of token ids.", "prompt")
     _known(prompt, model, "prompt")
     return list(prompt)
 
 
 def _known(tokens: Any, model: Model, param: str) -> None:
-    """Refuse ids that are none; llama.cpp takes them for wishes that nobody has."""
+    """Refuse invalid ids, which llama.cpp would misinterpret."""
     size = model.header.vocabulary
     for token in tokens:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < size:

@@ -1,7 +1,7 @@
-"""One request inside of llama.cpp: a call that blocks its thread until the answer is whole or given up.
+"""One request inside llama.cpp: a call that blocks its thread until the answer is complete or aborted.
 
-Rule: ``Call.make`` and what it calls run on a slot's thread, all else on the server thread; each field says whose it
-is. What is heard goes to the server thread by one doorbell, rung once however many threads have news.
+Rule: ``Call.make`` and what it calls run on a slot's thread, the rest on the server thread; each field says which. News
+reaches the server thread by one doorbell, rung once however many threads have news.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Handle = Callable[[str, Callable[[str], bool]], None]
 
 
 class Bell:
-    """Rung by any slot's thread; answered on the loop, at most once for all that rang before."""
+    """Rung by any slot's thread; answered on the loop, once for any number of rings."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -28,7 +28,7 @@ class Bell:
         self._rung = False  # set after the append, cleared before the emptying: nobody is missed
 
     def ring(self, call: Call) -> None:
-        """There is news of the call. Any thread."""
+        """Signal news of the call. Any thread."""
         self._rang.append(call)
         if not self._rung:
             self._rung = True
@@ -41,12 +41,12 @@ class Bell:
 
 
 class Call:
-    """One request, from its first word to its last.
+    """One request, from the first message to the last.
 
     Attributes:
-        heard: how many words have come; changes while a prompt is read, too. Slot's thread.
-        news: there may be words to read. Server thread.
-        form: what the answer must be. Set by the slot's thread before the first word, the server thread's from then on.
+        heard: how many messages have come; also changes while a prompt is read. Slot's thread.
+        news: there may be messages to read. Server thread.
+        form: the form of the answer. Set by the slot's thread before the first message, then the server thread's.
     """
 
     def __init__(self, bell: Bell) -> None:
@@ -59,7 +59,7 @@ class Call:
         self._failure: BaseException | None = None  # slot's thread only
 
     def make(self, handle: Handle, body: str) -> None:
-        """Call llama.cpp and return when it is through. Slot's thread."""
+        """Call llama.cpp and return when it has finished. Slot's thread."""
         if self._stopped:
             return
         listener = self._listen()
@@ -70,14 +70,14 @@ class Call:
             raise self._failure
 
     def stop(self) -> None:
-        """Have llama.cpp give it up at its next word: a token, or a chunk of the prompt."""
+        """Abort in llama.cpp at its next message: a token, or a chunk of the prompt."""
         self._stopped = True
 
     async def words(self, work: asyncio.Task[None]) -> list[dict[str, Any]]:
-        """What has come since the last time, once there is something; nothing when ``work``, the call, has ended."""
+        """Wait for new messages; empty once ``work``, the call, has ended."""
         while True:
             self.news.clear()
-            ended = work.done()  # asked first: whatever came before its end is there then
+            ended = work.done()  # read first, so that earlier messages are complete
             words = []
             while self._words:
                 words.append(self._words.popleft())
@@ -86,10 +86,10 @@ class Call:
             await self.news.wait()
 
     def _listen(self) -> Generator[bool, str, None]:
-        """Takes llama.cpp's words; says whether to stop.
+        """Receives llama.cpp's messages; yields whether to stop.
 
-        A generator, because an exception that is thrown into this thread strikes at the first instruction of the
-        callback. xllamacpp swallows what leaves a callback, and goes on; a generator's first instruction is in its try.
+        A generator, because an exception thrown into this thread strikes at the callback's first instruction. xllamacpp
+        swallows what a callback raises and goes on; a generator's first instruction is inside its try.
         """
         try:
             while True:

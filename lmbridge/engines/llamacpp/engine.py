@@ -1,10 +1,10 @@
-"""The llama.cpp engine: its server inside of this process, a thread of ours for each of its slots.
+"""The llama.cpp engine: its server runs in this process, with one thread of ours per slot.
 
 Rule: everything here runs on the server thread, except where a docstring says otherwise. xllamacpp is imported when the
 engine starts and no earlier.
 
-A call into llama.cpp blocks its thread, and ends early in one way only: the callback says so at its next word. So there
-is a thread for each slot, a request waits for a free one, and a slot is free again when its call has returned.
+A call into llama.cpp blocks its thread and can end early only when the callback says so at the next message. So each
+slot has a thread, a request waits for a free one, and a slot is free again once its call has returned.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lmbridge.log import logger, shown
 from lmbridge.messages import Delta, Embed, GenerationConfig, Job, Request, Rerank, Task
 
 CLOSE_TIMEOUT = 3.0
-"""Seconds to wait at the end for calls to return, and again for the model to be freed; then they are left behind."""
+"""Seconds to wait on closing for calls to return, and again for the model to be freed; then they are left behind."""
 _PROOF = 3  # tokens
 
 
@@ -45,11 +45,11 @@ class LlamaCppEngine(Engine):
         model: a ``.gguf`` file, or a folder with one.
         task: ``"generate"``, ``"embed"`` or ``"rerank"``; by default what the file says.
         max_batch_size: requests in a step: llama.cpp's slots.
-        max_chunk_size: prompt tokens in a step. An abort strikes a prompt at the end of such a step.
+        max_chunk_size: prompt tokens in a step. An abort takes effect at the end of such a step.
         max_context: the most tokens of prompt and answer together, rounded up to a multiple of 256; at most what the
-            model was trained for, by default 4,096 of it. Memory for ``max_batch_size`` times as many is taken at once.
-        threads: how many compute; by default as many as there are cores.
-        gpu_layers: layers to put on a GPU, with a build of xllamacpp that knows it; by default as many as fit.
+            model was trained for, default: up to 4,096. Memory for ``max_batch_size`` times this is allocated at once.
+        threads: compute threads; default: one per core.
+        gpu_layers: layers to put on a GPU, if xllamacpp was built for it; default: as many as fit.
     """
 
     name: ClassVar[str] = "llamacpp"
@@ -77,7 +77,7 @@ class LlamaCppEngine(Engine):
         self._label, path = os.fspath(model), find_model(model)
         if not path.lower().endswith(GGUF):
             raise ModelNotFoundError(
-                f"llama.cpp reads {GGUF} files, and {self._label!r} is none; give one, or another engine."
+                f"llama.cpp needs a {GGUF} file, and {self._label!r} is not one; give one, or use another engine."
             )
         self._options = LlamaCppOptions(path, task, max_batch_size, max_chunk_size, max_context, threads, gpu_layers)
         self.max_batch_size = max_batch_size
@@ -85,7 +85,7 @@ class LlamaCppEngine(Engine):
             self.tasks = frozenset({task})  # type: ignore[arg-type]  # it is one of them
         self._loader = EngineThread("lmbridge llamacpp")
         self._slots = [EngineThread(f"lmbridge llamacpp slot {number}") for number in range(max_batch_size)]
-        # An engine whose loop got stuck is never closed. Not at exit, where the bridge closes it and needs the threads.
+        # For an engine never closed because its loop got stuck. Not at exit: the bridge then closes it.
         for thread in (self._loader, *self._slots):
             weakref.finalize(self, thread.close).atexit = False
         self._free: asyncio.Queue[EngineThread] = asyncio.Queue()
@@ -103,12 +103,12 @@ class LlamaCppEngine(Engine):
     # --------------------------------------------------------------------------------------------------- start and end
 
     async def start(self) -> None:
-        """Load the model on the worker thread, and ask it something.
+        """Load the model on the worker thread, and send it a first request.
 
         Raises:
             MissingDependencyError: xllamacpp is missing, or has changed; the message names what.
-            ModelNotFoundError: the file is no GGUF.
-            EngineStartError: llama.cpp cannot load the model, or it does not do what it is for.
+            ModelNotFoundError: the file is not a GGUF file.
+            EngineStartError: llama.cpp cannot load the model, or its first request fails.
         """
         self._bell = Bell()
         self._model = model = await self._loader.run(self._load)
@@ -122,7 +122,7 @@ class LlamaCppEngine(Engine):
             raise EngineStartError(f"{self.describe()} cannot {task}: {cause}") from cause
 
     def _load(self) -> Model:
-        """On the worker thread. The model is kept at once: whoever waits for it may be cancelled."""
+        """On the worker thread. The model is stored at once: the awaiting task may be cancelled."""
         self._loaded.append(load(self._options))
         return self._loaded[0]
 
@@ -145,19 +145,19 @@ class LlamaCppEngine(Engine):
             if self._working:
                 await asyncio.wait(self._working, timeout=CLOSE_TIMEOUT)
             if self._working and model is not None:
-                logger.warning("llama.cpp does not return from a call; the call is left behind, and its model with it.")
-                model.server = None  # whichever call is the last to return frees it
+                logger.warning("llama.cpp does not return from a call; the call and its model are left behind.")
+                model.server = None  # the last call to return frees it
             else:
                 del model
                 await asyncio.wait_for(self._loader.run(self._unload), CLOSE_TIMEOUT)
         except TimeoutError:
-            logger.warning("llama.cpp does not free %s within %g s; it is left behind.", self._label, CLOSE_TIMEOUT)
+            logger.warning("llama.cpp did not free %s within %g s; it is left behind.", self._label, CLOSE_TIMEOUT)
         finally:
             for thread in (self._loader, *self._slots):
                 thread.close()
 
     def _unload(self) -> None:
-        """On the worker thread. Freeing waits for llama.cpp's step with the GIL held; this one question does not."""
+        """On the worker thread. Freeing waits for llama.cpp's step while holding the GIL; this request does not."""
         while self._loaded:
             self._loaded[-1].server.handle_metrics()
             self._loaded.pop()
@@ -165,10 +165,10 @@ class LlamaCppEngine(Engine):
     # --------------------------------------------------------------------------------------------------------- requests
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
-        """Yield the request's deltas; its slot is free when the last one comes.
+        """Yield the request's deltas; its slot is free once the last one arrives.
 
         Raises:
-            InvalidRequestError: the prompt or something asked for is refused, by us or by llama.cpp.
+            InvalidRequestError: we or llama.cpp refuse the prompt or an option.
             PromptTooLongError: there is no room for the prompt and one more token.
             EngineError: llama.cpp failed this request.
         """
@@ -199,7 +199,7 @@ class LlamaCppEngine(Engine):
         yield last
 
     async def _heard(self, call: Call, work: asyncio.Task[Any]) -> list[dict[str, Any]]:
-        """What has come, all that is there at once; nothing when the call has returned."""
+        """All messages available; empty once the call has returned."""
         words = await call.words(work)
         self._last_word = time.monotonic()
         if not words:
@@ -207,7 +207,7 @@ class LlamaCppEngine(Engine):
         return words
 
     def _begun(self, slot: EngineThread, function: Any, *args: Any) -> asyncio.Task[Any]:
-        """The call on the slot's thread; the slot is free when it has returned, whoever waits for it meanwhile."""
+        """The call on the slot's thread; the slot is free once it has returned."""
         work = asyncio.get_running_loop().create_task(slot.run(function, *args))
         self._working.add(work)
         work.add_done_callback(functools.partial(self._back, slot))
@@ -217,7 +217,7 @@ class LlamaCppEngine(Engine):
         self._working.discard(work)
         self._free.put_nowait(slot)
         if not work.cancelled():
-            work.exception()  # seen: whoever gave the request up does not ask
+            work.exception()  # retrieved: the aborting caller does not ask
 
     def _result(self, work: asyncio.Task[Any]) -> Any:
         try:
@@ -245,9 +245,7 @@ class LlamaCppEngine(Engine):
         calls = len(self._calls)
         if not calls:
             return ""
-        return (
-            f"{calls} calls are in llama.cpp, which last said something {time.monotonic() - self._last_word:.1f} s ago"
-        )
+        return f"{calls} calls are in llama.cpp, which last responded {time.monotonic() - self._last_word:.1f} s ago"
 
     def stats(self) -> dict[str, float]:
         """``in_flight``, ``tokens``, and how many slots are ``free``."""
@@ -255,21 +253,21 @@ class LlamaCppEngine(Engine):
 
 
 def _answer(request: Request, model: Model, call: Call) -> None:
-    """The whole call, on a slot's thread: a long prompt, or a schema, takes its time to be put into words."""
+    """The whole call, on a slot's thread: translating a long prompt or a schema is slow."""
     asked: Asked = asked_of(request, model)
     call.form = asked.form
     handle = model.server.handle_chat_completions if asked.chat else model.server.handle_completions
     try:
         call.make(handle, asked.body)
-    except (RuntimeError, ValueError) as cause:  # what llama.cpp raises of a request that it cannot read
+    except (RuntimeError, ValueError) as cause:  # what llama.cpp raises for an invalid request
         if call.heard:
             raise
-        reason = str(cause).rpartition("Jinja Exception: ")[2].strip()  # of a template, what it says itself
+        reason = str(cause).rpartition("Jinja Exception: ")[2].strip()  # for a template, its own message
         raise InvalidRequestError(f"llama.cpp refused the request: {reason}", "prompt") from cause
 
 
 def _failed(cause: Exception) -> LMBridgeError:
-    """A call that ended by what is nobody's fault, such as the end of its thread; it may be tried again."""
+    """The error of a call that ended for an external reason, such as the end of its thread; retryable."""
     error = engine_error(f"The call into llama.cpp ended: {shown(cause)}.", cause)
     error.retryable = True
     return error

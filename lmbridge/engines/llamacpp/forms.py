@@ -1,7 +1,7 @@
-"""What form an answer must have, in the words of llguidance, which xllamacpp has inside.
+"""The form of an answer for llguidance, which xllamacpp includes.
 
-Rule: plain data. Each grammar is checked here before, and the answer against it meanwhile: llama.cpp lets an answer go
-free whose grammar llguidance does not understand, or which meets one of llguidance's limits on the way.
+Rule: plain data. Each grammar is checked here first, and the answer against it as it arrives: llama.cpp silently stops
+constraining an answer whose grammar llguidance does not understand, or which exceeds one of llguidance's limits.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from lmbridge.grammar import Grammar, is_gbnf
 
 _HEAD = "%llguidance {}\n"
 _WRITTEN = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
-"""JSON as Python writes it: small models that may put blanks anywhere put nothing else from then on."""
+"""JSON as Python writes it: a small model that may put blanks anywhere may never stop."""
 _LIMITS: dict[str, Any] = {"max_items_in_row": 20_000, "step_lexer_fuel": 1_000_000}
-"""Ten and five times llama.cpp's, so that what is looked at here is the answer."""
+"""Ten and five times llama.cpp's limits, so that the check here is never the bottleneck."""
 
 
 class Form:
-    """What one answer must be, and whether it is.
+    """The form of one answer, and a check that the answer keeps it.
 
-    It is made on one thread and then asked on another.
+    Created on one thread, then used on another.
 
     Raises:
-        InvalidRequestError: it is no grammar that can be followed.
+        InvalidRequestError: the grammar is invalid or not supported.
 
     Attributes:
-        grammar: as llama.cpp takes it.
+        grammar: in llama.cpp's form.
     """
 
     def __init__(self, form: Grammar) -> None:
@@ -41,27 +41,27 @@ class Form:
         self._matcher = _matcher(text, form.param)
 
     def take(self, text: str) -> None:
-        """The answer goes on with this text.
+        """Check the next piece of the answer.
 
         Raises:
-            EngineError: that is nothing that the grammar allows.
+            EngineError: the grammar does not allow it.
         """
         if not self._matcher.consume_tokens(list(text.encode("utf-8", "replace"))):
             raise self._broken()
 
     def finish(self) -> None:
-        """The answer is whole.
+        """Check that the answer is complete.
 
         Raises:
-            EngineError: there should have been more of it.
+            EngineError: it is incomplete.
         """
         if not self._matcher.is_accepting():
             raise self._broken()
 
     def _broken(self) -> EngineError:
         return EngineError(
-            f"The {self._param} of this request cannot be followed on: the answer has left it. llama.cpp lets go of a "
-            "grammar that has more than 2,000 ways to go on at one place; write alternatives as one regex, or fewer."
+            f"The {self._param} of this request cannot be followed on: the answer left it. llama.cpp drops grammars "
+            "with more than 2,000 alternatives at one place; write them as one regex, or use fewer."
         )
 
 
@@ -73,7 +73,7 @@ def _matcher(text: str, param: str) -> Any:
         grammar = LLMatcher.grammar_from_lark(text)
         matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
         error = LLMatcher.validate_grammar(grammar, None) or matcher.get_error()
-    except Exception as cause:  # llguidance raises what it likes
+    except Exception as cause:  # llguidance may raise anything
         error = str(cause)
     if error:
         brief = " ".join(str(error).partition("<state>")[0].split())[:500]
@@ -87,7 +87,7 @@ def _lark(form: Grammar) -> str:
         return "start: %json " + json.dumps({**_WRITTEN, **schema} if isinstance(schema, dict) else schema)
     if form.kind == "regex":
         return "start: /" + re.sub(r"\\.|/", _escaped, form.value, flags=re.DOTALL) + "/"
-    if form.kind == "choice":  # as one expression: thousands of texts are too many for a rule
+    if form.kind == "choice":  # as one regular expression: thousands of strings are too many for a rule
         return "start: /" + "|".join(map(_literal, form.value)) + "/"
     return lark_of_gbnf(form.value, form.param) if is_gbnf(form.value) else str(form.value)
 
@@ -97,5 +97,5 @@ def _escaped(part: re.Match[str]) -> str:
 
 
 def _literal(text: str) -> str:
-    """The text as an expression that matches it."""
+    """A regular expression that matches the text."""
     return re.sub(r"[^0-9A-Za-z]", lambda found: rf"\x{{{ord(found[0]):x}}}", text)

@@ -1,6 +1,6 @@
-"""What a GGUF file says of its model, before anything is loaded.
+"""Reads a GGUF file's header, without loading anything.
 
-Rule: standard library only; any thread may ask. The weights are not touched.
+Rule: standard library only; any thread. The weights are not touched.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from lmbridge.errors import ModelNotFoundError
 _MAGIC = b"GGUF"
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_LONGEST = 1 << 26  # bytes of a string, in a file that is none
-_RANK = 4  # of llama.cpp's poolings the one that gives scores
+_LONGEST = 1 << 26  # bytes of a string; more means that the file is not GGUF
+_RANK = 4  # llama.cpp's pooling that gives scores
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a model is.
+    """A model's header.
 
     Attributes:
-        architecture: llama.cpp's name of it.
-        context: the most tokens that it was trained for; 0 where that is not said.
-        pooling: llama.cpp's number of the way it makes one vector of a text; None for models that generate.
+        architecture: llama.cpp's name for it.
+        context: the most tokens that it was trained for; 0 if unknown.
+        pooling: llama.cpp's number for the pooling; None for models that generate.
         vocabulary: how many tokens it has.
         has_template: it comes with a chat template.
     """
@@ -39,7 +39,7 @@ class Header:
 
     @property
     def task(self) -> str:
-        """What it is for: ``generate``, ``embed`` or ``rerank``."""
+        """Its task: ``generate``, ``embed`` or ``rerank``."""
         if self.pooling is None or self.pooling <= 0:
             return "embed" if "bert" in self.architecture else "generate"
         return "rerank" if self.pooling == _RANK else "embed"
@@ -49,14 +49,14 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """The header of the file.
 
     Raises:
-        ModelNotFoundError: it is no GGUF file, or the file is cut off within it.
+        ModelNotFoundError: it is not a GGUF file, or the header is cut off.
     """
     try:
         with open(path, "rb") as file:
             return _header(_fields(file))
     except (struct.error, ValueError, LookupError, OSError) as cause:
         raise ModelNotFoundError(
-            f"{os.fspath(path)} is no GGUF file that can be read ({cause}); fetch it again."
+            f"{os.fspath(path)} is not a readable GGUF file ({cause}); download it again."
         ) from cause
 
 
@@ -72,12 +72,12 @@ def _header(fields: dict[str, Any]) -> Header:
 
 
 def _fields(file: BinaryIO) -> dict[str, Any]:
-    """The file's fields; of a list how long it is."""
+    """The file's fields; lists are given by their length."""
     if file.read(4) != _MAGIC:
         raise ValueError("it does not begin with GGUF")
     version, _, count = _unpack(file, "<IQQ")
     if version < 2:
-        raise ValueError(f"it has version {version}, and 2 is the oldest that is read")
+        raise ValueError(f"it has version {version}; the oldest supported is 2")
     fields: dict[str, Any] = {}
     for _ in range(count):
         name = _string(file)
@@ -102,7 +102,7 @@ def _value(file: BinaryIO, kind: int) -> Any:
 def _string(file: BinaryIO) -> str:
     (length,) = _unpack(file, "<Q")
     if length > _LONGEST:
-        raise ValueError("it has a string without end")
+        raise ValueError("it has an unterminated string")
     return file.read(length).decode("utf-8", "replace")
 
 

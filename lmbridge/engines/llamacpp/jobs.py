@@ -16,8 +16,8 @@ from lmbridge.errors import EngineError, InvalidRequestError, PromptTooLongError
 from lmbridge.messages import Delta, Embed, Job, Rerank, Usage
 
 _CUTS = 8  # attempts to make a text fit
-_MARGIN = 0.95  # of the length that would fit if each part of the text had as many tokens
-_OWN_SCORES = ("qwen3",)  # architectures whose score llama.cpp makes a probability of
+_MARGIN = 0.95  # of the length that would fit if tokens were spread evenly
+_OWN_SCORES = ("qwen3",)  # architectures whose score llama.cpp turns into a probability
 
 
 def done(job: Job, model: Model) -> Delta:
@@ -58,21 +58,21 @@ def _ranked(job: Rerank, model: Model) -> Delta:
 
 
 def _fitted(text: Any, truncate: str, ask: Any) -> Any:
-    """What ``ask`` says of the text, or of as much of its beginning as there is room for, if that is wanted."""
+    """The result of ``ask`` for the text or, with ``truncate``, for as much of its beginning as fits."""
     for _ in range(_CUTS):
         if not text:
-            raise InvalidRequestError("The text is empty, or has no room beside the query.", "prompt")
+            raise InvalidRequestError("The text is empty, or the query leaves no room for it.", "prompt")
         try:
             return ask(text)
         except PromptTooLongError as error:
             if truncate == "error":
                 raise
             text = text[: _fitting(error, len(text))]
-    raise EngineError("No part of the text was found that llama.cpp has room for.")
+    raise EngineError("No part of the text fits into llama.cpp's context.")
 
 
 def _fitting(error: PromptTooLongError, length: int) -> int:
-    """How much of a text of this length may fit, by what llama.cpp says of its tokens."""
+    """How much of a text of this length may fit, by llama.cpp's token counts."""
     count = re.search(r"\((\d+) tokens\)", str(error))
     share = error.most / int(count[1]) if error.most and count else 0.5
     return int(length * min(share, 1.0) * _MARGIN)
@@ -81,7 +81,7 @@ def _fitting(error: PromptTooLongError, length: int) -> int:
 def _said(handle: Any, **asked: Any) -> Any:
     try:
         body = json.dumps(asked, ensure_ascii=False)
-        body.encode()  # halves of surrogate pairs are no text
+        body.encode()  # unpaired surrogates are not text
         said = json.loads(handle(body))
     except (RuntimeError, ValueError, TypeError) as cause:
         raise InvalidRequestError(f"llama.cpp refused the text: {cause}", "prompt") from cause

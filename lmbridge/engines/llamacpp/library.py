@@ -1,7 +1,7 @@
-"""What of xllamacpp the engine relies on, looked at before anything is loaded.
+"""What of xllamacpp the engine relies on, checked before anything is loaded.
 
 Rule: xllamacpp is imported inside the functions only, on the engine's worker thread. What is named here is everything
-that the other files touch, so that a new xllamacpp that changes it says so by name at the start.
+that the other files touch, so that a changed xllamacpp is reported by name at the start.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ MEMBERS = {
 """Class to the names of its members."""
 
 PROPERTIES = ("default_generation_settings.n_ctx", "chat_template_caps.supports_tools")
-"""What llama.cpp's server says of itself."""
+"""The properties that llama.cpp's server reports."""
 
 
 def import_library() -> Any:
-    """xllamacpp, seen to have what the engine relies on.
+    """xllamacpp, checked for what the engine relies on.
 
     Raises:
         MissingDependencyError: it is not installed, or has changed; the message names what is missing.
@@ -69,11 +69,11 @@ def refuse(missing: list[str]) -> None:
 
 @contextlib.contextmanager
 def _sparing_threads() -> Iterator[None]:
-    """Have OpenMP's threads, once loaded in here, wait for each other by spinning 1,000 times instead of 300,000.
+    """Make OpenMP's threads, if loaded inside, spin 1,000 instead of 300,000 times when they wait for each other.
 
-    They meet a few hundred times for a token. One of them that another program keeps from its core has the others spin
-    that long each time, on cores that are wanted: two threads on two busy cores made 2 to 9 tokens/s, and 20 to 30 with
-    this, as one thread does. On idle cores it costs nothing. OpenMP reads it when it is loaded, never again.
+    They meet a few hundred times per token. If another program keeps one of them from its core, the others spin that
+    long each time, on cores that are needed: two threads on two busy cores made 2 to 9 tokens/s, and 20 to 30 with
+    this, as one thread does. On idle cores it costs nothing. OpenMP reads the setting only when it is loaded.
     """
     if _WAITING in os.environ or "OMP_WAIT_POLICY" in os.environ:
         yield

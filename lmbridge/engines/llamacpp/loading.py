@@ -1,4 +1,4 @@
-"""llama.cpp's server, loaded, and what it says of itself.
+"""Loads llama.cpp's server and reads its properties.
 
 Rule: runs on the engine's worker thread.
 """
@@ -17,19 +17,19 @@ from lmbridge.errors import EngineStartError
 
 _SILENT, _ERRORS = -1, 1  # of llama.cpp's levels of what it prints
 _CHUNK = 1 << 24  # bytes
-_PATIENCE = 30.0  # seconds for a server in this process to say what it is
+_PATIENCE = 30.0  # seconds for the server to report its properties
 
 
 @dataclass
 class Model:
-    """A model that is loaded.
+    """A loaded model.
 
     Attributes:
-        server: xllamacpp's; its methods may be called by many threads at once, and block them. None when the model is
-            to be freed as soon as nobody is in one.
-        task: what it does.
+        server: xllamacpp's; many threads may call its methods at once, which block. None once the model is to be freed
+            as soon as no thread is in one.
+        task: its task.
         room: the most tokens of one request.
-        knows_tools: its chat template tells it of tools.
+        knows_tools: its chat template describes tools.
     """
 
     server: Any
@@ -44,7 +44,7 @@ def load(options: LlamaCppOptions) -> Model:
 
     Raises:
         MissingDependencyError: xllamacpp is missing, or has changed.
-        ModelNotFoundError: the file is no GGUF.
+        ModelNotFoundError: the file is not a GGUF file.
         EngineStartError: llama.cpp cannot load it.
     """
     header = read_header(options.path)
@@ -57,8 +57,8 @@ def load(options: LlamaCppOptions) -> Model:
         server = _server(xllamacpp.Server, params)
     except (RuntimeError, ValueError) as cause:
         raise EngineStartError(
-            f"llama.cpp cannot load {options.path} as a model to {task} ({cause}). What it has printed says why; an "
-            f"architecture that it does not know ({header.architecture}) may need a newer xllamacpp."
+            f"llama.cpp cannot load {options.path} as a model to {task} ({cause}). Its output above says why; an "
+            f"unknown architecture ({header.architecture}) may need a newer xllamacpp."
         ) from cause
     said = _properties(server.listening_address, key)
     library.refuse([path for path in library.PROPERTIES if _at(said, path) is None])
@@ -67,9 +67,10 @@ def load(options: LlamaCppOptions) -> Model:
 
 
 def _read_ahead(path: str) -> None:
-    """Have the file in memory before llama.cpp loads it: xllamacpp holds the GIL meanwhile, and nothing in Python runs.
+    """Read the file into memory before llama.cpp loads it: xllamacpp holds the GIL while loading, and stops all of
+    Python.
 
-    What is left then is the work, without the waiting for a disk.
+    What is left is the work, without waiting for the disk.
     """
     chunk = bytearray(_CHUNK)
     with open(path, "rb", buffering=0) as file:
@@ -78,9 +79,9 @@ def _read_ahead(path: str) -> None:
 
 
 def _server(build: Any, params: Any) -> Any:
-    """llama.cpp's server; one that cannot be built is built once more, so that the reason is printed.
+    """llama.cpp's server; if it cannot be built, build it once more with errors printed.
 
-    Requests that are refused would be printed at that level, too.
+    That level also prints refused requests, so it is not the default.
     """
     try:
         params.verbosity = _SILENT
@@ -91,7 +92,7 @@ def _server(build: Any, params: Any) -> Any:
 
 
 def _properties(address: str, key: str) -> Any:
-    """What the server tells nobody but by HTTP; whatever proxy the environment names is passed by."""
+    """The properties that the server offers only over HTTP; any proxy in the environment is bypassed."""
     asking = urllib.request.Request(f"{address}/props", headers={"Authorization": f"Bearer {key}"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(asking, timeout=_PATIENCE) as answer:

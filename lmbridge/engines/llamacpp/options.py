@@ -1,6 +1,6 @@
-"""The llama.cpp engine's options, checked when it is made, and the parameters they make.
+"""The llama.cpp engine's options, validated when it is created, and the parameters they make.
 
-Rule: xllamacpp is imported by nobody here; its parameters are what the caller has.
+Rule: xllamacpp is not imported here; the caller passes its parameters.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _TASKS = ("auto", "generate", "embed", "rerank")
 
 @dataclass(frozen=True)
 class LlamaCppOptions:
-    """What an engine was asked for; its own docstring says what each means.
+    """An engine's options; the engine class documents each.
 
     Raises:
-        InvalidRequestError: a value is wrong; ``param`` names the option.
+        InvalidRequestError: a value is invalid; ``param`` names the option.
     """
 
     path: str
@@ -48,23 +48,23 @@ class LlamaCppOptions:
 
 
 def fill(params: Any, options: LlamaCppOptions, header: Header, task: str, poolings: Any) -> str:
-    """Set llama.cpp's parameters; the key without which its HTTP server, which cannot be left out, answers nobody."""
+    """Set llama.cpp's parameters; returns the API key of its HTTP server, which cannot be disabled."""
     context, key = options.context(header), secrets.token_hex(32)
     params.model.path = options.path
     params.n_parallel = options.max_batch_size
     params.n_ctx = context * options.max_batch_size  # each slot has its own part of it
     params.kv_unified = params.ctx_shift = False
-    params.n_batch = params.n_ubatch = options.max_chunk_size if task == "generate" else context  # a text in one go
-    params.cache_ram_mib = 0  # else up to 8 GiB of memory for prompts that nobody may ask again
-    params.prefill_assistant = False  # else it goes on with a conversation's last answer unasked
+    params.n_batch = params.n_ubatch = options.max_chunk_size if task == "generate" else context  # a whole text
+    params.cache_ram_mib = 0  # else up to 8 GiB of memory for prompts that may never come again
+    params.prefill_assistant = False  # else it continues a conversation's last answer unasked
     params.embedding = task != "generate"
     if task == "rerank":
         params.pooling_type = poolings.LLAMA_POOLING_TYPE_RANK
     elif task == "embed" and not header.pooling:
         params.pooling_type = poolings.LLAMA_POOLING_TYPE_MEAN
-    params.warmup = False  # it would hold the GIL; the engine's own first question warms as much
+    params.warmup = False  # it would hold the GIL; the engine's own first request warms up too
     params.api_keys, params.ui, params.endpoint_slots = [key], False, False
-    params.endpoint_metrics = True  # the one question that is answered between two steps
+    params.endpoint_metrics = True  # the one request that is answered between two steps
     if options.threads is not None:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads
     if options.gpu_layers is not None:

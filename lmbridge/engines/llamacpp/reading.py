@@ -1,7 +1,7 @@
-"""One answer of llama.cpp: its words made into deltas.
+"""One answer of llama.cpp: turns its messages into deltas.
 
-Rule: plain data; server thread only. Stop words are looked for here, as with every engine: llama.cpp looks for them in
-what it has not yet sent only, before it takes calls and thoughts out of the text.
+Rule: plain data; server thread only. We look for stop words here, as with every engine: llama.cpp looks only in text
+not yet sent, before it takes calls and thoughts out of it.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "tool_c
 
 
 class Reading:
-    """What is known of an answer from its first word to its last.
+    """The state of an answer, from its first message to its last.
 
     Args:
         texts: token id to its text; filled here.
 
     Attributes:
-        form: what the answer must be; known when its first words are.
-        stopped: a stop word or stop token has ended it; llama.cpp is to be told.
-        tokens: how many were generated, the ending one included.
+        form: the form of the answer; known with its first message.
+        stopped: a stop word or stop token has ended it; llama.cpp must be stopped.
+        tokens: how many were generated, including the end token.
     """
 
     def __init__(self, config: GenerationConfig, texts: dict[int, str]) -> None:
@@ -47,10 +47,10 @@ class Reading:
         self._prompt_tokens = 0
         self._reason: FinishReason | None = None
         self._received = self._shown = 0  # characters
-        self._held: list[tuple[int, int, Logprobs]] = []  # tokens not told: where their text begins, id, logprobs
+        self._held: list[tuple[int, int, Logprobs]] = []  # tokens held back: where their text begins, id, logprobs
 
     def take(self, words: Iterable[dict[str, Any]]) -> Delta | None:
-        """What is new in them, if anything.
+        """The new part of the answer, if any.
 
         Raises:
             LMBridgeError: llama.cpp has failed the request.
@@ -65,16 +65,16 @@ class Reading:
         return delta if told else None
 
     def finish(self) -> Delta:
-        """The last delta, with all that was held back.
+        """The last delta, with everything held back.
 
         Raises:
-            EngineError: the answer has no end, or not the form that it must have.
+            EngineError: the answer is incomplete, or violates its form.
         """
         delta = Delta(finish_reason="stop" if self.stopped else self._reason)
         if delta.finish_reason is None:
             raise EngineError("llama.cpp ended the answer without a finish_reason.")
         if not self._prompt_tokens:
-            raise InvalidRequestError("The prompt is empty: no token comes of it. Give it some text.", "prompt")
+            raise InvalidRequestError("The prompt is empty: the tokenizer produces no token. Add some text.", "prompt")
         if self.form is not None and delta.finish_reason == "stop" and not self.stopped:
             self.form.finish()
         if self._stop_words is not None and not self.stopped:
@@ -140,7 +140,7 @@ class Reading:
         return {token["id"]: token["logprob"], **others}
 
     def _release(self, delta: Delta, ended: bool) -> None:
-        """Tell the tokens whose text is shown; not the ending one, which has none, nor one that may be it."""
+        """Release the tokens whose text is shown, except the end token, or one that may be it."""
         cut = self._stop_words is not None and (self.stopped or not ended)
         ready = [held for held in self._held if not cut or held[0] < self._shown]
         bare = bool(ready) and len(ready) == len(self._held) and self._received == ready[-1][0]
@@ -152,7 +152,7 @@ class Reading:
             delta.logprobs = [*(delta.logprobs or ()), *(logprobs for _, _, logprobs in ready)]
 
     def _tell_call(self, delta: Delta) -> None:
-        """The one call that the text is, where it is whole."""
+        """Parse the text as one call, if it is complete."""
         text = self._call or ""
         try:
             call = json.loads(text)
@@ -164,13 +164,13 @@ class Reading:
 
 
 def failure(error: Any) -> LMBridgeError:
-    """What llama.cpp says went wrong, as an error of ours."""
+    """llama.cpp's error as one of ours."""
     error = error if isinstance(error, dict) else {"message": str(error)}
     message, kind = str(error.get("message", "no reason given")), error.get("type")
     if kind == "exceed_context_size_error" or "too large to process" in message:
         most = error.get("n_ctx") or next(map(int, re.findall(r"batch size: (\d+)", message)), None)
-        return PromptTooLongError(
-            f"llama.cpp: {message}. Shorten it, or raise max_context where the model allows it.", "prompt", most
+        return PromptTooLongError(f"llama.cpp: {message}. Shorten it.", "prompt", most).hinted(
+            "max_context raises the limit where the model allows it."
         )
     if kind == "invalid_request_error":
         return InvalidRequestError(

@@ -1,9 +1,9 @@
-"""The LMDeploy engine, file by file as a prompt passes.
+"""The LMDeploy engine. The path of a prompt:
 
-``engine`` takes the request and drives LMDeploy's async engine on the server's loop: ``preparing`` makes a request of
-LMDeploy's of it, ``sampling`` says in LMDeploy's words how it is to generate, ``own`` what LMDeploy alone understands,
-``told`` and ``faults`` what comes back beside tokens, ``scoring`` has a prompt scored. ``options`` and ``loading``
-build the engine, ``watch`` looks after its end, and ``library`` knows which parts of LMDeploy all this relies on.
+``engine`` takes the request and drives LMDeploy's async engine on the server's loop: ``preparing`` turns it into one of
+LMDeploy's, ``sampling`` translates the config, ``own`` holds what only LMDeploy understands, ``told`` and ``faults``
+handle what comes back besides tokens, ``scoring`` scores a prompt. ``options`` and ``loading`` build the engine,
+``watch`` monitors its end, and ``library`` checks the parts of LMDeploy that all this relies on.
 
 Rule: importing this package loads neither torch nor LMDeploy.
 """

@@ -3,9 +3,9 @@
 Rule: everything here runs on the server thread, except where a docstring says otherwise. LMDeploy is imported when the
 engine starts and no earlier.
 
-LMDeploy swallows a task's cancellation, and an abort of a request that still waits for a place does nothing. So a
-request is ended by ``async_abort`` and in no other way, there are never more of them than LMDeploy has places, and one
-counts as ended when LMDeploy's generator is through and its place is free again.
+LMDeploy swallows a task's cancellation, and ignores an abort of a request that is still waiting for a place. So
+requests are ended only by ``async_abort``, there are never more of them than LMDeploy has places, and one counts as
+ended when LMDeploy's generator has finished and its place is free again.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class LMDeployEngine(Engine):
 
     Args:
         model: ``"demo"``, a folder, or a hub id.
-        backend: ``"pytorch"``, ``"turbomind"``, or None for TurboMind where it knows the model, as LMDeploy chooses.
+        backend: ``"pytorch"``, ``"turbomind"``, or None for LMDeploy's choice: TurboMind if it supports the model.
         backend_config: LMDeploy's own ``PytorchEngineConfig`` or ``TurbomindEngineConfig`` instead of the options
-            from ``device`` to ``revision``. log-probabilities need ``logprobs_mode="raw_logprobs"`` in the former.
+            from ``device`` to ``revision``. Log-probabilities need ``logprobs_mode="raw_logprobs"`` in the former.
         device: LMDeploy's ``device_type``: ``"cuda"`` (default), or with the PyTorch engine ``"ascend"``, ``"maca"``,
-            ``"camb"``. There is none for CPUs.
+            ``"camb"``. CPUs are not supported.
         dtype: ``"auto"``, ``"float16"``, ``"bfloat16"`` or a torch dtype.
-        max_batch_size: requests in a step; by default what LMDeploy takes for the device.
+        max_batch_size: requests in a step; default: LMDeploy's choice for the device.
         max_chunk_size: prompt tokens in a step.
         max_context: the most tokens of prompt and answer together (``session_len``).
         cache_share: the part of the free memory that the cache may take, in (0, 1).
@@ -56,9 +56,9 @@ class LMDeployEngine(Engine):
         num_blocks: blocks in the cache, instead of ``cache_share``.
         tp: GPUs to spread the model over.
         revision: branch, tag or commit on the hub.
-        chat_template_config: LMDeploy's ``ChatTemplateConfig``; by default the model's own template.
+        chat_template_config: LMDeploy's ``ChatTemplateConfig``; default: the model's own template.
         trust_remote_code: run code that comes with the model.
-        log_level: of LMDeploy's own logger, which belongs to the whole process.
+        log_level: of LMDeploy's logger, which the whole process shares.
     """
 
     name: ClassVar[str] = "lmdeploy"
@@ -115,7 +115,7 @@ class LMDeployEngine(Engine):
         if max_batch_size is not None:
             self.max_batch_size = max_batch_size  # LMDeploy's own number of places once it is loaded
         self._thread = EngineThread("lmbridge lmdeploy")
-        # An engine whose loop got stuck is never closed. Not at exit, where the bridge closes it and needs the thread.
+        # For an engine never closed because its loop got stuck. Not at exit: the bridge then closes it.
         weakref.finalize(self, self._thread.close).atexit = False
         self._started = False
         self._core: Any = None  # LMDeploy's AsyncEngine
@@ -133,7 +133,7 @@ class LMDeployEngine(Engine):
 
     @property
     def backend_config(self) -> Any:
-        """LMDeploy's config as it has resolved it; None while there is no engine. Any thread."""
+        """LMDeploy's resolved config; None while no engine is loaded. Any thread."""
         core = self._core
         return core.backend_config if core is not None else None
 
@@ -144,8 +144,8 @@ class LMDeployEngine(Engine):
 
         Raises:
             MissingDependencyError: LMDeploy is missing, too old, or has changed; the message names what.
-            EngineStartError: LMDeploy ended the attempt with ``exit``, as its checks of the environment do.
-            Exception: what else LMDeploy raises when it cannot load the model.
+            EngineStartError: LMDeploy called ``exit``, as its environment checks do.
+            Exception: whatever else LMDeploy raises while loading the model.
         """
         self._started = True
         core = await self._thread.run(self._load)
@@ -159,7 +159,7 @@ class LMDeployEngine(Engine):
         self._where = f" ({core.backend})"
 
     def _load(self) -> Any:
-        """On the worker thread. The engine is kept at once: whoever waits for it may be cancelled."""
+        """On the worker thread. The engine is stored at once: the awaiting task may be cancelled."""
         self._loaded = load(self._options)
         return self._loaded
 
@@ -169,7 +169,7 @@ class LMDeployEngine(Engine):
             self.on_death(cause)
 
     async def close(self) -> None:
-        self._core = None  # from here on its end is no death
+        self._core = None  # from here on its end is not a death
         watch, self._watch = self._watch, None
         started, self._started = self._started, False
         try:
@@ -181,7 +181,7 @@ class LMDeployEngine(Engine):
             self._thread.close()
 
     async def _stop(self, watch: Watch) -> None:
-        """End the requests the way LMDeploy hears, then its loop. What does not end is named and left behind."""
+        """End the requests in the way LMDeploy supports, then its loop. What does not end is logged and left behind."""
         for request_id in list(self._running):
             self.abort_request(request_id)
         await within(CLOSE_TIMEOUT, "requests", self._running.values())
@@ -189,7 +189,7 @@ class LMDeployEngine(Engine):
         await watch.end(self._thread)
 
     def _unload(self, stopped: bool) -> None:
-        """On the worker thread: free what was loaded, also when the start was given up half-way."""
+        """On the worker thread: free what was loaded, even after an aborted start."""
         core, self._loaded = self._loaded, None
         if core is not None and not stopped:  # it never ran on a loop
             core.close()
@@ -216,13 +216,13 @@ class LMDeployEngine(Engine):
             self._tell_abort(session)
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
-        """Yield the request's deltas; LMDeploy has let go of the request when the last one comes.
+        """Yield the request's deltas; LMDeploy has released the request when the last one arrives.
 
         Raises:
             InvalidRequestError: the prompt is empty, malformed, or has ids the model does not know.
             PromptTooLongError: there is no room for it and one more token.
             EngineError: LMDeploy failed this request.
-            EngineDeadError: the engine takes no requests any more.
+            EngineDeadError: the engine takes no more requests.
         """
         session = None
         try:
@@ -255,7 +255,7 @@ class LMDeployEngine(Engine):
             if reason is not None:
                 yield told.with_rest(answer.finish(reason))
         finally:
-            if self._sessions.get(request.id) is session:  # or the id has been given to another meanwhile
+            if self._sessions.get(request.id) is session:  # the id may be in use again
                 self._sessions.pop(request.id, None)
                 self._aborted.discard(request.id)
 
@@ -283,7 +283,7 @@ class LMDeployEngine(Engine):
     def stats(self) -> dict[str, float]:
         """``in_flight`` and ``tokens``; ``running``, ``waiting``, ``steps`` and ``cache_free`` are LMDeploy's own.
 
-        An engine process of LMDeploy's tells its counters only to who waits for it; they are left out then.
+        An LMDeploy engine process reports its counters only to a blocking call, so they are then left out.
         """
         stats = {"in_flight": float(len(self._running)), "tokens": float(self._tokens)}
         tell = getattr(self._core.engine, "get_schedule_metrics", None) if self._core is not None else None

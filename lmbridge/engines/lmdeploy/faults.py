@@ -1,4 +1,4 @@
-"""LMDeploy's own errors of a request, as ours.
+"""Translates LMDeploy's request errors to ours.
 
 Rule: server thread. LMDeploy is imported inside.
 """
@@ -14,10 +14,10 @@ from lmbridge.errors import EngineDeadError, InvalidRequestError, PromptTooLongE
 
 @contextlib.contextmanager
 def named_errors(on_unavailable: Callable[[BaseException], None]) -> Iterator[None]:
-    """Raise what LMDeploy raises of a request as an LMBridgeError.
+    """Raise LMDeploy's errors about a request as LMBridgeErrors.
 
     Args:
-        on_unavailable: hears the cause where the engine serves nobody any more.
+        on_unavailable: called with the cause when the engine can serve no more.
     """
     from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
 

@@ -1,8 +1,8 @@
-"""What of LMDeploy the engine relies on, looked at before anything is loaded.
+"""What of LMDeploy the engine relies on, checked before anything is loaded.
 
 Rule: LMDeploy is imported inside the functions only, on the engine's worker thread. Nothing here runs a model. What is
-named here is everything that the other files touch, so that a new LMDeploy that changes it says so by name at the start
-rather than in the middle of somebody's request.
+named here is everything that the other files touch, so that a changed LMDeploy is reported by name at the start
+not in the middle of a request.
 """
 
 from __future__ import annotations
@@ -72,17 +72,17 @@ ATTRIBUTES = (
     "backend", "backend_config", "engine", "epoch", "hf_cfg", "session_len", "session_mgr.request_handle_pool.size",
     "stop_words", "tokenizer.model.model",
 )  # fmt: skip
-"""What an engine that has been built has."""
+"""Members of a built engine."""
 
 PYTORCH_ATTRIBUTES = (
     "engine._loop_main", "engine.max_session_len", "engine.req_manager._loop_task",
     "engine.req_manager._sender_wait_task",
 )  # fmt: skip
-"""What it has when it is the PyTorch engine in this process."""
+"""Further members of the PyTorch engine in this process."""
 
 
 def import_library() -> None:
-    """See that LMDeploy is there and has what the engine relies on.
+    """Check that LMDeploy is installed and has what the engine relies on.
 
     Raises:
         MissingDependencyError: it is not installed, too old, or has changed; the message names what is missing.
@@ -101,7 +101,7 @@ def import_library() -> None:
 
 
 def check_engine(core: Any) -> None:
-    """Raise MissingDependencyError unless the engine that was built has what is relied on."""
+    """Raise MissingDependencyError unless the built engine has everything relied on."""
     local = core.backend == "pytorch" and not hasattr(core.engine, "proc")
     paths = (*ATTRIBUTES, *PYTORCH_ATTRIBUTES) if local else ATTRIBUTES
     _refuse([f"{type(core).__name__}.{path}" for path in paths if not reaches(core, path)])

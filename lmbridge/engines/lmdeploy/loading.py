@@ -1,4 +1,4 @@
-"""LMDeploy's engine, loaded, and what it says of itself.
+"""Loads LMDeploy's engine and reads its properties.
 
 Rule: ``load`` runs on the engine's worker thread, the rest on the server thread.
 """
@@ -54,7 +54,7 @@ def room(core: Any) -> int:
 
 
 def vocabulary_size(core: Any) -> int:
-    """How many tokens the model knows; an id beyond them would end a CUDA context for everyone."""
+    """The model's vocabulary size; a larger id would crash the CUDA context for everyone."""
     config = core.hf_cfg
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return int(text.vocab_size)
@@ -62,7 +62,7 @@ def vocabulary_size(core: Any) -> int:
 
 @contextlib.contextmanager
 def _told_exit(logger: logging.Logger) -> Iterator[None]:
-    """Make an error of LMDeploy's ``exit(1)``, with what it has logged as the reason."""
+    """Turn LMDeploy's ``exit(1)`` into an error, with its log as the reason."""
     errors: list[str] = []
     handler = logging.Handler(logging.ERROR)
     handler.emit = lambda record: errors.append(record.getMessage())  # type: ignore[method-assign]

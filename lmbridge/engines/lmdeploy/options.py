@@ -1,6 +1,6 @@
-"""The LMDeploy engine's options, checked when it is made, and the backend config they make.
+"""The LMDeploy engine's options, validated when it is created, and the backend config they make.
 
-Rule: LMDeploy is imported only inside the functions that ask for it. None leaves a choice to LMDeploy.
+Rule: LMDeploy is imported only inside functions. None leaves the choice to LMDeploy.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ _NAMES = {
         "revision": "revision",
     },
 }
-"""Our name of an option to the field of each backend's config."""
+"""Maps our options to the fields of each backend's config."""
 
 
 @dataclass(frozen=True)
 class LMDeployOptions:
-    """What an engine was asked for; its own docstring says what each means.
+    """An engine's options; the engine class documents each.
 
     Raises:
-        InvalidRequestError: a value is wrong, or two contradict each other; ``param`` names the option.
+        InvalidRequestError: a value is invalid, or two contradict each other; ``param`` names the option.
     """
 
     model: str
@@ -92,12 +92,12 @@ class LMDeployOptions:
 
     @property
     def tells_logprobs(self) -> bool:
-        """Whether the engine will tell log-probabilities; the PyTorch engine does so in one mode only."""
+        """Whether the engine can return log-probabilities; the PyTorch engine can in one mode only."""
         mode = getattr(self.backend_config, "logprobs_mode", "raw_logprobs")
         return bool(mode == "raw_logprobs")
 
     def given(self) -> dict[str, Any]:
-        """The options that stand in a backend's config, those that were given."""
+        """The given options that belong in a backend's config."""
         values = {name: getattr(self, name) for name in _IN_BACKEND_CONFIG if name != "backend"}
         if self.dtype is not None:
             values["dtype"] = _dtype_name(self.dtype)
@@ -108,7 +108,7 @@ def build_config(options: LMDeployOptions, path: str) -> tuple[str, Any]:
     """The backend that loads the model at ``path``, and its config. On the worker thread: it reads the model's config.
 
     Raises:
-        InvalidRequestError: the backend found has no such option.
+        InvalidRequestError: the chosen backend has no such option.
     """
     from lmdeploy import PytorchEngineConfig, TurbomindEngineConfig
     from lmdeploy.archs import autoget_backend, autoget_backend_config
@@ -119,9 +119,9 @@ def build_config(options: LMDeployOptions, path: str) -> tuple[str, Any]:
         )
         return found
     backend = options.backend or autoget_backend(path, trust_remote_code=options.trust_remote_code)
-    fields: dict[str, Any] = {"enable_metrics": False}  # they feed a queue that only LMDeploy's own server empties
+    fields: dict[str, Any] = {"enable_metrics": False}  # metrics fill a queue that only LMDeploy's own server empties
     if backend == "pytorch":
-        fields["logprobs_mode"] = "raw_logprobs"  # without it there are none; costs nothing until somebody asks
+        fields["logprobs_mode"] = "raw_logprobs"  # needed for logprobs; free until requested
     for name, value in options.given().items():
         if name == "device" and backend == "turbomind":
             if value != "cuda":

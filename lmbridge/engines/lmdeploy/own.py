@@ -1,7 +1,7 @@
-"""What a request may ask of LMDeploy beside what every engine knows.
+"""Request options that only LMDeploy supports.
 
-Rule: plain data; neither LMDeploy nor torch is known here. Other engines refuse these fields by name, as all that they
-do not honour.
+Rule: plain data; neither LMDeploy nor torch is known here. Other engines refuse these fields by name, like any
+unsupported field.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ PREPROCESSING = ("adapter_name", "media_io_kwargs", "mm_processor_kwargs")
 
 @dataclass
 class LMDeployRequestConfig(GenerationConfig):
-    """A GenerationConfig with what LMDeploy alone understands; None asks for nothing.
+    """A GenerationConfig with the fields that only LMDeploy supports; None means unset.
 
     Attributes:
         bad_words, bad_token_ids, logits_processors, output_logits, output_last_hidden_state, repetition_ngram_size,
-            repetition_ngram_threshold, return_routed_experts: of LMDeploy's own GenerationConfig. What they have it
-            tell comes as the ``value`` of the answer: a dict by the names of its Response.
-        structural_tag: a ``response_format`` of that type, whole.
-        keep_ending_token: the answer has the token that ended it, as LMDeploy's ``include_stop_str_in_output`` means.
+            repetition_ngram_threshold, return_routed_experts: as in LMDeploy's own GenerationConfig. Their outputs come
+                as
+            the ``value`` of the answer: a dict with the field names of its Response.
+        structural_tag: a complete ``response_format`` of that type.
+        keep_ending_token: keep the token that ended the answer, as LMDeploy's ``include_stop_str_in_output`` does.
         adapter_name: one of the ``adapters`` in the ``backend_config``.
-        media_io_kwargs, mm_processor_kwargs: how images and the like are read and prepared.
-        score: the prompt, which is token ids, is scored and nothing is generated: its mean cross-entropy, or what a
-            reward model thinks of it. The score is the ``value`` of the answer.
+        media_io_kwargs, mm_processor_kwargs: how media are read and processed.
+        score: score the prompt, given as token ids, without generating: its mean cross-entropy, or a reward model's
+            score. The score is the ``value`` of the answer.
     """
 
     bad_words: list[str] | None = None
@@ -53,16 +54,16 @@ class LMDeployRequestConfig(GenerationConfig):
     score: Literal["ppl", "reward"] | None = None
 
     def __new__(cls, *args: object, **fields: object) -> LMDeployRequestConfig:
-        return object.__new__(cls)  # the fields of the class above are not all
+        return object.__new__(cls)  # this class has more fields than its base
 
 
 OWN_FIELDS = frozenset(field.name for field in fields(LMDeployRequestConfig)) - frozenset(
     field.name for field in fields(GenerationConfig)
 )
-"""Those that no other engine has."""
+"""The fields that no other engine has."""
 
 
 def given(config: GenerationConfig, names: tuple[str, ...]) -> dict[str, Any]:
-    """Those of the fields that ask for something."""
+    """The fields that are set."""
     values = {name: getattr(config, name, None) for name in names}
     return {name: value for name, value in values.items() if value is not None}

@@ -1,4 +1,4 @@
-"""A request in LMDeploy's own form: its tokens, and what LMDeploy makes of the config.
+"""Turns a request into LMDeploy's own form: tokens and config.
 
 Rule: server thread. LMDeploy is imported inside. What would end LMDeploy's loop for everyone is refused here.
 """
@@ -18,12 +18,12 @@ from lmbridge.messages import Message, Request
 
 
 class Preparer:
-    """Makes requests of LMDeploy's for one engine of its.
+    """Prepares requests for one LMDeploy engine.
 
     Args:
         core: LMDeploy's ``AsyncEngine``.
-        dialect: how the model is told of tools.
-        on_unavailable: hears why the engine serves nobody any more.
+        dialect: how tools are described to the model.
+        on_unavailable: called with the reason when the engine can serve no more.
     """
 
     def __init__(self, core: Any, dialect: Dialect, on_unavailable: Callable[[BaseException], None]) -> None:
@@ -71,10 +71,10 @@ class Preparer:
         return prepared
 
     def ids(self, prompt: Sequence[Any]) -> list[int]:
-        """Token ids that the model knows, and that there is room for.
+        """The validated token ids, which fit.
 
         Raises:
-            InvalidRequestError, PromptTooLongError: they are not.
+            InvalidRequestError, PromptTooLongError: an id is unknown, or they do not fit.
         """
         ids = [self._known(token) for token in prompt]
         if len(ids) >= self._room:
@@ -82,7 +82,7 @@ class Preparer:
         return ids
 
     def _prompt(self, request: Request) -> tuple[Any, list[int] | None]:
-        """What LMDeploy is to make tokens of, or the tokens."""
+        """The prompt for LMDeploy to tokenise, or its tokens."""
         prompt, config = request.prompt, request.config
         if isinstance(prompt, str):
             if request.raw or config.calling is None:
@@ -93,11 +93,11 @@ class Preparer:
         return None, [self._known(token) for token in prompt]
 
     def _fit(self, prepared: Any) -> None:
-        """Refuse what would end LMDeploy's loop for everyone, and keep the answer within the room there is."""
+        """Refuse what would end LMDeploy's loop for everyone, and limit the answer to the room left."""
         count: int = prepared.input_token_len
         if not count:
             raise InvalidRequestError(
-                "The prompt is empty: the tokenizer makes no token of it. Give it some text.", param="prompt"
+                "The prompt is empty: the tokenizer produces no token. Add some text.", param="prompt"
             )
         if count >= self._room:
             raise self._too_long(count)
@@ -105,11 +105,10 @@ class Preparer:
 
     def _too_long(self, count: int) -> PromptTooLongError:
         return PromptTooLongError(
-            f"The prompt has {count} tokens; there is room for {self._room}, one of them for the answer. Shorten "
-            "it, or raise max_context or cache_share where the model allows it.",
+            f"The prompt has {count} tokens; there is room for {self._room}, one of them for the answer. Shorten it.",
             param="prompt",
             most=self._room,
-        )
+        ).hinted("max_context or cache_share raises the limit where the model allows it.")
 
     def _known(self, token: object) -> int:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self._vocabulary_size:
@@ -120,15 +119,15 @@ class Preparer:
         return token
 
     def _check_adapter(self, name: str | None) -> None:
-        """Refuse an adapter that was not loaded: LMDeploy looks for it in its loop, which ends then."""
+        """Refuse an adapter that was not loaded: LMDeploy would look for it in its loop, which would then end."""
         loaded = getattr(self._core.backend_config, "adapters", None) or {}
         if name is not None and name not in loaded:
-            known = ", ".join(loaded) or "none; give them as adapters of the backend_config"
-            raise InvalidRequestError(f"There is no adapter {name!r}; those loaded are {known}.", param="adapter_name")
+            known = ", ".join(loaded) or "none; set adapters in the backend_config"
+            raise InvalidRequestError(f"There is no adapter {name!r}; loaded adapters: {known}.", param="adapter_name")
 
 
 def _message(message: Any) -> Message:
-    """The message, seen to have what a template looks for; LMDeploy would leave it out without a word."""
+    """The message, checked for what templates need; LMDeploy would silently drop an invalid one."""
     spoken = isinstance(message, dict) and isinstance(message.get("role"), str)
     if not spoken or ("content" not in message and len(message) < 3):  # a turn of tool calls has no content
         raise InvalidRequestError(

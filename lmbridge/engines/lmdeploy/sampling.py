@@ -1,7 +1,7 @@
-"""A GenerationConfig of ours in LMDeploy's words.
+"""Translates our GenerationConfig to LMDeploy's.
 
-Rule: what means something else there is not handed over but done here: stop words (LMDeploy knows single tokens only,
-and stops at any token that contains one) and stop tokens beside ``ignore_eos`` (it would ban them from the answer).
+Rule: what means something else in LMDeploy is done here instead: stop words (LMDeploy knows only single tokens, and
+stops at any token containing one) and stop tokens with ``ignore_eos`` (it would ban them from the answer).
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ def check_ranges(config: GenerationConfig) -> None:
     response_format(config.form)
     if config.min_new_tokens and config.ignore_eos and config.stop_token_ids:
         raise InvalidRequestError(
-            "min_new_tokens and ignore_eos together leave LMDeploy no stop_token_ids; leave one of the three out.",
+            "LMDeploy cannot combine min_new_tokens, ignore_eos and stop_token_ids; leave one of the three out.",
             param="min_new_tokens",
         )
 
 
 def response_format(form: Grammar | None) -> dict[str, Any] | None:
-    """What form the answer must have; of texts to choose from an expression is made.
+    """The form of the answer; a choice becomes a regular expression.
 
     Raises:
-        UnsupportedOptionError: LMDeploy knows no such grammars.
+        UnsupportedOptionError: LMDeploy does not support such grammars.
     """
     if form is None:
         return None
     if form.kind == "json":
         return {"type": "json_schema", "json_schema": {"name": "answer", "schema": form.value}}
     if form.kind == "lark":
-        raise UnsupportedOptionError("LMDeploy follows JSON schemas, regular expressions and choices.", form.param)
+        raise UnsupportedOptionError("LMDeploy follows only JSON schemas, regular expressions and choices.", form.param)
     pattern = form.value if form.kind == "regex" else "|".join(map(re.escape, form.value))
     return {"type": "regex_schema", "regex_schema": pattern}
 
@@ -55,7 +55,7 @@ def sampling_fields(
     """The fields of LMDeploy's GenerationConfig; those left out have neutral defaults there too.
 
     Args:
-        template_stops: tokens that end an answer by the chat template. LMDeploy forgets them when others are given.
+        template_stops: tokens that end an answer by the chat template. LMDeploy drops them if others are given.
         form: of the answer, calls included.
     """
     fields: dict[str, Any] = {
@@ -75,10 +75,10 @@ def sampling_fields(
 
 
 def _own(config: GenerationConfig) -> dict[str, Any]:
-    """What LMDeploy alone understands.
+    """The fields that only LMDeploy supports.
 
     Raises:
-        UnsupportedOptionError: the installed one does not.
+        UnsupportedOptionError: the installed LMDeploy lacks one.
     """
     if not isinstance(config, LMDeployRequestConfig):
         return {}
@@ -91,7 +91,7 @@ def _own(config: GenerationConfig) -> dict[str, Any]:
     for name in fields:
         if name not in known:
             raise UnsupportedOptionError(
-                f"lmdeploy {lmdeploy.__version__} knows no {name}; leave it out, or upgrade lmdeploy.", param=name
+                f"lmdeploy {lmdeploy.__version__} has no {name}; leave it out, or upgrade lmdeploy.", param=name
             )
     if config.structural_tag is not None:
         fields["response_format"] = dict(config.structural_tag)

@@ -1,6 +1,6 @@
-"""A prompt that LMDeploy scores, rather than going on with it.
+"""Lets LMDeploy score a prompt instead of continuing it.
 
-Rule: server thread. It takes one step of the engine, which cannot be broken off: an abort is heard after it.
+Rule: server thread. It takes one uninterruptible step of the engine: an abort takes effect after it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ async def score(core: Any, kind: Literal["ppl", "reward"], ids: Sequence[int]) -
     """The mean cross-entropy of the prompt's tokens, or a reward model's score of it.
 
     Raises:
-        UnsupportedOptionError: the installed LMDeploy does not score.
+        UnsupportedOptionError: the installed LMDeploy cannot score.
         InvalidRequestError: the model, or the way it was loaded, does not allow it.
     """
     ask = getattr(core, _METHODS[kind], None)
@@ -28,5 +28,5 @@ async def score(core: Any, kind: Literal["ppl", "reward"], ids: Sequence[int]) -
     try:
         found = await ask(list(ids) if kind == "ppl" else [list(ids)])
     except ValueError as cause:
-        raise InvalidRequestError(f"LMDeploy does not score this prompt: {cause}", param="score") from cause
+        raise InvalidRequestError(f"LMDeploy cannot score this prompt: {cause}", param="score") from cause
     return float(found if kind == "ppl" else found[0])

@@ -1,4 +1,4 @@
-"""What LMDeploy tells of an answer beside its tokens, and what the caller is told of the prompt.
+"""LMDeploy's outputs besides tokens, and the prompt details for the caller.
 
 Rule: plain data of one request; server thread only.
 """
@@ -14,20 +14,20 @@ _BESIDE = ("logits", "last_hidden_state", "routed_experts")
 
 
 class Told:
-    """Of one answer what is no token of it.
+    """The non-token outputs of one answer.
 
     Args:
         prompt: its token ids.
     """
 
     def __init__(self, config: GenerationConfig, prompt: Sequence[int]) -> None:
-        self._prompt: Sequence[int] | None = prompt if config.return_prompt_token_ids else None  # until it was told
+        self._prompt: Sequence[int] | None = prompt if config.return_prompt_token_ids else None  # until it was sent
         self._keeps_ending = bool(getattr(config, "keep_ending_token", None))
         self._ending: Any = None  # LMDeploy's last part, where it holds the token that ended the answer
         self._beside: dict[str, Any] = {}
 
     def take(self, out: Any) -> list[int]:
-        """Note what a part of LMDeploy's has; the tokens of it that are the answer's."""
+        """Record a part from LMDeploy; returns its tokens that belong to the answer."""
         self._beside |= {name: found for name in _BESIDE if (found := getattr(out, name, None)) is not None}
         if cached := getattr(out, "cached_tokens", 0):
             self._beside["cached_tokens"] = cached
@@ -37,12 +37,12 @@ class Told:
         return out.token_ids or []
 
     def with_prompt(self, delta: Delta) -> Delta:
-        """The answer's first delta says what the model has read."""
+        """Add the prompt's tokens to the answer's first delta."""
         delta.prompt_token_ids, self._prompt = self._prompt, None
         return delta
 
     def with_rest(self, delta: Delta) -> Delta:
-        """And the last one all else."""
+        """Add everything else to the last delta."""
         delta.value = self._beside or None
         if self._ending is not None:
             delta.text += self._ending.response

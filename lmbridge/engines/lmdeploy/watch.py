@@ -1,4 +1,4 @@
-"""LMDeploy's end: heard of at once, and brought about in the way that LMDeploy understands.
+"""Detects LMDeploy's end at once, and ends it in the way LMDeploy supports.
 
 Rule: server thread, with its loop running.
 """
@@ -14,16 +14,16 @@ from typing import Any
 from lmbridge.engines.thread import EngineThread
 
 CLOSE_TIMEOUT = 3.0
-"""Seconds to wait at the end for each of: LMDeploy's requests, their aborts, its main loop."""
+"""Seconds to wait on closing for each of: LMDeploy's requests, their aborts, its main loop."""
 _log = logging.getLogger("lmbridge.engines.lmdeploy")
 
 
 class Watch:
-    """Looks after the main loop, or the process, of one engine of LMDeploy's.
+    """Monitors the main loop or process of one LMDeploy engine.
 
     Args:
         core: LMDeploy's ``AsyncEngine``, its loop started.
-        on_end: hears why it has ended; LMDeploy's own requests would take a second to notice.
+        on_end: called with the reason for its end, which LMDeploy's own requests would notice a second later.
     """
 
     def __init__(self, core: Any, on_end: Callable[[BaseException], None]) -> None:
@@ -42,17 +42,17 @@ class Watch:
 
     @property
     def watches_process(self) -> bool:
-        """Whether the end of a process is waited for."""
+        """Whether it monitors a process."""
         return self._sentinel is not None
 
     async def end(self, thread: EngineThread) -> None:
-        """End LMDeploy's loop; what does not end is named and left behind. Its requests have ended before."""
+        """End LMDeploy's loop, after its requests; what does not end is logged and left behind."""
         core = self._core
         self._unwatch()
         if hasattr(core.engine, "proc"):  # its client belongs to the loop; this blocks until the process has ended
             core.close()
             return
-        if self._main is None:  # TurboMind knows no loop, and takes its time to free a GPU
+        if self._main is None:  # TurboMind has no loop, and is slow to free a GPU
             await thread.run(core.close)
             return
         manager = core.engine.req_manager
@@ -71,7 +71,7 @@ class Watch:
 
     def _on_process_end(self, process: Any) -> None:
         self._unwatch()
-        process.join(0.2)  # its pipe closes a moment before its code is known
+        process.join(0.2)  # its pipe closes a moment before its exit code is known
         self._on_end(RuntimeError(f"LMDeploy's engine process ended with code {process.exitcode}"))
 
     def _unwatch(self) -> None:
@@ -82,7 +82,7 @@ class Watch:
 
 
 async def within(seconds: float, what: str, tasks: Any) -> None:
-    """Wait for the tasks, whatever they end with. ``asyncio.wait`` and no timeout inside: LMDeploy swallows those."""
+    """Wait for the tasks, whatever their outcome. ``asyncio.wait`` and no timeout inside: LMDeploy swallows those."""
     tasks = set(tasks)
     if tasks:
         _, late = await asyncio.wait(tasks, timeout=seconds)

@@ -1,9 +1,9 @@
-"""The engine whose model is on other servers, which speak OpenAI's API, file by file as a prompt passes.
+"""The engine for models on other servers with OpenAI's API. The path of a prompt:
 
-``engine`` takes the request, ``flavours`` knows what each kind of server takes, ``asking`` says the request in its
-words. An ``errand`` takes it to a ``server`` of the ``group``, and on to another where that one is not there.
-``reading`` makes deltas of what is streamed, ``errors`` our errors of theirs. ``jobs`` sends what is to be embedded or
-reranked together. ``options`` are checked when the engine is made; ``library`` brings the ``openai`` client.
+``engine`` takes the request, ``flavours`` knows what each kind of server supports, ``asking`` translates the request.
+An ``errand`` takes it to a ``server`` of the ``group``, and to another if that one is away. ``reading`` turns the
+stream into deltas, ``errors`` their errors into ours. ``jobs`` batches texts to embed or rerank. ``options`` are
+validated when the engine is created; ``library`` loads the ``openai`` client.
 
 Rule: importing this package does not load the ``openai`` library.
 """

@@ -1,6 +1,6 @@
-"""A request in the words of a kind of server: which route it takes there, and the body.
+"""Translates a request for a kind of server: the route and the body.
 
-Rule: pure functions. What a server would not honour is refused by the name that the caller knows; nothing is dropped.
+Rule: pure functions. What a server does not support is refused by the caller's name for it; nothing is dropped.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _OURS = {
 
 @dataclass(frozen=True)
 class Question:
-    """What is sent.
+    """The request to send.
 
     Attributes:
-        added: names in the body that nobody has asked for, which a server need not take.
-        room: the field that says how long the answer may be, where nobody has said so; None otherwise.
+        added: names in the body that the caller did not give, which a server may reject.
+        room: the field for the answer's length, if that is only the default; None otherwise.
     """
 
     path: str
@@ -43,21 +43,21 @@ class Question:
         return self.path == CHATS
 
     def with_what_is_left(self, tokens: int) -> Question:
-        """The same for an answer of what there is room for, which is what null means to chats, and to them alone."""
+        """The same with the answer's length set to the room left; for chats null means that."""
         assert self.room is not None
         return replace(self, body={**self.body, self.room: None if self.is_chat else tokens}, room=None)
 
     def to(self, model: str, unwanted: frozenset[str]) -> dict[str, Any]:
-        """The body for a model, without what its server does not want."""
+        """The body for a model, without fields that its server rejects."""
         left_out = self.added & unwanted
         return {"model": model, **{name: value for name, value in self.body.items() if name not in left_out}}
 
 
 def put_question(request: Request, flavour: Flavour, extra: Mapping[str, Any]) -> Question:
-    """The request in the flavour's words.
+    """Translate the request for the flavour.
 
     Raises:
-        UnsupportedOptionError: the server would not honour something in it; ``param`` names it.
+        UnsupportedOptionError: the server does not support an option; ``param`` names it.
     """
     config, prompt = request.config, request.prompt
     is_text = isinstance(prompt, str)
@@ -81,7 +81,7 @@ def put_question(request: Request, flavour: Flavour, extra: Mapping[str, Any]) -
 
 
 def our_name(param: str | None) -> str | None:
-    """What a caller of the bridge calls the field that a server finds at fault: ``messages[0].role`` is the prompt."""
+    """The caller's name for a field that a server rejects: ``messages[0].role`` is the prompt."""
     if not param:
         return None
     name = param.partition("[")[0].partition(".")[0]
@@ -89,7 +89,7 @@ def our_name(param: str | None) -> str | None:
 
 
 def _sampling(config: GenerationConfig, flavour: Flavour) -> dict[str, Any]:
-    """Greedy is a temperature of 0: no server samples without being told how."""
+    """The sampling fields; greedy is a temperature of 0, since servers sample by default."""
     given = set(config.given())
     body: dict[str, Any] = {name: getattr(config, name) for name in _AS_THEY_ARE if name in given}
     body |= {there: getattr(config, name) for name, there in _RENAMED.items() if name in given}
@@ -116,7 +116,7 @@ def _form(config: GenerationConfig, flavour: Flavour) -> dict[str, Any]:
 
 
 def _named(given: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI's API wants a name of the schema, which nobody else does."""
+    """Add a name to the schema, which only OpenAI's API requires."""
     described = given.get("json_schema")
     if not isinstance(described, Mapping):
         return dict(given)
@@ -136,7 +136,7 @@ def _refuse_chats_fields(config: GenerationConfig, flavour: Flavour) -> None:
     for name in config.given():
         if name in CHAT_ONLY or name in flavour.chat_only:
             raise UnsupportedOptionError(
-                f"{name} goes with a conversation on these servers, not with raw text or token ids; leave it out.",
+                f"{name} needs a conversation on these servers, not raw text or token ids; leave it out.",
                 param=name,
             )
 
@@ -146,5 +146,5 @@ def _unsupported(name: str, how: str) -> InvalidRequestError:
 
 
 def texts_of(items: Sequence[Any]) -> list[Any]:
-    """Texts, or token ids, as a list that JSON can hold."""
+    """Texts or token ids as a JSON list."""
     return [item if isinstance(item, str) else list(item) for item in items]

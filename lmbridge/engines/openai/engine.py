@@ -1,7 +1,7 @@
-"""The engine whose model is on other servers: each request is one HTTP request, streamed on the bridge's own loop.
+"""The engine for models on other servers: each request is one HTTP request, streamed on the bridge's loop.
 
-Rule: everything here runs on the server thread, but for ``where`` and what loads the client library. Leaving a stream
-closes its socket, by which the far end knows that nobody waits any more.
+Rule: everything here runs on the server thread, except ``where`` and loading the client library. Leaving a stream
+closes its socket, which tells the far end that nobody is waiting.
 """
 
 from __future__ import annotations
@@ -31,21 +31,19 @@ _END = object()
 
 
 class OpenAIEngine(Engine):
-    """A model on one or several servers that speak OpenAI's API.
+    """A model on one or several servers with OpenAI's API.
 
     Args:
         model: a URL, or several separated by commas; or the model's name, with ``base_url``.
-        base_url: a URL, or a list of them: servers of one kind that serve the same model; default: what OPENAI_BASE_URL
-            says, else OpenAI's own. A URL without a path gets ``/v1``.
-        model_name: what the servers call the model; default: the first that each of them lists, of those that do the
-            task.
-        api_key: default: what OPENAI_API_KEY says.
-        flavour: what kind of server it is, for the fields that it takes: ``lmbridge``, ``vllm``, ``lmdeploy``,
-            ``tabbyapi``, ``llamacpp`` or ``openai``; None: what it says itself, and one that is not known takes
-            OpenAI's fields.
-        task: ``generate``, ``embed`` or ``rerank``; ``auto``: what the server says, and ``generate`` where it does not.
-        max_batch_size: requests at once on all servers together; default: 64 for each.
-        extra_body: put into the body of every request for text, as it is.
+        base_url: a URL, or a list of them: servers of one kind with the same model; default: OPENAI_BASE_URL, else
+            OpenAI's own. A URL without a path gets ``/v1``.
+        model_name: the model's name on the servers; default: the first listed by each of them that supports the task.
+        api_key: default: OPENAI_API_KEY.
+        flavour: the kind of server, which determines its fields: ``lmbridge``, ``vllm``, ``lmdeploy``, ``tabbyapi``,
+            ``llamacpp`` or ``openai``; None: detected; an unknown kind gets OpenAI's fields.
+        task: ``generate``, ``embed`` or ``rerank``; ``auto``: as the server reports, else ``generate``.
+        max_batch_size: requests at once on all servers together; default: 64 per server.
+        extra_body: added unchanged to the body of every text generation request.
     """
 
     name: ClassVar[str] = "openai"
@@ -76,7 +74,7 @@ class OpenAIEngine(Engine):
         self._flavour: Flavour | None = None
         self._jobs: Jobs | None = None
         self._words = Words()
-        self._at: dict[str, Server | None] = {}  # request id -> where it is answered; None while it waits for a server
+        self._at: dict[str, Server | None] = {}  # request id -> its server; None while it waits for one
         self._watches: list[asyncio.Task[None]] = []
         self._tokens = 0
 
@@ -88,7 +86,7 @@ class OpenAIEngine(Engine):
     # --- start and end ---
 
     async def start(self) -> None:
-        """Ask the servers for their models; those that do not answer are asked again in the background.
+        """Ask the servers for their models; those that do not answer are retried in the background.
 
         Raises:
             MissingDependencyError: the client library is missing, or has changed.
@@ -111,7 +109,7 @@ class OpenAIEngine(Engine):
         self._watches = [_start(server.watch(), f"lmbridge watch of {server.url}") for server in self._servers]
 
     def _make_clients(self) -> list[Any]:
-        """On the worker thread: the library takes its time, and so do the certificates."""
+        """On the worker thread: loading the library and the certificates is slow."""
         import_library()
         options = self._options
         return [make_client(url, options.api_key, options.logins.get(url)) for url in options.urls]
@@ -142,11 +140,11 @@ class OpenAIEngine(Engine):
             super().abort_request(request_id)
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
-        """Yield the request's deltas. One that no server has begun with goes on to the next.
+        """Yield the request's deltas. A request that no server has started goes to the next.
 
         Raises:
-            InvalidRequestError: the servers would not honour something in it, or have refused it.
-            EngineError: it failed there, or no server is there.
+            InvalidRequestError: the servers do not support an option, or refused the request.
+            EngineError: it failed on the server, or no server is available.
         """
         assert self._flavour is not None
         question = put_question(request, self._flavour, self._options.extra_body)
@@ -169,7 +167,7 @@ class OpenAIEngine(Engine):
             self._at.pop(request.id, None)
 
     async def _ask(self, server: Server, question: Question, reader: AnswerReader) -> AsyncGenerator[Delta, None]:
-        """One server's answer."""
+        """Stream one server's answer."""
         body = question.to(server.model, server.unwanted)
         with in_our_words(server.url, question):
             async with await stream(server.client, question.path, body) as chunks:
@@ -182,7 +180,7 @@ class OpenAIEngine(Engine):
             yield reader.finish()
 
     async def _send(self, question: Question) -> Any:
-        """A server's whole answer."""
+        """A server's complete answer."""
         errand = Errand(self._group)
         while True:
             server = await errand.next()
@@ -192,14 +190,15 @@ class OpenAIEngine(Engine):
             except NotServedError as what:
                 question = await errand.failed(server, question, what, False)
 
-    # --- what can be seen ---
+    # --- inspection ---
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
-        """Of tokens whose text a server has told beside their log-probabilities."""
+        """The text of each token seen with log-probabilities; "" for others."""
         return self._words.texts(token_ids)
 
     def progress(self, request_id: str) -> int | None:
-        """A server that is silent and lives is at work; whoever waits until one is less full has been told to."""
+        """A silent server that responds to checks is making progress; waiting for a full server counts as progress
+        too."""
         if request_id in self._at:
             server = self._at[request_id]
             return int(time.monotonic()) if server is None else server.heard
@@ -209,10 +208,10 @@ class OpenAIEngine(Engine):
 
     def where(self) -> str:
         busy = [f"{server.url} ({server.in_flight} requests)" for server in self._servers if server.in_flight]
-        return f"it waits for {', '.join(busy)}" if busy else ""
+        return f"it is waiting for {', '.join(busy)}" if busy else ""
 
     def stats(self) -> dict[str, float]:
-        """``in_flight``, ``tokens`` as far as the servers tell them, ``servers`` and how many are ``servers_away``."""
+        """``in_flight``, ``tokens`` as reported by the servers, ``servers`` and ``servers_away``."""
         jobs = self._jobs
         return {
             "in_flight": float(len(self._running) + (0 if jobs is None else len(jobs))),
@@ -224,15 +223,15 @@ class OpenAIEngine(Engine):
 
 
 def _instead(task: str, server: Server) -> str:
-    """What to use for a task that the model does not do."""
+    """What to use for a task that the model does not support."""
     names = [name for name, tasks in server.offers.items() if task in tasks]
     if names:
-        return f"the server's model that does: {' or '.join(f'model_name={name!r}' for name in names[:5])}"
-    return f"a model of the server's that does, by model_name=, with task={task!r} where the server does not say it"
+        return f"one of the server's models that can: {' or '.join(f'model_name={name!r}' for name in names[:5])}"
+    return f"model_name= for a model of the server that can, with task={task!r} if the server does not report tasks"
 
 
 async def _next(chunks: Any, deadline: float | None) -> Any:
-    """What is streamed next. A server that has told all, and neither ends nor leaves, is not waited for."""
+    """The next chunk. Does not wait for a server that has sent everything but does not end the stream."""
     try:
         async with asyncio.timeout_at(deadline):
             return await anext(chunks)

@@ -1,7 +1,7 @@
-"""One request's way from server to server.
+"""The retries of one request from server to server.
 
-Rule: server thread only. A request that a server has begun with is sent to no other, unless the server said nothing of
-it and its connection broke; and then once.
+Rule: server thread only. A request that a server has started goes to no other, unless the server sent nothing for it
+and its connection broke; and then only once.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from lmbridge.errors import LMBridgeError
 from lmbridge.log import said
 
 MOST_REFUSALS = 3
-"""How often a request is sent again to servers that are unwell."""
+"""How often a request is retried on failing servers."""
 MOST_BEGINNINGS = 2
-"""How often a request may have been begun with before it is taken to be what breaks servers."""
+"""How often a request may have been started before it counts as the cause of the failures."""
 
 
 class Errand:
-    """One request's way from server to server, until one has begun with it."""
+    """Finds a server for one request, until one has started it."""
 
     def __init__(self, group: Group) -> None:
         self._group = group
@@ -39,18 +39,18 @@ class Errand:
         self._refusals = 0
 
     async def next(self) -> Server:
-        """Where to go now.
+        """The server to try now.
 
         Raises:
-            EngineError: there is no server left.
+            EngineError: no server is left.
         """
         return await self._group.free(self._shunned)
 
     async def failed(self, server: Server, question: Question, what: NotServedError, begun: bool) -> Question:
-        """A server did not serve it; what to go on with by ``next``.
+        """A server did not serve it; returns the question for ``next`` to retry.
 
         Raises:
-            LMBridgeError: that is no use.
+            LMBridgeError: a retry is useless.
         """
         if isinstance(what, NoRoomError):
             return question.with_what_is_left(what.tokens)
@@ -65,7 +65,7 @@ class Errand:
         return question
 
     async def _look_again(self, server: Server, what: GoneError) -> None:
-        """It may have come back with another model; one that lists the model, and does not know it, has had its say."""
+        """Ask the server for its models again; if it still lists this one, raise its refusal."""
         if server in self._renamed:
             raise what.refusal from what.__cause__
         self._renamed.add(server)
@@ -78,7 +78,7 @@ class Errand:
         if isinstance(what, BusyError):
             server.hold(what.seconds)
             self._refusals += what.ails
-        elif not (isinstance(what, AwayError) and what.was_old):  # a new connection will tell whether it is there
+        elif not (isinstance(what, AwayError) and what.was_old):  # a new connection will show whether it is there
             server.rest(what.said)
         if isinstance(what, (AwayError, BusyError)) and what.broke:
             self._beginnings, self._shunned = self._beginnings + 1, server

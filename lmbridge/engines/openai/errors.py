@@ -1,8 +1,7 @@
-"""What goes wrong with a server, in our words.
+"""Translates servers' errors to ours.
 
-Rule: pure functions; the ``openai`` library is imported inside. Two kinds are told apart: a request that a server has
-refused or failed, which is one of our errors, and one that it has not served (``NotServedError``), which may go to
-another.
+Rule: pure functions; the ``openai`` library is imported inside. There are two kinds: a request that a server refused or
+failed becomes one of our errors; one that it did not serve (``NotServedError``) may go to another server.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from lmbridge.errors import EngineError, InvalidRequestError, LMBridgeError, Pro
 from lmbridge.log import said, shown
 
 LONGEST_WAIT = 120.0
-"""Seconds: a server that wants to be left alone for longer fails the request instead."""
+"""Seconds: if a server asks to wait for longer, the request fails instead."""
 _USUAL_WAIT = 1.0
 _TOO_LONG = ("maximum context length", "context_length_exceeded", "exceed_context_size", "available context size")
 _MOST = re.compile(r"maximum context length is (\d+) tokens")
@@ -36,7 +35,7 @@ _PASSING_TYPES = ("rate_limit_error", "timeout_error", "overloaded_error")
 
 
 class NotServedError(Exception):
-    """The server did not do it. ``said`` is what is known of the reason."""
+    """The server did not serve the request. ``said`` is the reason, if known."""
 
     def __init__(self, said: str) -> None:
         super().__init__(said)
@@ -44,11 +43,11 @@ class NotServedError(Exception):
 
 
 class AwayError(NotServedError):
-    """It cannot be reached, or cannot serve anybody.
+    """The server is unreachable, or cannot serve anyone.
 
     Attributes:
-        broke: it may have begun with the request.
-        was_old: the connection was, and may have been closed just as the request went out on it.
+        broke: it may have started the request.
+        was_old: the connection was reused, and may have been closed just as the request went out.
         answered: its response had begun.
     """
 
@@ -60,11 +59,11 @@ class AwayError(NotServedError):
 
 
 class BusyError(NotServedError):
-    """It wants to be left alone for so many seconds.
+    """The server asks to wait for this many seconds.
 
     Attributes:
-        ails: it is not full but unwell, and may stay so.
-        broke: who stands behind it may have begun with the request.
+        ails: it is failing rather than full, and may stay so.
+        broke: a backend behind it may have started the request.
     """
 
     def __init__(self, said: str, seconds: float, ails: bool, broke: bool = False) -> None:
@@ -75,7 +74,7 @@ class BusyError(NotServedError):
 
 
 class UnwantedError(NotServedError):
-    """It does not know a field that was added here, and is to be asked without."""
+    """The server rejects a field that we added; retry without it."""
 
     def __init__(self, field: str) -> None:
         super().__init__(f"it does not take {field}")
@@ -83,7 +82,7 @@ class UnwantedError(NotServedError):
 
 
 class NoRoomError(NotServedError):
-    """It has less room than is asked for by default, and is to be asked for what is left: so many tokens at most."""
+    """The server has less room than the default length; retry with at most this many tokens."""
 
     def __init__(self, said: str, tokens: int) -> None:
         super().__init__(said)
@@ -91,7 +90,7 @@ class NoRoomError(NotServedError):
 
 
 class GoneError(NotServedError):
-    """It does not know the model. ``refusal`` is what to tell a caller if it serves the model all the same."""
+    """The server does not know the model. ``refusal`` is the caller's error if it does list the model."""
 
     def __init__(self, said: str, refusal: InvalidRequestError) -> None:
         super().__init__(said)
@@ -100,10 +99,10 @@ class GoneError(NotServedError):
 
 @contextmanager
 def in_our_words(url: str, question: Question | None = None) -> Iterator[None]:
-    """Raise what the client raises inside as one of our errors, or as NotServedError.
+    """Raise the client's errors as ours, or as NotServedError.
 
     Args:
-        url: the server's, for messages.
+        url: the server's URL, for messages.
     """
     import openai
 
@@ -115,28 +114,28 @@ def in_our_words(url: str, question: Question | None = None) -> Iterator[None]:
         raise _of_status(url, error, question) from _fit_to_show(error)
     except openai.APIConnectionError as error:
         raise _of_connection(error) from error
-    except openai.APIError as error:  # in the midst of a stream
+    except openai.APIError as error:  # during a stream
         raise _of_event(url, error) from _fit_to_show(error)
     except (openai.OpenAIError, OSError) as error:
         raise AwayError(said(error)) from error
     except Exception as error:
-        if _is_of_transport(error):  # which older clients leave as it is in the midst of a stream
+        if _is_of_transport(error):  # older clients do not wrap it during a stream
             raise AwayError(said(error), broke=True, answered=True) from error
-        raise passing(f"The server {url} sent what cannot be read: {shown(error)}. Send it again.") from error
+        raise passing(f"The server {url} sent an unreadable answer: {shown(error)}. Send it again.") from error
 
 
 def _is_of_transport(error: Exception) -> bool:
-    """Whether it is one of the HTTP library's, which is another one with older clients."""
+    """Whether it is an error of the HTTP library, which differs in older clients."""
     return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
 
 
 def lost(url: str, what: NotServedError) -> EngineError:
-    """Of a request that was being answered."""
-    return passing(f"The server {url} was lost in the midst of the answer ({what.said}). Send it again.", what)
+    """The error of a request whose server was lost during the answer."""
+    return passing(f"The server {url} was lost during the answer ({what.said}). Send it again.", what)
 
 
 def passing(message: str, cause: BaseException | None = None) -> EngineError:
-    """An error that may be over when the same request is sent again."""
+    """A retryable error."""
     error = EngineError(message)
     error.retryable, error.__cause__ = True, cause
     return error
@@ -150,10 +149,10 @@ def _of_status(url: str, error: Any, question: Question | None) -> LMBridgeError
         return _busy(url, error, f"status {status}: {message}", True)
     if 300 <= status < 400:
         place = shown_url(str(error.response.headers.get("location"))[:200])
-        return EngineError(f"The server {url} sends its requests on to {place}; give the URL that it has there.")
+        return EngineError(f"The server {url} redirects to {place}; give that URL instead.")
     if status in (401, 403):
         return EngineError(
-            f"The server {url} refuses the API key (status {status}: {message}); give api_key=, or set OPENAI_API_KEY."
+            f"The server {url} rejected the API key (status {status}: {message}); give api_key=, or set OPENAI_API_KEY."
         )
     if status in (400, 404, 405, 413, 422):
         return _refusal(url, error, message, question)
@@ -163,7 +162,7 @@ def _of_status(url: str, error: Any, question: Question | None) -> LMBridgeError
 
 def _of_connection(error: Any) -> LMBridgeError | NotServedError:
     cause = error.__cause__ or error
-    if isinstance(cause, LMBridgeError):  # our own word on a response
+    if isinstance(cause, LMBridgeError):  # our own error about a response
         return cause
     trip, broke = trip_of(error.request), not type(cause).__name__.startswith("Connect")
     return AwayError(said(cause), broke, was_old=broke and not trip.is_new, answered=trip.answered)
@@ -198,9 +197,9 @@ def _refusal(url: str, error: Any, message: str, question: Question | None) -> L
 
 
 def _room(question: Question, message: str) -> int:
-    """The tokens that are left, where a server refuses the default length of an answer; 0 where it refuses else.
+    """The room left, if a server refuses an answer's default length; 0 for any other refusal.
 
-    vLLM's words have changed from version to version: "However, you requested 612 tokens (100 in the messages, 512 in
+    vLLM's wording varies by version: "However, you requested 612 tokens (100 in the messages, 512 in
     the completion)", "'max_tokens' is too large: 512", "max_tokens=512 cannot be greater than max_model_len=300".
     """
     limit, prompt = _LIMIT.search(message), _PROMPT.search(message)
@@ -216,14 +215,14 @@ def _knows_no_model(error: Any, message: str) -> bool:
 def _busy(url: str, error: Any, message: str, ails: bool) -> LMBridgeError | BusyError:
     seconds = retry_after(error.response.headers)
     if seconds > LONGEST_WAIT:
-        full = QueueFullError(f"The server {url} takes no request for {seconds:.0f} s: {message}. Send it again then.")
+        full = QueueFullError(f"The server {url} takes no requests for {seconds:.0f} s: {message}. Send it again then.")
         full.retry_after = seconds
         return full
     return BusyError(message, seconds, ails, broke=error.status_code == _BAD_GATEWAY)
 
 
 def retry_after(headers: Any) -> float:
-    """Seconds that a server asks to be left alone for; the usual ones where it says nothing that makes sense."""
+    """The seconds a server asks to wait; the default if it gives none or an invalid value."""
     given = headers.get("retry-after") or ""
     try:
         seconds = float(given)
@@ -236,12 +235,12 @@ def _until(date: str) -> float:
     try:
         parts = email.utils.parsedate_tz(date)
         return math.nan if parts is None else email.utils.mktime_tz(parts) - time.time()
-    except (ValueError, OverflowError):  # there is no such date
+    except (ValueError, OverflowError):  # an invalid date
         return math.nan
 
 
 def _message(error: Any) -> str:
-    """The server's own words, without a full stop and without the key; ours where it has none."""
+    """The server's message without full stop and API key, or ours if it has none."""
     body = error.body
     if isinstance(body, dict):
         inner = body.get("error")
@@ -252,12 +251,12 @@ def _message(error: Any) -> str:
 
 
 def _without_key(words: str, error: Any) -> str:
-    """Some servers repeat what they were sent."""
+    """Remove the API key, which some servers repeat in messages."""
     key = error.request.headers.get("authorization", "").rpartition(" ")[2]
     return words if key in ("", NO_KEY) else re.sub(rf"(?<!\w){re.escape(key)}(?!\w)", "***", words)
 
 
 def _fit_to_show(error: Any) -> Any:
-    """The client's own error as the cause, unless the key stands in it."""
+    """The client's error as the cause, unless it contains the API key."""
     words = f"{error} {error.body}"
     return error if _without_key(words, error) == words else None

@@ -1,7 +1,7 @@
-"""What each kind of server takes beside OpenAI's own fields, and what it calls it.
+"""The fields of each kind of server beyond OpenAI's, and their names.
 
-Rule: data and pure functions. A field that a kind of server would not honour is in none of its lists and is refused by
-name: most of them leave out without a word what they do not know.
+Rule: data and pure functions. A field that a kind of server does not support is in none of its lists and is refused by
+name: most servers silently ignore unknown fields.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from lmbridge.grammar import is_gbnf
 
 Form = Callable[[Any], "dict[str, Any] | None"]
-"""From what an answer must be to the fields that ask for it; None where this server cannot be asked for it."""
+"""Maps the form of an answer to request fields; None if this server does not support it."""
 
 _OPENAI = frozenset(
     {
@@ -24,14 +24,14 @@ _OPENAI = frozenset(
         "parallel_tool_calls", "separate_reasoning",
     }
 )  # fmt: skip
-"""GenerationConfig's fields that OpenAI's API has words for; ``asking`` says them."""
+"""GenerationConfig fields that OpenAI's API has; ``asking`` translates them."""
 CHAT_ONLY = frozenset(
     {
         "tools", "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "add_generation_prompt",
         "continue_final_message", "separate_reasoning",
     }
 )  # fmt: skip
-"""Those that say something of a conversation, and nothing of a text."""
+"""Fields that apply to conversations only."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,18 @@ class Flavour:
     """One kind of server.
 
     Attributes:
-        owner: how its models are said to be ``owned_by``.
-        names: fields that are passed on as they are, to what they are called there.
-        forms: what kinds of grammar it follows.
-        lacks: fields of OpenAI's that it ignores.
-        chat_only: fields that only its chats take, beside those that are no others' either.
-        max_tokens: what it calls a chat's ``max_new_tokens``.
-        formats: it takes ``response_format`` as OpenAI does.
-        tells_ids: it gives token ids, with ``return_token_ids``.
-        tells_ending: among them is the one that ended the answer.
+        owner: the ``owned_by`` of its models.
+        names: maps fields passed on unchanged to their names there.
+        forms: the kinds of grammar it supports.
+        lacks: OpenAI fields that it ignores.
+        chat_only: further fields that only its chat route supports.
+        max_tokens: its name for a chat's ``max_new_tokens``.
+        formats: it supports ``response_format`` like OpenAI.
+        tells_ids: it returns token ids, with ``return_token_ids``.
+        tells_ending: they include the end token.
         names_tools: its ``tool_choice`` may be one tool's name.
-        embeds: what it takes beside OpenAI's fields of ``/embeddings``.
-        truncates: what asks it to cut the end off a text that is too long, to embed or to rerank.
+        embeds: its fields of ``/embeddings`` beyond OpenAI's.
+        truncates: the field that makes it cut texts that are too long to embed or rerank.
     """
 
     owner: str
@@ -68,7 +68,7 @@ class Flavour:
 
     @property
     def supports(self) -> frozenset[str]:
-        """The fields of GenerationConfig that it honours."""
+        """The fields of GenerationConfig that it supports."""
         ids = {"return_prompt_token_ids"} if self.tells_ids else set()
         return frozenset((_OPENAI | self.names.keys() | ids) - self.lacks)
 
@@ -175,14 +175,14 @@ FLAVOURS: dict[str, Flavour] = {
 }  # fmt: skip
 
 ANY = frozenset[str]().union(*(flavour.supports for flavour in FLAVOURS.values()))
-"""What some of them honour; which one it is, is known once a server has answered."""
+"""The fields that at least one kind supports; the kind is known once a server has answered."""
 
 
 def flavour_of(owner: object) -> Flavour:
-    """The kind of server whose models are said to be owned by that; one that is not known takes OpenAI's fields."""
+    """The kind of server whose models have this ``owned_by``; an unknown kind gets OpenAI's fields."""
     named = str(owner).lower()
     return next((found for found in FLAVOURS.values() if found.owner.lower() == named), _PLAIN)
 
 
 _PLAIN = Flavour("a server", forms={"json": _schema}, chat_only=frozenset({"response_format", "grammar"}))
-"""What speaks OpenAI's API and is not known here: its chats may know no newer name of ``max_tokens``."""
+"""Unknown servers with OpenAI's API: their chats may lack the newer name of ``max_tokens``."""

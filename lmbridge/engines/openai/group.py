@@ -1,4 +1,4 @@
-"""Servers that serve one model: which of them are there, and which gets the next request.
+"""Servers of one model: which are available, and which gets the next request.
 
 Rule: server thread only.
 """
@@ -16,32 +16,32 @@ from lmbridge.errors import EngineStartError, LMBridgeError
 from lmbridge.log import logger, said
 
 LATE = 1.0
-"""Seconds that the others have at the start, once one has answered."""
+"""Seconds that the other servers have at the start once one has answered."""
 
 
 class Group:
-    """Servers that serve one model.
+    """Servers of one model.
 
     Args:
-        tell_busy: is told for how many seconds all of them want to be left alone.
-        of_one_kind: they must be, since nobody has said what kind they are.
+        tell_busy: called with the seconds for which all servers ask to wait.
+        of_one_kind: all must be of the same kind, because no flavour was given.
     """
 
     def __init__(self, servers: Sequence[Server], tell_busy: Callable[[float], None], of_one_kind: bool = True) -> None:
         self.servers = servers
         self._tell_busy = tell_busy
         self._of_one_kind = of_one_kind
-        self._turn = 0  # whose it is where several have as little to do
+        self._turn = 0  # breaks ties between equally loaded servers
         self._change = asyncio.Event()
-        self._names: set[str] = set()  # of their models, where these are several and that was said
+        self._names: set[str] = set()  # of their models, once a difference was logged
         for server in servers:
             server.on_change = self._changed
 
     async def reach(self) -> Server:
-        """Ask all of them; the first in the list that is there. Those that take long may join later.
+        """Ask all servers; returns the first in the list that answers. Slow ones may join later.
 
         Raises:
-            EngineStartError: none is, or they are of several kinds.
+            EngineStartError: none answers, or their kinds differ.
         """
         found = await self._look_at_all()
         for server, error in zip(self.servers, found, strict=True):
@@ -76,7 +76,7 @@ class Group:
         return [AwayError("it has not answered yet") if _is_cancelled(error) else error for error in found]
 
     def _settle(self, there: Sequence[Server]) -> None:
-        """Fields are chosen by the kind of server: all must be of the same."""
+        """All servers must be of one kind, which determines the fields."""
         for server in self.servers if self._of_one_kind else ():
             server.expected = there[0].flavour
             if server in there and server.flavour is not server.expected:
@@ -84,7 +84,7 @@ class Group:
         self._changed()
 
     def _changed(self) -> None:
-        """Whoever waits looks again, and the bridge hears for how long nobody need come."""
+        """Wake the waiting requests, and tell the bridge how long all servers are busy."""
         self._change.set()
         self._change.clear()
         there = [server for server in self.servers if server.away is None]
@@ -96,20 +96,20 @@ class Group:
             self._names = names
 
     async def free(self, shunned: Server | None) -> Server:
-        """The server with the least to do of those that are there; waits while all are full.
+        """The least loaded available server; waits while all are full.
 
         Args:
-            shunned: is taken only where it is the last one that is there.
+            shunned: used only if no other server is available.
 
         Raises:
-            EngineError: there is none.
+            EngineError: no server is available.
         """
         loop = asyncio.get_running_loop()
         while True:
             there = [server for server in self.servers if server.away is None]
             if not there:
                 causes = "; ".join(server.trouble for server in self.servers)
-                raise passing(f"No server is there for the request ({causes}). Send it again later.")
+                raise passing(f"No server is available for the request ({causes}). Send it again later.")
             there = [server for server in there if server is not shunned] or there
             now = loop.time()
             ready = [server for server in there if server.held_until <= now]
@@ -117,7 +117,7 @@ class Group:
                 return self._least(ready)
             seconds = min(server.held_until for server in there) - now
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds * random.uniform(1.0, 1.1)):  # all who wait need not come at once
+                async with asyncio.timeout(seconds * random.uniform(1.0, 1.1)):  # spreads the retries
                     await self._change.wait()
 
     def _least(self, ready: Sequence[Server]) -> Server:

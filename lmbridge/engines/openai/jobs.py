@@ -1,4 +1,4 @@
-"""Texts to embed and documents to rerank: single ones that come together go in one HTTP request.
+"""Batches texts to embed and documents to rerank into HTTP requests.
 
 Rule: server thread only; numpy is imported inside. Each server works on one batch at a time, while the next gathers.
 """
@@ -20,12 +20,12 @@ from lmbridge.errors import EngineError, InvalidRequestError, UnsupportedOptionE
 from lmbridge.messages import Embed, Request, Rerank, Usage
 
 Ask = Callable[[Question], Awaitable[Any]]
-_NO_NUMBERS = "The server made numbers of this item that are none (NaN or infinite)."
+_NO_NUMBERS = "The server returned NaN or infinite numbers for this item."
 
 
 @dataclass(eq=False, slots=True)
 class _Item:
-    """One job; ``usage`` is filled in when its batch is done, ``failed`` when a server broke on it and others."""
+    """One job; ``usage`` is set when its batch is done, ``failed`` when a server failed on its batch."""
 
     job: Embed | Rerank
     usage: Usage = field(default_factory=Usage)
@@ -37,7 +37,7 @@ class _Item:
 
     @property
     def alike(self) -> tuple[Any, ...]:
-        """What items of one HTTP request have in common."""
+        """The key shared by items of one HTTP request."""
         job = self.job
         if isinstance(job, Rerank):
             return (job.query, job.truncate)
@@ -69,10 +69,10 @@ class Jobs:
         return sum(batcher.batches for batcher in self._batchers)
 
     def add(self, request: Request, sink: Sink) -> None:
-        """Have a job done.
+        """Queue a job.
 
         Raises:
-            UnsupportedOptionError: these servers cannot be asked for it.
+            UnsupportedOptionError: these servers do not support it.
         """
         assert isinstance(request.job, (Embed, Rerank))
         item = _Item(request.job)
@@ -82,7 +82,7 @@ class Jobs:
         batcher.add(request.id, item, sink, usage=item.usage, client=request.client)
 
     def discard(self, request_id: str) -> bool:
-        """Let go of a job; False where there is none of that id."""
+        """Drop a job; False if there is none with that id."""
         return any(batcher.discard(request_id) for batcher in self._batchers)
 
     def close(self) -> None:
@@ -99,7 +99,7 @@ class Jobs:
             raise UnsupportedOptionError("truncate is not supported by these servers; shorten the text.", "truncate")
 
     async def _run(self, items: list[_Item]) -> Sequence[Any]:
-        """One batch: an HTTP request for each kind of items in it."""
+        """Run one batch: one HTTP request per kind of items."""
         kinds: dict[tuple[Any, ...], list[_Item]] = {}
         for item in items:
             kinds.setdefault(item.alike, []).append(item)
@@ -108,7 +108,7 @@ class Jobs:
         for alike, outcome in zip(kinds.values(), done, strict=True):
             if isinstance(outcome, BaseException):
                 if _is_of_one(outcome, alike):
-                    raise outcome  # the batch is taken apart then, down to the items that fail by themselves
+                    raise outcome  # the batch is then split, down to the items that fail alone
                 outcome = [fresh(outcome) for _ in alike]
             results.update(zip(alike, outcome, strict=True))
         return [results[item] for item in items]
@@ -145,9 +145,9 @@ class Jobs:
 
 
 def _is_of_one(error: BaseException, items: list[_Item]) -> bool:
-    """Whether halves may fare better: what a server finds wrong is one item's fault, and what breaks it may be.
+    """Whether halves may succeed: a refusal is one item's fault, and a server crash may be.
 
-    Of an ailing server, each text would be asked twice otherwise.
+    If the server itself is failing, retrying halves would only ask twice for each text.
     """
     status = getattr(error.__cause__, "status_code", None)
     if status == 500 and not any(item.failed for item in items):
@@ -163,13 +163,13 @@ def _score(told: Any) -> Any:
 
 
 def _vector(told: Any, normalize: bool) -> Any:
-    """float32, of length 1 where that is wanted; servers that know no base64 tell numbers."""
+    """A float32 vector, normalised if requested; servers without base64 send numbers."""
     import numpy as np
 
     known = isinstance(told, str)
     vector = np.frombuffer(base64.b64decode(told), "<f4") if known else np.asarray(told, np.float32)
     if vector.ndim != 1 or not vector.size:
-        raise ValueError("it is no vector")
+        raise ValueError("it is not a vector")
     if not np.isfinite(vector).all():
         return EngineError(_NO_NUMBERS)
     length = float(np.linalg.norm(vector)) if normalize else 1.0
@@ -177,7 +177,7 @@ def _vector(told: Any, normalize: bool) -> Any:
 
 
 def _share(tokens: int, items: list[_Item]) -> None:
-    """A server counts the tokens of a request: its items get their shares by length, which add up to that."""
+    """Split a request's token count among its items by length, preserving the sum."""
     left, lengths = tokens, [max(1, len(item.text)) for item in items]
     whole = sum(lengths)
     for item, length in zip(items, lengths, strict=True):

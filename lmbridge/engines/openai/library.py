@@ -1,8 +1,8 @@
-"""The ``openai`` client: loaded, looked at, and asked in one way for everything.
+"""Loads and checks the ``openai`` client, and makes all requests through it.
 
 Rule: the library is imported inside the functions only, first on the engine's worker thread. What is named here is all
-that the other files touch. Answers are plain JSON: what a server says beyond OpenAI's own is kept, and no model of the
-library's has to be built of each token.
+that the other files use. Answers are plain JSON: extra fields of servers are kept, and no library objects are built per
+token.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from lmbridge.errors import EngineError, MissingDependencyError
 INSTALL = 'pip install "lmbridge[openai]"'
 NO_KEY = "none"
 CONNECT_TIMEOUT = 5.0
-"""Seconds for a connection to be made."""
+"""Seconds to connect."""
 ANSWER_TIMEOUT = 10.0
-"""Seconds for the whole answer to a question about the server itself."""
+"""Seconds for the complete answer to a query about the server itself."""
 MOST_OF_AN_EVENT = 1 << 24
 """Bytes of one event of a stream."""
 MOST_OF_AN_ANSWER = 1 << 26
-"""Bytes of an answer that is no stream."""
+"""Bytes of an answer that is not a stream."""
 
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
-"""Seconds of silence before the first question, seconds between two, and how many may go unanswered."""
+"""TCP keepalive: idle seconds before the first probe, seconds between probes, and unanswered probes allowed."""
 _EVENTS = "text/event-stream"
 _END_OF_EVENT = re.compile(rb"\r?\n\r?\n|\r\r")
 
@@ -54,7 +54,7 @@ MEMBERS = {
 
 
 def import_library() -> None:
-    """See that the client is there and has what the engine relies on.
+    """Check that the client is installed and has what the engine relies on.
 
     Raises:
         MissingDependencyError: it is not installed, or has changed; the message names what is missing.
@@ -72,9 +72,10 @@ def import_library() -> None:
 
 
 def make_client(url: str, api_key: str | None, login: str | None) -> Any:
-    """A client for one server. Many servers want no key, and the library insists on one.
+    """A client for one server. Many servers need no key, but the library insists on one.
 
-    Nobody is followed elsewhere with a prompt and a key, and nothing is unpacked: a kilobyte may hold a gigabyte.
+    It follows no redirects, which would pass prompt and key on, and decompresses nothing: a kilobyte may hold a
+        gigabyte.
     """
     import openai
 
@@ -87,7 +88,7 @@ def make_client(url: str, api_key: str | None, login: str | None) -> Any:
 
 
 class Trip:
-    """What has become of a request so far; the HTTP library says it.
+    """The state of a request, reported by the HTTP library.
 
     Attributes:
         is_new: its connection was made for it. An old one may have been closed as the request went out.
@@ -108,20 +109,20 @@ async def _follow(request: Any) -> None:
 
 
 def trip_of(request: Any) -> Trip:
-    """What has become of a request that the client has sent."""
+    """The state of a request that the client has sent."""
     found = request.extensions.get("trace")
     return found if isinstance(found, Trip) else Trip()
 
 
 async def _guard(response: Any) -> None:
-    """Take no more of a response than makes sense.
+    """Limit the size of a response.
 
     Raises:
-        EngineError: it is packed, though none was asked for that is.
+        EngineError: it is compressed, although uncompressed was requested.
     """
     coding = response.headers.get("content-encoding") or "identity"
     if coding.strip().lower() != "identity":
-        raise EngineError(f"{response.url} sent an answer that is packed ({coding[:40]}), though it was asked not to.")
+        raise EngineError(f"{response.url} sent a compressed answer ({coding[:40]}) although none was requested.")
     raw, streamed = response.aiter_raw, response.request.headers.get("accept") == _EVENTS
 
     async def counted(chunk_size: int | None = None) -> AsyncGenerator[bytes, None]:
@@ -133,26 +134,26 @@ async def _guard(response: Any) -> None:
                     size = 0
                 end = (end + piece)[-3:]
                 if size > (MOST_OF_AN_EVENT if streamed else MOST_OF_AN_ANSWER):
-                    raise EngineError(f"{response.url} sent more at a time than makes sense ({size >> 20} MiB).")
+                    raise EngineError(f"{response.url} sent an oversized answer ({size >> 20} MiB).")
                 yield piece
 
     response.aiter_raw = counted
 
 
 async def get(client: Any, path: str) -> Any:
-    """What the server says of itself there."""
+    """Query the server about itself."""
     import openai
 
     timeout = openai.Timeout(ANSWER_TIMEOUT, connect=CONNECT_TIMEOUT)
     try:
-        async with asyncio.timeout(ANSWER_TIMEOUT):  # the client's own counts from one piece to the next
+        async with asyncio.timeout(ANSWER_TIMEOUT):  # the client's own timeout restarts with each piece
             return await client.get(path, cast_to=object, options={"timeout": timeout})
     except TimeoutError:
         raise TimeoutError(f"it has not answered within {ANSWER_TIMEOUT:g} s") from None
 
 
 async def post(client: Any, path: str, body: Mapping[str, Any]) -> Any:
-    """The whole answer, whenever it comes: deadlines are the bridge's, which aborts."""
+    """The complete answer, without a timeout: the bridge aborts at the deadline."""
     return await client.post(path, body=body, cast_to=object, options=_patient())
 
 
@@ -168,7 +169,7 @@ async def stream(client: Any, path: str, body: Mapping[str, Any]) -> AbstractAsy
 
 
 def _keep_alive(connection: Any) -> None:
-    """Have the system notice a host that is gone without a word, or that has been started anew since."""
+    """Make the OS detect a host that has vanished or restarted."""
     found = None if connection is None else connection.get_extra_info("socket")
     if found is None:
         return

@@ -1,6 +1,6 @@
-"""The engine's options, checked when it is made: which servers, which model there, and in whose words.
+"""The engine's options, validated when it is created: the servers, the model there, and their flavour.
 
-Rule: standard library only, any thread; nobody is asked here.
+Rule: standard library only, any thread; contacts no server.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lmbridge.values import as_int, as_list
 
 OPENAI = "https://api.openai.com/v1"
 MOST_AT_ONCE = 1000
-"""Requests that the client has connections for."""
+"""The client's connection limit."""
 _PER_SERVER = 64
 _ROUTES = ("/chat/completions", "/completions", "/embeddings", "/models", "/rerank", "/responses")
 _TASKS: dict[str, frozenset[Task]] = {name: frozenset({name}) for name in ("generate", "embed", "rerank")}
@@ -30,13 +30,13 @@ _TASKS: dict[str, frozenset[Task]] = {name: frozenset({name}) for name in ("gene
 
 @dataclass(frozen=True)
 class OpenAIOptions:
-    """What an engine was asked for; its own docstring says what each means.
+    """An engine's options; the engine class documents each.
 
     Attributes:
         urls: at least one, without logins.
-        logins: by a URL, the header that stands for the user and the password in it; never shown.
-        model: as the servers call it; None: what each serves.
-        tasks: what it does; None: what the servers say.
+        logins: per URL, the header for its user and password; never shown.
+        model: its name on the servers; None: what each serves.
+        tasks: its tasks; None: as the servers report.
         api_key: the one given, or the environment's; never shown.
     """
 
@@ -53,14 +53,14 @@ class OpenAIOptions:
 def read_options(
     model: Any, base_url: Any, model_name: Any, api_key: Any, flavour: Any, task: Any, max_batch_size: Any, extra: Any
 ) -> OpenAIOptions:
-    """The options, plain and checked.
+    """The options, validated and plain.
 
     Raises:
-        InvalidRequestError: one is wrong; ``param`` names it.
+        InvalidRequestError: one is invalid; ``param`` names it.
     """
     urls, model_name = _places(str(model), base_url, model_name)
     if model_name is not None and (not isinstance(model_name, str) or not model_name):
-        raise InvalidRequestError("model_name must be a string that is not empty, or None.", "model_name")
+        raise InvalidRequestError("model_name must be a non-empty string, or None.", "model_name")
     if flavour is not None and flavour not in FLAVOURS:
         raise _wrong("flavour", f"one of {', '.join(FLAVOURS)}, or None", flavour)
     if task != "auto" and task not in _TASKS:
@@ -81,13 +81,13 @@ def read_options(
 
 
 def _key(given: Any) -> str | None:
-    """What a header can hold; a key read from a file may end with a line's end."""
+    """The key, valid for a header; one read from a file may end with a newline."""
     name, key = ("OPENAI_API_KEY", os.environ.get("OPENAI_API_KEY")) if given is None else ("api_key", given)
     if given is None and not key:
         return None
     key = key.strip() if isinstance(key, str) else ""
     if not key or not key.isascii() or not key.isprintable():
-        raise InvalidRequestError(f"{name} must be a string of printable ASCII, or not be given.", "api_key")
+        raise InvalidRequestError(f"{name} must be printable ASCII, or left out.", "api_key")
     return key
 
 
@@ -98,13 +98,13 @@ def _login(url: str) -> str:
 
 
 def _places(model: str, base_url: Any, model_name: Any) -> tuple[tuple[str, ...], Any]:
-    """The servers, and the model's name there. The model itself is either of the two."""
+    """The servers, and the model's name there; ``model`` may be either."""
     if is_url(model):
         if base_url is not None:
-            raise InvalidRequestError("The model is a URL already; leave base_url out, or put it there.", "base_url")
+            raise InvalidRequestError("The model is already a URL; leave base_url out.", "base_url")
         return _urls(model, "model"), model_name
     if model_name not in (None, model):
-        raise InvalidRequestError(f"The model is named {model!r} already; leave model_name out.", "model_name")
+        raise InvalidRequestError(f"The model is already named {model!r}; leave model_name out.", "model_name")
     if base_url is None:
         base_url = os.environ.get("OPENAI_BASE_URL") or OPENAI
     return _urls(base_url, "base_url"), model
@@ -118,19 +118,19 @@ def _urls(given: Any, param: str) -> tuple[str, ...]:
 
 
 def _checked_url(url: str, param: str, given: Any) -> str:
-    """A URL without a path means the usual one: ``http://host:8000`` is ``http://host:8000/v1``."""
+    """The validated URL; the default path is ``/v1``: ``http://host:8000`` is ``http://host:8000/v1``."""
     try:
         parts = urlsplit(url)
         good = parts.scheme.lower() in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         good = False
     if not good or parts.query or parts.fragment:
-        # All that was given: a part may hold half of a password with a comma in it.
+        # Hides the whole value: a part may hold half of a password containing a comma.
         raise _wrong(param, 'a URL such as "http://host:8000/v1"', given)
     url = url.rstrip("/")
     end = next((route for route in _ROUTES if url.endswith(route)), None)
     if end is not None:
-        raise InvalidRequestError(f"{param} is one route of the server: leave {end} off {shown_url(url)!r}.", param)
+        raise InvalidRequestError(f"{param} must be a base URL: remove {end} from {shown_url(url)!r}.", param)
     return url + ("" if parts.path.strip("/") else "/v1")
 
 

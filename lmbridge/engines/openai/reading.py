@@ -1,6 +1,6 @@
-"""What a server streams made into deltas.
+"""Turns a server's stream into deltas.
 
-Rule: plain JSON in, deltas out; server thread only. What makes no sense raises, and whoever reads says so.
+Rule: plain JSON in, deltas out; server thread only. Invalid input raises; the reader reports it.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ _REASONS: dict[str, FinishReason] = {
 }
 _ID = "token_id:"
 LAST_WORDS = 5.0
-"""Seconds for what a server may say after an answer's end: how many tokens it took, and that this was all."""
+"""Seconds to wait after an answer's end for token counts and the end of the stream."""
 ALL_SAID = 1.0
-"""Seconds for the latter alone."""
+"""Seconds to wait for the end of the stream alone."""
 _HALF = re.compile("[\ud800-\udfff]")
 
 
 class Words:
-    """The texts of tokens, and ids for those of which a server tells the text alone: these are this engine's own."""
+    """The texts of tokens, and made-up ids for tokens that a server names only by text."""
 
     def __init__(self) -> None:
         self._ids: dict[str, int] = {}
         self._texts: dict[int, str] = {}
 
     def id_in(self, place: Mapping[str, Any]) -> int:
-        """The id of the token at a place; where an id stands for it, ``bytes`` may spell its text."""
+        """The id of a token in an answer; if its id stands in for the text, ``bytes`` may hold the text."""
         token, told, spelled = place["token"], place.get("id"), place.get("bytes")
         if isinstance(told, int):
             self._texts[told] = token
@@ -48,13 +48,13 @@ class Words:
         return self.id_of(token)
 
     def learn(self, told: Mapping[str, str]) -> None:
-        """Texts of tokens for which ids stand."""
+        """Learn the texts of tokens named by id."""
         for token, text in told.items():
-            if text and text != token:  # vLLM spells the id where the token was not chosen
+            if text and text != token:  # vLLM writes the id for tokens that were not chosen
                 self._texts[self.id_of(token)] = text
 
     def id_of(self, token: str) -> int:
-        """The token's id: its own where that stands there."""
+        """The token's id: the real one if it is given."""
         if token.startswith(_ID) and token[len(_ID) :].isdecimal():
             return int(token[len(_ID) :])
         found = self._ids.get(token)
@@ -64,7 +64,7 @@ class Words:
         return found
 
     def texts(self, ids: Sequence[int]) -> list[str]:
-        """The texts of ids that were seen here; "" for others."""
+        """The texts of ids seen so far; "" for others."""
         return [self._texts.get(each, "") for each in ids]
 
 
@@ -76,7 +76,7 @@ class AnswerReader:
 
     Attributes:
         has_begun: something was streamed.
-        deadline: by the loop's clock: nothing is waited for after it, since the answer is complete.
+        deadline: by the loop's clock: stop waiting then, since the answer is complete.
     """
 
     def __init__(self, config: GenerationConfig, is_chat: bool, flavour: Flavour, words: Words, url: str) -> None:
@@ -89,22 +89,22 @@ class AnswerReader:
         self.deadline: float | None = None
         self._reason: str | None = None
         self._usage: Usage | None = None
-        self._calls: dict[str, int] = {}  # id -> index, of those that came without an index
+        self._calls: dict[str, int] = {}  # id -> index, of calls that came without an index
         self._has_calls = False
-        self._prompt_ids: Sequence[int] | None = None  # until they are told
+        self._prompt_ids: Sequence[int] | None = None  # until they arrive
 
     def take(self, chunk: Any) -> Delta | None:
-        """What a chunk adds, if anything; what ends the answer is told by ``finish``.
+        """What a chunk adds, if anything; ``finish`` returns the end of the answer.
 
         Raises:
-            Exception: it makes no sense.
+            Exception: the chunk is invalid.
         """
         self.has_begun = True
         if chunk.get("usage"):
             counts = chunk["usage"]
             self._usage = Usage(int(counts["prompt_tokens"]), int(counts.get("completion_tokens") or 0))
         choice = next((each for each in chunk.get("choices") or () if not each.get("index")), None)
-        if choice is not None:  # others are of second answers, which extra_body may have asked for
+        if choice is not None:  # others belong to further answers requested by extra_body
             self._reason = choice.get("finish_reason") or self._reason
         self._set_deadline()
         if choice is None:
@@ -135,7 +135,7 @@ class AnswerReader:
         if reason is None:
             text = f"The server {self._url} ended the answer early: finish_reason {self._reason!r}."
             raise passing(f"{text} Send it again.") if self._reason in ("abort", "error") else EngineError(text)
-        if reason == "stop" and self._has_calls:  # as OpenAI's says where a call was asked for by name
+        if reason == "stop" and self._has_calls:  # as OpenAI reports a call forced by name
             reason = "tool_calls"
         return Delta(finish_reason=reason, usage=self._usage, prompt_token_ids=self._prompt_ids)
 
@@ -153,7 +153,7 @@ class AnswerReader:
         name, key, index = _text(function.get("name")), _text(piece.get("id")), piece.get("index")
         if index is None and (key or name):
             index = self._calls.setdefault(key or f"the {len(self._calls)}.", len(self._calls))
-        elif index is None:  # it goes on with the last
+        elif index is None:  # continues the last
             index = max(0, len(self._calls) - 1)
         return ToolCall(int(index), key, name, _text(function.get("arguments")))
 
@@ -173,7 +173,7 @@ class AnswerReader:
 
 
 _Place = tuple[int, float, list[tuple[int, float]]]
-"""A token, its log-probability, and the likeliest ones."""
+"""A token, its log-probability, and the most likely ones."""
 
 
 def _entry(token: int, logprob: float, others: list[tuple[int, float]]) -> Logprobs:
@@ -184,7 +184,7 @@ def _entry(token: int, logprob: float, others: list[tuple[int, float]]) -> Logpr
 
 
 def _places_of_chat(told: dict[str, Any], words: Words) -> Iterator[_Place]:
-    """llama.cpp's server writes those of a text like this too, and tells the tokens' ids."""
+    """Also the format of llama.cpp's server for completions, which adds token ids."""
     for place in told["content"] or ():
         ids = [(words.id_in(each), each["logprob"]) for each in place.get("top_logprobs") or ()]
         yield words.id_in(place), place["logprob"], ids
@@ -199,6 +199,6 @@ def _places(told: dict[str, Any], words: Words) -> Iterator[_Place]:
 
 
 def _text(told: Any) -> str:
-    """Text that can be encoded: halves of surrogate pairs are JSON, and no characters."""
+    """Encodable text: JSON may contain unpaired surrogates."""
     text = str(told or "")
     return text if text.isascii() else _HALF.sub("\ufffd", text)

@@ -1,7 +1,7 @@
-"""One server: whether it is there, what it serves, and who waits for it.
+"""One server: whether it is available, what it serves, and which tasks wait for it.
 
-Rule: server thread only. A server that is away rests, and is asked in the background whether it is back; one that says
-that it is full is left alone for as long as it asks.
+Rule: server thread only. A server that is away gets no requests and is polled in the background; one that reports being
+full gets none for as long as it asks.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from lmbridge.log import logger, said
 from lmbridge.messages import Task
 
 LOOK = 1.0
-"""Seconds between two questions to a server that is away."""
+"""Seconds between polls of a server that is away."""
 SILENCE = 2.0
-"""Seconds for which a server may say nothing of what it works on before it is asked whether it lives."""
+"""Seconds of silence on its requests after which a server is checked."""
 LEAST_WAIT = 0.1
-"""Seconds that one who is full is left alone for, however few it asks for."""
+"""The least seconds for which a full server gets no requests."""
 
 
 class Server:
@@ -31,16 +31,16 @@ class Server:
 
     Attributes:
         url: for messages.
-        model: what it calls the model; known once it has answered.
-        flavour: what kind it is, as it says itself.
-        tasks: what its model does; empty where it does not say.
-        offers: what each of its models does.
-        away: why it gets no requests; None while it does.
-        held_until: by the loop's clock: it has asked to be left alone until then.
-        heard: rises with everything it says, and whenever it was asked whether it lives, and does.
-        unwanted: fields that it does not take.
-        expected: what kind the others are; None: any will do.
-        on_change: is called when it went away, is back, or is full.
+        model: its name for the model; known once it has answered.
+        flavour: its kind, as it reports.
+        tasks: its model's tasks; empty if not reported.
+        offers: the tasks of each of its models.
+        away: why it gets no requests; None if it does.
+        held_until: by the loop's clock: it asked for no requests until then.
+        heard: rises with everything it sends, and with every successful check.
+        unwanted: fields that it rejects.
+        expected: the kind of the others; None: any.
+        on_change: called when it goes away, comes back, or is full.
     """
 
     def __init__(self, url: str, client: Any, model: str | None, tasks: frozenset[Task] | None = None) -> None:
@@ -58,8 +58,8 @@ class Server:
         self.on_change: Callable[[], None] = lambda: None
         self._wanted = model
         self._wanted_tasks = tasks
-        self._working: set[asyncio.Task[Any]] = set()  # that wait for it
-        self._cut: set[asyncio.Task[Any]] = set()  # of those, the ones that are told that it is gone
+        self._working: set[asyncio.Task[Any]] = set()  # waiting for it
+        self._cut: set[asyncio.Task[Any]] = set()  # those of them being told that it is gone
 
     @property
     def in_flight(self) -> int:
@@ -67,12 +67,12 @@ class Server:
 
     @property
     def trouble(self) -> str:
-        """Why it does not serve, beside its address."""
+        """Its address and why it does not serve."""
         why = self.away or "it does not serve"
         return why if self.url in why else f"{self.url}: {why}"
 
     async def look(self) -> None:
-        """Ask it for its models, and choose: the one that was named, or else the first that does what is wanted.
+        """Ask it for its models, and choose the named one, or the first that supports the task.
 
         Raises:
             NotServedError, LMBridgeError: it does not answer, or serves no such model.
@@ -90,7 +90,7 @@ class Server:
         self.tasks = self.offers[chosen] or self.tasks
 
     def _choose(self) -> str | None:
-        """The one that it was, if it can be. One that does not say what it does comes after those that do it."""
+        """Keep the current model if possible. Models without reported tasks come last."""
         wanted = self._wanted_tasks or self.tasks
         names = [name for name in self.offers if self._wanted in (None, name)]
         able = [name for name in names if not self.offers[name] or wanted <= self.offers[name]]
@@ -107,10 +107,10 @@ class Server:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """For as long as the current task waits for this server.
+        """Register the current task as waiting for this server.
 
         Raises:
-            AwayError: it was found to be gone meanwhile.
+            AwayError: the server was found to be gone meanwhile.
         """
         task = asyncio.current_task()
         assert task is not None
@@ -118,7 +118,7 @@ class Server:
         try:
             yield
         except asyncio.CancelledError:
-            if task not in self._cut or task.uncancel() > 0:  # or it was aborted as well
+            if task not in self._cut or task.uncancel() > 0:  # it was also aborted
                 raise
             raise AwayError(self.away or "it does not answer", broke=True) from None
         finally:
@@ -126,26 +126,26 @@ class Server:
             self._cut.discard(task)
 
     def rest(self, why: str) -> None:
-        """It gets no requests until it is back."""
+        """Send it no requests until it is back."""
         if self.away is None:
-            logger.warning("The server %s is away: %s. It is asked again each %g s.", self.url, why, LOOK)
+            logger.warning("The server %s is away: %s. Retrying every %g s.", self.url, why, LOOK)
             self.away = why
             self.on_change()
         self.away = why
 
     def hold(self, seconds: float) -> None:
-        """It is full, and gets no requests for so long."""
+        """Send it no requests for ``seconds``: it is full."""
         self.held_until = asyncio.get_running_loop().time() + max(seconds, LEAST_WAIT)
         self.on_change()
 
     def cut(self) -> None:
-        """Tell whoever waits for it that it is gone."""
+        """Tell all waiting tasks that it is gone."""
         for task in self._working - self._cut:
             self._cut.add(task)
             task.cancel()
 
     async def watch(self) -> None:
-        """For ever: see whether it is back when it is away, and whether it lives when it is silent."""
+        """Forever: check whether it is back while away, and whether it is alive while silent."""
         silent, failures, heard = 0.0, 0, -1
         while True:
             await asyncio.sleep(LOOK)
@@ -160,11 +160,11 @@ class Server:
                 self._is_there()
             elif self.away is not None or failures > 1:
                 self.rest(why)
-                if silent >= SILENCE:  # one that is told to end may still finish what it has
+                if silent >= SILENCE:  # a server shutting down may still finish its requests
                     self.cut()
 
     async def _ails(self) -> str | None:
-        """Why it cannot be had; None where nothing is wrong."""
+        """Why it is unavailable; None if nothing is wrong."""
         try:
             await self.look()
         except Exception as cause:
@@ -183,12 +183,12 @@ class Server:
 def other_kind(server: Server) -> EngineStartError:
     kinds = [found.owner if found else "" for found in (server.flavour, server.expected)]
     return EngineStartError(
-        f"The servers of a group must be of one kind: {server.url} is {kinds[0]!r} and others are {kinds[1]!r}. Ask it "
-        "by a bridge of its own, or give flavour= for what they have in common."
+        f"The servers of a group must be of one kind: {server.url} is {kinds[0]!r} and others are {kinds[1]!r}. Use it "
+        "in a separate Bridge, or set flavour= to what they have in common."
     )
 
 
 def _tasks(told: Any) -> frozenset[Task]:
-    """What ``lmbridge serve`` says of its models; others say nothing."""
+    """The tasks that ``lmbridge serve`` reports; other servers report none."""
     tasks = told.get("tasks") if isinstance(told, dict) else None
     return frozenset(tasks) & {"generate", "embed", "rerank"} if isinstance(tasks, list) else frozenset()

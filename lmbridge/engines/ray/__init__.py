@@ -1,8 +1,8 @@
-"""The Ray engine, file by file as a prompt passes.
+"""The Ray engine. The path of a prompt:
 
 ``engine`` takes the request, ``sending`` sends it to the cluster as an ``errand``, and ``lmbridge.replica`` answers it
-there, with a Bridge of its own over any engine. ``options`` says what was asked for, ``serving`` deploys the replicas
-and looks after them, and ``library`` knows which parts of Ray all this relies on.
+there, with its own Bridge over any engine. ``options`` holds the options, ``serving`` deploys and monitors the
+replicas, and ``library`` checks the parts of Ray that all this relies on.
 
 Rule: importing this package loads no Ray.
 """

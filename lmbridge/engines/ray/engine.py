@@ -1,7 +1,7 @@
 """The Ray engine: replicas of any engine on a cluster, or on this machine, by Ray Serve.
 
-Rule: everything here runs on the server thread, except where a docstring says otherwise; what blocks in Ray runs on the
-engine's worker thread. Ray is imported when the engine starts.
+Rule: everything here runs on the server thread, except where a docstring says otherwise; blocking calls into Ray run on
+the engine's worker thread. Ray is imported when the engine starts.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from lmbridge.log import said
 from lmbridge.messages import Delta, GenerationConfig, Request
 
 LOOK_INTERVAL = 1.0
-"""Seconds between two looks at whether the application still is there."""
+"""Seconds between checks that the application still exists."""
 LOOK_PATIENCE = 15.0
-"""Seconds after which a cluster that does not answer a look is taken for dead."""
+"""Seconds without an answer after which the cluster counts as dead."""
 START_INTERVAL = 0.1
 LONG_START = 60.0
-"""Seconds after which a start says what it waits for, and as often again."""
+"""Seconds between log lines on what a start is waiting for."""
 _log = logging.getLogger("lmbridge.engines.ray")
 
 
 class RayEngine(Engine):
-    """Replicas of a model by Ray Serve, each with an engine of its own.
+    """Replicas of a model on Ray Serve, each with its own engine.
 
     Args:
-        model: what the engine on the replicas takes; with ``deploy=False`` the name of an application that runs.
-        inner_engine: the engine on each replica, by its name, or what builds one from the model and the options.
+        model: the model for the engine on the replicas; with ``deploy=False``, the name of a running application.
+        inner_engine: the engine on each replica: its name, or a function that builds one from the model and the
+            options.
         replicas: how many.
-        address: of a Ray cluster, ``"auto"`` for one that this machine belongs to; None: the one this process is
-            connected to, or that RAY_ADDRESS names, or else one that is started on this machine, for the bridge's life.
-        app: the application's name for Serve, its own by default. One that is taken is an error.
-        deploy: False uses an application that was deployed by another process, or from a Serve config, and leaves it
-            there at the end.
-        num_cpus, num_gpus: what Ray sets aside for each replica; without ``num_gpus`` it sees no GPU.
+        address: of a Ray cluster; ``"auto"`` for the one this machine belongs to; None: the one this process is
+            connected to or RAY_ADDRESS names, or else one started on this machine for the bridge's life.
+        app: the application's name in Serve; default: a new one. A name in use is an error.
+        deploy: False uses an application deployed by another process or from a Serve config, and leaves it running.
+        num_cpus, num_gpus: what Ray reserves for each replica; without ``num_gpus`` it sees no GPU.
         runtime_env: Ray's own, for each replica: packages, environment variables.
-        device: where the model runs on each replica's machine, as torch names it; None: the inner engine chooses.
-        options: the inner engine's, such as ``max_batch_size``, which is each replica's.
+        device: where the model runs on each replica's machine: a torch name; None: the inner engine chooses.
+        options: options of the inner engine, such as ``max_batch_size``, which is per replica.
     """
 
     name: ClassVar[str] = "ray"
@@ -91,7 +91,7 @@ class RayEngine(Engine):
         self._inner = f"{model} on {settings.label}" if self._deploys else self._app
         self._watching: asyncio.Task[None] | None = None
         self._dead: BaseException | None = None
-        self._under_way: set[str] = set()  # ids of requests that a replica has, or is to have
+        self._under_way: set[str] = set()  # ids of requests at a replica or on their way
         self._looks = self._tokens = 0
         self._seen = serving.Look("NOT_STARTED", 0, "")  # replaced as a whole, so that any thread may read it
 
@@ -105,7 +105,7 @@ class RayEngine(Engine):
     # --------------------------------------------------------------------------------------------------- start and end
 
     async def start(self) -> None:
-        """Deploy the replicas, wait until all of them have loaded, and ask one what it can do.
+        """Deploy the replicas, wait until all have loaded, and query one for its abilities.
 
         Raises:
             MissingDependencyError: Ray is missing, or has changed; the message names what.
@@ -122,7 +122,7 @@ class RayEngine(Engine):
             self.max_batch_size = self._seen.running * about["places"]
         except Exception as cause:
             raise EngineStartError(
-                f"Serve's application {self._app!r} does not answer as replicas of lmbridge do: {said(cause)}."
+                f"Serve's application {self._app!r} does not answer like lmbridge's replicas: {said(cause)}."
             ) from cause
         self._sender = Sender(handle, lambda seconds: self.on_busy(seconds))
         self._watching = asyncio.get_running_loop().create_task(self._watch(), name="lmbridge ray watch")
@@ -168,7 +168,7 @@ class RayEngine(Engine):
             self._thread.close()
 
     def _leave(self) -> None:
-        """On the worker thread, also after a start that was given up half-way."""
+        """On the worker thread, even after an aborted start."""
         if not self._joined:
             return
         self._joined = False
@@ -179,7 +179,7 @@ class RayEngine(Engine):
             serving.leave()
 
     async def _watch(self) -> None:
-        """Look whether the application is there; what becomes of its replicas is Serve's affair."""
+        """Check that the application exists; Serve looks after its replicas."""
         while self._dead is None:
             await asyncio.sleep(LOOK_INTERVAL)
             try:
@@ -202,13 +202,14 @@ class RayEngine(Engine):
     def _die(self, cause: BaseException) -> None:
         if self._dead is None:
             self._dead = cause
-            if not serving.ending():  # then no other engine could follow
+            if not serving.ending():  # then no engine could replace it
                 self.on_death(cause)
 
     # --------------------------------------------------------------------------------------------------------- requests
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta]:
-        """Yield the request's deltas. A replica's death ends what it had begun; the rest is sent to another one.
+        """Yield the request's deltas. A replica's death ends requests that it had begun; the others go to another
+        replica.
 
         Raises:
             EngineDeadError: the application is gone.
@@ -231,11 +232,12 @@ class RayEngine(Engine):
             self._under_way.discard(request.id)
 
     def progress(self, request_id: str) -> int | None:
-        """How often the cluster was seen to live: a request there is watched by its replica's own bridge."""
+        """How often the cluster was seen alive: the replica's own bridge monitors its requests."""
         return self._looks if request_id in self._under_way else None
 
     def stats(self) -> dict[str, float]:
-        """``in_flight`` and ``tokens`` of this process; ``replicas`` that run; ``resent``: to another replica."""
+        """``in_flight`` and ``tokens`` of this process; running ``replicas``; requests ``resent`` to another
+        replica."""
         return {
             **super().stats(),
             "tokens": float(self._tokens),
@@ -245,11 +247,11 @@ class RayEngine(Engine):
 
 
 def _checked_app(model: Any, app: str | None, settings: RayOptions) -> str:
-    """The name of the application that is to be used."""
+    """The name of the application to use."""
     plain = RayOptions(settings.model, address=settings.address)
     if app is not None or settings != plain:
         raise InvalidRequestError(
-            "deploy=False uses an application as it was deployed: give its name as the model, and address if need be.",
+            "deploy=False uses an application as deployed: give only its name as the model, and address if needed.",
             param="deploy",
         )
     if not isinstance(model, str) or not model:

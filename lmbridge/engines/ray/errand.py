@@ -1,4 +1,4 @@
-"""A request as it crosses to a replica: plain data that pickles, whatever the caller gave.
+"""A request for a replica: plain data that pickles, whatever the caller gave.
 
 Rule: standard library and messages only; made on the server thread, read in another process.
 """
@@ -13,16 +13,16 @@ from typing import Any
 from lmbridge.messages import GenerationConfig, Job, Prompt, Request
 
 GRACE = 1.0
-"""Seconds that a replica has beyond the caller's deadline, so that it is the caller's own bridge that tells of it."""
+"""Extra seconds for a replica beyond the caller's deadline, so that the caller's bridge reports the timeout."""
 
 
 @dataclass(frozen=True, slots=True)
 class Errand:
-    """What a replica is asked.
+    """A request to a replica.
 
     Attributes:
         prompt, job: the request's own.
-        call: the keyword arguments of the replica's verb that every request has.
+        call: the common keyword arguments of the replica's verb.
         config: GenerationConfig's fields, those that differ from their defaults.
     """
 
@@ -33,7 +33,7 @@ class Errand:
 
     @classmethod
     def of(cls, request: Request) -> Errand:
-        """The errand of a request that is sent now."""
+        """The errand of a request being sent."""
         call: dict[str, Any] = {
             "request_id": request.id,
             "client": request.client,
@@ -46,7 +46,7 @@ class Errand:
 
 
 def _plain(config: GenerationConfig) -> dict[str, Any]:
-    """The fields that were given; a class that stands for a schema is not known elsewhere, and its schema goes."""
+    """The given fields; a class that stands for a schema is replaced by the schema."""
     fields = {name: getattr(config, name) for name in config.given()}
     form = config.form
     if form is not None and not isinstance(config.response_format, Mapping | None):

@@ -1,7 +1,7 @@
-"""What of Ray the engine relies on, looked at before anything is started.
+"""What of Ray the engine relies on, checked before anything is started.
 
 Rule: Ray is imported inside the functions only, on the engine's worker thread. What is named here is everything that
-the other files touch.
+the other files use.
 """
 
 from __future__ import annotations

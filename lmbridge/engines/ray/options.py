@@ -1,6 +1,6 @@
-"""The Ray engine's options, checked when it is made, and what they say of the engine inside.
+"""The Ray engine's options, validated when it is created, and the inner engine they describe.
 
-Rule: knows no Ray; builds an inner engine to look at, and starts none.
+Rule: does not use Ray; builds an inner engine for inspection, but does not start it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from lmbridge.values import as_int, as_number
 
 @dataclass(frozen=True)
 class RayOptions:
-    """What a deployment is made of; the engine's own docstring says what each means.
+    """The options of a deployment; RayEngine documents each.
 
     Raises:
-        InvalidRequestError: a value is wrong; ``param`` names it.
+        InvalidRequestError: a value is invalid; ``param`` names it.
         ModelNotFoundError: there is no such folder, and the cluster is this machine.
     """
 
@@ -51,22 +51,22 @@ class RayOptions:
 
     @property
     def label(self) -> str:
-        """What runs on the replicas, in a word."""
+        """The model on the replicas, for messages."""
         inner = self.inner_engine
         return inner if isinstance(inner, str) else str(getattr(inner, "__name__", type(inner).__name__))
 
     @property
     def actor(self) -> dict[str, Any]:
-        """What Ray sets aside for each replica, in its words."""
+        """Ray's resources for each replica, by Ray's names."""
         options: dict[str, Any] = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
         if self.runtime_env is not None:
             options["runtime_env"] = dict(self.runtime_env)
         return options
 
     def pattern(self) -> Engine | type[Engine]:
-        """An inner engine, built to check its options and to be looked at, and not started.
+        """An inner engine, built to validate its options and for inspection, not started.
 
-        Its class where only the cluster has the model.
+        Its class if only the cluster has the model.
         """
         if not isinstance(self.inner_engine, str):
             engine: Engine = self.inner_engine(self.model, **self.inner)

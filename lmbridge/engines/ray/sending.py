@@ -1,9 +1,9 @@
-"""A request's way to a replica and its deltas' way back, whatever happens to replicas meanwhile.
+"""Sends requests to replicas and receives deltas, whatever happens to the replicas.
 
 Rule: server thread only. Ray is imported inside.
 
-Leaving Ray's generator, or cancelling the task that reads it, stops nothing over there: its ``cancel()`` does. The
-replica has stopped when the generator then raises.
+Leaving Ray's generator, or cancelling the task that reads it, does not stop the replica; only its ``cancel()`` does.
+The replica has stopped once the generator raises.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from lmbridge.log import said
 from lmbridge.messages import Delta, Request
 
 ABORT_PATIENCE = 1.5
-"""Seconds in which a replica confirms an abort; it stops whether or not it does."""
+"""Seconds for a replica to confirm an abort; it stops in any case."""
 BUSY = 0.2
-"""Seconds for which nothing is sent to a deployment whose queue is full and that does not say for how long."""
+"""Seconds without requests to a deployment with a full queue and no stated wait."""
 MOST_SENT = 3
-"""To how many replicas a request is sent that die before its first delta: one that kills them must not meet all."""
+"""How many replicas may die on a request before its first delta: a deadly request must not reach all."""
 
 
 class Sender:
     """Sends requests to the replicas of one application.
 
     Attributes:
-        resent: how many requests went to another replica, since theirs had died before the first delta.
+        resent: requests sent to another replica after theirs died before the first delta.
     """
 
     def __init__(self, handle: Any, on_busy: Callable[[float], None]) -> None:
@@ -40,7 +40,7 @@ class Sender:
         self._on_busy = on_busy
 
     async def send(self, request: Request) -> AsyncGenerator[Delta]:
-        """Yield the request's deltas; leaving this stops the replica.
+        """Yield the request's deltas; leaving it stops the replica's work on it.
 
         Raises:
             EngineDeadError: the application is gone.
@@ -92,14 +92,14 @@ class Sender:
 
 
 def _translate(error: Exception) -> None:
-    """Raise what one of Ray's errors means here; others are left to whoever caught them."""
+    """Raise our equivalent of a Ray error; leave other errors to the caller."""
     from ray.exceptions import RayError, RayTaskError
     from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
     if isinstance(error, LMBridgeError | BackPressureError):
         return
     if isinstance(error, DeploymentUnavailableError):
-        raise EngineDeadError(f"Serve has given the application up: {said(error)}.") from error
+        raise EngineDeadError(f"Serve has shut the application down: {said(error)}.") from error
     if isinstance(error, RayTaskError):
         raise EngineError(f"The replica failed with this request: {said(error.cause or error)}.") from error
     if isinstance(error, RayError | RayServeException):
@@ -107,18 +107,18 @@ def _translate(error: Exception) -> None:
 
 
 class _ReplicaLostError(Exception):
-    """The replica that had the request is no more; its cause is chained."""
+    """The replica with the request has died; the cause is chained."""
 
     def told(self, sent: int) -> EngineError:
-        """What the caller hears."""
+        """The caller's error."""
         lost = "the replica" if sent == 1 else f"{sent} replicas, one after another,"
-        error = EngineError(f"Ray has lost {lost} that had this request ({type(self.__cause__).__name__}).")
+        error = EngineError(f"Ray has lost {lost} working on this request ({type(self.__cause__).__name__}).")
         error.retryable = True
         return error
 
 
 async def _stop(responses: Any) -> None:
-    """Have the replica stop, and hear that it has."""
+    """Stop the replica's work and wait for confirmation."""
     with contextlib.suppress(Exception):
         responses.cancel()
         async with asyncio.timeout(ABORT_PATIENCE):

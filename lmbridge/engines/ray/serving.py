@@ -1,4 +1,4 @@
-"""Ray and its Serve as this process knows them: joined and left, applications deployed, looked at and deleted.
+"""Connects this process to Ray Serve; deploys, inspects and deletes applications.
 
 Rule: everything here blocks and runs on an engine's worker thread; Ray is imported inside. One process has one
 connection to Ray, which its engines share.
@@ -22,23 +22,23 @@ from lmbridge.engines.ray.options import RayOptions
 from lmbridge.errors import InvalidRequestError
 
 GONE_PATIENCE = 30.0
-"""Seconds for an application of the same name that is being deleted to go."""
+"""Seconds to wait for an application of the same name to be deleted."""
 REPLICA = "lmbridge.replica"
-"""What runs in a replica's process. By name, since it uses the bridge, which no engine knows."""
+"""What runs in a replica's process. By name, because it uses the bridge, which engines must not import."""
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 """Serve would log a line for each request."""
 DEAD = ("DELETING", "DEPLOY_FAILED", "NOT_STARTED")
-"""States of an application in which it answers nothing, and will not by itself."""
+"""States of an application that does not answer and will not recover."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What Serve says of an application.
+    """Serve's status of an application.
 
     Attributes:
         state: ``DEPLOYING``, ``RUNNING``, ``UNHEALTHY`` (replicas are missing; Serve builds them), or one of ``DEAD``.
-        running: how many of its replicas do.
-        message: why it is as it is, where Serve tells.
+        running: how many of its replicas are running.
+        message: Serve's reason for the state, if given.
     """
 
     state: str
@@ -47,21 +47,21 @@ class Look:
 
 
 class _Connection:
-    """This process's connection to Ray: made by the first engine that needs one, closed by the last if it was made.
+    """This process's connection to Ray: made by the first engine that needs it, closed by the last if made here.
 
-    Ray ends itself at exit, before the bridges that nobody closed end. So what is left then is deleted before that, and
-    nothing asks Ray for anything any more: it would start anew.
+    Ray shuts itself down at exit, before unclosed bridges end. So remaining applications are deleted before that, and
+    nothing calls Ray afterwards, which would start it again.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._engines = 0  # guarded by _lock, as is the next
         self._made = False
-        self.apps: set[str] = set()  # deployed from here; each entered and removed in one atomic step
-        self.ending = False  # the interpreter ends; set once, by its thread
+        self.apps: set[str] = set()  # deployed from here; each added and removed in one atomic step
+        self.ending = False  # the interpreter is exiting; set once, by its thread
 
     def join(self, address: str | None) -> None:
-        """Be connected to Ray, and have Serve run there."""
+        """Connect to Ray and start Serve there."""
         import ray
         from ray import serve
 
@@ -73,14 +73,14 @@ class _Connection:
                 dashboard = {"include_dashboard": False} if local else {}
                 ray.init(address=address, logging_level="WARNING", log_to_driver=False, **dashboard)
                 self._made = True
-                logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it tells of each step
+                logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it logs each step
             atexit.unregister(self._end)
             atexit.register(self._end)  # the last to register is the first to be called
             self._engines += 1
-        serve.start(proxy_location="Disabled", logging_config=QUIET)  # does nothing where it runs already
+        serve.start(proxy_location="Disabled", logging_config=QUIET)  # does nothing if it is already running
 
     def leave(self) -> None:
-        """One engine less; a Ray that was started on this machine ends with the last of them."""
+        """Release one engine's use; the last one shuts down a Ray started on this machine."""
         import ray
 
         with self._lock:
@@ -105,34 +105,34 @@ def join(address: str | None) -> None:
 
     Raises:
         MissingDependencyError: Ray is missing, or has changed.
-        Exception: Ray's own, where there is none at that address.
+        Exception: Ray's own, if there is no cluster at that address.
     """
     import_library()
     _connection.join(address)
 
 
 def leave() -> None:
-    """Give back what ``join`` gave."""
+    """Undo ``join``."""
     _connection.leave()
 
 
 def connected() -> bool:
-    """Whether Ray is there still: somebody may have shut it down. Any thread; blocks for nothing."""
+    """Whether Ray is still connected: it may have been shut down. Any thread; never blocks."""
     import ray
 
     return bool(ray.is_initialized())
 
 
 def ending() -> bool:
-    """Whether Ray has gone, or is about to, since the interpreter ends. Any thread."""
+    """Whether Ray is gone or going because the interpreter is exiting. Any thread."""
     return _connection.ending
 
 
 def _serve() -> Any:
-    """Ray Serve, for a question: without a connection it would start a Ray to ask.
+    """Ray Serve, for a query: without a connection it would start a new Ray.
 
     Raises:
-        ConnectionError: there is none.
+        ConnectionError: there is no connection.
     """
     from ray import serve
 
@@ -157,10 +157,11 @@ _SETTINGS = ("model", "inner_engine", "replicas", "num_cpus", "num_gpus", "runti
 
 
 def build(options: RayOptions, **settings: Any) -> Any:
-    """The application that was asked for; ``settings`` are the deployment's, over those made here.
+    """The requested application; ``settings`` override the deployment settings made here.
 
-    A replica takes what its engine computes on at once and no more: Serve's choice among replicas is a rough one, and a
-    request would wait at one while another has room.
+    A replica takes only as many requests as its engine computes at once: Serve balances only roughly, and a request
+        could
+    wait at one replica while another has room.
     """
     from ray import serve
 
@@ -181,10 +182,10 @@ def build(options: RayOptions, **settings: Any) -> Any:
 
 
 def deploy(app: str, options: RayOptions) -> None:
-    """Have Serve start the replicas, under this name; does not wait for them.
+    """Start the replicas under this name, without waiting for them.
 
     Raises:
-        InvalidRequestError: an application has that name already.
+        InvalidRequestError: the name is already in use.
     """
     from ray.serve.api import RunTarget, run_many
 
@@ -193,8 +194,8 @@ def deploy(app: str, options: RayOptions) -> None:
         time.sleep(0.1)
     if found is not None:
         raise InvalidRequestError(
-            f"Serve has an application {app!r} already. Use it: Bridge({app!r}, engine='ray', deploy=False). Or give "
-            "another app, or none.",
+            f"Serve already has an application {app!r}. Use it: Bridge({app!r}, engine='ray', deploy=False). Or give "
+            "another app name, or none.",
             param="app",
         )
     target = RunTarget(build(options), name=app, route_prefix=None, logging_config=QUIET)
@@ -203,10 +204,10 @@ def deploy(app: str, options: RayOptions) -> None:
 
 
 def look(app: str) -> Look | None:
-    """What Serve says of an application; None where there is none of that name.
+    """Serve's status of an application; None if there is none with that name.
 
     Raises:
-        ConnectionError: Ray has been shut down. Exception: Ray's own, where it does not answer.
+        ConnectionError: Ray has been shut down. Exception: Ray's own, if it does not answer.
     """
     found = _serve().status().applications.get(app)
     if found is None:
@@ -218,17 +219,17 @@ def look(app: str) -> Look | None:
 
 
 def applications() -> list[str]:
-    """The names of all that Serve has."""
+    """The names of all of Serve's applications."""
     return sorted(_serve().status().applications)
 
 
 def handle(app: str) -> Any:
-    """What requests are sent by."""
+    """The handle for sending requests."""
     return _serve().get_app_handle(app)
 
 
 def delete(app: str) -> None:
-    """End an application that was deployed here; returns when its processes have ended."""
+    """End an application that was deployed here; returns once its processes have ended."""
     _connection.apps.discard(app)
     if connected():
         _serve().delete(app)

@@ -1,12 +1,11 @@
-"""Forms of answers in the words that llguidance knows: JSON schemas, and choices.
+"""Rewrites JSON schemas and choices into what llguidance supports.
 
-Rule: pure functions of plain data. What llguidance does not know is written in other words, or left out where the
-standard lets anything come, or narrowed; what comes of it is valid by the schema as it was given. Everything else is
-refused with its place.
+Rule: pure functions of plain data. What llguidance does not support is rewritten, left out where the standard allows
+anything, or narrowed; every result is valid by the original schema. Everything else is refused with its place.
 
-``writer`` goes through a schema, ``words`` says its parts in other words, ``formats`` those of texts, ``closing`` keeps
-objects to what they name; ``alternatives`` compares those of ``oneOf``, ``references`` follows ``$ref``, ``limits``
-refuses what takes too long to compile.
+``writer`` walks a schema, ``words`` rewrites its keywords, ``formats`` those of strings, ``closing`` limits objects to
+the properties they name; ``alternatives`` compares those of ``oneOf``, ``references`` follows ``$ref``, ``limits``
+refuses what would take too long to compile.
 """
 
 from lmbridge.engines.schemas.choices import choice_lines

@@ -1,7 +1,7 @@
-"""Whether a value may be several of the alternatives of ``oneOf``.
+"""Whether a value may match several alternatives of ``oneOf``.
 
-Rule: pure functions of plain data. Each alternative is looked at once, and comparing them has a bound: it holds up the
-worker thread.
+Rule: pure functions of plain data. Each alternative is examined once, and the comparison is bounded, because it blocks
+the worker thread.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Alternatives:
         self._work = 0
 
     def disjoint(self, options: list[Any]) -> bool:
-        """Whether no value is of two of them.
+        """Whether no value matches two of them.
 
         Raises:
             TooManyError: it would take too long.
@@ -104,7 +104,7 @@ def _values(schema: Schema) -> set[str] | None:
 
 
 def _plain(value: Any) -> Any:
-    """Equal numbers alike."""
+    """The value with equal numbers in the same form."""
     if isinstance(value, list):
         return [_plain(inner) for inner in value]
     if isinstance(value, dict):
@@ -113,7 +113,7 @@ def _plain(value: Any) -> Any:
 
 
 def _lacks(one: _Facts, other: _Facts) -> bool:
-    """Whether one has no place for what the other must have."""
+    """Whether one forbids a property that the other requires."""
     schema = one.schema
     closed = schema.get("additionalProperties") is False and not {"patternProperties", "allOf", "$ref"} & schema.keys()
     return closed and any(name not in schema.get("properties", {}) for name in other.required)

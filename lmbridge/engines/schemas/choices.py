@@ -1,4 +1,4 @@
-"""Choices among texts, in llguidance's Lark.
+"""Choices among strings, in llguidance's Lark.
 
 Rule: pure functions of plain data.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-_AT_ONCE = 1_000  # texts of one rule
+_AT_ONCE = 1_000  # strings per rule
 
 
 def choice_lines(rule: str, texts: Sequence[str]) -> list[str]:
-    """Rules of a Lark grammar, the first of that name, for one of several texts: llguidance takes 2,000 at once."""
+    """Lark rules, the first named ``rule``, for one of several strings; llguidance accepts 2,000 per rule."""
     quoted = [_quoted(text) for text in texts]
     if len(quoted) <= _AT_ONCE:
         return [f"{rule}: {' | '.join(quoted)}"]

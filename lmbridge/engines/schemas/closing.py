@@ -1,8 +1,8 @@
-"""Objects that say which properties they have hold no others, where the schema leaves that open.
+"""Forbids additional properties of objects that name theirs, if the schema leaves that open.
 
-Rule: pure functions of plain data. A small model that may go on adding properties goes on; what comes without them is
-valid by the schema all the same. Where parts of a schema are laid over each other nothing is closed, for one part would
-forbid what another asks for.
+Rule: pure functions of plain data. A small model that may add properties never stops; the result without them is still
+valid. Where parts of a schema overlay each other nothing is closed, because one part would forbid what another
+requires.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _SAID = (*_OVERLAID, "additionalProperties", "patternProperties", "propertyNames
 
 
 def overlays(root: Any) -> bool:
-    """Whether some object is described by several parts of the schema at once."""
+    """Whether several parts of the schema describe one object."""
     for schema in _schemas(root):
         several = isinstance(schema.get("allOf"), list) and len(schema["allOf"]) > 1
         if several or ("properties" in schema and any(key in schema for key in _OVERLAID)):
@@ -25,7 +25,7 @@ def overlays(root: Any) -> bool:
 
 
 def closed(schema: Schema) -> Schema:
-    """The schema without other properties than those it names, unless it says something of them."""
+    """The schema without additional properties, unless it mentions them."""
     properties, required = schema.get("properties"), schema.get("required", [])
     if not isinstance(properties, dict) or not isinstance(required, list) or any(key in schema for key in _SAID):
         return schema
@@ -35,7 +35,7 @@ def closed(schema: Schema) -> Schema:
 
 
 def _schemas(value: Any) -> Iterator[Schema]:
-    """All dicts in it; that some are no schemas makes it more careful at worst."""
+    """All dicts in it; some may not be schemas, which is only overly cautious."""
     rest = [value]
     while rest:
         part = rest.pop()

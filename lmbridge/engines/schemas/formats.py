@@ -1,6 +1,6 @@
-"""Formats and expressions of texts, in other words.
+"""Rewrites formats and patterns of strings.
 
-Rule: each function is given a schema that it may not change, and looks at no other.
+Rule: each function gets one schema, which it must not change.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _PATTERNS = {
     "date": _DATE, "time": _TIME, "date-time": f"{_DATE}T{_TIME}", "duration": _DURATION, "email": _EMAIL,
     "idn-email": _EMAIL, **{f"uuid{version}": _UUID.format(version) for version in range(1, 9)},
 }  # fmt: skip
-"""Where llguidance lets through what parsers refuse: 29 February of any year, a 61st second, an address without a dot,
-a duration without end."""
+"""Where llguidance accepts what parsers reject: 29 February of any year, a 61st second, an address without a dot,
+an endless duration."""
 CHECKED = frozenset(("regex", "json-pointer", "relative-json-pointer", "uri-template"))
-"""Formats of the standard, which validators may insist on; what others are called binds nobody."""
+"""Standard formats, which validators may enforce; other names bind nobody."""
 _ZOD = r"^(?!\.)(?!.*\.\.)([{0}_'+\-\.]*)[{0}_+-]@([{1}][{1}\-]*\.)+[{2}]{{2,}}$"
 _KNOWN_EMAILS = frozenset(
     _ZOD.format(*classes) for classes in (("A-Za-z0-9", "A-Za-z0-9", "A-Za-z"), ("a-zA-Z0-9", "a-zA-Z0-9", "a-zA-Z"))
 )
-"""Which zod writes beside the format; ours are among theirs, and llguidance cannot look ahead."""
+"""Written by zod beside the format; ours are stricter, and llguidance cannot look ahead."""
 _AHEAD = re.compile(r"\(\?(?:=(?P<has>(?:[^()\\]|\\.)*)|!\^\[(?P<only>(?:[^\]\\]|\\.)*)\]\*\$)\)")
 
 
@@ -57,7 +57,7 @@ def in_format(schema: Schema) -> Schema:
 
 
 def with_pattern(schema: Schema) -> Schema:
-    """Expressions that begin by looking ahead: what they look for is an expression of its own."""
+    """Patterns that begin with a lookahead: the lookahead becomes a pattern of its own."""
     pattern = schema.get("pattern")
     if not isinstance(pattern, str) or not pattern.startswith("^(?"):
         return schema
@@ -69,7 +69,7 @@ def with_pattern(schema: Schema) -> Schema:
 
 
 def _other_than(inside: str) -> str:
-    """A character that is not of this class, told by what is between its brackets."""
+    """A character outside this class, given by the content of its brackets."""
     if not inside.startswith("^"):
         return f"[^{inside}]"
     return f"[\\{inside[1:]}]" if inside.startswith("^^") else f"[{inside[1:]}]"

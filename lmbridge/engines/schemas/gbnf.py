@@ -1,7 +1,7 @@
-"""Grammars in llama.cpp's notation (GBNF), in llguidance's Lark.
+"""Translates grammars in llama.cpp's notation (GBNF) to llguidance's Lark.
 
-Rule: pure functions of plain data. llama.cpp's own reader of it is used by nobody: it ends the process on 50,000
-brackets, and stands still for minutes on two hundred parts in a row that may be left out.
+Rule: pure functions of plain data. We never use llama.cpp's own reader: it crashes the process on 50,000 brackets, and
+hangs for minutes on two hundred optional parts in a row.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from lmbridge.errors import InvalidRequestError
 
 _MOST_CHARACTERS, _MOST_RULES = 1 << 16, 1_000
-"""The translation takes time by the square of the rules: 0.1 s for a thousand."""
+"""The translation's time grows with the square of the rules: 0.1 s for a thousand."""
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 _SHORT_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|.)", re.DOTALL)
 
@@ -26,8 +26,8 @@ def lark_of_gbnf(text: str, param: str) -> str:
 
     if len(text) > _MOST_CHARACTERS or text.count("::=") > _MOST_RULES:
         raise InvalidRequestError(
-            f"The {param} is too large: a GBNF grammar has {_MOST_CHARACTERS:,} characters and {_MOST_RULES:,} rules "
-            f"at most, and this one {len(text):,} and {text.count('::='):,}.",
+            f"The {param} is too large: a GBNF grammar may have {_MOST_CHARACTERS:,} characters and {_MOST_RULES:,} "
+            f"rules; this one has {len(text):,} and {text.count('::='):,}.",
             param,
         )
     try:
@@ -35,11 +35,11 @@ def lark_of_gbnf(text: str, param: str) -> str:
     except RecursionError:
         raise InvalidRequestError(f"The {param} is nested too deeply.", param) from None
     except Exception as cause:  # it raises Exception itself
-        raise InvalidRequestError(f"The {param} cannot be followed: {cause}", param) from None
+        raise InvalidRequestError(f"The {param} is not supported: {cause}", param) from None
 
 
 def _plain(escape: re.Match[str]) -> str:
-    """A character's number as the character: llguidance's translation takes the zeros off it."""
+    """A character's number as the character: llguidance's translation drops leading zeros."""
     digits = escape[1] or escape[2]
     if not digits:
         return escape[0]
@@ -50,5 +50,5 @@ def _plain(escape: re.Match[str]) -> str:
 
 
 def _long(escape: re.Match[str]) -> str:
-    """A character's number as texts and expressions both have it; the llguidance in llama.cpp has no other in texts."""
+    """An escape valid in both strings and patterns; the llguidance in llama.cpp has no other in strings."""
     return f"\\u00{escape[1]}" if escape[1] else escape[0]

@@ -1,6 +1,6 @@
-"""What llguidance would take too long to compile, or too much memory.
+"""Refuses what llguidance would need too much time or memory to compile.
 
-Rule: a schema of a few characters must not hold up the worker thread, which every request with a form waits for. What
+Rule: a schema of a few characters must not block the worker thread, which every constrained request needs. What
 is not counted here is cheap: lengths, ranges, repetitions and enums.
 """
 
@@ -18,15 +18,15 @@ from lmbridge.engines.schemas.words import BOUNDS, WIDEST, is_number
 _MOST_STEPS, _MOST_TOGETHER = 10_000, 200_000
 """Of ``multipleOf``: one state each. Two for one value make as many as their least common multiple has."""
 _MOST = {"optional properties": 4_000, "patternProperties": 200, "lists and objects in enums": 5_000}
-"""In a schema: the time grows with their square, or faster."""
+"""Per schema: the time grows with their square, or faster."""
 _TYPES = frozenset(("null", "boolean", "integer", "number", "string", "array", "object"))
 
 
 class Limits:
-    """Counts what the parts of one schema cost, as they are written.
+    """Counts the cost of one schema's parts as they are written.
 
     Args:
-        refuse: what is raised about a place, and why.
+        refuse: makes the error for a place and a reason.
     """
 
     def __init__(self, refuse: Callable[[str, str], Exception]) -> None:
@@ -35,14 +35,14 @@ class Limits:
         self._multiple = Fraction(1)
 
     def check(self, schema: dict[str, Any], place: str) -> None:
-        """One part of it, without those inside."""
+        """Check one part, without the parts inside it."""
         kinds = schema.get("type", [])
         for kind in [kinds] if isinstance(kinds, str) else kinds:
             if kind not in _TYPES:
                 raise self._refuse(f"{place}/type", f"there is no type {kind}")
         for key, sign in BOUNDS:
             if is_number(schema.get(key)) and sign * schema[key] < -WIDEST:
-                raise self._refuse(f"{place}/{key}", f"numbers of more than {WIDEST:,} cannot be asked for")
+                raise self._refuse(f"{place}/{key}", f"bounds beyond {WIDEST:,} are not supported")
         if is_number(schema.get("multipleOf")):
             self._check_multiple(schema["multipleOf"], f"{place}/multipleOf")
         named = schema.get("properties", {})
@@ -61,7 +61,7 @@ class Limits:
             raise self._refuse(place, "it must be more than 0")
         exact = Fraction(Decimal(str(value)))
         if _steps(exact) > _MOST_STEPS:
-            raise self._refuse(place, f"it may have a value of at most {_MOST_STEPS:,}, in units of its last digit")
+            raise self._refuse(place, f"it may be at most {_MOST_STEPS:,}, in units of its last digit")
         self._multiple = Fraction(
             math.lcm(self._multiple.numerator, exact.numerator),
             math.gcd(self._multiple.denominator, exact.denominator),
@@ -72,7 +72,7 @@ class Limits:
 
 
 def _steps(value: Fraction) -> int:
-    """It in units of its last decimal."""
+    """The value in units of its last decimal."""
     scale = 1
     while value.denominator > 1 and (value * scale).denominator > 1:
         scale *= 10

@@ -1,6 +1,6 @@
-"""Where the references of a schema lead.
+"""Resolves the references of a schema.
 
-Rule: pure functions of plain data; references within the schema only, the rest is llguidance's.
+Rule: pure functions of plain data; references within the schema only; llguidance handles the rest.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote
 
-_LONGEST = 200  # of references that lead to references
+_LONGEST = 200  # the longest chain of references
 _ROUNDS = 50
 _NOTES = {"title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly"}
 
 
 class References:
-    """Those of one schema."""
+    """The references of one schema."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
         self._plain = '"$id"' not in json.dumps(root)  # else a reference may start elsewhere
 
     def resolved(self, schema: Any) -> Any:
-        """Where a reference leads, without what stands beside it; what cannot be found is None."""
+        """The target of a reference, ignoring keywords beside it; None if not found."""
         for _ in range(_LONGEST):
             if not isinstance(schema, dict) or not str(schema.get("$ref", "")).startswith("#"):
                 break
@@ -31,17 +31,17 @@ class References:
         return schema
 
     def replaced(self, schema: Any) -> Any:
-        """The same, but what more than a reference is stays as it is."""
+        """The same, but a schema with further keywords stays as it is."""
         alone = isinstance(schema, dict) and not schema.keys() - _NOTES - {"$ref"}
         return self.resolved(schema) if alone else schema
 
     def is_lost(self, reference: Any) -> bool:
-        """Whether there is plainly nothing where it leads."""
+        """Whether a reference certainly has no target."""
         local = self._plain and isinstance(reference, str) and reference.startswith("#/")
         return local and self._target(reference) is None
 
     def endless(self) -> str | None:
-        """A reference for which the schema has no value, since each of its values would hold another."""
+        """A reference without any finite value, since each would contain another."""
         open_, changed = set(_references(self._root)), True
         for _ in range(_ROUNDS):
             if not changed:
@@ -72,7 +72,7 @@ def _references(schema: Any) -> Iterator[str]:
 
 
 def _ends(schema: Any, endless: set[str]) -> bool:
-    """Whether it has a value, if those references have none."""
+    """Whether it has a finite value if those references have none."""
     if not isinstance(schema, dict):
         return True
     if schema.get("$ref") in endless or not all(_ends(part, endless) for part in _needed(schema)):
@@ -82,7 +82,7 @@ def _ends(schema: Any, endless: set[str]) -> bool:
 
 
 def _needed(schema: dict[str, Any]) -> list[Any]:
-    """The schemas that must hold of a value, or of what is in it."""
+    """The schemas that a value or its contents must match."""
     inside = schema.get("properties", {})
     objects = schema.get("type") == "object"
     needed = [inside[name] for name in schema.get("required", ()) if objects and name in inside]

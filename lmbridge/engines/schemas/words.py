@@ -1,6 +1,6 @@
-"""Single words of JSON schemas, in other words.
+"""Rewrites single keywords of JSON schemas.
 
-Rule: each function is given a schema that it may not change, and looks at no other.
+Rule: each function gets one schema, which it must not change.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from lmbridge.engines.schemas.formats import in_format, with_pattern
 Schema = dict[str, Any]
 BOUNDS = (("maximum", 1), ("exclusiveMaximum", 1), ("minimum", -1), ("exclusiveMinimum", -1))
 WIDEST = 10**18
-"""Of bounds that llguidance can follow: less than the range of 64-bit integers, which libraries write for theirs."""
+"""The largest bound llguidance supports: less than the 64-bit range that libraries write."""
 
 
 def _one_of(schema: Schema) -> Schema:
@@ -52,7 +52,7 @@ def _bounds(schema: Schema) -> Schema:
 
 
 def is_number(value: Any) -> bool:
-    """Whether JSON calls it one."""
+    """Whether it is a number in JSON."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -63,7 +63,7 @@ def _unique(schema: Schema) -> Schema:
 
 
 def _unevaluated(schema: Schema) -> Schema:
-    """Without parts that evaluate for it, it is what it is called elsewhere."""
+    """Without sibling subschemas it means the same as the plain keyword."""
     if schema.keys() & {"allOf", "anyOf", "oneOf", "$ref", "if", "dependentSchemas", "contains"}:
         return schema
     for old, new in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
@@ -74,7 +74,7 @@ def _unevaluated(schema: Schema) -> Schema:
 
 
 def _dependent(schema: Schema) -> Schema:
-    """What some properties ask for is always there."""
+    """Properties required by others are always required."""
     for key in ("dependentRequired", "dependencies"):
         asked = schema.get(key)
         if isinstance(asked, dict) and all(isinstance(names, list) for names in asked.values()):

@@ -1,6 +1,6 @@
-"""JSON schemas in the words that llguidance knows.
+"""Rewrites JSON schemas into what llguidance supports.
 
-Rule: pure functions of plain data; one pass, from the root to what is inside.
+Rule: pure functions of plain data; one pass, from the root down.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lmbridge.engines.schemas.words import REWRITES
 from lmbridge.errors import InvalidRequestError
 
 OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""As ``json.dumps`` writes: a model that may put spaces anywhere may go on putting them."""
+"""As ``json.dumps`` writes: a model that may put spaces anywhere may never stop."""
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 _LISTED = ("allOf", "anyOf", "prefixItems")
 _SINGLE = ("additionalProperties", "additionalItems", "items")
@@ -31,10 +31,10 @@ Schema = dict[str, Any]
 
 
 def followable(schema: Any, param: str) -> Schema:
-    """The schema for llguidance, with how to write what it leaves open.
+    """The schema for llguidance, including how to format what it leaves open.
 
     Raises:
-        InvalidRequestError: it asks for what no grammar of llguidance's can hold; the message quotes the place.
+        InvalidRequestError: llguidance cannot express it; the message quotes the place.
     """
     schema = copy.deepcopy(schema)
     try:
@@ -42,7 +42,7 @@ def followable(schema: Any, param: str) -> Schema:
         writer.require_tags(schema)
         written = writer.write(schema, "#")
     except (TypeError, AttributeError, RecursionError) as cause:
-        raise InvalidRequestError(f"The JSON schema cannot be followed: it is malformed ({cause}).", param) from cause
+        raise InvalidRequestError(f"The JSON schema is malformed ({cause}).", param) from cause
     if written is False:
         raise InvalidRequestError(f"The schema in {param} is false: no answer is valid.", param)
     return {**({} if written is True else written), "x-guidance": OPTIONS}
@@ -56,10 +56,10 @@ class _Writer:
         self._limits = Limits(self._refused)
         self._closes = not overlays(root)
         if endless := self._references.endless():
-            raise self._refused(endless, "each of its values would hold another one, without end")
+            raise self._refused(endless, "each value would contain another one, without end")
 
     def write(self, schema: Any, place: str) -> Any:
-        """A schema, and all that are in it."""
+        """Rewrite a schema and everything in it."""
         if not isinstance(schema, dict):
             return schema
         if place.count("/") > _DEEPEST:
@@ -73,7 +73,7 @@ class _Writer:
         schema = closed(schema) if self._closes else schema
         for key in _UNKNOWN:
             if key in schema:
-                raise self._refused(f"{place}/{key}", f"answers cannot be held to {key}")
+                raise self._refused(f"{place}/{key}", f"{key} is not supported")
         return {key: self._inside(key, value, f"{place}/{key}") for key, value in schema.items()}
 
     def _check(self, schema: Schema, place: str) -> None:
@@ -81,7 +81,7 @@ class _Writer:
         if self._references.is_lost(schema.get("$ref")):
             raise self._refused(f"{place}/$ref", f"there is nothing at {schema['$ref']}")
         if schema.get("format") in CHECKED:
-            raise self._refused(f"{place}/format", f"answers cannot be held to the format {schema['format']}")
+            raise self._refused(f"{place}/format", f"the format {schema['format']} is not supported")
         if "oneOf" in schema:
             self._check_alternatives(schema["oneOf"], f"{place}/oneOf")
 
@@ -95,7 +95,7 @@ class _Writer:
     # --- one of several ---
 
     def require_tags(self, schema: Any) -> None:
-        """What a ``discriminator`` names is in every alternative: by its default it could be left out."""
+        """Require a ``discriminator``'s property in every alternative; a default would make it optional."""
         inside = list(schema.values()) if isinstance(schema, dict) else schema if isinstance(schema, list) else []
         for inner in inside:
             self.require_tags(inner)
@@ -107,15 +107,15 @@ class _Writer:
                 option["required"] = list(dict.fromkeys([*option.get("required", []), name]))
 
     def _check_alternatives(self, options: Any, place: str) -> None:
-        """A value of one must be none of another: then ``anyOf`` says the same."""
+        """Check that no value matches two alternatives: then ``anyOf`` means the same."""
         if not isinstance(options, list):
-            raise self._refused(place, "it is no list")
+            raise self._refused(place, "it is not a list")
         try:
             disjoint = self._alternatives.disjoint(options)
         except TooManyError:
-            raise self._refused(place, "it has too many alternatives to compare; anyOf needs no comparison") from None
+            raise self._refused(place, "it has too many alternatives to compare; use anyOf") from None
         if not disjoint:
-            raise self._refused(place, "one value may be several of its alternatives; anyOf would allow that")
+            raise self._refused(place, "a value may match several of its alternatives; use anyOf")
 
     def _refused(self, place: str, why: str) -> InvalidRequestError:
-        return InvalidRequestError(f"The JSON schema cannot be followed: {place}: {why}.", self._param)
+        return InvalidRequestError(f"The JSON schema is not supported: {place}: {why}.", self._param)

@@ -1,16 +1,15 @@
-"""The transformers engine, file by file as a prompt passes.
+"""The transformers engine. The path of a prompt:
 
-1. ``engine`` takes the request; ``engines.encoding`` makes tokens of its prompt.
-2. A runner has the model generate: ``paged``, by transformers' continuous batching, or ``plain``, by its ``generate``;
-   ``runner`` is what they have in common.
-3. ``plan`` is what a request wants of each token, ``sampling`` has it chosen, and ``choosing`` is the tensor program
-   that does it; ``layers`` keeps what scores are changed by, ``guides`` says what a grammar allows, and ``reading`` how
-   likely the prompt was. ``processor`` and ``attention`` are the seams by which they reach into the packed batch,
-   ``sizes`` says how large its cache is.
-4. ``running`` keeps what is known of one answer.
+1. ``engine`` takes the request; ``engines.encoding`` tokenises its prompt.
+2. A runner generates: ``paged``, by transformers' continuous batching, or ``plain``, by its ``generate``; ``runner`` is
+   their contract.
+3. ``plan`` holds a request's sampling, ``sampling`` applies the plans, and ``choosing`` is the tensor program that does
+   it; ``layers`` keeps the changes to scores, ``guides`` the grammars, and ``reading`` scores the prompt. ``processor``
+   and ``attention`` are the seams into the packed batch, ``sizes`` sets its cache size.
+4. ``running`` keeps the state of one answer.
 
-Before that, ``starting`` brings model and runner together: ``library`` looks at transformers, ``hub`` and ``loading``
-load the model as ``options`` say, ``proof`` has it prove itself.
+Before that, ``starting`` brings model and runner together: ``library`` checks transformers, ``hub`` and ``loading``
+load the model according to ``options``, ``proof`` checks its answers.
 
 Rule: importing this package loads neither torch nor transformers.
 """

@@ -1,9 +1,9 @@
-"""Attention over a packed batch in which each request sees itself only, for CPUs: the second of two seams into
+"""Attention over a packed batch in which each request sees only itself, for CPUs: the second of two seams into
 undocumented parts of transformers.
 
 Rule: runs on the generation thread, inside the model's forward, once per layer; ``install`` on the worker thread. What
-is known here of the keywords that come with a packed batch is named in ``library.ATTENTION``, which is looked at
-before. Where it does not fit, transformers' own attention serves.
+is known here of the keywords of a packed batch is named in ``library.ATTENTION``, which is checked first. Where it does
+not fit, transformers' own attention serves.
 
 A step of continuous batching packs the tokens of all requests into one row, and the cache hands over the keys of all of
 them in the same order. transformers' own ``sdpa`` repeats the keys for every head that shares them, multiplies every
@@ -49,8 +49,8 @@ _KNOWN = frozenset(
 
 
 def install(model: Any) -> None:
-    """Have the model attend this way. Between making its manager, which refuses names it does not know, and the cache,
-    which makes a mask for what transformers has itself.
+    """Make the model attend this way. Call it after making its manager, which refuses unknown names, and before the
+    cache, which makes a mask for transformers' own attention.
     """
     transformers.AttentionInterface.register(NAME, segment_attention)
     model.set_attn_implementation(NAME)
@@ -77,7 +77,7 @@ def segment_attention(
         (1, tokens of the step, heads, value size), and no weights.
 
     Raises:
-        NotImplementedError: the model asks for something that is not done here.
+        NotImplementedError: the model needs something not supported here.
     """
     _refuse(attention_mask, dropout, kwargs)
     heads, tokens = query.shape[1:3]

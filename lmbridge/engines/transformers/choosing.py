@@ -93,7 +93,7 @@ class Choice(NamedTuple):
 def choose(
     scores: torch.Tensor, settings: torch.Tensor, moment: torch.Tensor, changes: Changes, parts: Parts
 ) -> Choice:
-    """The next token of each row.
+    """Choose the next token of each row.
 
     Args:
         scores: (rows, vocabulary), single precision, as the model gave them; not changed.

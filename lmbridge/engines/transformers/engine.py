@@ -1,4 +1,4 @@
-"""The transformers engine: many requests at once on one model, by whichever runner serves it.
+"""The transformers engine: many requests at once on one model, by the runner that fits it.
 
 Rule: everything here runs on the server thread, except where a docstring says otherwise. torch and transformers are
 imported when the engine starts and no earlier.
@@ -34,26 +34,26 @@ class TransformersEngine(Engine):
 
     Args:
         model: ``"demo"``, a folder, a ``.gguf`` file, or a hub id.
-        runner: ``"paged"``, transformers' continuous batching; ``"plain"``, one request's run of the model after
-            another's, which serves every causal language model; ``"auto"``, paged where it passes the self-check.
-        self_check: end loading with requests whose answers are compared with the model's own.
-        generation_defaults: ``"model"``: the sampling settings that the model's author recommends hold for requests
-            that sample and give none of their own; ``"none"``: they do not.
-        device: ``"cuda"`` where there is one, else ``"cpu"``.
+        runner: ``"paged"``, transformers' continuous batching; ``"plain"``, which runs requests in turns and supports
+            every causal language model; ``"auto"``, paged if it passes the self-check.
+        self_check: end loading by comparing some answers with the model's own.
+        generation_defaults: ``"model"``: requests that sample without settings of their own use those recommended by
+            the model's author; ``"none"``: they do not.
+        device: a torch name; default: ``"cuda"`` if available, else ``"cpu"``.
         dtype: ``"auto"`` (as stored), ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"`` or a torch dtype;
-            by default float32 on a CPU and as stored elsewhere.
-        attn_implementation: transformers' name of one; by default the fastest it can use.
+            default: float32 on a CPU, as stored elsewhere.
+        attn_implementation: one of transformers' names; default: the fastest available.
         max_batch_size: requests in a step.
         max_chunk_size: prompt tokens in a step; longer prompts take several.
-        max_context: the most tokens of prompt and answer together, where the model allows more.
-        cache_share: the part of the free memory that the cache may take, in (0, 1). On a GPU 0.8 by default; on a CPU a
-            tenth, and at most 2 GiB, with less where a full batch of full contexts needs less.
+        max_context: the most tokens of prompt and answer together, if the model allows more.
+        cache_share: the part of the free memory that the cache may take, in (0, 1). Default on a GPU: 0.8; on a CPU: a
+            tenth, at most 2 GiB, and less if a full batch of full contexts needs less.
         page_size: tokens per page of the cache.
         num_blocks: pages in the cache, instead of ``cache_share``.
-        threads: how many threads torch uses for a step on a CPU, for this engine only; by default one for a model of
-            fewer than 4 million parameters, else torch's own choice.
-        cuda_graphs: let transformers record steps as CUDA graphs; requests for logprobs and prompt_logprobs are
-            refused then.
+        threads: torch's threads for a step on a CPU, for this engine only; default: one for models under 4 million
+            parameters, else torch's own choice.
+        cuda_graphs: let transformers record steps as CUDA graphs; requests for logprobs and prompt_logprobs are then
+            refused.
         trust_remote_code: run code that comes with the model.
         revision: branch, tag or commit on the hub.
     """
@@ -105,7 +105,7 @@ class TransformersEngine(Engine):
         )
         self.max_batch_size = max_batch_size
         self._thread = EngineThread("lmbridge transformers")
-        # An engine whose loop got stuck is never closed. Not at exit, where the bridge closes it and needs the thread.
+        # For an engine never closed because its loop got stuck. Not at exit: the bridge then closes it.
         weakref.finalize(self, self._thread.close).atexit = False
         self._start: Start | None = None
         self._core: Core | None = None
@@ -125,7 +125,7 @@ class TransformersEngine(Engine):
 
     @property
     def device(self) -> str | None:
-        """Where the model was told to run; None: where it can. Any thread."""
+        """The device that was requested, or None. Any thread."""
         return self._options.device
 
     def describe(self) -> str:
@@ -135,13 +135,13 @@ class TransformersEngine(Engine):
     # --------------------------------------------------------------------------------------------------- start and end
 
     async def start(self) -> None:
-        """Load the model on the worker thread, and have it prove itself.
+        """Load the model on the worker thread, and check its answers.
 
         Raises:
             MissingDependencyError: a package is missing or too old.
-            EngineStartError: transformers has changed, or the model is none that this engine can run, or its answers
-                are not its own.
-            Exception: what transformers raises when it cannot load the model, or when there is too little memory.
+            EngineStartError: transformers has changed, this engine cannot run the model, or its answers differ from the
+                model's own.
+            Exception: whatever transformers raises while loading, out of memory included.
         """
         self._loop = asyncio.get_running_loop()
         start = self._start = await self._thread.run(_begin, self._options, self._label)
@@ -156,7 +156,7 @@ class TransformersEngine(Engine):
         raise start.error()
 
     async def _attempt(self, start: Start, attempt: Any) -> str:
-        """Put the model on a runner; what is wrong with the answers that it gives there, or ""."""
+        """Put the model on a runner; returns what is wrong with its answers there, or ""."""
         from lmbridge.engines.transformers import library
         from lmbridge.engines.transformers.runner import Listener
 
@@ -171,11 +171,11 @@ class TransformersEngine(Engine):
                     return ""
                 return await start.proof.ask(self.add_request, logprobs=not self._options.cuda_graphs)
         except Exception as cause:
-            self._requests.clear()  # the other one of the self-check may still be inside
+            self._requests.clear()  # the other self-check request may still be inside
             self._keys.clear()
             fault = start.let_go(cause)
             if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
-                raise  # with another runner it would not be what was asked for
+                raise  # another runner would not be what was requested
             return fault
 
     async def close(self) -> None:
@@ -189,18 +189,18 @@ class TransformersEngine(Engine):
         try:
             if start is not None:
                 await self._thread.run(start.unload, self._dead)
-        finally:  # whoever waits for a hanging step may give up
+        finally:  # callers of a hanging step can stop waiting
             self._thread.close()
 
     # --------------------------------------------------------------------------------------------------------- requests
 
     def add_request(self, request: Request, sink: Sink) -> None:
-        """Begin the request; a wrong prompt is told at once if it is short, and to the sink if it is long.
+        """Begin the request; an invalid prompt raises at once if it is short, and fails in the sink if it is long.
 
         Raises:
             InvalidRequestError: the prompt is empty, malformed, or has ids the model does not know.
             PromptTooLongError: there is no room for it and one more token.
-            EngineDeadError: the engine takes no requests any more.
+            EngineDeadError: the engine takes no more requests.
         """
         core = self._alive()
         running = self._new_running(request, sink, core)
@@ -234,11 +234,11 @@ class TransformersEngine(Engine):
         super().check(request)
         for name in ("logprobs", "prompt_logprobs", "response_format", "grammar", "tools"):
             if self._options.cuda_graphs and getattr(request.config, name) is not None:
-                raise UnsupportedOptionError(f"{name} asks for an engine with cuda_graphs=False.", param=name)
+                raise UnsupportedOptionError(f"{name} needs an engine with cuda_graphs=False.", param=name)
 
     def progress(self, request_id: str) -> int | None:
-        """How many steps the request was part of, those of reading its prompt included; a clock while that is
-        tokenised, which nothing can look into, or while others have the device.
+        """How many steps the request took part in, including those reading its prompt; a clock while the prompt is
+        being tokenised, which shows no progress, or while others have the device.
         """
         running = self._requests.get(self._keys.get(request_id, ""))
         if running is None:
@@ -253,7 +253,7 @@ class TransformersEngine(Engine):
         return core.runner.where() if core is not None else ""
 
     def estimate(self) -> int | None:
-        """Bytes of the weights as they will be loaded, and of the cache; None for a model that is not here yet."""
+        """Bytes of the weights once loaded, and of the cache; None for a model not yet downloaded."""
         from lmbridge.engines.transformers import memory
 
         return memory.needed(self._options)
@@ -263,8 +263,8 @@ class TransformersEngine(Engine):
         return core.runner.footprint() if core is not None else None
 
     def stats(self) -> dict[str, float]:
-        """``in_flight``, ``steps`` and ``tokens`` so far, ``max_batch_size``, ``cache_free``: the share of the cache
-        that nobody holds, and ``memory_bytes``: what CUDA has reserved on the device, or on a CPU the process has.
+        """``in_flight``, ``steps`` and ``tokens`` so far, ``max_batch_size``, ``cache_free``, the free share of the
+        cache, and ``memory_bytes``: what CUDA has reserved on the device or, on a CPU, what the process uses.
         """
         core = self._core
         held = [running.prompt_tokens + len(running.tokens) for running in self._requests.values()]
@@ -294,7 +294,7 @@ class TransformersEngine(Engine):
         self._keys[running.request.id] = running.key
 
     async def _encode_and_submit(self, running: Running) -> None:
-        """A long prompt, or a grammar. The request may be aborted while the worker thread is at it, or before."""
+        """Prepare a long prompt or a grammar. The request may be aborted before or during this."""
 
         def encode() -> list[int] | None:
             if running.key not in self._requests or self._core is None:
@@ -337,11 +337,11 @@ class TransformersEngine(Engine):
         elif running is not None:
             try:
                 self._advance(running, tokens, finished)
-            except Exception as cause:  # this answer's text or its sink; the others go on
+            except Exception as cause:  # this answer's text or its sink; the others continue
                 self._abandon(running, cause)
 
     def _advance(self, running: Running, tokens: Sequence[int], finished: bool) -> None:
-        """Take in what the step added to an answer."""
+        """Record what the step added to an answer."""
         piece, ended = running.take(tokens, finished)
         if piece.stopped:
             if not finished:
@@ -354,7 +354,7 @@ class TransformersEngine(Engine):
             running.sink(running.delta(piece, None))
 
     def _end(self, running: Running, reason: FinishReason, last: Piece | None = None) -> None:
-        """The last delta, with all that was held back."""
+        """Send the last delta, with everything held back."""
         self._forget(running)
         rest = running.stream.finish()
         if rest.stopped and reason == "length":
@@ -369,11 +369,11 @@ class TransformersEngine(Engine):
 
     def _abandon(self, running: Running, cause: Exception) -> None:
         self._cancel(running)
-        with contextlib.suppress(Exception):  # of a sink that cannot be told
-            self._fail(running, engine_error(f"The answer could not be handed on: {cause!r}.", cause))
+        with contextlib.suppress(Exception):  # the sink may fail
+            self._fail(running, engine_error(f"The answer could not be delivered: {cause!r}.", cause))
 
     def _cancel(self, running: Running) -> None:
-        """Stop it at the runner, unless it never got there."""
+        """Stop it in the runner, if it got there."""
         if self._core is not None and running.prompt_tokens:
             self._core.runner.cancel(running.key)
 
@@ -390,9 +390,9 @@ class TransformersEngine(Engine):
             self._fail(running, error)
 
     def _on_end(self, error: BaseException) -> None:
-        """The runner cannot go on: whoever is inside is lost, and the server is told once.
+        """The runner cannot go on: fail all requests and report the death once.
 
-        While the engine proves itself, only its own requests are inside, and are told.
+        During the self-check, only the engine's own requests are inside, and get the error.
         """
         if self._core is None or self._dead is not None:
             return
@@ -418,7 +418,7 @@ def _memory(device: str) -> float:
 
 
 def _begin(options: ModelOptions, label: str) -> Start:
-    """On the worker thread: import what takes long to import."""
+    """On the worker thread: do the slow imports."""
     announce(options.model)
     from lmbridge.engines.transformers import library
 

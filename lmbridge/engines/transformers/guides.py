@@ -1,4 +1,4 @@
-"""Grammars that answers have to follow: which tokens may come next.
+"""Grammars of answers: which tokens may come next.
 
 Rule: ``Grammars.guide`` on the worker thread; all else on the generation thread. What may follow is worked out where it
 is needed, when the model's scores are there to choose from: handing it to a thread of its own costs more than the work
@@ -26,20 +26,20 @@ from lmbridge.grammar import Grammar, is_gbnf
 _SHARED = 1 << 20
 """Tokens of all masks together from which several threads are quicker than one, which need to be woken."""
 _KEPT, _KEPT_SECONDS = 64, 1.0
-"""Grammars that are kept compiled, as clients tend to ask for the same few; and how long they took to compile together,
-which is a measure of their memory, too: some 150 MB a second."""
+"""How many compiled grammars are kept, since clients tend to reuse a few; and how many seconds of compilation in total,
+which also measures their memory: about 150 MB per second."""
 _LIMITS = {"max_items_in_row": 20_000, "step_lexer_fuel": 1_000_000}
 """Of llguidance's: what thousands of properties that may be left out need, and multiples of thousands in a range."""
 
 
 class Guide:
-    """What holds one answer to its grammar.
+    """Constrains one answer to its grammar.
 
     Attributes:
         matcher: llguidance's; one thread at a time.
-        home: the grammars that it is of.
-        after: the token that the grammar waits for, until which the answer does not end; None once it holds.
-        failure: why it can go on no more; None while it can.
+        home: the Grammars that made it.
+        after: the token after which the grammar applies; the answer cannot end before it. None once it applies.
+        failure: why it can no longer be followed; None while it can.
     """
 
     def __init__(self, matcher: Any, home: Grammars, after: int | None) -> None:
@@ -47,7 +47,7 @@ class Guide:
         self.failure: Exception | None = None
 
     def check(self, cause: object = None) -> None:
-        """Note why it cannot be followed on, if so: ``cause``, or what its matcher says."""
+        """Record why it can no longer be followed, if so: ``cause`` or the matcher's error."""
         if self.failure is None and (cause or self.matcher.is_error()):
             error = cause if isinstance(cause, BaseException) else RuntimeError(_brief(self.matcher.get_error()))
             self.failure = engine_error(f"The grammar of this request cannot be followed on: {error}", error)
@@ -58,26 +58,26 @@ class Grammars:
 
     Args:
         tokenizer: a fast tokenizer of transformers.
-        size: of the model's vocabulary, which may be larger than the tokenizer's.
+        size: the model's vocabulary size, which may exceed the tokenizer's.
         ends: the tokens that end an answer.
     """
 
     def __init__(self, tokenizer: Any, size: int, ends: frozenset[int]) -> None:
         self.size = size
         self._tokenizer, self._ends = tokenizer, ends
-        self._tokens: Any = None  # made when first wanted, as is the next: it takes a second where there are many
+        self._tokens: Any = None  # created on first use, like the next: takes a second for a large vocabulary
         self._executor: Any = None
         self._unending = torch.empty(0, dtype=torch.uint8)  # a row in which all but the ends may come
         self._beginnings: dict[str, tuple[Any, float]] = {}  # by their grammars, the last used last
 
     def guide(self, grammar: Grammar, after: int | None = None) -> Guide:
-        """What holds one answer to the grammar.
+        """A Guide for one answer.
 
         Args:
-            after: the grammar holds once this token has been chosen; until then every token may come but the ends.
+            after: the grammar applies after this token; until then any token but the end tokens may come.
 
         Raises:
-            InvalidRequestError: it is no grammar, or none that can be followed.
+            InvalidRequestError: the grammar is invalid or not supported.
             MissingDependencyError: llguidance is not installed.
         """
         llguidance = _library()
@@ -97,7 +97,7 @@ class Grammars:
         return Guide(matcher.deep_copy(), self, after)
 
     def chosen(self, told: Sequence[tuple[Guide, int]]) -> None:
-        """These tokens were chosen."""
+        """Advance the guides by the chosen tokens."""
         for guide, token in told:
             if token in self._ends:
                 continue
@@ -108,7 +108,7 @@ class Grammars:
                 guide.after = None
 
     def fill(self, guided: Sequence[tuple[Guide, int]], allowed: torch.Tensor) -> None:
-        """Which tokens may come next.
+        """Fill in which tokens may come next.
 
         Args:
             guided: guides and the rows that are theirs.
@@ -131,7 +131,7 @@ class Grammars:
                 guide.check(cause)
         for guide, row in held:
             guide.check()
-            if guide.failure is not None:  # whatever comes is not told any more
+            if guide.failure is not None:  # further tokens are not delivered
                 allowed[row] = 255
 
     def _without_ends(self, width: int) -> torch.Tensor:
@@ -143,7 +143,7 @@ class Grammars:
         return self._unending
 
     def _beginning(self, llguidance: Any, text: str) -> tuple[Any, str]:
-        """A matcher of the grammar that has taken nothing in, and what is wrong with it.
+        """A new matcher of the grammar, and its error.
 
         A copy of it takes microseconds, another milliseconds.
         """
@@ -168,11 +168,11 @@ class Grammars:
         from llguidance.hf import from_tokenizer
 
         if not self._ends:
-            raise InvalidRequestError("A grammar needs a model with an end-of-sequence token; this one has none.")
+            raise InvalidRequestError("A grammar needs a model with an end-of-sequence token, which this one lacks.")
         try:
             tokens = from_tokenizer(self._tokenizer, n_vocab=self.size, eos_token=sorted(self._ends))
         except Exception as cause:
-            raise InvalidRequestError(f"Answers of this model can follow no grammar: {cause}", "grammar") from cause
+            raise InvalidRequestError(f"This model does not support grammars: {cause}", "grammar") from cause
         self._executor = llguidance.LLExecutor()
         self._tokens = tokens
 
@@ -193,7 +193,7 @@ def _json(matcher: Any, schema: Any, param: str) -> str:
 
 
 def _lark(matcher: Any, text: str, param: str) -> str:
-    """Of llama.cpp's notation, too."""
+    """A Lark grammar, also from llama.cpp's notation."""
     return str(matcher.grammar_from_lark(lark_of_gbnf(text, param) if is_gbnf(text) else text))
 
 
@@ -219,8 +219,8 @@ _CALLED = {
 }
 _ARGUMENTS = re.compile(r"^ *\d+ \| arguments_(\d+): .*\n *\^", re.MULTILINE)  # the line at fault, of several quoted
 _PLAINLY = {
-    "NoExtensionBias": "there is nothing that it would match",
-    "NoExtension": "there is nothing that it would match",
+    "NoExtensionBias": "it cannot match anything",
+    "NoExtension": "it cannot match anything",
 }
 
 

@@ -27,7 +27,7 @@ from lmbridge.errors import ModelNotFoundError
 logger = logging.getLogger("lmbridge.loading")
 
 PATIENCE = 10.0
-"""Seconds until a hub that does not answer counts as out of reach."""
+"""Seconds until a hub that does not answer counts as unreachable."""
 _FINAL = (RepositoryNotFoundError, RevisionNotFoundError)
 
 
@@ -35,8 +35,7 @@ def only_from_cache(model: str, revision: str | None = None) -> bool:
     """Whether to load the copy in the hub's cache and ask for nothing; False means that the hub can be asked.
 
     Raises:
-        ModelNotFoundError: there is no copy, and the hub has no such model, or does not let us have it, or cannot be
-            reached.
+        ModelNotFoundError: there is no copy, and the hub has no such model, denies access, or is unreachable.
     """
     cached = _is_cached(model, revision)
     if huggingface_hub.is_offline_mode():
@@ -47,10 +46,10 @@ def only_from_cache(model: str, revision: str | None = None) -> bool:
     if problem is None or isinstance(problem, EntryNotFoundError):  # it is there, perhaps in another form
         return False
     if cached:
-        logger.warning("the hub does not give %r (%s); using the copy in its cache", model, _first_line(problem))
+        logger.warning("the hub does not provide %r (%s); using the cached copy", model, _first_line(problem))
         return True
     if isinstance(problem, HfHubHTTPError) and not isinstance(problem, _FINAL):
-        return False  # out of order for a moment, perhaps: huggingface_hub asks again for half a minute
+        return False  # perhaps a temporary failure: huggingface_hub retries for half a minute
     raise _not_found(model, _why_not(problem, revision)) from problem
 
 
@@ -58,11 +57,11 @@ def _is_cached(model: str, revision: str | None) -> bool:
     try:
         return isinstance(huggingface_hub.try_to_load_from_cache(model, "config.json", revision=revision), str)
     except HFValidationError as cause:
-        raise _not_found(model, "the hub has no names like this one") from cause
+        raise _not_found(model, "this is not a valid name on the hub") from cause
 
 
 def _ask(model: str, revision: str | None) -> Exception | None:
-    """Ask for the file that transformers will ask for first; what came instead of a yes.
+    """Request the file that transformers will request first; returns the error, if any.
 
     In a thread that may be left behind: the name service has no time limit of ours, and each address has one by itself.
     """
@@ -85,7 +84,7 @@ def _ask(model: str, revision: str | None) -> Exception | None:
 
 def _why_not(problem: Exception, revision: str | None) -> str:
     if isinstance(problem, GatedRepoError):
-        return "the hub gives it only to users who accepted its conditions; do so there, then run: hf auth login"
+        return "it is only for users who accepted its conditions on the hub; accept them, then run: hf auth login"
     if isinstance(problem, RevisionNotFoundError):
         return f"the hub's model of that name has no revision {revision!r}"
     if isinstance(problem, RepositoryNotFoundError):

@@ -1,4 +1,4 @@
-"""What of transformers the engine relies on, looked at before anything is loaded.
+"""What of transformers the engine relies on, checked before anything is loaded.
 
 Rule: transformers is imported inside the functions only, on the engine's worker thread. Nothing here runs a model. What
 is named here is everything that the other files touch, so that a new transformers that changes it says so by name at
@@ -66,7 +66,7 @@ SAMPLER = {
     f"{_PROCESSORS}.check_kwargs": ("kwargs",),
     f"{_PROCESSORS}.fill_defaults": ("int32_tensor",),
 }
-"""The first seam, ``processor``: what a manager asks of its ``logit_processor``, beside ``do_processing`` and
+"""The first seam, ``processor``: what a manager requires of its ``logit_processor``, besides ``do_processing`` and
 ``tensors_required``."""
 
 SAMPLER_MEMBERS = {
@@ -76,7 +76,7 @@ SAMPLER_MEMBERS = {
     ),
     f"{_BATCHING}.requests:FutureRequestState": ("state", "has_new_token"),
 }  # fmt: skip
-"""And what the processors read of a request, or change, and of the model when a prompt is read beside the batch."""
+"""What the processors read or change in a request, and read from the model for prompt log-probabilities."""
 
 ATTENTION = {
     "transformers:AttentionInterface.register": ("key", "value"),
@@ -90,7 +90,7 @@ ATTENTION_MEMBERS = {f"{_BATCHING}.input_outputs:PagedAttentionArgs": ("cu_seq_l
 
 
 def import_library() -> None:
-    """See that transformers is there, of a version that was tried, and runs a model by itself as we know it.
+    """Check that a tested version of transformers is installed, and runs single requests as expected.
 
     Raises:
         MissingDependencyError: a package is missing or too old.
@@ -111,25 +111,25 @@ def import_library() -> None:
 
 
 def batching_faults() -> str:
-    """What transformers lacks of what batching needs, in a sentence; or ""."""
+    """What batching needs and transformers lacks, as a sentence, or ""."""
     missing = list(_missing_batching())
     return _complaint(missing) if missing else ""
 
 
 def check_manager(manager: Any) -> None:
-    """Raise EngineStartError unless the manager that was made has its processors where we put ours."""
+    """Raise EngineStartError unless the manager keeps its processors where we put ours."""
     if type(getattr(manager, "logit_processor", None)) is not find(_PROCESSORS):
         _refuse(["ContinuousBatchingManager.logit_processor"])
 
 
 def attention_of(model: Any) -> str | None:
-    """The name of what the model attends with now; None where it has no choice."""
+    """The name of the model's current attention; None if it has no choice."""
     name: str | None = getattr(model.config, "_attn_implementation", None)
     return name
 
 
 def attention_fits() -> bool:
-    """Whether an attention function of ours finds what it needs."""
+    """Whether our attention function finds what it needs."""
     return not any(missing_parameters(ATTENTION)) and not any(missing_members(ATTENTION_MEMBERS))
 
 
@@ -147,14 +147,14 @@ def _refuse(missing: list[str]) -> None:
 
 def _complaint(missing: list[str]) -> str:
     return (
-        f"transformers {installed()} lacks what this engine relies on: {', '.join(missing)}. It was tried with "
+        f"transformers {installed()} lacks what this engine relies on: {', '.join(missing)}. It was tested with "
         f"transformers {TRIED}; install that, or a newer lmbridge: {PIP}"
     )
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """While a runner is tried, keep what the batching's own logger prints of a failure, which is told otherwise."""
+    """While a runner is tried, silence the batching's own logger: we report failures ourselves."""
     logger = logging.getLogger("ContinuousBatchingLogger")
     nothing = logging.Filter()  # one of its own each time: several engines may start at once
     nothing.filter = lambda record: False  # type: ignore[method-assign]
@@ -166,7 +166,7 @@ def quiet() -> Iterator[None]:
 
 
 def installed() -> str:
-    """The version that is there."""
+    """The installed version."""
     version: str = importlib.import_module("transformers").__version__
     return version
 

@@ -1,4 +1,4 @@
-"""Model and tokenizer, loaded by transformers' documented calls, or an error that says what the folder holds instead.
+"""Loads model and tokenizer by transformers' documented calls, or says what the folder holds instead.
 
 Rule: ``load`` runs on the engine's worker thread and blocks; ``with_defaults`` is quick and may run on any. What can be
 told from a model's configuration is told before its weights are read.
@@ -44,12 +44,12 @@ _ENCODER = " For its vectors, or its scores of pairs of texts, give engine='enco
 
 
 _reading = threading.Lock()
-"""transformers sets things of the whole process while it reads a model: two at once lose each other's tied weights."""
+"""transformers sets process-wide state while loading: two loads at once lose each other's tied weights."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is ready to run.
+    """A model ready to run.
 
     Attributes:
         model: in eval mode, on its device; its own generation settings are neutral.
@@ -70,8 +70,8 @@ def load(options: ModelOptions) -> Loaded:
     """Load model and tokenizer.
 
     Raises:
-        ModelNotFoundError: the hub has no such model or cannot be reached, or there are no weights.
-        EngineStartError: it is no causal language model, is incomplete or broken, or has no tokenizer.
+        ModelNotFoundError: the hub has no such model or is unreachable, or there are no weights.
+        EngineStartError: it is not a causal language model, is incomplete or broken, or has no tokenizer.
         MissingDependencyError: a package that it needs is not installed.
     """
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,7 +92,7 @@ def load(options: ModelOptions) -> Loaded:
 
 
 def with_defaults(config: GenerationConfig, defaults: dict[str, Any]) -> GenerationConfig:
-    """``config`` with ``defaults`` for what it leaves open, as a copy, if it samples; a greedy one stays as it is."""
+    """A copy of ``config`` with ``defaults`` for unset fields, if it samples; a greedy one stays as it is."""
     if not config.samples:
         return config
     missing: Any = {name: value for name, value in defaults.items() if getattr(config, name) is None}
@@ -152,7 +152,7 @@ def _need_gguf_packages(path: Path) -> None:
         )
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise EngineStartError(f"{path} is no GGUF file, since it does not begin as they do; download it again.")
+            raise EngineStartError(f"{path} is not a GGUF file, judging by its first bytes; download it again.")
 
 
 def _load_config(source: _Source) -> Any:
@@ -165,7 +165,7 @@ def _load_config(source: _Source) -> Any:
         except ValueError as cause:
             if "does not recognize this architecture" in str(cause):  # four lines of text that do not fit here
                 raise EngineStartError(
-                    f"{source.label} is of a model type that transformers {transformers.__version__} does not know "
+                    f"{source.label} is of a model type unknown to transformers {transformers.__version__} "
                     f"({_first_line(cause).partition('. ')[0]}); a newer lmbridge may allow a newer transformers."
                 ) from cause
             raise
@@ -187,7 +187,7 @@ def _load_tokenizer(source: _Source) -> Any:
 
 def _no_tokenizer(source: _Source) -> EngineStartError:
     return EngineStartError(
-        f"{source.label} holds no tokenizer (tokenizer.json, for one). Save the one that the model was trained with "
+        f"{source.label} holds no tokenizer (such as tokenizer.json). Save the one that the model was trained with "
         f"beside it: AutoTokenizer.from_pretrained(BASE).save_pretrained({source.name!r})"
     )
 
@@ -198,7 +198,7 @@ def _need_sentencepiece(source: _Source) -> None:
         return
     if importlib.util.find_spec("sentencepiece") is None:
         raise MissingDependencyError(
-            f"The tokenizer of {source.label} is a tokenizer.model, which the package sentencepiece reads; "
+            f"The tokenizer of {source.label} (tokenizer.model) needs the package sentencepiece; "
             "install it with: pip install sentencepiece"
         )
 
@@ -230,9 +230,9 @@ def _refuse_incomplete(model: Any, missing: set[str], source: _Source) -> None:
     made_up = sorted(name for name, _ in model.named_parameters() if name in missing)
     if made_up:
         raise EngineStartError(
-            f"The files of {source.label} lack {len(made_up)} of the weights that a {type(model).__name__} has, such "
-            f"as {made_up[0]}: it would write noise. They may be of a model for another task, or incomplete; give the "
-            "folder of the whole model."
+            f"The files of {source.label} lack {len(made_up)} of the weights of a {type(model).__name__}, such as "
+            f"{made_up[0]}, so it would generate noise. They may be for another task, or incomplete; give the "
+            "complete model's folder."
         )
 
 
@@ -244,7 +244,7 @@ def _refuse_unless_causal(config: Any, source: _Source) -> None:
     classes = list(getattr(config, "architectures", None) or ())
     what = f"{source.label} is a {config.model_type} model" + (f" ({', '.join(classes)})" if classes else "")
     if getattr(config, "is_encoder_decoder", False):
-        raise EngineStartError(f"{what}, an encoder-decoder, which this engine does not run. {_INSTEAD}")
+        raise EngineStartError(f"{what}, an encoder-decoder, which this engine does not support. {_INSTEAD}")
     if _has_own_code(config) and source.arguments["trust_remote_code"]:
         return
     if not _is_listed("MODEL_FOR_CAUSAL_LM_MAPPING", config, otherwise=True):
@@ -252,13 +252,13 @@ def _refuse_unless_causal(config: Any, source: _Source) -> None:
             f"{what}, for which transformers has no causal language model. {_INSTEAD}{_as_encoder(config)}"
         )
     if _reads_both_ways(config):
-        raise EngineStartError(f"{what}, an encoder: it reads text and writes none. {_INSTEAD}{_as_encoder(config)}")
+        raise EngineStartError(f"{what}, an encoder, which does not generate text. {_INSTEAD}{_as_encoder(config)}")
     if classes and classes[0].endswith(_OTHER_HEADS):
-        raise EngineStartError(f"{what}, which labels text and writes none. {_INSTEAD}{_as_encoder(config)}")
+        raise EngineStartError(f"{what}, which does not generate text. {_INSTEAD}{_as_encoder(config)}")
 
 
 def _as_encoder(config: Any) -> str:
-    """What a model can be used for that reads text: its vectors, or its scores."""
+    """Advice to use the model for vectors or scores instead."""
     classes = list(getattr(config, "architectures", None) or ())
     if classes and classes[0].endswith(_OTHER_HEADS):
         return _ENCODER if classes[0].endswith("ForSequenceClassification") else ""
@@ -301,7 +301,7 @@ def _recommended(settings: Any) -> dict[str, Any]:
             given: Any = {name: value}
             GenerationConfig().merged(given)
         except InvalidRequestError as error:
-            logger.warning("a recommendation in the model's generation_config.json is left out: %s", error)
+            logger.warning("ignoring a recommendation in the model's generation_config.json: %s", error)
         else:
             found[name] = value
     return found
@@ -321,7 +321,7 @@ def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 @contextlib.contextmanager
 def _explained(source: _Source, what: str, advice: str = "") -> Iterator[None]:
-    """Errors of transformers, many of them a page long, as one sentence each that says whose fault it is."""
+    """Turn errors of transformers, often a page long, into one sentence that names the cause."""
     try:
         yield
     except (LMBridgeError, MemoryError):
@@ -337,14 +337,14 @@ def _explained(source: _Source, what: str, advice: str = "") -> Iterator[None]:
 def _start_error(source: _Source, problem: str, cause: Exception) -> LMBridgeError:
     if "trust_remote_code" in str(cause):
         return EngineStartError(
-            f"{source.label} comes with code of its own; read it, and if you trust it, give trust_remote_code=True."
+            f"{source.label} comes with its own code; read it, and if you trust it, give trust_remote_code=True."
         )
     if source.is_gguf:
-        return EngineStartError(f"{problem}; the file may be cut short, or of a kind that transformers does not read.")
+        return EngineStartError(f"{problem}; the file may be truncated, or of a kind unknown to transformers.")
     if source.is_local or not isinstance(cause, OSError):
         return EngineStartError(f"{problem}.")
     if source.arguments.get("local_files_only"):
-        return ModelNotFoundError(f"{problem}; the hub is out of reach, and its cache does not hold the whole model.")
+        return ModelNotFoundError(f"{problem}; the hub is unreachable, and the cache does not hold the complete model.")
     return ModelNotFoundError(f"{problem}.")
 
 

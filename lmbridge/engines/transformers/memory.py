@@ -1,6 +1,6 @@
-"""How much memory a model takes: told from its files before it is loaded, and from its configuration for the cache.
+"""Estimates a model's memory: weights from its files, cache from its configuration.
 
-Rule: any worker thread; nothing is fetched and no weights are read. torch and transformers are imported inside.
+Rule: any worker thread; downloads nothing and reads no weights. torch and transformers are imported inside.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def needed(options: ModelOptions) -> int | None:
-    """Bytes of the weights and of the cache; None for a model that is not here yet, or all in one file.
+    """Bytes of the weights and the cache; None for a model not yet downloaded, or a single file.
 
     On a GPU the cache takes what is free unless it was told how much; one request's is counted then, which it needs.
     """
@@ -27,7 +27,7 @@ def needed(options: ModelOptions) -> int | None:
 
 
 def weight_bytes(options: ModelOptions) -> int | None:
-    """Bytes of the weights in the dtype in which they will be loaded; None where there are no files of them here."""
+    """Bytes of the weights in the dtype they will be loaded in; None if their files are not local."""
     folder = _folder(options)
     if folder is None:
         return None
@@ -47,7 +47,7 @@ def cached_per_token(config: Any, itemsize: int) -> int:
 
 
 def _cache(options: ModelOptions) -> int:
-    """Bytes of the cache; 0 where the model's configuration cannot be read without running code of its own."""
+    """Bytes of the cache; 0 if its configuration needs the model's own code."""
     folder = _folder(options)
     assert folder is not None
     import torch
@@ -65,7 +65,7 @@ def _cache(options: ModelOptions) -> int:
             sizes = CacheSizes(model, options)
             return sizes.blocks * sizes.page * per_token
         return (context_of(model, options) or UNKNOWN_CONTEXT) * per_token
-    except Exception:  # loading will say what is wrong with it
+    except Exception:  # loading will report the error
         return 0
 
 
@@ -79,7 +79,7 @@ def _folder(options: ModelOptions) -> Path | None:
 
     try:
         config = huggingface_hub.try_to_load_from_cache(options.model, "config.json", revision=options.revision)
-    except ValueError:  # no name that the hub could have
+    except ValueError:  # not a valid hub id
         return None
     return Path(config).parent if isinstance(config, str) else None
 
@@ -93,7 +93,7 @@ def _stored(folder: Path) -> str:
 
 
 def _loaded(options: ModelOptions, folder: Path) -> str:
-    """The dtype in which the model will be, by torch's name."""
+    """The torch name of the dtype that the model will have."""
     if options.dtype is not None and options.dtype != "auto":
         return str(options.dtype).removeprefix("torch.")
     return "float32" if options.dtype is None and _on_cpu(options) else _stored(folder)

@@ -1,6 +1,6 @@
-"""The options of an engine that loads a Hugging Face model, checked when the engine is made.
+"""The options of an engine that loads a Hugging Face model, validated when the engine is created.
 
-Rule: standard library only; nothing is loaded. None leaves a choice to whoever loads the model.
+Rule: standard library only; loads nothing. None leaves the choice to the loader.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _SWITCHES = ("trust_remote_code", "self_check", "cuda_graphs")
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What an engine was asked for; its own docstring says what each means.
+    """An engine's options; the engine class documents each.
 
     Raises:
-        InvalidRequestError: a value is wrong; ``param`` names the option.
+        InvalidRequestError: a value is invalid; ``param`` names the option.
     """
 
     model: str

@@ -87,12 +87,12 @@ class PagedRunner(Runner):
         self._halted = False
 
     def start(self, loop: asyncio.AbstractEventLoop, listener: Listener) -> None:
-        """It is a daemon because the caller is one: no model may hold the process."""
+        """The generation thread is a daemon because the caller is: no model may block process exit."""
         if not threading.current_thread().daemon:
-            raise RuntimeError("The generation thread must be started by a daemon thread, whose nature it inherits.")
+            raise RuntimeError("The generation thread must be started from a daemon thread, so that it becomes one.")
         self._loop, self._listener = loop, listener
         generating(self)
-        with torch.inference_mode():  # the generation thread takes the mode over: a few per cent less to do
+        with torch.inference_mode():  # the generation thread inherits the mode, which saves a few per cent
             self._manager.start()
         loop.call_soon_threadsafe(self._look)
 
@@ -107,7 +107,7 @@ class PagedRunner(Runner):
             eos_token_id=list(stop_ids) or -1,
             plan=plan,
         )
-        if added is None and self._refused is None:  # its thread is ending, and soon says why
+        if added is None and self._refused is None:  # its thread is ending, and will soon report why
             self._refused = time.monotonic()
             self._loop.call_soon(self._look)
 
@@ -154,7 +154,7 @@ class PagedRunner(Runner):
         self._halted = True
         manager = self._manager
         if manager is not None and manager.is_running():
-            with library.quiet():  # whoever is inside is told otherwise, or nobody waits
+            with library.quiet():  # requests are ended elsewhere, or nobody is waiting
                 manager.stop(block=True, timeout=timeout, hard_stop=True)
         ended = manager is None or not manager.is_running()
         if ended:
@@ -172,7 +172,7 @@ class PagedRunner(Runner):
         return ended
 
     def _let_go(self) -> None:
-        """On a thread of its own: once the step that hung is over, or never."""
+        """On a separate thread: once the hanging step is over, or never."""
         while self._manager.is_running():
             time.sleep(WATCH)
         still(self)
@@ -185,7 +185,7 @@ class PagedRunner(Runner):
     # ---------------------------------------------------------------------------------------------------- server thread
 
     def _deliver(self, output: Any) -> None:
-        """One request's output of one step."""
+        """Deliver one request's output of one step."""
         if self._halted:
             return
         key: str = output.request_id
@@ -206,7 +206,7 @@ class PagedRunner(Runner):
                 self._listener.on_tokens(key, output.generated_tokens, finished)
 
     def _look(self) -> None:
-        """Whether the generation thread lives; whether requests that failed have failed alone."""
+        """Check whether the generation thread is alive, and whether failed requests failed alone."""
         if self._timer is not None:
             self._timer.cancel()
         if self._halted:
@@ -233,16 +233,16 @@ class PagedRunner(Runner):
         self._idle_looks = self._idle_looks + 1 if stands else 0
         self._seen = self.steps
         if self._idle_looks > WEDGED:
-            why = f"transformers schedules nothing, though it has {len(self._plans)} requests"
+            why = f"transformers schedules nothing although it has {len(self._plans)} requests"
             self._listener.on_end(RuntimeError(why))
 
     def _cause(self) -> BaseException:
-        """What ended the thread: the error itself where the model raised it, else what transformers wrote down."""
+        """What ended the thread: the model's error if it raised one, else what transformers recorded."""
         why = self._failed[0][2] if self._failed else None
         error = self._witness.error
         if error is not None and (why is None or str(error) == why):
             return error
-        running = "takes no requests any more" if self._manager.is_running() else "ended without an error"
+        running = "takes no more requests" if self._manager.is_running() else "ended without an error"
         return RuntimeError(why or f"The generation thread of transformers {running}.")
 
     # ---------------------------------------------------------------------------------------------------- worker thread

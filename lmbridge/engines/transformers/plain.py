@@ -36,7 +36,7 @@ from lmbridge.engines.transformers.runner import (
 from lmbridge.engines.transformers.sampling import Sampler
 
 CHUNK = 256
-"""Tokens of a long prompt in one run, unless asked for otherwise."""
+"""The default number of prompt tokens per run."""
 CHECKED_REQUESTS = 2
 """Those of the self-check, which begin together: or the first might end before it had to share the model."""
 CHECKED_CHUNK = 4
@@ -44,10 +44,10 @@ CHECKED_CHUNK = 4
 
 
 class PlainRunner(Runner):
-    """A model that is run for one request at a time, by turns.
+    """A model that runs one request at a time, in turns.
 
     Attributes:
-        chunk: tokens of a prompt in one run; None reads every prompt whole.
+        chunk: tokens of a prompt in one run; None reads every prompt at once.
     """
 
     name = "plain"
@@ -56,8 +56,8 @@ class PlainRunner(Runner):
         """
         Args:
             chunked: read long prompts in pieces, which some models cannot continue.
-            interleaved: pass the turn on after each run, rather than after each request: some models keep a request's
-                state in themselves.
+            interleaved: pass the turn on after each run instead of after each request; some models keep a request's
+                state inside themselves.
         """
         self._model = model
         self._threads = thread_count(model, options)
@@ -190,13 +190,13 @@ class PlainRunner(Runner):
         self._inside.job = job
 
     def chosen(self, job: _Job, token: int) -> None:
-        """The job has one more token."""
+        """Record the job's next token."""
         job.tokens.append(token)
         job.finished = token in job.stop_ids or len(job.tokens) >= job.budget
         self._tell(self._on_tokens, job, job.tokens[:], job.finished)
 
     def _tell(self, method: Any, *args: Any) -> None:
-        """One hop to the loop. A loop that is closed has nobody waiting."""
+        """Call a method on the loop; if that is closed, nobody is waiting."""
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(method, *args)
@@ -231,14 +231,14 @@ class _Job:
         self.left = False  # was taken out of the line before that
 
     def await_turn(self) -> None:
-        """Whoever has the turn passes it on, whatever becomes of him."""
+        """Wait for the turn; its holder passes it on in any case."""
         self.waits = True
         self.turn.acquire()
         self.waits = False
 
 
 class _Cancelled(BaseException):
-    """Leaves ``generate`` when its request was cancelled or the runner is closed. No handler of errors may keep it."""
+    """Leaves ``generate`` when its request is cancelled or the runner closed. Error handlers must not catch it."""
 
 
 class _Turns:
@@ -271,7 +271,7 @@ class _Turns:
             self._pass_on()
 
     def go_round(self, job: _Job) -> None:
-        """Give the turn to whoever has waited longest, and wait for the next.
+        """Pass the turn to the longest-waiting job, and wait for the next.
 
         Raises:
             _Cancelled: there will be none; whoever has been inside ``taken`` gives back a turn then that he has.
@@ -296,7 +296,7 @@ class _Turns:
         job.turn.release()
 
     def close(self, timeout: float) -> bool:
-        """Let nobody begin another run; whether the last one ends within ``timeout`` seconds."""
+        """Allow no more runs; returns whether the last one ends within ``timeout`` seconds."""
         self.closed = True
         with self._lock:
             self._awaited = 0

@@ -1,4 +1,4 @@
-"""What one request wants of the sampler, and what was found for it.
+"""One request's sampling settings and results.
 
 Rule: a ``Plan`` is made by the server thread, which also sets its ``end`` and reads its ``logprobs``; all else belongs
 to the thread that generates.
@@ -46,7 +46,7 @@ def _bounded(divisor: float) -> float:
 
 
 class Plan:
-    """What one request wants of the sampler, and what was found for it.
+    """One request's sampling settings and results.
 
     Attributes:
         prompt: the prompt's token ids, which the repetition penalty covers as it does the answer's.
@@ -55,10 +55,10 @@ class Plan:
         steps: how many steps it was part of, those that read its prompt included; counted by the runner.
         logprobs: one entry per generated token where asked for. The generation thread appends, the server thread reads
             those of tokens it has been told of.
-        end: if not None, the token that comes next, whatever else is asked. Set by the server thread to end a request.
+        end: if not None, the token that must come next. Set by the server thread to end a request.
         left: generation thread only: the changes to the scores of a request that is left out of steps for a while.
         reading: the prompt's own log-probabilities where asked for.
-        guide: what holds the answer to a grammar, if anything; set before the request is handed on.
+        guide: the guide for the answer's grammar, if any; set before the request starts.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Plan:
 
     @property
     def needed(self) -> bool:
-        """Whether the request differs from taking the most likely token."""
+        """Whether the request needs more than the most likely token."""
         changed = self.penalty != 1.0 or self.counts or self.biased or self.guide is not None
         return self.samples or changed or self.wants_logprobs is not None
 

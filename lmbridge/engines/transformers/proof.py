@@ -1,4 +1,4 @@
-"""How an engine proves itself before it is called ready: real requests through the real path, against the model itself.
+"""The self-check before an engine is ready: real requests, compared with the model itself.
 
 Rule: ``Proof.of`` runs the model and belongs to the engine's worker thread; ``ask`` runs on the server thread.
 
@@ -35,7 +35,7 @@ FINE, COARSE = 0.02, 0.5
 
 @dataclass(frozen=True)
 class Proof:
-    """What the model itself says.
+    """The model's own results.
 
     Attributes:
         prompts: token ids.
@@ -56,7 +56,7 @@ class Proof:
             room: the most tokens of a prompt and its answer; None if there is no limit.
 
         Raises:
-            EngineStartError: the model itself makes no sense.
+            EngineStartError: the model's own output is invalid.
         """
         size = model.get_input_embeddings().weight.shape[0]
         longest = LONGEST if room is None else max(1, min(LONGEST, room - TOKENS))
@@ -76,7 +76,7 @@ class Proof:
         return cls(prompts, expected, FINE if model.dtype.itemsize >= 4 else COARSE)
 
     async def ask(self, add: Callable[[Request, Sink], None], logprobs: bool = True) -> str:
-        """Send the prompts the way that every request goes; what is wrong with the answers, or "".
+        """Send the prompts as ordinary requests; returns what is wrong with the answers, or "".
 
         Args:
             logprobs: ask for them; without them only the tokens are compared.
@@ -101,7 +101,7 @@ class Proof:
         for place, (logprobs, token, found) in enumerate(zip(expected, answer.token_ids, likely, strict=False)):
             apart = _apart(logprobs, token, found)
             if not apart <= self.tolerance:  # not a number is a fault too
-                return f"log-probabilities of token {place + 1} are {apart:.3g} from the model's own"
+                return f"log-probabilities of token {place + 1} differ by {apart:.3g} from the model's own"
             if token != int(logprobs.argmax()):
                 break  # nearly as likely as the best: what follows it was not asked for
         return ""

@@ -1,4 +1,4 @@
-"""A prompt's own log-probabilities: the model reads the prompt once more, by itself, beside what generates.
+"""A prompt's log-probabilities: the model reads the prompt once more, apart from generation.
 
 Rule: generation threads only, between two runs of the model; ``Reading.entries`` and ``failure`` are read by the server
 thread once it has been told of a token. The runs are plain forwards in the attention that the model was loaded with,
@@ -22,11 +22,11 @@ from lmbridge.messages import Logprobs
 AT_ONCE = 256
 """Tokens in one run, whose scores for the whole vocabulary are held at once."""
 MOST_SCORES = 1 << 28
-"""So many scores are held at once of a prompt that cannot be read in pieces: a gigabyte."""
+"""The most scores held at once for a prompt that cannot be read in pieces: a gigabyte."""
 
 
 class Reading:
-    """What was found for one prompt.
+    """The results for one prompt.
 
     Attributes:
         likely: how many of the most likely tokens are told beside a token of the prompt.
@@ -71,7 +71,7 @@ class Reader:
         """Read on to the end, or about ``most`` tokens.
 
         Raises:
-            InvalidRequestError: the model reads a prompt whole or not at all, and this one is too long for that.
+            InvalidRequestError: the model must read a prompt at once, and this one is too long.
             Exception: the model failed.
         """
         if not reading.entries:
@@ -106,8 +106,8 @@ class Reader:
         size = self._model.get_output_embeddings().weight.shape[0]
         if not self._pieces and len(prompt) * size > MOST_SCORES:
             raise InvalidRequestError(
-                f"prompt_logprobs of this model are for prompts of at most {MOST_SCORES // size} tokens, since it "
-                f"cannot read them in pieces; this one has {len(prompt)}. Shorten it, or leave prompt_logprobs out.",
+                f"prompt_logprobs of this model need prompts of at most {MOST_SCORES // size} tokens, since it cannot "
+                f"read them in pieces; this one has {len(prompt)}. Shorten it, or leave prompt_logprobs out.",
                 param="prompt_logprobs",
             )
 

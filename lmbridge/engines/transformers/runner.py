@@ -1,4 +1,4 @@
-"""What generates: the contract between the engine and the two ways of running a model.
+"""The contract between the engine and the two ways of running a model.
 
 Rule: a runner is built, started and closed on the engine's worker thread; what else the engine asks of it is quick and
 comes from the server thread. It generates on threads of its own, which tell of their work by hops to the server's loop;
@@ -39,9 +39,9 @@ class Listener:
     """Where a runner reports to, on the server thread.
 
     Attributes:
-        on_tokens: a request's key, all tokens of its answer so far, whether the last of them ends it.
-        on_failure: a request's key and what ended it; the others go on.
-        on_end: the runner cannot go on, and why.
+        on_tokens: called with a request's key, its tokens so far, and whether the last one ends it.
+        on_failure: called with a request's key and its error; the others continue.
+        on_end: called with the reason when the runner cannot go on.
     """
 
     on_tokens: Callable[[str, Sequence[int], bool], None]
@@ -53,10 +53,10 @@ class Runner(ABC):
     """A model that generates for many requests.
 
     Attributes:
-        name: what users call this way of running.
+        name: the runner's name for users.
         room: the most tokens, prompt and answer together, that one request may have.
         capacity: how many tokens the cache holds for all requests together.
-        page: the cache is given out in pieces of so many tokens.
+        page: tokens per page of the cache.
     """
 
     name: ClassVar[str]
@@ -66,15 +66,15 @@ class Runner(ABC):
     _witness: Witness
 
     def take_turns(self, party: Party) -> None:
-        """Run the model only when it is the engine's turn on its device. Before the start."""
+        """Run the model only in the engine's turns on its device. Called before ``start``."""
         self._witness.party = party
 
     @abstractmethod
     def start(self, loop: asyncio.AbstractEventLoop, listener: Listener) -> None:
-        """Begin to take requests; ``listener`` hears of them on ``loop``. A daemon thread must call."""
+        """Start taking requests; reports to ``listener`` on ``loop``. Must be called from a daemon thread."""
 
     def proved(self) -> None:  # noqa: B027 - there may be nothing to do
-        """The self-check has been passed, or is not asked for: from now on requests are users' own."""
+        """Called once the self-check has passed or is disabled: further requests are users'."""
 
     @abstractmethod
     def add(self, key: str, prompt: list[int], budget: int, stop_ids: Sequence[int], plan: Plan) -> None:
@@ -82,10 +82,10 @@ class Runner(ABC):
 
     @abstractmethod
     def cancel(self, key: str) -> None:
-        """Free what the request holds, within two more steps. Nothing need be told of it."""
+        """Free what the request holds, within two more steps. Nothing need be reported."""
 
     def waits(self, key: str) -> bool:
-        """Whether the request stands in line inside, where others may rightly go on for long before it does."""
+        """Whether the request is queued inside, where others may legitimately run for long before it."""
         return False
 
     @abstractmethod
@@ -99,15 +99,15 @@ class Runner(ABC):
 
     @abstractmethod
     def where(self) -> str:
-        """Where the generation thread stands, in a few words. Any thread."""
+        """What the generation thread is executing, briefly. Any thread."""
 
     @abstractmethod
     def halt(self, timeout: float) -> bool:
-        """Stop generating and telling; False if a step does not end within ``timeout`` seconds."""
+        """Stop generating and reporting; False if a step does not end within ``timeout`` seconds."""
 
     @abstractmethod
     def close(self, timeout: float) -> bool:
-        """Halt and let go of the model; False if a step does not end within ``timeout`` seconds."""
+        """Halt and release the model; False if a step does not end within ``timeout`` seconds."""
 
 
 class Witness:
@@ -151,7 +151,7 @@ class Witness:
         if inside is None:
             return ""
         thread, since = inside
-        return f"step {self.steps} began {time.monotonic() - since:.1f} s ago and stands in {where_is(thread)}"
+        return f"step {self.steps} began {time.monotonic() - since:.1f} s ago and is in {where_is(thread)}"
 
     def end_turn(self) -> None:
         """The run is over, or what it had raised has passed torch's hooks by. A second time does nothing."""
@@ -271,7 +271,7 @@ def generating(runner: Runner) -> None:
 
 
 def still(runner: Runner) -> None:
-    """The runner computes no more."""
+    """The runner has stopped computing."""
     _generating.discard(runner)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Running:
-    """What is known of a request from its first step to its last.
+    """The state of a request, from its first step to its last.
 
     Attributes:
         key: the library's name for it, never used twice.
@@ -45,7 +45,7 @@ class Running:
     reader: Reader | None = None
 
     def take(self, tokens: Sequence[int], finished: bool) -> tuple[Piece, bool]:
-        """Take in all tokens generated so far, and tell what may be shown and whether the last is one that ends it."""
+        """Take all tokens generated so far; returns what may be shown, and whether the last token ends the answer."""
         known, self.tokens = len(self.tokens), list(tokens)
         ended = finished and bool(tokens) and tokens[-1] in self.stop_ids
         return self.stream.push(self.tokens[known : len(tokens) - ended]), ended

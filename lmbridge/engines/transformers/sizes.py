@@ -1,4 +1,4 @@
-"""How large the paged cache is, and how much of it one request may have.
+"""The size of the paged cache, and the share of one request.
 
 Rule: worker thread, before a runner is built; nothing is allocated here. transformers counts in blocks of a page for
 each layer, and hands them out by sectors that suit layers with and without a sliding window.
@@ -23,9 +23,9 @@ CPU_CHUNK, GPU_CHUNK = 256, 2048
 CPU_CACHE_SHARE, GPU_CACHE_SHARE = 0.1, 0.8
 CPU_CACHE_LIMIT = 2 << 30
 SAFETY = 0.15
-"""The share of the cache that is kept for those who decode: no prompt is begun on it."""
+"""The share of the cache reserved for decoding: no prompt starts in it."""
 UNKNOWN_CONTEXT = 4096
-"""Tokens a request is supposed to need where the model states no limit."""
+"""Assumed tokens per request if the model states no limit."""
 
 
 class CacheSizes:
@@ -50,7 +50,7 @@ class CacheSizes:
         self.blocks = options.num_blocks or max(1, min(wanted, budget // per_block) if on_cpu else budget // per_block)
 
     def shrink(self) -> bool:
-        """Try with less; False if there is nothing left to give up."""
+        """Shrink the cache; False if it cannot shrink further."""
         self.blocks = self.blocks * 3 // 4
         return self.blocks > 0
 

@@ -1,4 +1,4 @@
-"""How an engine comes to a runner that is right: the model loaded, put on one, proved, or else put on the next.
+"""Finds the right runner: loads the model, puts it on one, checks it, or else tries the next.
 
 Rule: imported once an engine starts. Everything in ``Start`` runs on the engine's worker thread, except ``proof`` (what
 it asks is asked on the server thread), ``let_go``, ``succeeded`` and ``error``.
@@ -31,10 +31,10 @@ from lmbridge.errors import EngineStartError, InvalidRequestError
 from lmbridge.messages import GenerationConfig
 
 logger = logging.getLogger("lmbridge")
-notes = logging.getLogger("lmbridge.loading")  # what a command shows, too
+notes = logging.getLogger("lmbridge.loading")  # commands show these, too
 
 CLOSE_TIMEOUT = 5.0
-"""Seconds to wait at the end for a step that is still running."""
+"""Seconds to wait on closing for a step that is still running."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Core:
-    """A model on its runner, and what a request needs of them.
+    """A model on its runner, with everything a request needs.
 
     Attributes:
         size: how many tokens the model has a score for.
         grammars: those that answers may have to follow.
-        dialect: how the model is told of tools and calls them.
+        dialect: how tools are described to the model and called.
     """
 
     runner: Runner
@@ -71,7 +71,7 @@ class Core:
         return f"{self.device}, {self.dtype}, {self.runner.name}"
 
     def with_defaults(self, config: GenerationConfig) -> GenerationConfig:
-        """The request's settings, with the model author's where it samples and gives none."""
+        """The request's settings, with the model author's for unset fields if it samples."""
         return with_defaults(config, self.defaults)
 
     def plan(self, config: GenerationConfig, stop_ids: frozenset[int]) -> Plan:
@@ -83,8 +83,7 @@ class Core:
         unknown = next((token for token in config.logit_bias or () if token >= self.size), None)
         if unknown is not None:
             raise InvalidRequestError(
-                f"logit_bias names the token {unknown}, which the model does not have; its ids are from 0 to "
-                f"{self.size - 1}.",
+                f"logit_bias names the token {unknown}, but the model's ids range from 0 to {self.size - 1}.",
                 param="logit_bias",
             )
         return Plan(config, barred=stop_ids)
@@ -111,7 +110,7 @@ class Start:
     """Loads one model and tries runners on it.
 
     Attributes:
-        proof: what a runner has to show; None where no check was asked for.
+        proof: the results that a runner must match; None without a self-check.
     """
 
     def __init__(self, options: ModelOptions, label: str) -> None:
@@ -124,7 +123,7 @@ class Start:
         self.proof: Proof | None = None
 
     def load(self) -> list[Attempt]:
-        """Load the model; the ways of running it that are worth trying, best first."""
+        """Load the model; returns the ways of running it to try, best first."""
         try:
             with loading():
                 loaded = self._loaded = load(self._options)
@@ -141,7 +140,7 @@ class Start:
         """Put the model on a runner, which is not started yet.
 
         Raises:
-            Exception: it cannot be.
+            Exception: it cannot be put on this runner.
         """
         loaded = self._loaded
         assert loaded is not None
@@ -165,7 +164,7 @@ class Start:
         )
 
     def failed(self, attempt: Attempt, fault: str) -> None:
-        """Take the model off a runner that did not pass."""
+        """Take the model off a runner that failed the check."""
         self._faults.append(f"{attempt.name}: {fault.rstrip('.')}.")
         runner, self._runner = self._runner, None
         if runner is not None:
@@ -176,7 +175,7 @@ class Start:
         free_memory()
 
     def succeeded(self, attempt: Attempt) -> None:
-        """Say how the model runs."""
+        """Log how the model runs."""
         assert self._runner is not None
         self._runner.proved()
         if self._faults:
@@ -187,9 +186,9 @@ class Start:
     def error(self) -> EngineStartError:
         """Why there is no runner."""
         paged_only = self._options.runner == "paged"
-        advice = "Use runner='auto' or 'plain'." if paged_only else "Look at its files, or use another version."
+        advice = "Use runner='auto' or 'plain'." if paged_only else "Check the model's files, or use another version."
         error = EngineStartError(
-            f"transformers {library.installed()} does not run {self._model_name()} as the model itself says: "
+            f"transformers {library.installed()} does not reproduce the own results of {self._model_name()}: "
             f"{' '.join(self._faults)} {advice}"
         )
         error.__cause__ = self._cause
@@ -207,7 +206,7 @@ class Start:
         free_memory()
 
     def let_go(self, error: BaseException) -> str:
-        """What the error says, once it holds the model no more: callers will hold the error.
+        """The error's text, after releasing the model from it: callers may keep the error.
 
         Its traceback goes, not only what the frames hold: torch's frames around hooks hold the model by their code.
         """
@@ -226,7 +225,7 @@ class Start:
             Attempt("plain, each prompt whole", whole),
             Attempt("plain, each request whole", one_by_one),
         ]
-        if not options.self_check:  # who would notice a model that cannot be read in pieces?
+        if not options.self_check:  # nothing would detect a model that cannot read in pieces
             plain = plain[1:2]
         if options.runner == "plain":
             return plain

@@ -1,7 +1,7 @@
-"""The vLLM engine, file by file as a prompt passes.
+"""The vLLM engine. The path of a prompt:
 
-``engine`` takes the request and drives vLLM's ``AsyncLLM`` on the server's loop, ``options`` and ``sampling`` say in
-vLLM's words what was asked for, ``loading`` builds it, ``library`` knows which parts of vLLM all this relies on.
+``engine`` takes the request and drives vLLM's ``AsyncLLM`` on the server's loop, ``options`` and ``sampling`` translate
+options and config, ``loading`` builds it, ``library`` checks the parts of vLLM that all this relies on.
 
 Rule: importing this package loads neither torch nor vLLM.
 """

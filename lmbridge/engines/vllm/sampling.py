@@ -1,7 +1,7 @@
-"""A GenerationConfig of ours in vLLM's words.
+"""Translates our GenerationConfig to vLLM's.
 
-Rule: vLLM is imported inside. All fields are given, so that nothing depends on vLLM's own defaults, of which one is 16
-tokens. Stop words are not handed over: they are looked for in the text that is made here.
+Rule: vLLM is imported inside functions. All fields are given, so that nothing depends on vLLM's defaults, one of which
+is 16 tokens. Stop words are not passed on: they are found in the text that we make.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from lmbridge.messages import GenerationConfig
 
 _SEEDS = 2**63
 PARAMS = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed": "random_seed"}
-"""vLLM's name of what it refuses to our field, where they differ."""
+"""Maps vLLM's names of refused parameters to our fields, where they differ."""
 
 
 def sampling_params(config: GenerationConfig, room: int, form: dict[str, str] | None) -> Any:
     """vLLM's ``SamplingParams``.
 
     Args:
-        room: how many tokens the answer may have at most.
+        room: the most tokens of the answer.
         form: see ``structured``.
     """
     from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
@@ -47,10 +47,10 @@ def sampling_params(config: GenerationConfig, room: int, form: dict[str, str] | 
 
 
 def structured(form: Grammar | None) -> dict[str, str] | None:
-    """The field of vLLM's ``StructuredOutputsParams`` for an answer's form, in the words that llguidance knows.
+    """The field of vLLM's ``StructuredOutputsParams`` for an answer's form, as llguidance supports it.
 
     Raises:
-        InvalidRequestError: it is a schema that cannot be followed.
+        InvalidRequestError: the schema is not supported.
     """
     if form is None:
         return None

@@ -135,7 +135,7 @@ def test_a_vector_of_another_size_is_told_to_its_caller(bert: str) -> None:
             good, bad = driver.add("the cat"), driver.add("the poison")
             assert apart((await good.wait()).value, alone(bert, "the cat")) <= 1e-5
             assert isinstance((await bad.wait()).error, EngineError)
-            assert "shape (1, 5) for 1 texts; from its start on it was 32" in str(bad.error)
+            assert "shape (1, 5) for 1 texts; at the start it was 32" in str(bad.error)
 
     asyncio.run(scenario())
 

@@ -67,7 +67,7 @@ def test_an_object_that_cannot_be_taken_apart_is_used_as_it_is() -> None:
         assert bridge.embed("a b", prompt="query", normalize=False)[2] == 3
         assert bridge.embed("a b", prompt="literal", normalize=False)[2] == 7
         assert bridge.embed("a b", prompt="document", normalize=False)[2] == 0
-        with pytest.raises(InvalidRequestError, match="no token ids"):
+        with pytest.raises(InvalidRequestError, match="not token ids"):
             bridge.embed([1, 2, 3])
         with pytest.raises(InvalidRequestError, match="vectors have 3"):
             bridge.embed("a b", dimensions=4)
@@ -84,7 +84,7 @@ def test_a_ranker_that_cannot_be_taken_apart() -> None:
         assert bridge.stats()["max_batch_size"] == 2
     with pytest.raises(InvalidRequestError, match="no option 'runner'"):
         Bridge(_FakeRanker(), runner="paged")
-    with pytest.raises(EngineStartError, match="no layout of this engine"), Bridge(_FakeRanker(), layout="packed"):
+    with pytest.raises(EngineStartError, match="do not support layout"), Bridge(_FakeRanker(), layout="packed"):
         pass
 
 
@@ -101,7 +101,7 @@ def test_a_score_is_what_the_object_makes_it() -> None:
     ("options", "error", "named"),
     [
         ({"max_length": 16}, EngineStartError, "max_length"),
-        ({"pooling": "cls", "layout": "grouped"}, EngineStartError, "pooling and no layout"),
+        ({"pooling": "cls", "layout": "grouped"}, EngineStartError, "pooling or layout"),
         ({"dtype": "bfloat16"}, InvalidRequestError, "dtype"),
         ({"revision": "main"}, InvalidRequestError, "revision"),
         ({"task": "rerank"}, InvalidRequestError, "task"),
@@ -118,7 +118,7 @@ def test_an_object_stays_on_its_device() -> None:
     model: Any = _FakeOfThatPackage()
     model.device = torch.device("cuda:0")
     EncoderEngine(model, device="cuda", task="embed", dtype="auto")
-    with pytest.raises(InvalidRequestError, match="device='cpu' does not go with"):
+    with pytest.raises(InvalidRequestError, match="device='cpu' cannot be combined with"):
         EncoderEngine(model, device="cpu")
 
 

@@ -93,7 +93,7 @@ def test_files_of_sentence_transformers_are_followed(tmp_path: Path, package: st
             assert apart(await driver.ask(Embed("the cat", prompt="document")), expected("the cat")) <= 1e-5
             assert apart(await driver.ask(Embed("the cat", prompt="a dog ")), expected("a dog the cat")) <= 1e-5
             assert "cls + max pooling, 20 tokens" in driver.engine.describe()
-            with pytest.raises(PromptTooLongError, match=r"The text has 33 tokens, and the model reads 20\."):
+            with pytest.raises(PromptTooLongError, match=r"The text has 33 tokens; the model reads at most 20\."):
                 await driver.ask(Embed("the", prompt="long"))
 
     asyncio.run(scenario())
@@ -137,7 +137,7 @@ def test_long_texts(bert: str) -> None:
     async def scenario() -> None:
         async with driven(bert, max_length=30) as driver:
             with pytest.raises(
-                PromptTooLongError, match=r"more than 30 tokens, and the model reads 30\. .*truncate='end'"
+                PromptTooLongError, match=r"more than 30 tokens; the model reads at most 30\. .*truncate='end'"
             ):
                 await driver.ask(long)
             with pytest.raises(PromptTooLongError, match=r"The text has 31 tokens"):
@@ -161,7 +161,9 @@ def test_long_documents(reranker: str) -> None:
         async with driven(reranker) as driver:
             expected = score_alone(reranker, "where did the cat go", long)
             assert abs(await driver.ask(Rerank("where did the cat go", long)) - expected) <= 1e-5
-            with pytest.raises(PromptTooLongError, match=f"have 1 and {ROOM - 3} tokens, and the model reads {ROOM}"):
+            with pytest.raises(
+                PromptTooLongError, match=f"have 1 and {ROOM - 3} tokens; the model reads at most {ROOM}"
+            ):
                 await driver.ask(Rerank("cat", "cat " * (ROOM - 3), truncate="error"))
             with pytest.raises(PromptTooLongError, match="The query alone is too long") as caught:
                 await driver.ask(Rerank("cat " * ROOM, "cat", truncate="error"))
@@ -209,9 +211,9 @@ def test_token_ids_are_taken_as_they_are(bert: str) -> None:
             assert answer.last.usage is not None
             assert answer.last.usage.prompt_tokens == len(ids) == 5
             for wrong in ([160], [-1], [5, 10**30]):
-                with pytest.raises(InvalidRequestError, match="token ids go from 0 to 159"):
+                with pytest.raises(InvalidRequestError, match="token ids range from 0 to 159"):
                     await driver.ask(Embed(wrong))
-            with pytest.raises(InvalidRequestError, match="not before token ids"):
+            with pytest.raises(InvalidRequestError, match="only be put before a string"):
                 await driver.ask(Embed(ids, prompt="query"))
 
     asyncio.run(scenario())
@@ -229,7 +231,7 @@ def test_nothing_is_a_text_too(tmp_path: Path, bert: str) -> None:
             assert apart(vectors[0], vectors[2]) <= 1e-5
         async with driven(bare) as driver:
             assert driver.layout == "packed"
-            with pytest.raises(InvalidRequestError, match="makes no token"):
+            with pytest.raises(InvalidRequestError, match="produces no token"):
                 await driver.ask("")
             assert (await driver.ask("cat")).shape == (32,)
 
@@ -287,7 +289,9 @@ def test_a_length_that_the_model_does_not_have(tmp_path: Path, bert: str) -> Non
     roberta = save_model(tmp_path, "roberta")
     asyncio.run(scenario(roberta, ROOM))
     for folder in (bert, roberta):
-        with pytest.raises(EngineStartError, match=f"max_length is {ROOM + 1}, but the model has positions for {ROOM}"):
+        with pytest.raises(
+            EngineStartError, match=f"max_length is {ROOM + 1}, but the model has positions for only {ROOM}"
+        ):
             asyncio.run(scenario(folder, ROOM + 1))
 
 
@@ -304,7 +308,7 @@ def test_a_length_without_room_for_a_text(bert: str, reranker: str) -> None:
 
     for folder, least in ((bert, 3), (reranker, 5)):
         asyncio.run(scenario(folder, least))
-        with pytest.raises(EngineStartError, match=f"would read {least - 1} tokens of a text, but it needs {least}"):
+        with pytest.raises(EngineStartError, match=f"max_length={least - 1} is too small: .* needs at least {least}"):
             asyncio.run(scenario(folder, least - 1))
 
 
@@ -330,7 +334,7 @@ def test_a_score_is_made_as_the_files_say(reranker: str, tmp_path: Path, place: 
     asyncio.run(scenario())
     path = folder / place.replace("oldest", "config.json")
     path.write_text(path.read_text().replace(name, "mine.Activation"))
-    with pytest.raises(EngineStartError, match=r"makes its scores by mine\.Activation"):
+    with pytest.raises(EngineStartError, match=r"uses the activation mine\.Activation"):
         asyncio.run(scenario())
 
 
@@ -363,7 +367,7 @@ def test_a_prompt_that_may_be_mistyped_is_told_once(tmp_path: Path, caplog: pyte
                 await driver.ask(Embed("the cat", prompt=prompt))
 
     asyncio.run(scenario())
-    told = [line for line in caplog.messages if "names no prompt" in line]
+    told = [line for line in caplog.messages if "is not one of the model's prompts" in line]
     assert len(told) == 1
     assert "prompt='qeury'" in told[0]
     assert "'query', 'passage'" in told[0]

@@ -79,7 +79,7 @@ def test_wrong_options_are_named(name: str, option: str, value: object) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_contradictions_are_named(name: str) -> None:
     """One GPU and several are not both meant."""
-    with pytest.raises(InvalidRequestError, match="give one"):
+    with pytest.raises(InvalidRequestError, match="give only one"):
         engine_class(name)("demo", device="cuda:1", gpu_split=[20, 24])  # type: ignore[call-arg]
 
 

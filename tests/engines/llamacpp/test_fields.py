@@ -223,7 +223,7 @@ def test_thoughts_come_apart(files: Path) -> None:
 
 def test_a_model_that_nothing_tells_of_tools_cannot_choose(bridge: Bridge) -> None:
     """It would be asked without them, and never call."""
-    with pytest.raises(InvalidRequestError, match="knows no tools"):
+    with pytest.raises(InvalidRequestError, match="does not support tools"):
         ask(bridge, CAPITAL, tools=[TOOL])
 
 

@@ -293,8 +293,8 @@ def test_a_file_that_is_no_model_says_so(demo: str, files: Path, capfd: pytest.C
     """The message would be llama.cpp's "please check the input params"."""
     whole = Path(demo).read_bytes()
     for name, content, said in (
-        ("text.gguf", b"hello", "no GGUF file"),
-        ("cut.gguf", whole[:5000], "no GGUF file"),
+        ("text.gguf", b"hello", "not a readable GGUF file"),
+        ("cut.gguf", whole[:5000], "not a readable GGUF file"),
         ("short.gguf", whole[: len(whole) // 2], "llama.cpp cannot load"),
     ):
         (files / name).write_bytes(content)

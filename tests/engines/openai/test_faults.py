@@ -158,7 +158,7 @@ def test_a_cut_in_the_midst_keeps_the_text(rude: Callable[..., Rude]) -> None:
     assert isinstance(error, EngineError)
     assert error.retryable
     assert error.partial == "half"
-    assert "lost in the midst" in str(error)
+    assert "was lost during the answer" in str(error)
 
 
 # --- a server that is full ---
@@ -304,7 +304,7 @@ def test_a_start_without_a_server_names_it() -> None:
 @pytest.mark.parametrize(
     ("models", "options", "words"),
     [
-        (http(401, error_body("No key.")), {}, "refuses the API key.*No key.*OPENAI_API_KEY"),
+        (http(401, error_body("No key.")), {}, "rejected the API key.*No key.*OPENAI_API_KEY"),
         (http(503, error_body("Loading.")), {}, "Loading"),
         (http(404, b"nothing here"), {}, "nothing here"),
         (http(200, b"hello"), {}, "read"),

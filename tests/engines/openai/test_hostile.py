@@ -88,7 +88,7 @@ def test_nobody_is_followed_elsewhere(rude: Callable[..., Rude]) -> None:
     other = rude(answer("no"))
     server = rude(http(307, {}, Location=f"{other.url}/chat/completions"), answer("yes"))
     with Bridge(server.url) as bridge:
-        with pytest.raises(EngineError, match=f"sends its requests on to {other.url}"):
+        with pytest.raises(EngineError, match=f"redirects to {other.url}"):
             bridge.infer("hello", timeout=PATIENCE)
         assert bridge.infer("hello", timeout=PATIENCE).text == "yes"
     assert not other.asked
@@ -117,7 +117,7 @@ def test_packed_answers_are_not_unpacked(rude: Callable[..., Rude]) -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Encoding: gzip, gzip\r\n\r\n"
     server = rude(head + bomb, answer("fine"))
     with Bridge(server.url) as bridge:
-        with pytest.raises(EngineError, match="packed"):
+        with pytest.raises(EngineError, match="compressed answer"):
             bridge.infer("hello", timeout=PATIENCE)
         assert bridge.infer("hello", timeout=PATIENCE).text == "fine"
     assert "accept-encoding: identity" in server.heads[-1].lower()
@@ -129,10 +129,10 @@ def test_a_line_without_an_end_is_not_read(rude: Callable[..., Rude], monkeypatc
     monkeypatch.setattr(library, "MOST_OF_AN_ANSWER", 10_000)
     server = rude(answer("a" * 300_000), events(*[chunk("ab")] * 500, chunk("", "stop"), "[DONE]"))
     with Bridge(server.url) as bridge:
-        with pytest.raises(EngineError, match="more at a time"):
+        with pytest.raises(EngineError, match="oversized answer"):
             bridge.infer("hello", timeout=PATIENCE)
         assert bridge.infer("hello", timeout=PATIENCE).text == "ab" * 500
-    with pytest.raises(EngineStartError, match="more at a time"), Bridge(rude(None, models=models("m" * 20_000)).url):
+    with pytest.raises(EngineStartError, match="oversized answer"), Bridge(rude(None, models=models("m" * 20_000)).url):
         pass
 
 
