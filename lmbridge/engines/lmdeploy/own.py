@@ -27,9 +27,8 @@ class LMDeployRequestConfig(GenerationConfig):
 
     Attributes:
         bad_words, bad_token_ids, logits_processors, output_logits, output_last_hidden_state, repetition_ngram_size,
-            repetition_ngram_threshold, return_routed_experts: as in LMDeploy's own GenerationConfig. Their outputs come
-                as
-            the ``value`` of the answer: a dict with the field names of its Response.
+            repetition_ngram_threshold, return_routed_experts: as in LMDeploy's GenerationConfig. Their outputs are the
+            ``value`` of the answer: a dict with the field names of its Response.
         structural_tag: a complete ``response_format`` of that type.
         keep_ending_token: keep the token that ended the answer, as LMDeploy's ``include_stop_str_in_output`` does.
         adapter_name: one of the ``adapters`` in the ``backend_config``.

@@ -160,8 +160,7 @@ def build(options: RayOptions, **settings: Any) -> Any:
     """The requested application; ``settings`` override the deployment settings made here.
 
     A replica takes only as many requests as its engine computes at once: Serve balances only roughly, and a request
-        could
-    wait at one replica while another has room.
+    could wait at one replica while another has room.
     """
     from ray import serve
 
