@@ -1,7 +1,7 @@
 """Loads model and tokenizer by transformers' documented calls, or says what the folder holds instead.
 
-Rule: ``load`` runs on the engine's worker thread and blocks; ``with_defaults`` is quick and may run on any. What can be
-told from a model's configuration is told before its weights are read.
+Rule: ``load`` runs on the engine's worker thread and blocks; ``with_defaults`` is quick and may run on any. Errors
+visible in a model's configuration are raised before its weights are read.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def free_memory() -> None:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where files are read from: a folder or a hub id, and what ``from_pretrained`` is told beside it."""
+    """Where files are read from: a folder or a hub id, with options for ``from_pretrained``."""
 
     name: str
     label: str

@@ -1,6 +1,6 @@
 """``python -m lmbridge.testing.storm --requests 1000000 --seed 1``.
 
-Rule: reads the command line; the exit status is 0 only when the storm has found nothing.
+Rule: reads the command line; the exit status is 0 only if no fault was found.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from lmbridge.testing.storm.storm import Storm
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a storm, and print what goes on and, as the last line, what it has found."""
+    """Run a storm; prints progress and, as the last line, the faults found."""
     parser = argparse.ArgumentParser(prog="python -m lmbridge.testing.storm", description=main.__doc__)
-    parser.add_argument("--requests", type=_positive, default=20_000, help="how many, in all (default: 20000)")
-    parser.add_argument("--seed", type=int, help="what everything is drawn from (default: another one each time)")
-    parser.add_argument("--threads", type=_positive, default=64, help="threads that ask (default: 64)")
-    parser.add_argument("--loops", type=int, default=8, help="event loops that ask (default: 8)")
+    parser.add_argument("--requests", type=_positive, default=20_000, help="requests in total (default: 20000)")
+    parser.add_argument("--seed", type=int, help="random seed (default: a new one each time)")
+    parser.add_argument("--threads", type=_positive, default=64, help="calling threads (default: 64)")
+    parser.add_argument("--loops", type=int, default=8, help="calling event loops (default: 8)")
     parser.add_argument("--log", action="store_true", help="show lmbridge's own log, which reports each fault")
     options = parser.parse_args(arguments)
     seed = random.randrange(10**6) if options.seed is None else options.seed
