@@ -3,7 +3,7 @@
 
 Rule: importing this package loads neither torch, transformers, flask nor rich; a command imports what it
 needs when it runs. A command has ``SUMMARY``, ``USAGE``, ``EXAMPLES``, ``add_arguments(parser)`` and
-``run(arguments)``, which gives the exit status or raises; its docstring is the text of its ``--help``.
+``run(arguments)``, which returns the exit status or raises; its docstring is the text of its ``--help``.
 ``COMMANDS`` lists it.
 """
 
@@ -21,7 +21,7 @@ from lmbridge.cli.values import did_you_mean
 
 
 class Command(Protocol):
-    """What a command's module offers."""
+    """The interface of a command's module."""
 
     SUMMARY: str
     USAGE: str
@@ -45,14 +45,14 @@ COMMANDS: dict[str, Command] = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's own) and return the exit status.
 
-    0: it worked; 1: it did not, and one line on stderr says why; 2: the command line is wrong; 130: Ctrl-C.
-    Without a command the help is printed, with status 2 all the same: a script whose command is missing has failed.
+    0: success; 1: failure, explained in one line on stderr; 2: invalid command line; 130: Ctrl-C.
+    Without a command, print the help and return 2: a script that omits the command should fail.
     """
     words = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     complete(parser)
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
-        parser.error(f"there is no command {words[0]!r}{did_you_mean(words[0], COMMANDS)}")
+        parser.error(f"unknown command {words[0]!r}{did_you_mean(words[0], COMMANDS)}")
     arguments, unknown = parser.parse_known_args(words)
     if unknown:
         arguments.parser.refuse(unknown[0])
@@ -72,18 +72,18 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line, every command's own part included."""
+    """Build the parser of the whole command line."""
     parser = Parser(
         prog="lmbridge",
         usage="lmbridge COMMAND ...",
-        description="Many threads share one LLM engine: watch it, talk to a model, serve it.",
+        description="Share one LLM engine among many threads: watch it, chat with it, serve it.",
         epilog="examples:\n"
         "  lmbridge demo                 the bundled model; no download\n"
         "  lmbridge chat ./my-model      a model in a folder\n"
-        "  lmbridge serve ./my-model     the same for OpenAI clients and browsers\n"
-        "\ncompletion by Tab, in bash:\n"
+        "  lmbridge serve ./my-model     the same model for OpenAI clients and browsers\n"
+        "\nTab completion in bash:\n"
         '  pip install argcomplete && eval "$(register-python-argcomplete lmbridge)"\n'
-        "\n`lmbridge COMMAND --help` says more about each command.",
+        "\nRun `lmbridge COMMAND --help` for more about a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"lmbridge {lmbridge.__version__}")

@@ -1,10 +1,10 @@
-"""Talk with a model: answers stream in, and the conversation is remembered.
+"""Chat with a model: answers stream, and the model remembers the conversation.
 
-Ctrl-C stops an answer, and that turn is forgotten. Ctrl-D or /exit leaves, and
-/help lists what else may be typed. A message of several lines begins and ends
-with three quotation marks (\"\"\").
+Ctrl-C stops an answer and drops that turn from the conversation. Ctrl-D or
+/exit leaves; /help lists the other commands. Begin and end a message of several
+lines with three quotation marks (\"\"\").
 
-Lines from a pipe are answered one after another; only answers are printed.
+If stdin is a pipe, each line gets an answer; only the answers are printed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lmbridge.messages import FinishReason, GenerationConfig, Message
 if TYPE_CHECKING:
     from lmbridge.chat import Chat
 
-SUMMARY = "talk with a model"
+SUMMARY = "chat with a model"
 USAGE = "[OPTION ...] [MODEL]"
 EXAMPLES = """\
   lmbridge chat
@@ -39,18 +39,20 @@ QUOTES = '"""'
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     group = parser.add_argument_group("the answers")
-    group.add_argument("--system", metavar="TEXT", help="a system message: how the model is to answer")
+    group.add_argument("--system", metavar="TEXT", help="a system message: how the model should answer")
     group.add_argument(
-        "--max-new-tokens", metavar="N", type=values.positive, default=512, help="tokens in an answer (default: 512)"
+        "--max-new-tokens", metavar="N", type=values.positive, default=512, help="most tokens per answer (default: 512)"
     )
     group.add_argument(
         "--temperature",
         metavar="T",
         type=values.number,
-        help="0 takes the likeliest token, more draws at random (default: 0)",
+        help="0 takes the likeliest token; higher values sample more randomly (default: 0)",
     )
-    group.add_argument("--top-p", metavar="P", type=values.share, help="draw from the likeliest tokens only, up to 1")
-    group.add_argument("--seed", metavar="N", type=values.count, help="the same seed draws the same tokens")
+    group.add_argument(
+        "--top-p", metavar="P", type=values.share, help="sample from the likeliest tokens only, of total probability P"
+    )
+    group.add_argument("--seed", metavar="N", type=values.count, help="the same seed samples the same tokens")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -64,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         chat = bridge.chat(config, system=arguments.system)
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             return 0 if answer_each(chat, sys.stdin) else 1
-        print(f"Talking with {arguments.model}. Ctrl-C stops an answer, /help lists commands, Ctrl-D leaves.")
+        print(f"Chatting with {arguments.model}. Ctrl-C stops an answer, /help lists commands, Ctrl-D leaves.")
         converse(chat)
         return 0
 
@@ -73,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def answer_each(chat: Chat, lines: Iterable[str]) -> bool:
-    """Answer lines from a pipe or a file; whether every one could be answered."""
+    """Answer the lines of a pipe or file; return whether all could be answered."""
     source, good = iter(lines), True
 
     def read(prompt: str) -> str:
@@ -104,13 +106,13 @@ def converse(chat: Chat) -> None:
         try:
             turn(chat, text)
         except KeyboardInterrupt:
-            print("(stopped; this turn is forgotten)")
+            print("(stopped; the model forgets this turn)")
         except EOFError:
             return
 
 
 def message(read: Callable[[str], str]) -> str | None:
-    """The next message, which quotation marks make one of several lines; None at the end of the input.
+    """Read the next message, of several lines if it begins with quotation marks; None at the end of the input.
 
     Args:
         read: shows a prompt and returns a line; raises EOFError at the end.
@@ -128,12 +130,12 @@ def message(read: Callable[[str], str]) -> str | None:
 
 
 def turn(chat: Chat, text: str) -> bool:
-    """Do what one message asks for. An error is one line on stderr and False, and the conversation goes on.
+    """Handle one message. An error prints one line on stderr and returns False; the conversation goes on.
 
     Raises:
-        KeyboardInterrupt: it was stopped; the engine is free again and the turn forgotten.
-        BridgeClosedError: there is nobody left to talk with.
-        EOFError: the user wants to leave.
+        KeyboardInterrupt: Ctrl-C stopped the answer; the engine is free again and the turn dropped.
+        BridgeClosedError: the bridge is closed.
+        EOFError: the user leaves.
     """
     if text.startswith("/"):
         return obey(chat, text)
@@ -141,18 +143,18 @@ def turn(chat: Chat, text: str) -> bool:
         text = text.strip().removeprefix(QUOTES).removesuffix(QUOTES)
     try:
         if text.strip() and print_answer(chat, text.strip()) == "length":
-            complain("the answer was cut off: raise --max-new-tokens, or empty a full context with /clear")
+            complain("the answer was cut off: raise --max-new-tokens, or type /clear if the context is full")
         return True
     except BridgeClosedError:
         raise
     except LMBridgeError as error:
-        advice = " /clear begins a new conversation." if isinstance(error, PromptTooLongError) else ""
+        advice = " Type /clear to start a new conversation." if isinstance(error, PromptTooLongError) else ""
         complain(f"{in_words(error)}{advice}")
         return False
 
 
 def print_answer(chat: Chat, text: str) -> FinishReason | None:
-    """Print the answer as it grows, and say why it ended."""
+    """Print the answer as it arrives; return its finish reason."""
     reason: FinishReason | None = None
     try:
         for delta in chat.stream(text):
@@ -163,16 +165,16 @@ def print_answer(chat: Chat, text: str) -> FinishReason | None:
     return reason
 
 
-# --- what begins with a slash ---
+# --- slash commands ---
 
 
 def obey(chat: Chat, line: str) -> bool:
-    """Run a command of the chat; whether there is such a one."""
+    """Run a slash command; return whether it exists."""
     name, _, rest = line.partition(" ")
     command = COMMANDS.get(name)
     if command is None:
         hint = values.did_you_mean(name, COMMANDS)
-        complain(f"there is no command {name}{hint or '; /help lists them'}")
+        complain(f"unknown command {name}{hint or '; type /help for a list'}")
         return False
     command(chat, rest.strip())
     return True
@@ -184,21 +186,21 @@ def _help(chat: Chat, rest: str) -> None:
 
 def _clear(chat: Chat, rest: str) -> None:
     chat.reset()
-    print("(the conversation is forgotten)")
+    print("(conversation cleared)")
 
 
 def _system(chat: Chat, rest: str) -> None:
-    """Set the system message, which all turns to come are told first; or show it."""
+    """Set the system message for all further turns, or show it."""
     now, others = _split(chat.messages)
     if rest:
         chat.messages = [{"role": "system", "content": rest}, *others]
-        print("(the system message is set)")
+        print("(system message set)")
     else:
-        print(now[0]["content"] if now else "(no system message; /system TEXT sets one)")
+        print(now[0]["content"] if now else "(no system message; set one with /system TEXT)")
 
 
 def _split(conversation: list[Message]) -> tuple[list[Message], list[Message]]:
-    """The system message, and what was said."""
+    """The system message, and the other messages."""
     first = 1 if conversation and conversation[0]["role"] == "system" else 0
     return conversation[:first], conversation[first:]
 
@@ -216,9 +218,10 @@ COMMANDS: dict[str, Callable[[Chat, str], None]] = {
     "/quit": _exit,
 }
 HELP = """\
-/help          this list
-/clear         forget the conversation; the system message stays
+/help          show this list
+/clear         clear the conversation, but keep the system message
 /system TEXT   set the system message; without TEXT, show it
-/exit          leave, as Ctrl-D does
+/exit          leave, like Ctrl-D
 \"""            begins and ends a message of several lines
-Ctrl-C stops an answer. Put a blank before a message that begins with a slash."""
+Ctrl-C stops an answer. To send a message that begins with a slash, type a space
+before it."""

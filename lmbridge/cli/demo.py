@@ -1,13 +1,13 @@
 """Watch threads share one model.
 
 Eight threads ask eight different questions at once, and each streams its own
-answer. Then they ask one at a time behind a lock, for comparison. Then one
-answer is left in the middle, and the engine stops working on it. The exit
-status is 0 only if every answer reached the thread that asked for it.
+answer. For comparison, they then ask one at a time behind a lock. Finally a
+thread leaves its stream halfway, and the engine stops working on that answer.
+The exit status is 0 only if every answer reached the thread that asked for it.
 
-The bundled model's right answers are known. With another model, an answer has
-reached its own thread if it begins like the one that the same question got
-alone, more than like that of any other question.
+For the bundled model, the demo knows the right answers. For another model, it
+compares the beginning of each answer with those that the questions got one at a
+time: an answer must be most like that of its own question.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ EXAMPLES = """\
   lmbridge demo --threads 16
   lmbridge demo ./my-model --option device=cpu
 """
-TOKENS, OTHER_TOKENS = 400, 64  # of an answer, at most: the bundled model's, another's, which is larger
-BREAK_AFTER = 10  # tokens of the answer that is left in the middle
-SETTLED = 0.2  # seconds in which the engine's token count must not move before it is believed
+TOKENS, OTHER_TOKENS = 400, 64  # most tokens per answer: of the bundled model, and of others, which are larger
+BREAK_AFTER = 10  # tokens read of the stream that is left halfway
+SETTLED = 0.2  # seconds for which the engine's token count must stand still to be final
 PATIENCE = 10.0  # seconds to wait for that
 
-# What each thread asks, and a word that the bundled model's right answer has and no other answer here.
+# Each thread's question, and a word that occurs in the bundled model's right answer and in no other answer here.
 QUESTIONS = (
     ("Write a long story about a fox.", "fox"),
     ("What is the capital of France?", "Paris"),
@@ -66,11 +66,11 @@ QUESTIONS = (
 
 @dataclass
 class Turn:
-    """One question and what has come of it. Written by its own thread only; the view reads it at any time."""
+    """One question and its outcome. Written by its own thread only; the view reads it at any time."""
 
     thread: str
     prompt: str
-    word: str | None  # that tells the right answer; None where no right answer is known
+    word: str | None  # occurs in the right answer only; None if that is not known
     state: str = "waiting"
     text: str = ""
     response: Response | None = None
@@ -78,7 +78,7 @@ class Turn:
 
     @property
     def right(self) -> bool:
-        """Whether the answer to this question is what came, as far as can be told by itself."""
+        """Whether the answer is right, as far as it shows without the other answers."""
         return self.response is not None and (self.word is None or says(self.response.text, self.word))
 
     @property
@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         metavar="N",
         type=values.between(BREAK_AFTER + 1),
-        help=f"most tokens in an answer (default: {TOKENS}, or {OTHER_TOKENS} for a model other than demo)",
+        help=f"most tokens per answer (default: {TOKENS}, or {OTHER_TOKENS} for a model other than demo)",
     )
 
 
@@ -117,20 +117,20 @@ def run(arguments: argparse.Namespace) -> int:
 def what_next(model: str) -> str:
     """The commands to try after this one."""
     steps = {
-        f"{program()} chat{model}": "talk with this model",
-        f"{program()} serve{model}": "serve it: a page, and OpenAI's API",
-        f"{program()} --help": "all commands",
+        f"{program()} chat{model}": "chat with this model",
+        f"{program()} serve{model}": "serve it: a web page and OpenAI's API",
+        f"{program()} --help": "list all commands",
     }
     width = max(map(len, steps))
     return "\n".join(["\nNext:", *(f"  {command:{width}}  {what}" for command, what in steps.items())])
 
 
 def show(bridge: Bridge, threads: int, view: View, *, tokens: int = TOKENS, words: bool = True) -> bool:
-    """The whole demo on a bridge that is ready; whether every answer reached its own thread.
+    """Run the whole demo on a ready bridge; return whether every answer reached its own thread.
 
     Args:
-        tokens: of an answer, at most.
-        words: whether right answers are known, by a word of each.
+        tokens: most tokens per answer.
+        words: check answers by the words in ``QUESTIONS``.
     """
     config = GenerationConfig(max_new_tokens=tokens)  # greedy: the same prompt gets the same answer every time
     bridge.infer("Hello!", max_new_tokens=4)  # an engine's first request is slower than the others
@@ -157,7 +157,7 @@ def new_turns(count: int, words: bool = True) -> list[Turn]:
 
 
 def run_threads(turns: list[Turn], work: Callable[[Turn], None]) -> float:
-    """Do ``work`` for each turn in a thread of its own, all at once; the seconds until the last has ended."""
+    """Run ``work`` for each turn in its own thread, all at once; return the seconds until the last one ended."""
 
     def worker(turn: Turn) -> None:
         try:
@@ -176,7 +176,7 @@ def run_threads(turns: list[Turn], work: Callable[[Turn], None]) -> float:
 
 
 def stream_answer(bridge: Bridge, turn: Turn, config: GenerationConfig, screen: Screen) -> None:
-    """Ask, and show the answer as it grows."""
+    """Ask, and show the answer as it arrives."""
     turn.state = "answering"
     stream = bridge.stream(turn.prompt, config)
     for delta in stream:
@@ -187,14 +187,14 @@ def stream_answer(bridge: Bridge, turn: Turn, config: GenerationConfig, screen: 
 
 
 def infer_behind(lock: threading.Lock, bridge: Bridge, turn: Turn, config: GenerationConfig, screen: Screen) -> None:
-    """Ask as one must where threads may not share the model: alone."""
+    """Ask with the lock held, as threads must if they cannot share the model."""
     with lock:
         turn.state = "answering"
         turn.response = bridge.infer(turn.prompt, config)
     turn.text = turn.response.text
 
 
-# --- what came of it ---
+# --- results ---
 
 
 def comparison(at_once: list[Turn], together: float, in_turn: list[Turn], one_by_one: float) -> str:
@@ -203,12 +203,12 @@ def comparison(at_once: list[Turn], together: float, in_turn: list[Turn], one_by
     same = f"{tokens} tokens each" if tokens == tokens_in_turn else f"{tokens} and {tokens_in_turn} tokens"
     return (
         f"All at once: {together:.1f} s. One at a time behind a lock: {one_by_one:.1f} s ({same}).\n"
-        f"Sharing the model is {one_by_one / together:.1f} times as fast here."
+        f"Sharing the model was {one_by_one / together:.1f} times as fast here."
     )
 
 
 def leave_by_break(bridge: Bridge, turn: Turn, config: GenerationConfig) -> str:
-    """Leave the longest answer in the middle, and say what the engine counts as done for it."""
+    """Leave the longest answer's stream halfway, and say how many tokens the engine generated for it."""
     before = engine_count(bridge)
     seen = 0
     for delta in bridge.stream(turn.prompt, config):
@@ -217,15 +217,15 @@ def leave_by_break(bridge: Bridge, turn: Turn, config: GenerationConfig) -> str:
             break
     made = engine_count(bridge) - before
     return (
-        f"One answer was left after {seen} of its {turn.tokens} tokens. The engine made {made} for it,\n"
+        f"One thread left its stream after {seen} of {turn.tokens} tokens: the engine generated {made} of them\n"
         f"and saved {turn.tokens - made}."
     )
 
 
 def engine_count(bridge: Bridge) -> int:
-    """The tokens that the engine says it has made since it started, once that number stands still.
+    """The tokens that the engine has generated since it started, once that number stands still.
 
-    An engine that does not count tokens counts steps; a request that is alone in it gets a token in each.
+    If the engine counts no tokens, its steps: a request that is alone gets one token per step.
     """
     count, since, began = -1.0, 0.0, time.monotonic()
     while (now := time.monotonic()) - began < PATIENCE:
@@ -253,7 +253,7 @@ def verdict(at_once: list[Turn], in_turn: list[Turn], view: View) -> bool:
 
 
 def owners(turn: Turn, in_turn: list[Turn]) -> list[str]:
-    """The threads whose answer it may be that came: by a word of it, or by what each question got alone."""
+    """The threads whose answer this may be, judged by the words or by the answers that came one at a time."""
     if turn.response is None:
         return []
     text = turn.response.text
@@ -265,7 +265,7 @@ def owners(turn: Turn, in_turn: list[Turn]) -> list[str]:
 
 
 def _shared_length(one: str, other: str) -> int:
-    """How many characters two texts have in common at their beginning."""
+    """The length of the common beginning of two strings."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (mine, its) in pairs if mine != its), min(len(one), len(other)))
 
@@ -280,5 +280,5 @@ def _what_came(turn: Turn, in_turn: list[Turn]) -> str:
 
 
 def says(text: str, word: str) -> bool:
-    """Whether ``text`` has ``word`` as a word of its own."""
+    """Whether ``text`` contains ``word`` as a whole word."""
     return re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) is not None

@@ -1,6 +1,6 @@
-"""How the demo shows threads side by side: panels that fill in a terminal, whole lines anywhere else.
+"""Shows the demo's threads side by side: live panels in a terminal, plain lines anywhere else.
 
-Rule: reads turns, never changes them. ``Screen.grew`` is called on the asking threads, the rest on the main
+Rule: reads turns, never changes them. ``Screen.grew`` is called on the asking threads, everything else on the main
 thread.
 """
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.text import Text
 
-LINE = 80  # characters of a plain line, the thread's name included
+LINE = 80  # characters per plain line, the thread's name included
 SMALLEST = (60, 16)  # columns and rows below which panels cannot be read
 
 
 class ShownTurn(Protocol):
-    """What a view needs to know of one question and its answer."""
+    """What a view needs to know about one question and its answer."""
 
     thread: str
     prompt: str
@@ -33,23 +33,23 @@ class Screen(Protocol):
     """One round of questions on display."""
 
     def grew(self, turn: ShownTurn, text: str, /) -> None:
-        """The answer grew by ``text``; a line end comes last."""
+        """Show that the answer grew by ``text``; a line end comes last."""
 
 
 class View(Protocol):
-    """Where the demo shows itself."""
+    """The demo's display."""
 
     def screen(
         self, title: str, turns: Sequence[ShownTurn], passing: bool = False
     ) -> contextlib.AbstractContextManager[Screen]:
-        """Show a round of questions while the context lasts; a ``passing`` one leaves nothing behind."""
+        """Show a round of questions while the context lasts; a ``passing`` one disappears afterwards."""
 
     def say(self, line: str) -> None:
         """Show one line of text."""
 
 
 def choose_view() -> View:
-    """Panels where stdout is a terminal that can show them, else plain lines."""
+    """Panels if stdout is a terminal that can show them, else plain lines."""
     if sys.stdout.isatty():
         from rich.console import Console
 
@@ -61,7 +61,7 @@ def choose_view() -> View:
 
 
 class PlainView:
-    """Every thread prints its own answer, line by line, with its name before each."""
+    """Each thread prints its own answer line by line, each line after the thread's name."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -90,7 +90,7 @@ class PlainView:
 
 
 def fill(text: str, width: int) -> tuple[list[str], str]:
-    """The lines of at most ``width`` characters that are complete, broken at blanks, and the rest."""
+    """Break text at spaces; return the complete lines, of at most ``width`` characters, and the rest."""
     *ended, rest = text.split("\n")
     lines: list[str] = []
     for paragraph in ended:
@@ -129,7 +129,7 @@ class PanelView:
 
 
 class Panels:
-    """A grid of panels; draws what the turns hold at that moment."""
+    """A grid of panels; draws the current state of the turns."""
 
     def __init__(self, title: str, turns: Sequence[ShownTurn], height: int) -> None:
         self._title = title
@@ -167,7 +167,7 @@ class Panels:
 
 
 def tail(console: Console, text: Text, width: int, height: int) -> Text:
-    """The last lines of a text that fit."""
+    """The last lines of ``text`` that fit."""
     from rich.text import Text
 
     return Text("\n").join(list(text.wrap(console, width))[-height:])

@@ -1,8 +1,8 @@
-"""See which engines can run here, and what is missing for the others.
+"""Show which engines can run here, and what the others need.
 
-Without MODEL it lists the machine, and every engine with the versions that are
-installed, those it was tested with, and the command that installs what is
-missing. With MODEL it loads that model and says which engine runs it, and how.
+Without MODEL, show the machine and every engine: the installed versions, the
+tested versions, and the command that installs what is missing. With MODEL, load
+that model and say which engine runs it, and how.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from lmbridge.engines import engine_class, engine_names
 from lmbridge.engines.base import Engine, Library
 from lmbridge.generation import GenerationConfig
 
-SUMMARY = "list engines and devices, and what is missing"
+SUMMARY = "show which engines can run here, and what is missing"
 USAGE = "[OPTION ...] [MODEL]"
 EXAMPLES = """\
   lmbridge doctor
-  lmbridge doctor ./my-model --try          load it, and have it say a token
+  lmbridge doctor ./my-model --try          load it and generate one token
 """
 _INDENT = " " * 14
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, default=None, note="(default: none is loaded)")
-    parser.add_argument("--try", dest="attempt", action="store_true", help="have the model (default: demo) say a token")
-    parser.add_argument("--all", action="store_true", help="list the machine and the engines beside a MODEL, too")
+    parser.add_argument("--try", dest="attempt", action="store_true", help="generate one token (default model: demo)")
+    parser.add_argument("--all", action="store_true", help="with MODEL, also show the machine and the engines")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -88,7 +88,7 @@ def _engines() -> Iterator[str]:
     for name in engine_names():
         try:
             yield from _engine(name, engine_class(name))
-        except Exception as error:  # other people's packages may be anything, and the list is for whoever has trouble
+        except Exception as error:  # a broken package must not hide the other engines: readers of this have trouble
             yield f"{name:<13} broken: {one_line(error)}"
 
 
@@ -105,7 +105,7 @@ def _engine(name: str, engine: type[Engine]) -> Iterator[str]:
 
 
 def _version(library: Library) -> str | None:
-    """The version of what is installed; None where nothing is."""
+    """The installed version; None if there is none."""
     for package in (library.package, *library.builds):
         try:
             return metadata.version(package)
@@ -118,12 +118,12 @@ def _version(library: Library) -> str | None:
 
 
 def _load(arguments: argparse.Namespace) -> None:
-    """Load the model, which proves itself, and say how it runs."""
+    """Load the model, and print how it runs."""
     arguments.model = arguments.model or "demo"
     with loaded(arguments) as bridge:
-        print(f"It runs as: {bridge.describe()}")
-        print(f"It does: {', '.join(sorted(bridge.tasks()))}")
+        print(f"Engine: {bridge.describe()}")
+        print(f"Tasks: {', '.join(sorted(bridge.tasks()))}")
         if arguments.attempt and "generate" in bridge.tasks():
             config = GenerationConfig(max_new_tokens=1) if "max_new_tokens" in bridge.supports() else None
             response = bridge.infer("Hello!", config, timeout=60)
-            print(f"Asked for a token it said {response.text!r} after {response.timings.total * 1000:.0f} ms.")
+            print(f"It generated {response.text!r} in {response.timings.total * 1000:.0f} ms.")

@@ -1,4 +1,4 @@
-"""The model that a command runs: the arguments that name it, and loading it under a display.
+"""The model that a command runs: its command-line arguments, and loading it with a spinner.
 
 Rule: standard library only at import.
 """
@@ -21,19 +21,19 @@ from lmbridge.cli.terminal import quiet_libraries, show_notes, spinner
 if TYPE_CHECKING:
     from lmbridge.bridge import Bridge
 
-MODEL_HELP = "a folder, a .gguf file, a Hugging Face id, a server's URL, or demo, which is bundled"
+MODEL_HELP = "a folder, a .gguf file, a Hugging Face id, a server's URL, or demo (the bundled model)"
 
 
 def add_model_arguments(
     parser: argparse.ArgumentParser, dest: str = "model", default: str | None = "demo", note: str = "(default: demo)"
 ) -> argparse._ArgumentGroup:
-    """The arguments that say which model is run, by which engine, and how; as a group that may grow."""
+    """Add the arguments for the model, its engine and options; return their group for further ones."""
     group = parser.add_argument_group("the model")
     group.add_argument(
         dest, metavar="MODEL", type=values.filled, nargs="?", default=default, help=f"{MODEL_HELP} {note}"
     )
     add_engine_argument(
-        group, "the engine that runs it; `lmbridge doctor` lists them (default: auto, by what the model is)"
+        group, "the engine that runs it; `lmbridge doctor` lists engines (default: auto, which suits the model)"
     )
     group.add_argument(
         "--option",
@@ -62,7 +62,7 @@ def _engines(**_: object) -> list[str]:
 
 @contextlib.contextmanager
 def loaded(arguments: argparse.Namespace, *, quiet: bool = False) -> Iterator[Bridge]:
-    """A bridge to the model that the arguments name, loaded under a progress display; closed at the end.
+    """Load the model that the arguments name, with a spinner; yield its bridge, and close it at the end.
 
     Args:
         arguments: with ``model``, ``engine`` and ``options``.
@@ -85,16 +85,16 @@ def _load(bridge: Bridge, model: str, quiet: bool) -> None:
     with _leaving_by_ctrl_c(), spinner(f"Loading the model {model}"):
         bridge.start()
     if not quiet:
-        print(f"The model {model} is loaded ({time.monotonic() - began:.1f} s).", flush=True)
+        print(f"Loaded the model {model} in {time.monotonic() - began:.1f} s.", flush=True)
 
 
 @contextlib.contextmanager
 def _leaving_by_ctrl_c() -> Iterator[None]:
-    """Have Ctrl-C end the process at once, by a handler that raises nothing.
+    """Make Ctrl-C end the process at once, by a handler that raises nothing.
 
-    The engine's thread may be inside torch's import or reading weights. Nothing can end it there, and the interpreter's
-    own end would wait for it, or crash under it. And a KeyboardInterrupt that strikes in a finalizer or in a weak
-    reference's callback is printed and lost: the command would go on to its end, and report success.
+    The engine's thread may be importing torch or reading weights. Nothing can stop it there, and an orderly exit of the
+    interpreter would wait for it, or crash. Also, a KeyboardInterrupt raised in a finalizer or in a weak reference's
+    callback is printed and lost: the command would run to its end and report success.
     """
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
@@ -109,5 +109,5 @@ def _leaving_by_ctrl_c() -> Iterator[None]:
 
 def _leave(signal_number: int, frame: object) -> None:
     if sys.stderr.isatty():
-        os.write(sys.stderr.fileno(), b"\r\x1b[2K\x1b[?25h")  # the spinner's line away, and the cursor back
+        os.write(sys.stderr.fileno(), b"\r\x1b[2K\x1b[?25h")  # clear the spinner's line and show the cursor
     os._exit(130)

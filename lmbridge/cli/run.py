@@ -1,8 +1,8 @@
-"""Run a script that was written for LMDeploy, as it stands.
+"""Run a script written for LMDeploy, unchanged.
 
-In it, `from lmdeploy import pipeline, ...` gives lmbridge's drop-in, whether
-LMDeploy is installed or not. Otherwise it runs as under `python SCRIPT`; what
-follows SCRIPT are the script's own arguments.
+In the script, `from lmdeploy import pipeline, ...` imports lmbridge's drop-in
+replacement, whether or not LMDeploy is installed. Otherwise it runs as with
+`python SCRIPT`. Arguments after SCRIPT go to the script.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 from lmbridge.cli.model import add_engine_argument
 from lmbridge.cli.terminal import complain
 
-SUMMARY = "run a script that was written for LMDeploy"
+SUMMARY = "run a script written for LMDeploy"
 USAGE = "[OPTION ...] SCRIPT [ARGUMENT ...]"
 EXAMPLES = """\
   lmbridge run script.py --its-own-option
@@ -23,14 +23,14 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_argument(
         parser,
-        "the engine that runs the script's models; `lmbridge doctor` lists them (default: lmdeploy, and transformers "
+        "the engine that runs the script's models; `lmbridge doctor` lists engines (default: lmdeploy; transformers "
         "for demo)",
         default=None,
     )
     parser.add_argument(
         "--model",
         metavar="MODEL",
-        help="load this in place of the script's model: a folder, a Hugging Face id, or demo",
+        help="load this instead of the script's model: a folder, a Hugging Face id, or demo",
     )
     parser.add_argument("script", metavar="SCRIPT", help="a Python file")
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="the script's own arguments")

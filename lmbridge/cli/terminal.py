@@ -1,6 +1,6 @@
-"""What the commands share: errors as one line, what libraries may say, and a spinner.
+"""Shared by the commands: one-line errors, quiet libraries, and a spinner.
 
-Rule: standard library only at import; rich is imported where something is drawn.
+Rule: standard library only at import; rich is imported where it draws.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ from collections.abc import Callable, Iterator
 from lmbridge.cli.faults import in_words
 from lmbridge.errors import LMBridgeError
 
-DEBUG = "LMBRIDGE_TRACEBACK"  # the environment variable that lets errors through with their traceback
+DEBUG = "LMBRIDGE_TRACEBACK"  # the environment variable that shows the tracebacks of errors
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """Run ``command``; what it raises becomes one line on stderr and status 1, Ctrl-C status 130."""
+    """Run ``command``; an exception becomes one line on stderr and status 1, Ctrl-C status 130."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a model may say what the terminal's encoding cannot
+        if hasattr(stream, "reconfigure"):  # the terminal's encoding may lack characters that a model writes
             stream.reconfigure(errors="replace")
     try:
         return command()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read our output has left, as `head` does
+    except BrokenPipeError:  # the reader of our output, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if os.environ.get(DEBUG):
             raise
         known = isinstance(error, (LMBridgeError, OSError))
-        complain(in_words(error) if known else f"unexpected error: {error!r} ({DEBUG}=1 shows where)")
+        complain(in_words(error) if known else f"unexpected error: {error!r} (set {DEBUG}=1 for the traceback)")
         return 1
 
 
 def complain(problem: object) -> None:
-    """Say what went wrong, as one line on stderr."""
+    """Print a problem as one line on stderr."""
     print(f"lmbridge: {one_line(problem)}", file=sys.stderr, flush=True)
 
 
 def one_line(text: object) -> str:
-    """``text`` without its line ends and other runs of blanks."""
+    """``text`` with each run of whitespace, line ends included, as one space."""
     return " ".join(str(text).split())
 
 
 def program() -> str:
-    """What to type for ``lmbridge`` here: as the user did, where the shell does not find it by its name."""
+    """What the user types to run lmbridge: its name, or its path if the shell cannot find it by name."""
     typed = sys.argv[0]
     if os.path.basename(typed) != "lmbridge":
         return "python -m lmbridge"
@@ -59,7 +59,7 @@ def program() -> str:
 
 
 def quiet_libraries() -> None:
-    """Keep what libraries log, warn and draw out of the display; what matters reaches the user as an error."""
+    """Keep libraries' logs, warnings and progress bars off the terminal; what matters reaches the user as an error."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars would overwrite the spinner, and fill a log
@@ -69,14 +69,14 @@ def quiet_libraries() -> None:
 
 
 class _Notes(logging.Handler):
-    """Shows what loading has to say; ``sys.stderr`` is looked up each time, since the spinner replaces it."""
+    """Prints log records of loading; looks up ``sys.stderr`` each time, since the spinner replaces it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         complain(record.getMessage())
 
 
 def show_notes() -> None:
-    """Show what loading has to say, as lines on stderr: that a hub is asked, that a model runs the slow way."""
+    """Print log records of loading as lines on stderr, such as a download or a slow fallback."""
     notes = logging.getLogger("lmbridge.loading")
     notes.setLevel(logging.INFO)
     if not notes.handlers:
@@ -85,7 +85,7 @@ def show_notes() -> None:
 
 @contextlib.contextmanager
 def spinner(text: str) -> Iterator[None]:
-    """Show on stderr that something goes on, where that is a terminal."""
+    """Show a spinner on stderr if that is a terminal."""
     if not sys.stderr.isatty():
         yield
         return

@@ -1,7 +1,7 @@
-"""What the text of an option may be, and what is said of a text that is not.
+"""Parses and checks the values of options.
 
-Rule: each function is an ``argparse`` type: it returns the value, or raises with what was expected. Standard library
-only at import.
+Rule: each function is an ``argparse`` type: it returns the value, or raises an error that says what is expected.
+Standard library only at import.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-MOST = 2**63 - 1  # of a whole number: what engines count in
+MOST = 2**63 - 1  # the largest integer that engines accept
 
 
 def did_you_mean(text: str, known: Iterable[str]) -> str:
-    """``; did you mean X?`` with the name that ``text`` is most like, or ""."""
+    """``; did you mean X?`` with the known name closest to ``text``, or an empty string."""
     by_lower = {name.lower(): name for name in known}
     close = difflib.get_close_matches(text.lower(), by_lower, 1, 0.6)
     return f"; did you mean {by_lower[close[0]]}?" if close else ""
@@ -39,7 +39,7 @@ def port(text: str) -> int:
 
 
 def between(least: int, most: int = MOST) -> Callable[[str], int]:
-    """The type of whole numbers within these limits."""
+    """An ``argparse`` type for integers within these limits."""
     return functools.partial(_whole, least=least, most=most)
 
 
@@ -66,7 +66,7 @@ def more_than_zero(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """Above 0, and 1 at most."""
+    """Above 0, up to 1."""
     with contextlib.suppress(ValueError):
         if 0 < float(text) <= 1:
             return float(text)
@@ -74,10 +74,10 @@ def share(text: str) -> float:
 
 
 def filled(value: str) -> str:
-    """Anything but blanks."""
+    """Anything but whitespace."""
     if value.strip():
         return value
-    raise argparse.ArgumentTypeError("it is empty")
+    raise argparse.ArgumentTypeError("must not be empty")
 
 
 def engine(name: str) -> str:
@@ -87,12 +87,12 @@ def engine(name: str) -> str:
     names = [AUTO, *engine_names()]
     if name in names:
         return name
-    hint = did_you_mean(name, names) or f"; there are {', '.join(names)}"
-    raise argparse.ArgumentTypeError(f"there is no engine {name!r}{hint}")
+    hint = did_you_mean(name, names) or f"; choose from {', '.join(names)}"
+    raise argparse.ArgumentTypeError(f"unknown engine {name!r}{hint}")
 
 
 def option(text: str) -> tuple[str, Any]:
-    """``NAME=VALUE`` as its parts; the value is a Python literal, or a plain word."""
+    """Split ``NAME=VALUE``; the value is a Python literal, or a plain word."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
@@ -103,10 +103,10 @@ def option(text: str) -> tuple[str, Any]:
 
 
 def new_file(path: str) -> str:
-    """A file that can be written once the work is over: it would be a pity to learn then that it cannot."""
+    """Check a file's path before the work starts: nobody wants to learn at the end that it cannot be written."""
     folder = os.path.dirname(path) or "."
     if os.path.isdir(path):
-        raise argparse.ArgumentTypeError(f"{path!r} is a folder; name a file")
+        raise argparse.ArgumentTypeError(f"{path!r} is a folder; give a file")
     if not os.path.isdir(folder):
         raise argparse.ArgumentTypeError(f"{path!r} cannot be written: there is no folder {folder}")
     if not os.access(path if os.path.exists(path) else folder, os.W_OK):

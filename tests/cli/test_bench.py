@@ -119,7 +119,7 @@ def test_arrivals_at_a_rate(scripted: Scripted, tmp_path: Path, capsys: pytest.C
     assert (summary["completion_tokens"], summary["finish_reasons"]) == (18, {"stop": 6})
     out = capsys.readouterr().out
     assert "sent late by" in out
-    assert "6 of 6 answers ended before --max-new-tokens by themselves" in out
+    assert "6 of 6 answers ended by themselves before --max-new-tokens" in out
 
 
 def test_ctrl_c(terminal: Open, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_ctrl_c(terminal: Open, tmp_path: Path) -> None:
         command.send("\x03")
         assert command.exit_status() == 130
         assert "Traceback" not in command.shown
-        assert "on their way are left out" in command.shown
+        assert "They leave out the " in command.shown
     content = load(as_json)
     assert content["interrupted"]
     summary = content["summary"]
@@ -178,7 +178,7 @@ def test_what_was_on_its_way(scripted: Scripted, tmp_path: Path, capsys: pytest.
     agrees_with_itself(content)
     out = capsys.readouterr().out
     assert "\n2 requests from 3 clients" in out
-    assert "of the 2 requests that had ended by then.\nThe 3 on their way are left out" in out
+    assert "cover the 2 requests that had ended by then.\nThey leave out the 3 in flight" in out
     engine.wait_for(lambda engine: engine.active == 0)
 
 
@@ -250,7 +250,7 @@ def test_ctrl_c_without_the_bridge(scripted: Scripted, capsys: pytest.CaptureFix
     assert bench.bench_bridge(bridge.start(), parsed(*words)) == 130
     out = capsys.readouterr().out
     assert "2 requests from 2 clients" in out
-    assert "The 0 on their way" in out
+    assert "They leave out the 0 in flight" in out
     engine.wait_for(lambda engine: engine.active == 0)
 
 
@@ -435,7 +435,7 @@ def test_a_server(run: Run, serve: Callable[..., FakeServer], tmp_path: Path) ->
     assert server.keys == {"Bearer sesame"}
     assert "sesame" not in as_json.read_text() + done.stdout
     assert [line.split()[3] for line in done.stdout.splitlines() if "share" in line] == ["-"]
-    assert "approximately 20 words in a prompt" in done.stdout
+    assert "approximately 20 words per prompt" in done.stdout
 
 
 def test_a_server_that_fails(run: Run, serve: Callable[..., FakeServer], tmp_path: Path) -> None:
@@ -466,7 +466,7 @@ def test_a_server_that_counts_nothing(run: Run, serve: Callable[..., FakeServer]
     server, as_json = serve(usage=False), tmp_path / "bench.json"
     words = ["--url", server.url, *split("--clients 1 --requests 2 --warmup 0 --json"), str(as_json)]
     done = run("bench", *words)
-    assert "each piece of a stream is taken for one" in done.stdout
+    assert "each piece of a stream counts as one" in done.stdout
     summary = load(as_json)["summary"]
     assert (summary["tokens_counted"], summary["completion_tokens"]) == ("pieces", 12)
     assert summary["total_tokens_per_second"] is None

@@ -35,7 +35,7 @@ def test_typed_and_stopped(terminal: Open) -> None:
         command.read_until("fox.\r\n")
         command.read_until(" ")  # of the answer
         command.send("\x03")
-        command.read_until("(stopped; this turn is forgotten)")
+        command.read_until("(stopped; the model forgets this turn)")
         command.read_until("you> ")
         command.send("What is the capital of France?\n")
         command.read_until("Paris")
@@ -54,7 +54,7 @@ def test_stopping_frees_the_engine(terminal: Open, scripted_command: list[str]) 
         command.send("a story\n")
         command.read_until("and again")
         command.send("\x03")
-        command.read_until("(stopped; this turn is forgotten)")
+        command.read_until("(stopped; the model forgets this turn)")
         command.read_until("you> ")
         command.send("hello\n")
         command.read_until("You said hello.")
@@ -83,7 +83,7 @@ def test_an_error_ends_one_turn_only(scripted: Scripted, capsys: pytest.CaptureF
     assert out.split() == ["good", "better"]
     assert err.splitlines() == [
         "lmbridge: not this",
-        "lmbridge: too long. /clear begins a new conversation.",
+        "lmbridge: too long. Type /clear to start a new conversation.",
     ]
 
 
@@ -119,7 +119,7 @@ def test_system(scripted: Scripted, capsys: pytest.CaptureFixture[str]) -> None:
         "again",
     ]
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == "(no system message; /system TEXT sets one)"
+    assert out[0] == "(no system message; set one with /system TEXT)"
     assert out[-2:] == ["Be  kind.", "again"]
 
 
@@ -134,8 +134,8 @@ def test_what_begins_with_a_slash(scripted: Scripted, capsys: pytest.CaptureFixt
     assert [name for name in ("/help", "/clear", "/system TEXT", "/exit", chat.QUOTES) if name not in out] == []
     assert [message["content"] for message in conversation.messages] == ["/etc is a folder"] * 2
     first, second = err.splitlines()
-    assert "no command /hepl; did you mean /help?" in first
-    assert "no command /xyzzy; /help lists them" in second
+    assert "unknown command /hepl; did you mean /help?" in first
+    assert "unknown command /xyzzy; type /help for a list" in second
 
 
 def test_a_message_of_several_lines(scripted: Scripted) -> None:

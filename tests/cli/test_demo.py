@@ -61,8 +61,8 @@ def test_in_a_terminal(terminal: Open) -> None:
 def measured_and_right(text: str) -> None:
     """The ratio is there, and the engine stopped soon after an answer was left."""
     line = " ".join(text.split())
-    assert re.search(r"Sharing the model is \d+\.\d times as fast here", line)
-    counts = r"left after (\d+) of its (\d+) tokens. The engine made (\d+) for it, and saved (\d+)"
+    assert re.search(r"Sharing the model was \d+\.\d times as fast here", line)
+    counts = r"left its stream after (\d+) of (\d+) tokens: the engine generated (\d+) of them and saved (\d+)"
     left = re.search(counts, line)
     assert left, line
     seen, whole, made, saved = map(int, left.groups())

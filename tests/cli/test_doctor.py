@@ -37,11 +37,11 @@ def test_a_model_is_tried(run: Run, arguments: list[str]) -> None:
     done = run("doctor", *arguments)
     assert done.returncode == 0
     runner = "plain" if "demo" in arguments else "paged"
-    assert re.search(rf"(?m)^It runs as: demo on transformers.*{runner}", done.stdout)
-    assert "It does: generate" in done.stdout
-    assert re.search(r"Asked for a token it said '.+' after \d+ ms", done.stdout)
+    assert re.search(rf"(?m)^Engine: demo on transformers.*{runner}", done.stdout)
+    assert "Tasks: generate" in done.stdout
+    assert re.search(r"It generated '.+' in \d+ ms", done.stdout)
     assert ("exllamav3" in done.stdout) == ("--all" in arguments)
-    assert done.stdout.startswith("The model demo is loaded")
+    assert done.stdout.startswith("Loaded the model demo")
 
 
 def test_a_model_that_cannot_be_loaded(run: Run) -> None:

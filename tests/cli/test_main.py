@@ -56,13 +56,13 @@ def test_version(run: Run) -> None:
 @pytest.mark.parametrize(
     ("status", "arguments", "words"),
     [
-        (2, ["dmo"], ["no command 'dmo'; did you mean demo?", "`lmbridge --help`"]),
+        (2, ["dmo"], ["unknown command 'dmo'; did you mean demo?", "`lmbridge --help`"]),
         (2, ["--verison"], ["--verison; did you mean --version?", "`lmbridge --help`"]),
         (2, ["demo", "--threads", "99"], ["--threads", "99", "16"]),
         (2, ["demo", "--thraeds", "3"], ["--thraeds; did you mean --threads?", "`lmbridge demo --help`"]),
         (2, ["demo", "--no-such-flag"], ["--no-such-flag"]),
-        (2, ["demo", "--model", "x"], ["without an option", "`lmbridge demo MODEL`"]),
-        (2, ["demo", "x", "y"], ["'y'", "too many"]),
+        (2, ["demo", "--model", "x"], ["without --model", "`lmbridge demo MODEL`"]),
+        (2, ["demo", "x", "y"], ["unexpected argument 'y'"]),
         (2, ["run"], ["missing: SCRIPT", "`lmbridge run --help`"]),
         (2, ["chat", ""], ["MODEL", "empty"]),
         (2, ["chat", "--max-new-tokens", "many"], ["--max-new-tokens", "many"]),

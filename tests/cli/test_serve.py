@@ -337,7 +337,7 @@ def test_logs() -> None:
         (("--rerank", "minilm", "--port", "0"), 1, ["could not be loaded", "no weights for reranking"]),
         (("--embed", "./a/minilm", "--rerank", "./b/minilm"), 2, ["two models", "'minilm'", "rename one"]),
         (("./a/minilm", "--embed", "./b/minilm"), 2, ["two models", "'minilm'", "--name"]),
-        (("--embed", "minilm", "--name", "x"), 2, ["--name is the language model's"]),
+        (("--embed", "minilm", "--name", "x"), 2, ["--name is for a language model"]),
         (("a-model", "--encoder-option", "device=cpu"), 2, ["--encoder-option is for --embed and --rerank"]),
         (("--embed", "minilm", "--encoder-option", "colour=red"), 1, ["no colour", "max_batch_size"]),
         (("--embed", "minilm", "--encoder-option", "red"), 2, ["'red'", "NAME=VALUE"]),
@@ -368,5 +368,6 @@ def test_a_port_in_use(run: Run) -> None:
         done = run("serve", *GATED, "--port", port, command=SERVED)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        f"lmbridge: 127.0.0.1, port {port}: another program listens there already; choose another one with --port.\n"
+        f"lmbridge: 127.0.0.1, port {port}: another program is already listening there; choose another port with "
+        "--port.\n"
     )

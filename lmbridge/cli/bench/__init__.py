@@ -1,16 +1,16 @@
-"""Put a model, or a server, under load and measure it.
+"""Measure a model or a server under load.
 
-Each client is a thread: it sends a prompt, reads the answer, sends the next.
-With --rate, requests arrive at random times instead, and the time that one
-waits for a free client counts. Prompts are random words, each different, and
-the same for the same --seed.
+Each client is a thread that sends a prompt, reads the answer and sends the next
+prompt. With --rate, requests arrive at random times instead, and the wait for a
+free client counts. Prompts are random words, all different; the same --seed
+makes the same prompts.
 
-The bridge's share is what the bridge itself costs: the same load also goes
-straight to the same engine, taking turns with the bridge, and crosses no
-thread. The share is 1 - tokens/s through the bridge / tokens/s without it.
+The bridge's share is the cost of the bridge itself: in alternate rounds, the
+same load goes directly to the engine on its own loop, without crossing threads.
+The share is 1 - tokens/s through the bridge / tokens/s without it.
 
-Ctrl-C ends the load and reports on the requests that had ended by then. The
-exit status is 1 if every request failed, and 130 after Ctrl-C.
+Ctrl-C stops the load and reports the requests that had ended by then. The exit
+status is 1 if every request failed, and 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ EXAMPLES = """\
   lmbridge bench --url http://localhost:8000/v1 --rate 10 --requests 200
 """
 REQUESTS_PER_CLIENT = 4
-MOST_CONNECTIONS = 1000  # of one HTTP client; more clients would wait for each other there
+MOST_CONNECTIONS = 1000  # of one HTTP client; more clients would wait for a connection
 HIDDEN = ("api_key", "command", "parser", "json", "plot", "usual_engine")
-"""Of the arguments: secret, or no setting of what was measured."""
+"""Arguments left out of the report: secrets, and those that do not affect the measurement."""
 
 Advance = Callable[[int], None]
 
@@ -64,24 +64,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(usual_engine=parser.get_default("engine"))
     server = parser.add_argument_group("a server instead of a model")
     server.add_argument("--url", help="its base URL, which usually ends in /v1")
-    server.add_argument("--model", metavar="NAME", help="the server's model to ask (default: its only one)")
-    server.add_argument("--api-key", metavar="KEY", help="the server's key (default: $OPENAI_API_KEY)")
+    server.add_argument("--model", metavar="NAME", help="which of the server's models to use (default: its only one)")
+    server.add_argument("--api-key", metavar="KEY", help="the server's API key (default: $OPENAI_API_KEY)")
     _add_load_arguments(parser.add_argument_group("the load"))
     output = parser.add_argument_group("the report")
     output.add_argument("--json", metavar="FILE", type=values.new_file, help="write all figures and every request")
-    output.add_argument("--plot", metavar="FILE", type=values.new_file, help="draw the latencies, as a PNG")
+    output.add_argument("--plot", metavar="FILE", type=values.new_file, help="plot the latencies, as a PNG")
     output.add_argument("--no-native", action="store_true", help="do not measure the bridge's share")
 
 
 def _add_load_arguments(load: argparse._ArgumentGroup) -> None:
     add = load.add_argument
-    add("--clients", metavar="N", type=values.positive, default=64, help="threads that ask (default: 64)")
-    add("--requests", metavar="N", type=values.positive, help="requests in all (default: 4 for each client)")
+    add("--clients", metavar="N", type=values.positive, default=64, help="client threads (default: 64)")
+    add("--requests", metavar="N", type=values.positive, help="total requests (default: 4 per client)")
     add(
         "--rate",
         metavar="R",
         type=values.more_than_zero,
-        help="requests per second that arrive (default: each client asks when it is free)",
+        help="arriving requests per second (default: each client sends when it is free)",
     )
     add(
         "--prompt-tokens",
@@ -95,44 +95,41 @@ def _add_load_arguments(load: argparse._ArgumentGroup) -> None:
         metavar="N",
         type=values.count,
         default=0,
-        help="how many of these are the same in every prompt (default: 0)",
+        help="how many of those tokens all prompts share (default: 0)",
     )
-    add("--max-new-tokens", metavar="N", type=values.positive, default=64, help="tokens in an answer (default: 64)")
-    add("--stop-at-eos", action="store_true", help="let answers end by themselves")
-    add(
-        "--stream", action=argparse.BooleanOptionalAction, default=True, help="read answers as they grow (default: yes)"
-    )
-    add("--warmup", metavar="N", type=values.count, help="warm-up requests, not counted (default: one for each client)")
+    add("--max-new-tokens", metavar="N", type=values.positive, default=64, help="tokens per answer (default: 64)")
+    add("--stop-at-eos", action="store_true", help="let answers end early, at the model's end-of-sequence token")
+    add("--stream", action=argparse.BooleanOptionalAction, default=True, help="stream answers (default: yes)")
+    add("--warmup", metavar="N", type=values.count, help="warm-up requests, not counted (default: one per client)")
     add(
         "--timeout",
         metavar="SECONDS",
         type=values.more_than_zero,
         default=600.0,
-        help="the longest that a request may take (default: 600)",
+        help="the timeout of a request (default: 600)",
     )
-    add("--seed", metavar="N", type=values.count, default=0, help="makes prompts and arrival times (default: 0)")
+    add("--seed", metavar="N", type=values.count, default=0, help="seed of prompts and arrival times (default: 0)")
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Fill in the defaults that depend on others, and raise UsageError where options contradict each other."""
+    """Fill in the defaults that depend on other options; raise UsageError if options contradict each other."""
     if arguments.requests is None:
         arguments.requests = REQUESTS_PER_CLIENT * arguments.clients
     if arguments.warmup is None:
         arguments.warmup = min(arguments.clients, arguments.requests)
     if arguments.shared_prefix > arguments.prompt_tokens:
-        raise UsageError("--shared-prefix is a part of --prompt-tokens, and cannot be more")
+        raise UsageError("--shared-prefix cannot exceed --prompt-tokens")
     if arguments.url is None:
-        _refuse(
-            arguments, ("model", "api_key"), "is for a server and needs --url; for a model here: lmbridge bench MODEL"
-        )
+        why = "is for a server and needs --url; for a model in this process, type `lmbridge bench MODEL`"
+        _refuse(arguments, ("model", "api_key"), why)
         arguments.target = arguments.target or "demo"
         return
     arguments.engine = None if arguments.engine == arguments.usual_engine else arguments.engine
-    _refuse(arguments, ("target", "engine", "options"), "is for a model in this process, and cannot go with --url")
+    _refuse(arguments, ("target", "engine", "options"), "is for a model in this process, and cannot be used with --url")
     if arguments.clients > MOST_CONNECTIONS:
-        raise UsageError(f"--clients can be {MOST_CONNECTIONS} at most with --url")
+        raise UsageError(f"--clients cannot exceed {MOST_CONNECTIONS} with --url")
     if not is_url(arguments.url):
-        raise UsageError(f"--url: {arguments.url!r} does not begin with http:// or https://")
+        raise UsageError(f"--url must begin with http:// or https://, unlike {arguments.url!r}")
 
 
 def _refuse(arguments: argparse.Namespace, names: Sequence[str], why: str) -> None:
@@ -157,18 +154,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def bench_url(arguments: argparse.Namespace) -> int:
-    """The whole command against a server."""
+    """Run the whole command against a server."""
     with open_client(arguments.url, arguments.api_key, arguments.timeout) as client:
         model = arguments.model or find_model(client, arguments.url)
         target = UrlTarget(client, model, arguments.max_new_tokens, arguments.stream)
         prompts = Prompts(arguments.prompt_tokens, arguments.shared_prefix, arguments.seed, count=None)
         result = new_result(arguments, f"{model} at {arguments.url}", ignore_eos=False, prompts_by="words")
-        result.no_share = "a server's own cannot be told from here"
+        result.no_share = "cannot be measured from outside a server"
         return Bench(arguments, target, prompts, result).run()
 
 
 def bench_bridge(bridge: Bridge, arguments: argparse.Namespace) -> int:
-    """The whole command on a bridge that is ready."""
+    """Run the whole command on a ready bridge."""
     engine, _ = engine_of(bridge)
     ignore_eos = not arguments.stop_at_eos and "ignore_eos" in engine.supports
     config = GenerationConfig(max_new_tokens=arguments.max_new_tokens, ignore_eos=ignore_eos)
@@ -178,7 +175,7 @@ def bench_bridge(bridge: Bridge, arguments: argparse.Namespace) -> int:
     result.max_batch_size = engine.max_batch_size
     native: Native | None = Native(bridge, config, arguments.clients)
     if arguments.rate:
-        native, result.no_share = None, "the rate decides how many tokens come in a second"
+        native, result.no_share = None, "--rate limits the tokens per second"
     elif arguments.no_native:
         native, result.no_share = None, "--no-native"
     return Bench(arguments, target, prompts, result, native, bridge.stats).run()
@@ -192,7 +189,7 @@ def new_result(arguments: argparse.Namespace, label: str, ignore_eos: bool, prom
 
 
 class Bench:
-    """One run: warms up, measures, reports."""
+    """One run: warm-up, measurement, report."""
 
     def __init__(
         self,
@@ -211,7 +208,7 @@ class Bench:
         self._stats = stats
 
     def run(self) -> int:
-        """Measure and report; the exit status."""
+        """Measure and report; return the exit status."""
         arguments, result = self._arguments, self._result
         try:
             with progress(arguments.warmup + arguments.requests * (2 if self._native else 1)) as advance:
@@ -222,7 +219,7 @@ class Bench:
         if result.interrupted:
             result.no_share = result.no_share or "interrupted"
         if result.interrupted and not result.ended:
-            print("Interrupted before any request had ended; nothing was measured.")
+            print("Interrupted before the first request ended; nothing was measured.")
             return 130
         summary = summarize(result)
         print(as_text(result, summary), flush=True)
@@ -234,10 +231,10 @@ class Bench:
         return 130 if result.interrupted else int(result.all_failed)
 
     def _warm_up(self, advance: Advance) -> None:
-        """Requests that are not counted, so that no first time of anything is measured.
+        """Send uncounted requests, so that one-time costs are not measured.
 
         Raises:
-            EngineError: every one of them failed, and so would the others.
+            EngineError: all of them failed, as the others would.
         """
         count = self._arguments.warmup
         if not count:
@@ -247,11 +244,11 @@ class Bench:
             first.run(lambda: advance(1))
         errors = [row for row in first.rows if row.outcome == "error"]
         if len(errors) == count:
-            raise EngineError(f"Every request of the warm-up failed: {errors[0].error}: {errors[0].message}")
+            raise EngineError(f"Every warm-up request failed: {errors[0].error}: {errors[0].message}")
 
     def _measure(self, advance: Advance) -> None:
-        """With the engine alone for comparison: bridge, engine, engine, bridge, half the requests each time, so that
-        whoever comes later does not profit from that. Halves that would leave clients idle are not made."""
+        """Measure the bridge, and the engine alone for comparison: bridge, engine, engine, bridge, half the requests
+        each time, so that neither profits from coming later. One full round each if halves would leave clients idle."""
         requests, clients = self._arguments.requests, self._arguments.clients
         if self._native is None:
             self._bridge_round(requests, advance)
@@ -280,7 +277,7 @@ class Bench:
         if self._native is not None:
             try:
                 self._result.natives.append(self._native.run(self._prompts.make(count)))
-            except LMBridgeError as error:  # the bridge's own figures stand all the same
+            except LMBridgeError as error:  # the bridge's own figures are still valid
                 self._result.no_share, self._native = in_words(error), None
         advance(count)
 
@@ -293,7 +290,7 @@ class Bench:
 
 @contextlib.contextmanager
 def progress(requests: int) -> Iterator[Advance]:
-    """A bar on stderr while the context lasts, where that is a terminal. Drawn seldom: drawing takes the GIL."""
+    """Show a progress bar while the context lasts, if stderr is a terminal. Drawn rarely: drawing takes the GIL."""
     if not sys.stderr.isatty():
         yield lambda count: None
         return

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from lmbridge.client import Client
     from lmbridge.engines.base import Engine
 
-LOOK = 1.0  # seconds between two looks at whether the engine still lives
+LOOK = 1.0  # seconds between checks that the engine is alive
 
 
 def engine_of(bridge: Bridge) -> tuple[Engine, asyncio.AbstractEventLoop]:
-    """The bridge's engine, and the loop that it runs on.
+    """The bridge's engine, and the loop it runs on.
 
     Raises:
-        EngineDeadError: there is none, or its thread does not answer.
+        EngineDeadError: there is no engine, or its thread does not respond.
     """
     found = bridge._server_thread.ask_engine(lambda engine: (engine, asyncio.get_running_loop()))
     if found is None:
@@ -42,7 +42,7 @@ def engine_of(bridge: Bridge) -> tuple[Engine, asyncio.AbstractEventLoop]:
 
 
 class BridgeTarget:
-    """Asks through a bridge; every client thread has a Client of its own."""
+    """Sends prompts through a bridge; each client thread has its own Client."""
 
     def __init__(self, bridge: Bridge, config: GenerationConfig, timeout: float, stream: bool) -> None:
         self._bridge = bridge
@@ -65,17 +65,17 @@ class BridgeTarget:
         return type(error).__name__
 
     def count_tokens(self, prompt: str) -> int:
-        """The tokens of a prompt in the model's own tokenizer, as the engine counts them."""
+        """Count a prompt's tokens as the engine does, with the model's own tokenizer."""
         return self._bridge.infer(prompt, max_new_tokens=1, timeout=self._timeout).usage.prompt_tokens
 
     def _read(self, client: Client, prompt: str, row: Row) -> None:
         stream = client.stream(prompt, self._config, timeout=self._timeout)
         for delta in stream:
-            row.grew(len(delta.token_ids) or int(bool(delta.text)))  # some engines tell no tokens
+            row.grew(len(delta.token_ids) or int(bool(delta.text)))  # some engines report no token ids
         _note(stream.response, row)
 
     def _wait(self, client: Client, prompt: str, row: Row) -> None:
-        """Nobody sees the tokens come; the bridge's own clock says when the first came, and how long the rest took."""
+        """Wait for the whole answer; the timings of the first and the other tokens are the bridge's own."""
         response = client.infer(prompt, self._config, timeout=self._timeout)
         _note(response, row)
         first, tokens = response.timings.first_token, response.usage.completion_tokens
@@ -93,7 +93,7 @@ def _note(response: Response, row: Row) -> None:
 
 @dataclass(frozen=True)
 class NativeRound:
-    """What the engine did without the bridge."""
+    """The figures of the engine without the bridge."""
 
     requests: int
     tokens: int
@@ -102,9 +102,9 @@ class NativeRound:
 
 
 class Native:
-    """Hands prompts straight to the bridge's own engine on its own loop, where no answer crosses to another thread.
+    """Drives the bridge's engine directly on its own loop, so that no answer crosses threads.
 
-    The bridge must be idle meanwhile. No second model is loaded, so that both have the same cache, warmth and memory.
+    The bridge must be idle meanwhile. Both share one loaded model, so both have the same caches and memory.
     """
 
     def __init__(self, bridge: Bridge, config: GenerationConfig, clients: int) -> None:
@@ -113,10 +113,10 @@ class Native:
         self._clients = clients
 
     def run(self, prompts: Sequence[str]) -> NativeRound:
-        """Work through ``prompts``, as many at once as there are clients and the engine takes.
+        """Run ``prompts``, as many at once as there are clients and the engine allows.
 
         Raises:
-            EngineDeadError: the engine died under it.
+            EngineDeadError: the engine died.
         """
         engine, loop = engine_of(self._bridge)
         restarts = self._bridge.health().restarts
@@ -128,13 +128,13 @@ class Native:
                 if health.state != "ready" or health.restarts != restarts:
                     raise EngineDeadError(f"The engine died ({health.reason}).")
             return future.result()
-        finally:  # also by Ctrl-C, at any place above
+        finally:  # also after Ctrl-C, anywhere above
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(work.stop)
 
 
 class _NativeWork:
-    """One native round. Runs on the engine's thread but for its making."""
+    """One native round. Runs on the engine's thread, except for ``__init__``."""
 
     def __init__(self, engine: Engine, config: GenerationConfig, prompts: Sequence[str]) -> None:
         self._engine = engine
@@ -156,7 +156,7 @@ class _NativeWork:
         return NativeRound(self._requests, self._tokens, self._failed, time.monotonic() - began)
 
     def stop(self) -> None:
-        """End it now, if it has not ended; it may not even have begun."""
+        """Stop now, whether or not the round has begun or ended."""
         self._prompts = iter(())
         for request_id in list(self._running):
             self._engine.abort_request(request_id)
@@ -187,7 +187,7 @@ class _NativeWork:
         return sink
 
     def _end(self, request_id: str, failed: bool) -> None:
-        """The next one begins after the engine's present step, as it does under the server."""
+        """Start the next request after the engine's current step, as the server does."""
         self._running.discard(request_id)
         self._failed += failed
         self._left -= 1

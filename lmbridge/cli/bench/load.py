@@ -1,7 +1,7 @@
-"""The load: so many clients, each a thread of its own, send prompts and time what comes back.
+"""Generates the load: clients, each a thread of its own, send prompts and time the answers.
 
-Rule: knows neither bridge nor HTTP. A ``Target`` is used on the clients' threads; each row is its client's until it has
-ended, and all else belongs to the main thread. Times are seconds on the monotonic clock.
+Rule: knows neither bridge nor HTTP. A ``Target`` is used on the clients' threads; a row belongs to its client until it
+has ended, and all else belongs to the main thread. Times are seconds on the monotonic clock.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-STOP_PATIENCE = 2.0  # seconds in which a round that was stopped waits for its clients
+STOP_PATIENCE = 2.0  # seconds for which a stopped round waits for its clients
 
 
 @dataclass(slots=True)
@@ -27,17 +27,17 @@ class Row:
         number: counts from 0 within the round.
         client: the thread that sent it.
         round: the round that it belongs to.
-        due: when it was to be sent, in seconds since the round began; earlier than ``sent`` only where a rate is
-            asked for and every client was busy.
+        due: when it should be sent, in seconds since the round began; earlier than ``sent`` only with ``--rate``, if
+            every client was busy.
         sent: when it was sent, likewise.
-        first_token: seconds from ``due`` to the first token; None where that cannot be seen.
+        first_token: seconds from ``due`` to the first token; None if unknown.
         total: seconds from ``due`` to the end.
-        queued: seconds from ``sent`` until the engine took it; None where that is not told.
-        prompt_tokens, completion_tokens: None where they are not told.
-        finish_reason: as the engine told it.
-        outcome: ``interrupted`` is what Ctrl-C found on its way.
+        queued: seconds from ``sent`` until the engine took it; None if unknown.
+        prompt_tokens, completion_tokens: None if unknown.
+        finish_reason: as reported by the engine.
+        outcome: ``interrupted`` if Ctrl-C came before its end.
         error: the kind of error that a failed request ended with.
-        message: what that error says.
+        message: that error's message.
         gaps: seconds between one token and the next, for every token but the first.
     """
 
@@ -60,14 +60,14 @@ class Row:
     _last: float = 0.0
 
     def begin(self, round_began: float, due: float | None) -> None:
-        """It is being sent now."""
+        """Note that it is being sent now."""
         now = time.monotonic()
         self.sent = now - round_began
         self.due = self.sent if due is None else due
         self._due_at = round_began + self.due
 
     def grew(self, tokens: int) -> None:
-        """So many new tokens have come, as one piece: their share of the wait for the piece is the gap of each."""
+        """Note ``tokens`` new tokens in one piece; each gets an equal share of the wait for the piece as its gap."""
         if tokens < 1:
             return
         now = time.monotonic()
@@ -79,32 +79,32 @@ class Row:
         self.completion_tokens = (self.completion_tokens or 0) + tokens
 
     def end(self) -> None:
-        """Its last word has come."""
+        """Note that the answer is complete, or has failed."""
         self.total = time.monotonic() - self._due_at
 
 
 Ask = Callable[[str, Row], None]
-"""Sends a prompt and returns after the last word, with what came noted in the row; raises what went wrong."""
+"""Sends a prompt, notes the answer in the row, and returns at its end; raises the error of a failed request."""
 
 
 class Target(Protocol):
-    """What is put under load."""
+    """The model or server under load."""
 
     def connect(self, client: int) -> Ask:
-        """What the client of that number asks with. Called on the client's own thread."""
+        """Return the function with which a client sends prompts. Called on the client's own thread."""
 
     def stop(self) -> None:
-        """End what is on its way; nothing more will be asked."""
+        """Cancel the requests in flight; no more will be sent."""
 
     def kind(self, error: BaseException) -> str:
-        """The name under which such errors are counted."""
+        """The name under which to count such errors."""
 
 
 class Round:
-    """Some prompts, sent by some clients at once.
+    """A number of prompts, sent by several clients at once.
 
-    Without ``arrivals`` each client sends its next prompt once it has its answer. With them (seconds since the
-    beginning, one per prompt) a prompt waits for its time, and then for a free client; that wait counts.
+    Without ``arrivals``, a client sends its next prompt once it has its answer. With them (seconds since the beginning,
+    one per prompt), a prompt waits for its time, and then for a free client; the second wait counts.
     """
 
     def __init__(
@@ -134,10 +134,10 @@ class Round:
         self._began = 0.0  # written before the clients start
 
     def run(self, on_row: Callable[[], None]) -> None:
-        """Send everything; ``rows`` and ``seconds`` hold what was measured, also when this raises.
+        """Send everything; ``rows`` and ``seconds`` hold the measurements, even if this raises.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C; the measured time has ended, and ``close`` stops what is on its way.
+            KeyboardInterrupt: Ctrl-C; the measured time has ended, and ``close`` cancels the requests in flight.
         """
         self._began = time.monotonic()
         try:
@@ -150,9 +150,9 @@ class Round:
             self._end()
 
     def close(self) -> None:
-        """Stop what is on its way.
+        """Cancel the requests in flight, and wait for the clients.
 
-        A client that hears nothing from a server cannot be woken; it is a daemon, and left behind.
+        A client that waits for a silent server cannot be woken; its thread is a daemon and is left behind.
         """
         self._stopping.set()
         late = len(self._ended) < self._expected
@@ -164,8 +164,8 @@ class Round:
                 thread.join(max(0.0, patience - time.monotonic()) if late else None)
 
     def _end(self) -> None:
-        """End the measured time now: all that has not ended is interrupted, whatever comes of it later."""
-        running = list(self._on_their_way.values())  # before those that have ended, or one could be in neither
+        """End the measured time now: requests that have not ended count as interrupted, whatever comes of them."""
+        running = list(self._on_their_way.values())  # read before _ended, or a request could be in neither
         self.rows = list(self._ended)
         self.seconds = time.monotonic() - self._began
         ended = {row.number for row in self.rows}
@@ -192,7 +192,7 @@ class Round:
             try:
                 ask = ask or self._target.connect(client)
                 ask(prompt, row)
-            except BaseException as error:  # a panic in native code too: a request without a report hangs the round
+            except BaseException as error:  # even a panic of native code: a request without a report hangs the round
                 row.outcome = "error"
                 row.error, row.message = self._target.kind(error), str(error)
             row.end()
@@ -202,7 +202,7 @@ class Round:
 
 
 def poisson(rate: float, seed: int) -> Iterator[float]:
-    """Random times of arrival, in seconds from the beginning, ``rate`` of them a second on average."""
+    """Random arrival times, in seconds from the beginning, ``rate`` per second on average."""
     random_numbers = random.Random(seed)
     now = 0.0
     while True:

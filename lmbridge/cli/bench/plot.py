@@ -1,6 +1,6 @@
-"""The picture of a load: how the latencies spread, and when each request was on its way.
+"""Plots a load: the distribution of the latencies, and a timeline of the requests.
 
-Rule: the one module of the command that knows matplotlib. It draws without a display and changes nothing global.
+Rule: the one module of the command that knows matplotlib. It draws without a display and changes no global state.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check_matplotlib() -> None:
 
 
 def draw(result: Result, path: str) -> None:
-    """Write the picture as a PNG."""
+    """Write the plot as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE, layout="constrained")
@@ -44,7 +44,7 @@ def draw(result: Result, path: str) -> None:
 
 
 def _draw_spread(axes: Axes, title: str, values: Iterable[float | None]) -> None:
-    """The share of values that are at most so many milliseconds."""
+    """Draw the cumulative distribution of latencies, in milliseconds."""
     known = [value * 1000 for value in values if value is not None]
     axes.set(title=title, xlabel="ms", ylabel="share of all", ylim=(0, 1.02))
     spread = Quantiles.of(known)
@@ -59,7 +59,7 @@ def _draw_spread(axes: Axes, title: str, values: Iterable[float | None]) -> None
 
 
 def _draw_timeline(axes: Axes, result: Result) -> None:
-    """A line for each request: until its first token, and then while its answer grew."""
+    """Draw a line for each request: until its first token, then until its end."""
     axes.set(title="requests in the order they were sent", xlabel="s since the load began", ylabel="request")
     place, shift = 0, 0.0
     waits, answers, failures = [], [], []  # (place, from, to)

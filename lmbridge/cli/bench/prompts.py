@@ -1,6 +1,6 @@
-"""Prompts for a load: made of plain words, each different, the same for the same seed.
+"""Makes prompts for a load from plain words, all different; the same seed makes the same prompts.
 
-Rule: knows no tokenizer. Whoever can count a text's tokens hands in the counting, and the number of words is fitted.
+Rule: knows no tokenizer. The caller may pass a function that counts tokens, to which the number of words is fitted.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ _TEXT = (
     "research girl guy moment air teacher force education"
 )
 WORDS = _TEXT.split()
-FEW, MANY = 8, 72  # words of the two texts whose tokens are counted
+FEW, MANY = 8, 72  # words of the two prompts whose tokens are counted
 
 
 class Prompts:
-    """Makes prompts of about ``tokens`` tokens.
+    """Makes prompts of approximately ``tokens`` tokens.
 
     Args:
-        tokens: of one prompt, what the chat template adds included.
-        shared: how many of them are the same at the beginning of every prompt.
+        tokens: per prompt, including what the chat template adds.
+        shared: how many tokens at the beginning all prompts share.
         seed: the same seed makes the same prompts.
-        count: counts the tokens of a prompt; None takes a word for a token.
+        count: counts the tokens of a prompt; None: a word counts as a token.
     """
 
     def __init__(self, tokens: int, shared: int, seed: int, count: Callable[[str], int] | None) -> None:
@@ -44,7 +44,7 @@ class Prompts:
         return [self._make(self._own) for _ in range(count)]
 
     def _make(self, words: int) -> str:
-        """A number that no other prompt has stands before its own words, so that nothing after it can be shared."""
+        """Make one prompt: a unique number before its own words prevents sharing beyond the prefix."""
         self._made += 1
         return " ".join(part for part in (self._prefix, f"{self._made}:", self._words(words)) if part)
 
@@ -52,7 +52,7 @@ class Prompts:
         return " ".join(self._random.choices(WORDS, k=count))
 
     def _fit(self, count: Callable[[str], int]) -> tuple[float, float]:
-        """The tokens that every prompt has beside its words, and those of a word."""
+        """The tokens that every prompt has besides its words, and the tokens per word."""
         few, many = count(self._make(FEW)), count(self._make(MANY))
         per_word = max(1, many - few) / (MANY - FEW)
         return few - FEW * per_word, per_word

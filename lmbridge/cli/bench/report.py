@@ -1,6 +1,6 @@
-"""What a load came to: the figures, as text and as JSON.
+"""The figures of a load, as text and as JSON.
 
-Rule: pure arithmetic over rows and rounds; nothing is asked, sent or drawn here.
+Rule: pure arithmetic over rows and rounds; sends and draws nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PACKAGES = ("torch", "transformers", "janus", "openai")
 
 @dataclass
 class Result:
-    """What was measured. ``steps`` and ``engine_tokens`` are what the engine counted; None where it does not."""
+    """The measurements. ``steps`` and ``engine_tokens`` are the engine's own counts; None if it does not count."""
 
     settings: dict[str, Any]
     label: str
@@ -36,7 +36,7 @@ class Result:
     natives: list[NativeRound] = field(default_factory=list)
     steps: float | None = None
     engine_tokens: float | None = None
-    no_share: str = ""  # why the bridge's share is not known
+    no_share: str = ""  # why the bridge's share is unknown
     interrupted: bool = False
 
     @property
@@ -45,7 +45,7 @@ class Result:
 
     @property
     def ended(self) -> list[Row]:
-        """The requests that the figures are of: those that Ctrl-C found on their way are left out."""
+        """The requests that the figures cover: all but those interrupted by Ctrl-C."""
         return [row for row in self.rows if row.outcome != "interrupted"]
 
     @property
@@ -54,14 +54,14 @@ class Result:
 
     @property
     def all_failed(self) -> bool:
-        """Whether there were requests, and none of them got its answer for a reason of its own."""
+        """Whether requests failed and none succeeded."""
         outcomes = {row.outcome for row in self.rows}
         return "error" in outcomes and "ok" not in outcomes
 
 
 @dataclass(frozen=True)
 class Quantiles:
-    """How values, in seconds, are spread; ``count`` of them."""
+    """The distribution of ``count`` values, in seconds."""
 
     count: int
     mean: float
@@ -72,7 +72,7 @@ class Quantiles:
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Quantiles | None:
-        """Those of the values that are known; None if there is none."""
+        """The quantiles of the known values; None if no value is known."""
         known = sorted(value for value in values if value is not None)
         if not known:
             return None
@@ -81,7 +81,7 @@ class Quantiles:
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:
-    """Interpolated between the two values next to it."""
+    """Interpolate between the two nearest values."""
     place = share * (len(ordered) - 1)
     low = int(place)
     high = min(low + 1, len(ordered) - 1)
@@ -90,18 +90,18 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
 
 @dataclass(frozen=True)
 class Summary:
-    """The figures of one run. Rates are per second, times in seconds; None is what cannot be known.
+    """The figures of one run. Rates are per second, times in seconds; None means unknown.
 
-    All are of the requests that ended within ``seconds``; only ``interrupted`` counts the others.
+    They cover the requests that ended within ``seconds``; only ``interrupted`` counts the others.
 
     Attributes:
-        requests: that ended, ``ok`` or ``failed``.
-        tokens_counted: ``usage``, as the engine or server told, or ``pieces``, one for each piece of a stream.
-        start_delay: how late requests were sent that had a time of arrival.
+        requests: those that ended, ``ok`` or ``failed``.
+        tokens_counted: ``usage``, as reported by the engine or server, or ``pieces``, one per piece of a stream.
+        start_delay: with ``--rate``, how late requests were sent.
         batch_mean: tokens per step of the engine.
         batch_max: the most requests that were in the engine at once.
         errors: by kind, with the count and the first message.
-        bridge_share: 1 - tokens/s through the bridge / tokens/s without it; ``bridge_shares`` of each round.
+        bridge_share: 1 - tokens/s through the bridge / tokens/s without it; ``bridge_shares`` has it for each round.
         native_tokens_per_second: without the bridge.
     """
 
@@ -165,7 +165,7 @@ def summarize(result: Result) -> Summary:
 
 
 def _total(values: Iterable[int | None]) -> int | None:
-    """The sum; None where a value is not known, or there is none."""
+    """The sum; None if a value is unknown, or there are none."""
     found = list(values)
     known = [value for value in found if value is not None]
     return sum(known) if known and len(known) == len(found) else None
@@ -191,7 +191,7 @@ def _errors(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
 
 
 def _shares(result: Result) -> list[float]:
-    """The bridge's share in each round that has a native counterpart; none where anything failed or was cut short."""
+    """The bridge's share in each round with a native counterpart; empty if anything failed or was interrupted."""
     rows, natives = result.rows, result.natives
     if result.interrupted or any(row.outcome != "ok" for row in rows) or any(part.failed for part in natives):
         return []
@@ -208,9 +208,9 @@ def _share(rounds: Sequence[Round], natives: Sequence[NativeRound]) -> float | N
 
 
 def _batch_max(result: Result) -> int | None:
-    """The most requests that were in the engine at once, by their own timings.
+    """The most requests that were in the engine at once, computed from their timings.
 
-    A client learns of its answer's end a little after the engine has turned to the next request, hence the limit.
+    A client sees its answer end slightly after the engine has started the next request, hence the limit.
     """
     most = 0
     for part in result.rounds:
@@ -229,18 +229,18 @@ def _batch_max(result: Result) -> int | None:
 
 
 def as_text(result: Result, summary: Summary) -> str:
-    """The figures as lines for a terminal."""
+    """Format the figures for a terminal."""
     settings, rows = result.settings, result.ended
     lines = [
         "",
         f"{result.label}:",
         f"{summary.requests} requests from {settings['clients']} clients"
-        + (f", {settings['rate']:g} a second," if settings["rate"] else "")
+        + (f", {settings['rate']:g} per second," if settings["rate"] else "")
         + f" in {summary.seconds:.2f} s,",
-        f"approximately {settings['prompt_tokens']} {settings['prompts_by']} in a prompt"
+        f"approximately {settings['prompt_tokens']} {settings['prompts_by']} per prompt"
         + (f" ({_mean(row.prompt_tokens for row in rows)} tokens as counted)" if summary.prompt_tokens else "")
         + ",",
-        f"{_mean(row.completion_tokens for row in rows if row.outcome == 'ok')} tokens in an answer, "
+        f"{_mean(row.completion_tokens for row in rows if row.outcome == 'ok')} tokens per answer, "
         + ("streamed" if settings["stream"] else "not streamed"),
         "",
         _line("requests/s", _number(summary.requests_per_second, 2)),
@@ -300,11 +300,11 @@ def _notes(result: Result, summary: Summary) -> list[str]:
     notes = []
     if result.interrupted:
         notes.append(
-            f"Interrupted: all figures are of the {summary.requests} requests that had ended by then.\n"
-            f"The {summary.interrupted} on their way are left out, and so are their tokens."
+            f"Interrupted: all figures cover the {summary.requests} requests that had ended by then.\n"
+            f"They leave out the {summary.interrupted} in flight, and their tokens."
         )
     if summary.tokens_counted == "pieces":
-        notes.append("The server does not count tokens: each piece of a stream is taken for one.")
+        notes.append("The server does not count tokens: each piece of a stream counts as one.")
     wanted = result.settings["max_new_tokens"]
     answers = [
         row.completion_tokens for row in result.rows if row.outcome == "ok" and row.completion_tokens is not None
@@ -313,7 +313,7 @@ def _notes(result: Result, summary: Summary) -> list[str]:
     if short and result.settings["ignore_eos"]:
         notes.append(f"{short} answers are shorter than --max-new-tokens: the model's context was full.")
     elif short:
-        notes.append(f"{short} of {len(answers)} answers ended before --max-new-tokens by themselves.")
+        notes.append(f"{short} of {len(answers)} answers ended by themselves before --max-new-tokens.")
     return ["", *notes] if notes else []
 
 
@@ -321,7 +321,7 @@ def _notes(result: Result, summary: Summary) -> list[str]:
 
 
 def as_json(result: Result, summary: Summary) -> dict[str, Any]:
-    """Everything, in plain types; times in seconds."""
+    """All figures and requests in plain types; times in seconds."""
     return {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
@@ -345,7 +345,7 @@ def as_json(result: Result, summary: Summary) -> dict[str, Any]:
 
 
 def _row(row: Row) -> dict[str, Any]:
-    """A row, with its gaps as their mean."""
+    """A row, with the mean of its gaps."""
     fields = {name: value for name, value in dataclasses.asdict(row).items() if not name.startswith("_")}
     gaps = fields.pop("gaps")
     return {**fields, "inter_token_latency": sum(gaps) / len(gaps) if gaps else None}
@@ -362,7 +362,7 @@ def versions() -> dict[str, str | None]:
 
 
 def machine() -> dict[str, Any]:
-    """The machine that the clients ran on."""
+    """Describe the machine that the clients ran on."""
     return {
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
@@ -373,7 +373,7 @@ def machine() -> dict[str, Any]:
 
 
 def _gpus() -> list[str]:
-    """What torch sees, where an engine has loaded it."""
+    """The GPUs that torch sees, if an engine has loaded it."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return []

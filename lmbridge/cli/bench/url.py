@@ -1,6 +1,6 @@
-"""An OpenAI-compatible server under load, through the official ``openai`` client.
+"""Puts an OpenAI-compatible server under load, through the official ``openai`` client.
 
-Rule: the one module of the command that knows HTTP and ``openai``; it sends nothing that the API does not define.
+Rule: the one module of the command that knows HTTP and ``openai``; it sends only what the API defines.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def open_client(url: str, api_key: str | None, timeout: float) -> OpenAI:
-    """A client that tries once.
+    """A client that never retries.
 
     Raises:
         MissingDependencyError: openai is not installed.
@@ -34,25 +34,26 @@ def open_client(url: str, api_key: str | None, timeout: float) -> OpenAI:
 
 
 def find_model(client: OpenAI, url: str) -> str:
-    """The one model that the server has.
+    """The name of the server's only model.
 
     Raises:
-        EngineError: it cannot be asked.
-        InvalidRequestError: there are several, or none.
+        EngineError: its list of models cannot be read.
+        InvalidRequestError: it has several models, or none.
     """
     from openai import OpenAIError
 
     try:
         names = [model.id for model in client.models.list()]
     except OpenAIError as cause:
-        raise EngineError(f"{url}/models cannot be read ({_reason(cause)}). {_advice(cause)}") from cause
+        raise EngineError(f"Reading {url}/models failed ({_reason(cause)}). {_advice(cause)}") from cause
     if len(names) != 1:
-        raise InvalidRequestError(f"{url} has {', '.join(names) or 'no model'}: choose with --model.", "model")
+        found = f"the models {', '.join(names)}; choose one" if names else "no models; name one"
+        raise InvalidRequestError(f"{url} lists {found} with --model.", "model")
     return names[0]
 
 
 def _reason(error: Exception) -> str:
-    """What is at the bottom of an error: of a connection's, what the system said of it."""
+    """An error's message; for a failed connection, that of the underlying error."""
     from openai import APIConnectionError
 
     while isinstance(error, APIConnectionError) and isinstance(error.__cause__, Exception):
@@ -65,12 +66,12 @@ def _advice(error: Exception) -> str:
     if status in (401, 403):
         return "Give the server's key with --api-key."
     if status is None:
-        return "Is the server up, and the address right?"
-    return "Does the URL end in /v1? If the server has no list of models, name one with --model."
+        return "Check that the server is running and that the address is right."
+    return "Check that the URL ends in /v1. If the server does not list its models, name one with --model."
 
 
 class UrlTarget:
-    """Asks a server over HTTP. All client threads share one pool of connections, which never makes one wait."""
+    """Sends prompts over HTTP. All client threads share one connection pool, which is large enough for all."""
 
     def __init__(self, client: OpenAI, model: str, max_new_tokens: int, stream: bool) -> None:
         self._client = client
@@ -89,14 +90,14 @@ class UrlTarget:
         return type(error).__name__ if status is None else f"{status} {type(error).__name__}"
 
     def _read(self, prompt: str, row: Row) -> None:
-        """Pieces count as tokens until the server has told how many there were."""
+        """Stream the answer; pieces count as tokens until the server reports the usage."""
         answer = self._client.chat.completions.create(
             messages=[{"role": "user", "content": prompt}],
             stream=True,
             stream_options={"include_usage": True},
             **self._options,
         )
-        with answer as chunks:  # left early, it would leave its socket open
+        with answer as chunks:  # else leaving early would leak its socket
             for chunk in chunks:
                 if self._stopping.is_set():
                     raise InterruptedError
@@ -116,7 +117,7 @@ class UrlTarget:
 
 
 def _has_text(delta: Any) -> bool:
-    """Whether a piece carries text; servers send a reasoning model's thoughts under a name of their own."""
+    """Whether a piece carries text; servers use different fields for a model's reasoning."""
     return bool(delta.content or getattr(delta, "reasoning_content", None) or getattr(delta, "reasoning", None))
 
 

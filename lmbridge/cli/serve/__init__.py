@@ -1,14 +1,14 @@
-"""Serve models over HTTP: OpenAI's API, and a page for the browser.
+"""Serve models over HTTP: OpenAI's API and a web page.
 
-The server answers from its first second: /health and /ready say how far it is
-while the model loads. SIGTERM or Ctrl-C lets running answers finish and
-refuses new ones; a second signal ends at once.
+The server responds at once: while the model loads, /health and /ready report
+progress. On SIGTERM or Ctrl-C it refuses new requests and lets running answers
+finish; a second signal ends it at once.
 
-With --embed and --rerank the same process serves an embedding and a reranking
-model, each with a queue of its own, beside the language model or alone.
+With --embed and --rerank, the same process serves an embedding and a reranking
+model, alone or beside the language model, each with its own queue.
 
-Keys in LMBRIDGE_API_KEYS (separated by commas) and LMBRIDGE_ADMIN_KEY stay out
-of the list of processes, where every user of the machine reads --api-key.
+Prefer LMBRIDGE_API_KEYS (separated by commas) and LMBRIDGE_ADMIN_KEY to
+--api-key and --admin-key: every user of the machine can see a command line.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EXAMPLES", "SUMMARY", "USAGE", "add_arguments", "run"]
 
-SUMMARY = "serve models over HTTP: OpenAI's API, a page, metrics"
+SUMMARY = "serve models over HTTP: OpenAI's API, a web page, metrics"
 USAGE = "[OPTION ...] [MODEL]"
 EXAMPLES = """\
   lmbridge serve
@@ -40,7 +40,7 @@ EXAMPLES = """\
   lmbridge serve demo --embed ./minilm --rerank ./reranker
   LMBRIDGE_API_KEYS=secret lmbridge serve ./my-model --host 0.0.0.0
 """
-SPARE_THREADS = 8  # beside those for answers, so that probes and refusals are answered in any crowd
+SPARE_THREADS = 8  # besides those for answers, so that probes and refusals get an answer under any load
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -73,15 +73,15 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         end(server, front, models)
     if not loaded:
-        # The engine's thread may be inside torch's import or reading weights. Nothing can end it there, and the
-        # interpreter's own end would wait for it, or crash under it.
+        # The engine's thread may be importing torch or reading weights. Nothing can stop it there, and an orderly exit
+        # of the interpreter would wait for it, or crash.
         os._exit(0)
     return 0
 
 
 def log_to_stderr(arguments: argparse.Namespace) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    logging.getLogger("lmbridge").setLevel(logging.CRITICAL)  # while it loads, a failure is the command's own last line
+    logging.getLogger("lmbridge").setLevel(logging.CRITICAL)  # while loading, the command itself reports a failure
     logging.getLogger("lmbridge.loading").setLevel(logging.INFO)
     if arguments.access_log:
         logging.getLogger("lmbridge.access").setLevel(logging.INFO)
@@ -90,13 +90,13 @@ def log_to_stderr(arguments: argparse.Namespace) -> None:
 
 
 def load(models: Models, url: str, signals: Signals) -> bool:
-    """Load every model; False when a signal came first.
+    """Load every model; return False if a signal arrived first.
 
     Raises:
-        LMBridgeError: one could not be loaded.
+        LMBridgeError: a model could not be loaded.
     """
     names = ", ".join(models.names())
-    print(f"Listening on {url}, and loading {names}", flush=True)
+    print(f"Listening on {url}, loading {names}", flush=True)
     with spinner(f"Loading {names}"):
         for name in models.names():
             while not _is_loaded(models.bridge(name)):

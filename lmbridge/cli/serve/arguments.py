@@ -1,6 +1,6 @@
-"""The arguments of ``lmbridge serve``.
+"""The command-line arguments of ``lmbridge serve``.
 
-Rule: a value that can be judged alone is judged here.
+Rule: checks each value by itself; ``configuration`` checks how they fit together.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lmbridge.cli.model import add_model_arguments
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = add_model_arguments(parser, default=None, note="(default: demo, unless --embed or --rerank is given)")
     model.add_argument(
-        "--name", metavar="NAME", type=values.filled, help="what clients call the model (default: as it is named here)"
+        "--name", metavar="NAME", type=values.filled, help="the model's name for clients (default: from MODEL)"
     )
     _add_encoders(parser.add_argument_group("embeddings and reranking"))
     _add_address(parser.add_argument_group("the address"))
@@ -28,7 +28,7 @@ def _add_encoders(group: argparse._ArgumentGroup) -> None:
         "--embed",
         metavar="MODEL",
         type=values.filled,
-        help="an embedding model for /v1/embeddings: a folder or a hub id",
+        help="an embedding model for /v1/embeddings: a folder or a Hugging Face id",
     )
     group.add_argument(
         "--rerank", metavar="MODEL", type=values.filled, help="a reranking model for /v1/rerank, /v2/rerank and /rerank"
@@ -39,23 +39,23 @@ def _add_encoders(group: argparse._ArgumentGroup) -> None:
         type=values.option,
         action="append",
         default=[],
-        help="an option of the engine of these two, such as device=cpu; may be repeated",
+        help="an option of the engine of these two models, such as device=cpu; may be repeated",
     )
 
 
 def _add_address(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0 for every one (default: 127.0.0.1)"
+        "--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0 for all (default: 127.0.0.1)"
     )
-    group.add_argument("--port", type=values.port, default=8000, help="0 takes a free one (default: 8000)")
+    group.add_argument("--port", type=values.port, default=8000, help="0 picks a free port (default: 8000)")
     group.add_argument(
         "--allowed-host",
         metavar="HOST",
         type=values.host_name,
         action="append",
         default=[],
-        help="a name that clients may call this server by, besides localhost, HOST and IP addresses; .example.org "
-        "includes its subdomains, * allows any; may be repeated",
+        help="a host name that clients may use for this server, besides localhost, that of --host and IP addresses; "
+        ".example.org includes its subdomains, * allows any; may be repeated",
     )
     group.add_argument(
         "--cors-origin",
@@ -63,7 +63,7 @@ def _add_address(group: argparse._ArgumentGroup) -> None:
         type=values.filled,
         action="append",
         default=[],
-        help="let pages of this origin ask from a browser (default: only the server's own); may be repeated",
+        help="allow browser requests from pages of this origin (default: only the server's own); may be repeated",
     )
 
 
@@ -74,17 +74,17 @@ def _add_keys(group: argparse._ArgumentGroup) -> None:
         type=values.filled,
         action="append",
         default=[],
-        help="ask clients for this key (default: $LMBRIDGE_API_KEYS, else none is asked for); may be repeated",
+        help="require this key from clients (default: $LMBRIDGE_API_KEYS, else no key is required); may be repeated",
     )
-    group.add_argument("--api-keys-file", metavar="FILE", help="a file of more keys, one per line")
+    group.add_argument("--api-keys-file", metavar="FILE", help="a file with more keys, one per line")
     group.add_argument(
         "--admin-key",
         metavar="KEY",
         type=values.filled,
-        help="allow POST /admin/swap with this key (default: $LMBRIDGE_ADMIN_KEY, else nobody may)",
+        help="enable POST /admin/swap with this key (default: $LMBRIDGE_ADMIN_KEY, else it is disabled)",
     )
     group.add_argument(
-        "--allow-remote-code", action="store_true", help="let /admin/swap load models that bring code of their own"
+        "--allow-remote-code", action="store_true", help="let /admin/swap load models that run their own code"
     )
 
 
@@ -94,22 +94,22 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         type=values.positive,
         default=512,
-        help="requests at once, those that wait included (default: 512)",
+        help="most requests at once, waiting ones included (default: 512)",
     )
     group.add_argument(
-        "--max-pending", metavar="N", type=values.positive, help="requests that may wait for a model (default: 1024)"
+        "--max-pending", metavar="N", type=values.positive, help="most requests waiting for a model (default: 1024)"
     )
     group.add_argument(
         "--max-pending-per-client",
         metavar="N",
         type=values.positive,
-        help="how many of them may come from one address, or with one API key (default: all)",
+        help="most of them from one address, or with one API key (default: all)",
     )
     group.add_argument(
         "--timeout",
         metavar="SECONDS",
         type=values.more_than_zero,
-        help="the longest that a request may take (default: 600)",
+        help="the timeout of a request (default: 600)",
     )
     group.add_argument(
         "--max-request-bytes", metavar="N", type=values.positive, help="the largest request body (default: 4194304)"
@@ -118,18 +118,18 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         "--heartbeat",
         metavar="SECONDS",
         type=values.more_than_zero,
-        help="after this much silence a stream sends a comment (default: 5)",
+        help="a silent stream sends a comment this often, to keep its connection open (default: 5)",
     )
     group.add_argument(
         "--drain-timeout",
         metavar="SECONDS",
         type=values.number,
         default=30.0,
-        help="on a signal, how long running answers may take to finish (default: 30)",
+        help="how long running answers may take to finish after a signal (default: 30)",
     )
 
 
 def _add_logs(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--no-page", action="store_true", help="do not serve the page at /")
-    group.add_argument("--access-log", action="store_true", help="log each response to stderr, a line each")
-    group.add_argument("--log-prompts", action="store_true", help="log what clients ask, to stderr")
+    group.add_argument("--no-page", action="store_true", help="do not serve the web page at /")
+    group.add_argument("--access-log", action="store_true", help="log each response to stderr, one line each")
+    group.add_argument("--log-prompts", action="store_true", help="log clients' prompts to stderr")

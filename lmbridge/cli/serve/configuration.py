@@ -1,6 +1,6 @@
-"""The app's configuration, as the command line gives it.
+"""Makes the app's configuration from the command line.
 
-Rule: what contradicts itself is refused here, before anything is loaded.
+Rule: refuses arguments that contradict each other, before anything is loaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ENCODER = "encoder"  # the engine of embedding and reranking models
 
 
 def configuration(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The app's ``LMBRIDGE_*`` keys; what was not given stays at its default."""
+    """The app's ``LMBRIDGE_*`` keys; omitted arguments keep their defaults."""
     from lmbridge.flask.config import KEYS
     from lmbridge.flask.hosts import host_of
 
@@ -32,10 +32,10 @@ def configuration(arguments: argparse.Namespace) -> dict[str, Any]:
         "API_KEYS_FILE": arguments.api_keys_file,
         "ADMIN_KEY": arguments.admin_key or os.environ.get("LMBRIDGE_ADMIN_KEY"),
         "ALLOW_REMOTE_CODE": arguments.allow_remote_code,
-        # An address needs no leave, and none stands for "no check": one name must be there.
+        # IP addresses are always allowed, and an empty list means "no check": there must be one name.
         "ALLOWED_HOSTS": [host_of(arguments.host) or "localhost", *arguments.allowed_host],
         "MAX_PENDING": max_pending,
-        # All users of a proxy have one address, so that one address may have all places.
+        # All users behind a proxy share one address, so one address may take all places.
         "MAX_PENDING_PER_CLIENT": arguments.max_pending_per_client or max_pending,
         "TIMEOUT": arguments.timeout,
         "MAX_REQUEST_BYTES": arguments.max_request_bytes,
@@ -47,10 +47,10 @@ def configuration(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _sources(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Each model by the name it is served under, the language model first.
+    """The models by their served names, the language model first.
 
     Raises:
-        UsageError: two have one name, or an option is for a model that is not served.
+        UsageError: two models have the same name, or an option is for a model that is not served.
     """
     from lmbridge.flask.config import served_name
 
@@ -61,23 +61,23 @@ def _sources(arguments: argparse.Namespace) -> dict[str, Any]:
         source = {"model": model, "engine": arguments.engine, **dict(arguments.options)}
         sources.append((arguments.name or served_name(model), source))
     elif arguments.name:
-        raise UsageError("--name is the language model's, and none is served; leave it out")
+        raise UsageError("--name is for a language model, and none is served; leave it out")
     if arguments.encoder_option and not (arguments.embed or arguments.rerank):
         raise UsageError("--encoder-option is for --embed and --rerank; give one of them, or use --option")
-    if arguments.embed:  # what kind it is, is its own to say, so that a reranker is noticed
+    if arguments.embed:  # without a task, so that check_kinds notices a reranker
         sources.append((served_name(arguments.embed), {**encoder, "model": arguments.embed}))
     if arguments.rerank:
         sources.append((served_name(arguments.rerank), {**encoder, "model": arguments.rerank, "task": "rerank"}))
     names = [name for name, _ in sources]
     for name in names:
         if names.count(name) > 1:
-            way = "give the language model another one with --name" if arguments.model else "rename one of the folders"
-            raise UsageError(f"two models would be called {name!r}; {way}")
+            way = "rename the language model with --name" if arguments.model else "rename one of the folders"
+            raise UsageError(f"two models would be named {name!r}; {way}")
     return dict(sources)
 
 
 def check_kinds(arguments: argparse.Namespace, models: Models) -> None:
-    """Raise InvalidRequestError where a model that was loaded does not do what it was given for."""
+    """Raise InvalidRequestError if a loaded model does not support the task it was given for."""
     from lmbridge.flask.config import served_name
 
     if arguments.embed and "embed" not in models.tasks(served_name(arguments.embed)):
@@ -85,6 +85,6 @@ def check_kinds(arguments: argparse.Namespace, models: Models) -> None:
     for name in models.names():
         if not models.tasks(name) & set(ROUTES):
             raise InvalidRequestError(
-                f"{name} takes lists of items, which no route serves; a function that answers prompts yields, or needs "
-                "--option task=generate."
+                f"{name} is a function over lists of items, which no route serves; to answer prompts, it must yield or "
+                "be given --option task=generate."
             )

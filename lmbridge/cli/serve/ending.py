@@ -1,6 +1,6 @@
-"""The end of a server: signals, answers that may finish, and the rest that is cut.
+"""Shuts the server down: handles signals, lets answers finish, and aborts the rest.
 
-Rule: each wait has a limit, and a second signal ends the process at once.
+Rule: every wait has a limit, and a second signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ FLUSH = 1.0  # seconds for the last bytes of aborted answers
 
 
 def drain(server: HttpServer, front: Front, models: Models, timeout: float) -> None:
-    """Refuse what is new, and let what runs finish."""
+    """Refuse new requests, and let running ones finish."""
     server.closing = models.draining = True
     if front.inside:
-        print(f"Finishing {front.inside} answers, for {timeout:g} s at most; a second Ctrl-C or signal ends at once.")
+        print(f"Finishing {front.inside} answers (at most {timeout:g} s); a second Ctrl-C or signal ends at once.")
         sys.stdout.flush()
     end = time.monotonic() + timeout
     if front.wait_until_empty(timeout):
@@ -36,9 +36,9 @@ def drain(server: HttpServer, front: Front, models: Models, timeout: float) -> N
 
 
 def end(server: HttpServer, front: Front, models: Models) -> None:
-    """Abort what is left, and give each part a bounded time to end."""
-    # Engines collect garbage as they close, and so does the interpreter at its own end. Each time is 0.2 s with what
-    # torch and transformers keep, and this process needs none of it any more.
+    """Abort the remaining answers, and give each part a bounded time to end."""
+    # Engines collect garbage when they close, and so does the interpreter at exit. With torch and transformers loaded,
+    # each collection takes 0.2 s, and this process is about to end anyway.
     gc.freeze()
     server.closing = models.draining = True
     closing = threading.Thread(target=models.close, kwargs={"timeout": 0.0}, daemon=True)
@@ -49,16 +49,16 @@ def end(server: HttpServer, front: Front, models: Models) -> None:
 
 
 class Signals:
-    """SIGTERM and Ctrl-C: the first is kept to be looked at, the second ends the process at once."""
+    """Handles SIGTERM and Ctrl-C: notes the first signal; the second ends the process at once."""
 
     def __init__(self) -> None:
         self.came = False
-        self._first: queue.SimpleQueue[int] = queue.SimpleQueue()  # may be put to by what interrupts its own get
+        self._first: queue.SimpleQueue[int] = queue.SimpleQueue()  # reentrant: the handler may interrupt get
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
     def wait(self) -> None:
-        """Return when the first has come."""
+        """Wait for the first signal."""
         self._first.get()
 
     def _on_signal(self, number: int, frame: object) -> None:

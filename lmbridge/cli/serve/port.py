@@ -1,6 +1,6 @@
-"""The port: opening it, why it cannot be opened, and who may come in by it.
+"""Opens the server's port, explains why it cannot be opened, and warns about who can reach it.
 
-Rule: nothing is served here.
+Rule: serves nothing.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from lmbridge.cli.terminal import complain
 if TYPE_CHECKING:
     from lmbridge.flask.http_server import HttpServer
 
-FILES = 16_384  # that the server may open, where the system allows so many
+FILES = 16_384  # open files for the server, if the system allows that many
 
 
 def allow_files() -> None:
-    """Let the process open as many files as it may: each connection is one, and a large body another."""
+    """Raise the limit of open files up to ``FILES``: each connection takes one, and a large body another."""
     now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = FILES if most == resource.RLIM_INFINITY else min(FILES, most)
     if now != resource.RLIM_INFINITY and now < wanted:
@@ -31,7 +31,7 @@ def allow_files() -> None:
 
 
 def opened(server: HttpServer, arguments: argparse.Namespace) -> bool:
-    """Open the port; False, with a line on stderr, where it cannot be."""
+    """Open the port; on failure, print why to stderr and return False."""
     try:
         server.open()
     except OSError as error:
@@ -41,17 +41,17 @@ def opened(server: HttpServer, arguments: argparse.Namespace) -> bool:
 
 
 _REASONS = {
-    errno.EADDRINUSE: "another program listens there already; choose another one with --port.",
-    errno.EADDRNOTAVAIL: "this machine has no such address; leave --host out, or give 0.0.0.0 for all it has.",
-    errno.EACCES: "no permission; ports below 1024 are the system's: choose one above with --port.",
+    errno.EADDRINUSE: "another program is already listening there; choose another port with --port.",
+    errno.EADDRNOTAVAIL: "this machine has no such address; leave --host out, or give 0.0.0.0 for all its addresses.",
+    errno.EACCES: "permission denied; ports below 1024 are reserved for the system: choose a higher one with --port.",
 }
 
 
 def _why_not(error: OSError) -> str:
     if isinstance(error, socket.gaierror):
-        return "no such address is known; check --host."
+        return "unknown host name; check --host."
     for number, reason in _REASONS.items():
-        if os.strerror(number) in str(error):  # waitress adds to the text
+        if os.strerror(number) in str(error):  # waitress adds to the message
             return reason
     return str(error)
 
@@ -61,6 +61,6 @@ def warn_of_strangers(host: str) -> None:
 
     if not is_loopback(host):
         complain(
-            f"there is no API key, so anyone who can reach {host or 'this machine'} may use the models: set "
+            f"there is no API key, so anyone who can reach {host or 'this machine'} can use the models: set "
             "LMBRIDGE_API_KEYS or give --api-keys-file FILE, or leave --host out to serve this machine only."
         )

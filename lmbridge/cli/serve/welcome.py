@@ -1,6 +1,6 @@
-"""What a newcomer reads once the server is ready.
+"""Prints how to use the server, once it is ready.
 
-Rule: every line that is printed works as it stands.
+Rule: every printed command works as it stands.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def welcome(url: str, models: Models, page: bool) -> str:
-    """What a newcomer needs: how to ask each model with curl and from Python, and the page."""
+    """How to use each model with curl and from Python, and the web page's address."""
     names = models.names()
     listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
     lines = [f"{listed} {'is' if len(names) == 1 else 'are'} ready; Ctrl-C stops the server."]
