@@ -5,13 +5,14 @@ Rule: the app and its views stay as they are; only the engine below them is repl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from flask import Flask
 
 from lmbridge.bridge import Bridge
+from lmbridge.errors import EngineStartError, RequestTimeoutError
 from lmbridge.flask.models import models_of
 from lmbridge.testing import ScriptedEncoder, ScriptedEngine
 
@@ -27,7 +28,7 @@ def scripted_engine(app: Flask, model: str | None = None, **options: Any) -> Ite
         model: the name of the model; default: the default one.
         options: ScriptedEngine's, such as ``script=lambda request: ["Hello"]`` or ``manual=True``.
     """
-    with _in_place(app, model, ScriptedEngine(**options)) as engine:
+    with _in_place(app, model, ScriptedEngine, options) as engine:
         yield engine
 
 
@@ -39,12 +40,15 @@ def scripted_encoder(app: Flask, model: str | None = None, **options: Any) -> It
         app, model: as for ``scripted_engine``.
         options: ScriptedEncoder's, such as ``tasks=["embed"]``.
     """
-    with _in_place(app, model, ScriptedEncoder(**options)) as encoder:
+    with _in_place(app, model, ScriptedEncoder, options) as encoder:
         yield encoder
 
 
 @contextmanager
-def _in_place(app: Flask, model: str | None, engine: AnyEngine) -> Iterator[AnyEngine]:
+def _in_place(
+    app: Flask, model: str | None, make: Callable[..., AnyEngine], options: dict[str, Any]
+) -> Iterator[AnyEngine]:
+    engine = make(**options)
     models = models_of(app)
     name = models.default if model is None else model
     settings = models.settings
@@ -54,9 +58,11 @@ def _in_place(app: Flask, model: str | None, engine: AnyEngine) -> Iterator[AnyE
         max_pending=settings.max_pending,
         max_pending_per_client=settings.max_pending_per_client,
         when_full=settings.when_full,
-    )  # not started: a test may be of what requests meet while the model loads
+    )
     real = models.replace(name, bridge)
     try:
+        with suppress(EngineStartError, RequestTimeoutError):  # a test may be of what requests meet then
+            bridge.start(0 if "start_gate" in options else None)
         yield engine
     finally:
         models.replace(name, real)
