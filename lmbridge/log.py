@@ -34,9 +34,9 @@ def shown(value: object) -> str:
 
 
 def said(error: BaseException) -> str:
-    """An exception's text without its full stop; its repr if the text is empty."""
+    """An exception's text without its full stop; its repr if the text is empty, or just the key that was not found."""
     try:
-        return str(error).rstrip(".") or shown(error)
+        return shown(error) if isinstance(error, KeyError) else str(error).rstrip(".") or shown(error)
     except BaseException as raised:
         _let_ctrl_c_by(raised)
         return shown(error)
