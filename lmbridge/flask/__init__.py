@@ -1,8 +1,7 @@
-"""Flask: an extension that gives an app its bridges, an OpenAI-compatible blueprint, reranking, operations and a page.
+"""Flask: an extension that gives an app its bridges, and blueprints: OpenAI's API, reranking, operations, a web page.
 
-Rule: public names only. The blueprints are imported from where they live: ``lmbridge.flask.openai``,
-``lmbridge.flask.rerank``, ``lmbridge.flask.operations`` and ``lmbridge.flask.playground`` each have a ``blueprint`` to
-register.
+Rule: public names only. Import the blueprints from their modules: ``lmbridge.flask.openai``, ``lmbridge.flask.rerank``,
+``lmbridge.flask.operations`` and ``lmbridge.flask.playground`` each have a ``blueprint`` to register.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""How many HTTP answers an app gave, by route and status, and how long they took.
+"""Counts an app's HTTP responses by route and status, and measures how long they take.
 
-Rule: hears of each request from Flask's signals, whatever answers it: a view, an error, or no route at all. A route is
-the rule that matched and never the path, of which clients could make as many as they like.
+Rule: learns of every request from Flask's signals, whether a view, an error or no route responds to it. The label
+``route`` is the URL rule that matched and never the path, of which clients could make up any number.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from flask.signals import request_finished, request_started
 from lmbridge.metrics import SECONDS, Histogram
 
 EXTENSION = "lmbridge_answers"
-UNMATCHED = "none"  # the route of what no rule matches
+UNMATCHED = "none"  # the route of a request that no rule matches
 
 
 class Answers:
-    """What one app has answered; a collector for a registry of prometheus_client."""
+    """The responses of one app; a collector for a registry of prometheus_client."""
 
     def __init__(self) -> None:
         self._ended: deque[tuple[str, int, float]] = deque()  # not counted yet
@@ -34,16 +34,16 @@ class Answers:
         self._seconds: defaultdict[str, Histogram] = defaultdict(Histogram)
 
     def count(self, route: str, status: int, began: float) -> None:
-        """Count an answer that was sent, or whose client has left. Never waits: a finalizer may call it anywhere."""
+        """Count a response that was sent or whose client left. Never blocks: a finalizer may call it anywhere."""
         self._ended.append((route, status, time.monotonic() - began))
-        if self._lock.acquire(blocking=False):  # else whoever holds it counts this one, or the next who comes
+        if self._lock.acquire(blocking=False):  # else the holder of the lock counts this one, or the next caller does
             try:
                 self._settle()
             finally:
                 self._lock.release()
 
     def _settle(self) -> None:
-        """Count what has ended; the lock is held."""
+        """Count the ended responses. The caller holds the lock."""
         while self._ended:
             route, status, seconds = self._ended.popleft()
             self._counts[route, status] += 1
@@ -53,7 +53,7 @@ class Answers:
         return []
 
     def collect(self) -> Iterator[Any]:
-        """The metrics as they are now."""
+        """The current metrics."""
         from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
         counter = CounterMetricFamily("lmbridge_http_answers", "HTTP answers.", labels=["route", "status"])
@@ -72,14 +72,14 @@ class Answers:
 
 
 def count_answers(app: Flask) -> None:
-    """Have the app's answers counted from now on."""
+    """Start counting the app's responses."""
     app.extensions[EXTENSION] = Answers()
     request_started.connect(_begin, app)
     request_finished.connect(_end, app)
 
 
 def current_answers() -> Answers:
-    """The current app's."""
+    """The counts of the current app."""
     found = current_app.extensions[EXTENSION]
     assert isinstance(found, Answers)
     return found
@@ -93,7 +93,7 @@ def _end(_: Flask, response: Response, **more: Any) -> None:
     rule = request.url_rule
     route = UNMATCHED if rule is None else rule.rule
     count = partial(current_answers().count, route, response.status_code, g.get("lmbridge_began", time.monotonic()))
-    if response.direct_passthrough:  # a file, which the server sends by its own means; nobody hears of the end
+    if response.direct_passthrough:  # a file, which the server sends by itself, without telling us of the end
         count()
-    else:  # Werkzeug's server closes no answer whose client resets the connection once it has all: then it is collected
+    else:  # Werkzeug's server does not close a response if the client resets the connection after reading it all
         response.call_on_close(weakref.finalize(response, count))

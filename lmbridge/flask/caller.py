@@ -1,7 +1,6 @@
-"""The bridge as the current HTTP request sees it, and when that ends.
+"""Gives each HTTP request its view of the bridges, and ends that view with the request.
 
-Rule: runs on the request's thread, in Flask's contexts, where each request has its scope; what a scope does is in
-``scope``.
+Rule: runs on the request's thread, in Flask's contexts. Each request has one scope; ``scope`` says what it does.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from lmbridge import Client
 from lmbridge.flask.models import current_models
 from lmbridge.flask.scope import RequestScope
 
-_Scopes = dict[Request | None, RequestScope]  # by HTTP request; requests that a test makes may share an app's context
+_Scopes = dict[Request | None, RequestScope]  # by HTTP request; a test's requests may share an app's context
 
 
 def request_bridge(name: str | None = None) -> Client:
@@ -29,9 +28,9 @@ def request_bridge(name: str | None = None) -> Client:
     """
     if not has_app_context():
         raise RuntimeError(
-            "current_bridge was used outside a request and outside an app's context. In a generator that a response "
-            "streams, start the stream in the view and read it in the generator, or wrap the generator in "
-            "flask.stream_with_context. Elsewhere use `with app.app_context()`."
+            "current_bridge was used outside a request and an app context. For a streaming response, start the stream "
+            "in the view and read it in the generator, or wrap the generator in flask.stream_with_context. Elsewhere, "
+            "use `with app.app_context():`."
         )
     models = current_models()
     return _scope().client(models.default if name is None else name)
@@ -42,29 +41,29 @@ current_bridge = cast(Client, LocalProxy(request_bridge))
 
 
 def end_with_requests(app: Flask) -> None:
-    """Have each scope of the app end in time."""
+    """Connect to the app's signals that end its scopes."""
     request_finished.connect(_end_or_take_along, app)
     got_request_exception.connect(_end_failed, app)
     app.teardown_appcontext(_end_left)
 
 
 def _end_or_take_along(_: Flask, response: Response, **more: Any) -> None:
-    """The response is complete: it takes the scope along where it streams; otherwise the request is over."""
+    """Hand the scope to a response that streams; otherwise the request is over, so end the scope."""
     if not _streams(response):
         _end_scope()
     elif not response.direct_passthrough or _current_request() in g.get("_lmbridge", {}):
-        # Asked or not: a generator with the request's context asks while it is sent. Not the files that pass through,
-        # which servers send by their own means as long as nobody wraps them.
+        # Even if no bridge was used yet: a generator with the request's context may use one while it streams. Except
+        # for passed-through files, which servers can send by themselves only if nobody wraps them.
         _scope().take_along(response)
 
 
 def _end_failed(_: Flask, **more: Any) -> None:
-    """The view failed, or what came after it: its response, if there was one, is not sent."""
+    """End the scope after the view, or code that runs after it, has failed: no response of its own is sent."""
     _end_scope()
 
 
 def _end_left(_: BaseException | None = None) -> None:
-    """An app's context ends, and with it what it has left running; a response has taken its scope along."""
+    """End the scopes left in an app context that ends, except those handed to a response."""
     scopes: _Scopes = g.get("_lmbridge", {})
     for current, scope in list(scopes.items()):
         if not scope.streams:
@@ -73,7 +72,7 @@ def _end_left(_: BaseException | None = None) -> None:
 
 
 def _scope() -> RequestScope:
-    """The current request's scope, or the app context's outside of requests."""
+    """The scope of the current request, or outside of requests that of the app context."""
     current = _current_request()
     app = cast(Any, current_app)._get_current_object()
     scopes: _Scopes = g.setdefault("_lmbridge", {})  # one atomic step, as is the next: threads may share a context
@@ -91,6 +90,6 @@ def _current_request() -> Request | None:
 
 
 def _streams(response: Response) -> bool:
-    """Whether a body is made while it is sent; a HEAD request and some statuses get none."""
+    """Whether the body is generated while it is sent; HEAD requests and some statuses have no body."""
     status = response.status_code
     return not (response.is_sequence or request.method == "HEAD" or status < 200 or status in (204, 304))

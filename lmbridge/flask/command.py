@@ -1,6 +1,6 @@
-"""``flask lmbridge status``: what an app serves, and whether it works.
+"""``flask lmbridge status``: shows an app's models and whether they work.
 
-Rule: runs in a process of its own, not in the one that serves; ``--url`` asks that one.
+Rule: runs in its own process, not in the serving one; ``--url`` queries that one.
 """
 
 from __future__ import annotations
@@ -55,25 +55,25 @@ def _try(name: str) -> str:
 
 
 def _say(bridge: Bridge, tasks: Set[Task]) -> str:
-    """Have a model do what it does once, and say what it did."""
+    """Try a model's main task once, and describe the result."""
     if "generate" in tasks:
         return f"answered {bridge.infer('Hello', max_new_tokens=8).text!r}"
     if "embed" in tasks:
-        return f"made a vector of {len(bridge.embed('Hello'))} dimensions"
+        return f"returned a vector of {len(bridge.embed('Hello'))} dimensions"
     if "rerank" in tasks:
-        return f"gave the score {bridge.rerank('Hello', ['Hello'])[0].score:.2g}"
-    return "not asked anything"
+        return f"returned the score {bridge.rerank('Hello', ['Hello'])[0].score:.2g}"
+    return "not tried"
 
 
 def _ask(url: str) -> str:
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/ready", timeout=10) as response:
             body = response.read()
-    except urllib.error.HTTPError as error:  # 503 while it loads: its body says so
+    except urllib.error.HTTPError as error:  # 503 while models load: the body says so
         body = error.read()
     except OSError as error:
-        raise click.ClickException(f"{url} does not answer: {error}") from None
+        raise click.ClickException(f"{url} does not respond: {error}") from None
     try:
         return json.dumps(json.loads(body), indent=2)
     except ValueError:
-        raise click.ClickException(f"{url}/ready did not answer as lmbridge does, but with {body[:80]!r}") from None
+        raise click.ClickException(f"{url} is not an lmbridge server: /ready returned {body[:80]!r}") from None

@@ -1,7 +1,7 @@
-"""The keys ``LMBRIDGE_*`` of an app's configuration.
+"""Reads the keys ``LMBRIDGE_*`` of an app's configuration.
 
-Rule: ``Settings`` is made of ``app.config`` once, by ``init_app``, which refuses an invalid one by the key's name. The
-table ``KEYS`` is the documentation too: docs/http/flask.rst has it.
+Rule: ``init_app`` makes ``Settings`` from ``app.config`` once; its errors name the invalid key. The table ``KEYS`` is
+also the documentation: docs/http/flask.rst includes it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from lmbridge.errors import InvalidRequestError
 from lmbridge.flask.hosts import allowed_name
 
 ModelSource = Model | Mapping[str, Any] | Bridge
-"""Where a served model comes from: what a Bridge takes, ``{"model": …, "engine": …, option: value}``, or a Bridge."""
+"""The source of a served model: what a Bridge takes, ``{"model": …, "engine": …, option: value}``, or a Bridge."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an app is configured to do; ``KEYS`` says what each key means."""
+    """An app's settings; ``KEYS`` describes each key."""
 
     models: Mapping[str, ModelSource]
     preload: bool = False
@@ -46,7 +46,7 @@ class Settings:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Settings:
-        """The settings that ``config`` has.
+        """Read and check the settings in ``config``.
 
         Raises:
             InvalidRequestError: a key is unknown, or its value is invalid; ``param`` is the key.
@@ -65,7 +65,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Key:
-    """One key: its default, how a value is read (an error means it is invalid), what it must be, and what it means."""
+    """One key: its default, the function that reads a value (an error: invalid), what is expected, and its meaning."""
 
     default: Any
     read: Callable[[Any], Any]
@@ -142,8 +142,8 @@ KEYS: dict[str, Key] = {
         None,
         _optional(_mapping),
         "a dict of names to models",
-        "Several models instead of one: name to model, or to ``{'model': …, 'engine': …, option: value}``, or to a "
-        "Bridge. The first of each kind is the default.",
+        "Several models instead of one: a name maps to a model, to ``{'model': …, 'engine': …, option: value}`` or to "
+        "a Bridge. The first of each kind is the default.",
     ),
     "LMBRIDGE_PRELOAD": Key(
         False,
@@ -156,7 +156,7 @@ KEYS: dict[str, Key] = {
         600.0,
         _optional(_seconds),
         "seconds > 0 or None",
-        "Default and upper bound of a request's deadline, in seconds.",
+        "Default and maximum of a request's timeout, in seconds.",
     ),
     "LMBRIDGE_MAX_PENDING": Key(1024, _count, "an int >= 1", "How many requests may wait for a model."),
     "LMBRIDGE_MAX_PENDING_PER_CLIENT": Key(256, _count, "an int >= 1", "How many of them may belong to one account."),
@@ -170,39 +170,39 @@ KEYS: dict[str, Key] = {
         300.0,
         _optional(_seconds),
         "seconds > 0 or None",
-        "An engine that has work and is silent for so many seconds is restarted.",
+        "Restart an engine that has work but produces nothing for this many seconds.",
     ),
     "LMBRIDGE_HEARTBEAT": Key(
-        5.0, _seconds, "seconds > 0", "Seconds of silence in a stream until a comment keeps the connection alive."
+        5.0, _seconds, "seconds > 0", "After this many seconds of silence, a stream sends a comment to stay open."
     ),
     "LMBRIDGE_API_KEYS": Key(
         (),
         _texts,
         "a list of strings, or one string with commas",
-        "Who may use the ready-made routes; none: everybody who can connect.",
+        "The keys that the ready-made routes accept; none: everybody who can connect may use them.",
     ),
     "LMBRIDGE_API_KEYS_FILE": Key(
-        None, _optional(str), "a file's path", "More API keys, one a line; lines that begin with # are comments."
+        None, _optional(str), "a file's path", "A file of more API keys, one per line; # begins a comment line."
     ),
-    "LMBRIDGE_ADMIN_KEY": Key(None, _optional(_text), "a string", "Who may exchange models; none: nobody."),
+    "LMBRIDGE_ADMIN_KEY": Key(None, _optional(_text), "a string", "The key for swapping models; none: nobody may."),
     "LMBRIDGE_ALLOW_REMOTE_CODE": Key(
-        False, _flag, "True or False", "Let the admin key load models that run code of their own."
+        False, _flag, "True or False", "Let the admin key load models that run their own code."
     ),
     "LMBRIDGE_ALLOWED_HOSTS": Key(
         (),
         _hosts,
         "a list of host names, such as 'lm.example.org', '.example.org' or '*'",
-        "By which names requests may call the server, besides localhost and IP addresses: ``.example.org`` stands for "
-        "its subdomains too, ``*`` for any; none: no check.",
+        "The host names by which requests may address the server, besides localhost and IP addresses: ``.example.org`` "
+        "includes its subdomains, ``*`` allows any; none: no check.",
     ),
-    "LMBRIDGE_MAX_REQUEST_BYTES": Key(4 * 1024 * 1024, _count, "an int >= 1", "The largest body that is read."),
+    "LMBRIDGE_MAX_REQUEST_BYTES": Key(4 * 1024 * 1024, _count, "an int >= 1", "The largest accepted request body."),
     "LMBRIDGE_CORS_ORIGINS": Key(
         (),
         _texts,
         "a list of origins, or '*'",
-        "Whose pages may use the ready-made routes; none: only the server's own.",
+        "The origins whose pages may use the ready-made routes; none: only the server's own.",
     ),
-    "LMBRIDGE_LOG_PROMPTS": Key(False, _flag, "True or False", "Write prompts into the log."),
+    "LMBRIDGE_LOG_PROMPTS": Key(False, _flag, "True or False", "Write prompts to the log."),
 }
 
 _AS_THEY_ARE = (
@@ -216,7 +216,7 @@ _AS_THEY_ARE = (
 def _refuse_unknown(key: str) -> NoReturn:
     near = difflib.get_close_matches(key, KEYS, 1)
     hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(KEYS)}."
-    raise InvalidRequestError(f"There is no configuration key {key}; {hint}", key)
+    raise InvalidRequestError(f"Unknown configuration key {key}; {hint}", key)
 
 
 def _checked(key: str, value: Any) -> Any:
@@ -230,8 +230,8 @@ def _models(values: Mapping[str, Any]) -> Mapping[str, ModelSource]:
     one, several = values["LMBRIDGE_MODEL"], values["LMBRIDGE_MODELS"]
     if (one is None) == (not several):
         raise InvalidRequestError(
-            "Set exactly one of LMBRIDGE_MODEL, such as app.config['LMBRIDGE_MODEL'] = 'demo', and LMBRIDGE_MODELS, "
-            "for several models.",
+            "Set either LMBRIDGE_MODEL, such as app.config['LMBRIDGE_MODEL'] = 'demo', or, for several models, "
+            "LMBRIDGE_MODELS.",
             "LMBRIDGE_MODEL",
         )
     if several:
@@ -244,7 +244,7 @@ def _models(values: Mapping[str, Any]) -> Mapping[str, ModelSource]:
 
 
 def served_name(model: str) -> str:
-    """What clients call a model: a folder's last part, a URL's host; a hub id, or "demo", as it is."""
+    """A model's name for clients: a folder's last part, a URL's host; a hub id or "demo" unchanged."""
     if is_url(model):
         return urllib.parse.urlsplit(model.partition(",")[0]).netloc.rpartition("@")[2] or model
     is_path = model.startswith(("/", ".", "~")) or model.count("/") > 1 or model.endswith("/")
@@ -261,6 +261,6 @@ def _keys_of_file(path: str | None) -> tuple[str, ...]:
             f"LMBRIDGE_API_KEYS_FILE: {path} cannot be read: {error}.", "LMBRIDGE_API_KEYS_FILE"
         ) from error
     keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not keys:  # an empty file must not open the door to everybody
-        raise InvalidRequestError(f"LMBRIDGE_API_KEYS_FILE: {path} holds no key.", "LMBRIDGE_API_KEYS_FILE")
+    if not keys:  # an empty file must not let everybody in
+        raise InvalidRequestError(f"LMBRIDGE_API_KEYS_FILE: {path} contains no key.", "LMBRIDGE_API_KEYS_FILE")
     return keys

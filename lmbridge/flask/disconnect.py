@@ -1,10 +1,10 @@
-"""Notices that an HTTP client has gone away, while the model is silent too.
+"""Detects that an HTTP client has disconnected, even while the model is silent.
 
-Rule: one thread watches all connections of the process. A WSGI server notices a broken connection when it writes; a
-view that waits for a model writes nothing. Linux only (epoll); elsewhere, and on servers that hide their socket, a
-stream's next token or heartbeat finds out.
+Rule: one thread watches all connections of the process. A WSGI server notices a broken connection only when it writes,
+and a view that waits for a model writes nothing. Linux only (epoll); elsewhere, and on servers that hide their socket,
+a stream's next token or heartbeat notices.
 
-A client that closes its sending half and waits for the answer looks as if it had gone, and is taken for gone.
+A client that closes its sending half and waits for the answer looks disconnected, and is treated as such.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-SOCKETS = ("werkzeug.socket", "gunicorn.socket", "lmbridge.socket")  # where servers put theirs into the environ
-CLOSED_HERE = "lmbridge.closed_here"  # a list of what the server calls when it closes the connection itself
+SOCKETS = ("werkzeug.socket", "gunicorn.socket", "lmbridge.socket")  # keys of the environ with the server's socket
+CLOSED_HERE = "lmbridge.closed_here"  # a list of functions that the server calls when it closes the connection itself
 IDLE = 1.0  # seconds
-ASKED_EVERY = 0.25  # seconds between two questions to servers that have to be asked
-# What the kernel is to report, once: of a socket that was closed here and lives on in a child it would tell for ever.
+ASKED_EVERY = 0.25  # seconds between polls of servers that hide their socket
+# The events to report, once each: otherwise the kernel keeps reporting a socket closed here that lives on in a child.
 _GONE = sum(getattr(select, f"EPOLL{name}", 0) for name in ("RDHUP", "HUP", "ERR", "ONESHOT"))
 
 OnGone = Callable[[], None]
@@ -33,10 +33,10 @@ ToTell = weakref.WeakMethod[OnGone]
 
 
 def watch(environ: Mapping[str, Any], on_gone: OnGone) -> Callable[[], None]:
-    """Call ``on_gone``, on a thread of its own, when the client of this request goes away. Its first call counts.
+    """Call ``on_gone``, on its own thread, when the client of this request disconnects. Further calls must do nothing.
 
-    Returns what ends the watch; it must be called before the server closes the connection. ``on_gone`` is a method and
-    is held weakly: a server that forgets to close a response must not keep what it would have closed.
+    Returns a function that ends the watch; call it before the server closes the connection. ``on_gone`` is a method,
+    held by a weak reference: a server that forgets to close a response must not keep the method's object alive.
     """
     told = weakref.WeakMethod(on_gone)
     asked = environ.get("waitress.client_disconnected")
@@ -66,7 +66,7 @@ def _unhook(hooks: list[Callable[[], None]], hook: Callable[[], None]) -> None:
 
 
 def _begin(watch: Callable[[_Watcher], Callable[[], None] | None]) -> Callable[[], None]:
-    """Begin a watch; a watcher that has ended is followed by another."""
+    """Begin a watch, with a new watcher if the last one has ended."""
     end = None
     while end is None:
         end = watch(_watcher())
@@ -78,7 +78,7 @@ def _nothing() -> None:
 
 
 class _Watcher:
-    """What is watched, and the thread that watches. It ends when it finds nothing; it looks every IDLE seconds."""
+    """The watched connections and the watching thread, which ends after IDLE seconds with nothing to watch."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -86,19 +86,19 @@ class _Watcher:
         self._epoll.register(self._wake, select.EPOLLIN)
         self.ended = False  # guarded by _lock, as are the next three
         self._lock = threading.Lock()
-        self._sockets: dict[int, list[ToTell]] = {}  # one request may ask by several ways, each with a watch
+        self._sockets: dict[int, list[ToTell]] = {}  # one request may have several watches
         self._asked: dict[object, tuple[Callable[[], bool], ToTell]] = {}
         self._thread: threading.Thread | None = None
         self._pause = threading.Event()  # never set
 
     def watch(self, fd: int, on_gone: ToTell) -> Callable[[], None] | None:
-        """Returns None when the watcher has ended meanwhile."""
+        """Watch a socket; return None if the watcher has ended meanwhile."""
         with self._lock:
             if self.ended:
                 return None
             try:
                 self._epoll.register(fd, _GONE)
-                self._sockets[fd] = [on_gone]  # whoever else is there has had a connection that was closed
+                self._sockets[fd] = [on_gone]  # older entries belong to a connection that was closed
             except FileExistsError:
                 self._sockets.setdefault(fd, []).append(on_gone)
             except (OSError, ValueError):  # closed already
@@ -108,7 +108,7 @@ class _Watcher:
         return lambda: self._drop(fd, [on_gone])
 
     def ask(self, is_gone: Callable[[], bool], on_gone: ToTell) -> Callable[[], None] | None:
-        """The same for a server that has to be asked."""
+        """Watch by polling ``is_gone``, for a server that hides its socket; otherwise like ``watch``."""
         token = object()
         with self._lock:
             if self.ended:
@@ -119,7 +119,7 @@ class _Watcher:
         return lambda: self._unask(token)
 
     def abandon(self) -> None:
-        """In the child of a fork: have nothing more to do with what the parent watches."""
+        """In a forked child: drop everything that the parent watches."""
         self._lock = threading.Lock()
         if not self.ended:
             self.ended = True
@@ -127,14 +127,14 @@ class _Watcher:
             os.close(self._wake)
 
     def _see_that_it_runs(self) -> None:
-        """Start the thread, or another should it have died; it finds what was watched. Called with the lock."""
+        """Start the thread if it is not running; a new one takes over all watches. The caller holds the lock."""
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._run, name="lmbridge disconnects", daemon=True)
-            with contextlib.suppress(RuntimeError):  # there are too many; the next request tries again
+            with contextlib.suppress(RuntimeError):  # too many threads; the next request tries again
                 self._thread.start()
 
     def _drop(self, fd: int, told: Sequence[ToTell]) -> None:
-        """End these watches, and with the last one the look at the connection."""
+        """End these watches; with the last one, stop watching the socket."""
         with self._lock:
             if fd in self._sockets:
                 self._sockets[fd] = [on_gone for on_gone in self._sockets[fd] if on_gone not in told]
@@ -156,19 +156,19 @@ class _Watcher:
                 self._report_again()
                 while not self.ended:
                     self._look()
-            except BaseException:  # the others' connections must still be watched
-                logger.exception("The look for lost connections failed; it goes on.")
-                self._pause.wait(IDLE)  # or a failure that stays would fill the log
+            except BaseException:  # other connections must still be watched
+                logger.exception("Watching for disconnected clients failed; trying again.")
+                self._pause.wait(IDLE)  # so that a lasting failure does not flood the log
 
     def _report_again(self) -> None:
-        """Have the kernel report anew what it may have reported to a look that was interrupted."""
+        """Rearm all sockets: an interrupted poll may have consumed their events."""
         with self._lock:
             for fd in self._sockets:
                 with contextlib.suppress(OSError):  # closed meanwhile
                     self._epoll.modify(fd, _GONE)
 
     def _look(self) -> None:
-        """Wait for connections that are lost, and tell of them."""
+        """Wait for disconnected clients, and report them."""
         found = self._epoll.poll(ASKED_EVERY if self._asked else IDLE)
         if not found and self._end():
             return
@@ -180,7 +180,7 @@ class _Watcher:
                 told = self._gone(fd)
                 for on_gone in told:
                     _tell(on_gone)
-                self._drop(fd, told)  # not before: whoever is interrupted here finds it again
+                self._drop(fd, told)  # last, so that nothing is lost if this is interrupted
         for token, (is_gone, on_gone) in dict(self._asked).items():  # a copy in one step
             if _is_gone(is_gone):
                 _tell(on_gone)
@@ -200,7 +200,7 @@ class _Watcher:
             return self.ended
 
     def _gone(self, fd: int) -> list[ToTell]:
-        """Whom to tell. The number may belong to a newer connection by now, so the kernel is asked again."""
+        """Whom to notify. The number may belong to a newer connection by now, so ask the kernel again."""
         with self._lock:
             poll = select.poll()
             poll.register(fd, select.POLLRDHUP)
@@ -211,18 +211,18 @@ def _is_gone(ask: Callable[[], bool]) -> bool:
     try:
         return ask()
     except BaseException:
-        logger.exception("The server could not say whether a client has gone; it is taken for gone.")
+        logger.exception("The server failed to say whether a client is connected; treating it as disconnected.")
         return True
 
 
 def _tell(told: ToTell) -> None:
-    """On a thread of its own, because whoever listens may take long, and others wait to be told."""
+    """Notify on a new thread, because a listener may be slow, and others are waiting."""
     on_gone = told()
     if on_gone is None:
         return
     try:
         threading.Thread(target=_call, args=(on_gone,), name="lmbridge disconnected", daemon=True).start()
-    except RuntimeError:  # there are too many
+    except RuntimeError:  # too many threads
         _call(on_gone)
 
 
@@ -230,7 +230,7 @@ def _call(on_gone: OnGone) -> None:
     try:
         on_gone()
     except BaseException:
-        logger.exception("What was to be done about a lost connection failed.")
+        logger.exception("Handling a disconnected client failed.")
 
 
 _making = threading.Lock()
@@ -247,7 +247,7 @@ def _watcher() -> _Watcher:
 
 
 def _begin_anew() -> None:
-    """A child of a fork has a watcher of its own: the parent's thread, and whoever held its locks, are not there."""
+    """Give a forked child its own watcher: the parent's thread, and the holders of its locks, do not exist there."""
     global _made, _making
     if _made is not None:
         _made.abandon()

@@ -1,6 +1,6 @@
 """The Flask extension.
 
-Rule: knows no app beyond the moment of ``init_app``; what belongs to one app is its ``Models``.
+Rule: keeps no app after ``init_app``; an app's state is in its ``Models``.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from lmbridge.flask.worker import role
 class LMBridge:
     """Gives Flask apps their bridges: ``lm = LMBridge()`` and ``lm.init_app(app)``, or ``LMBridge(app)``.
 
-    Views use ``current_bridge``, or ``lm.bridge("name")`` where an app has several models. A bridge's error that a view
-    raises is answered with its status: 400, 404, 429, 500, 503 or 504. What a view leaves running is aborted when the
-    view returns or fails, or when its client disconnects.
+    Views use ``current_bridge``, or ``lm.bridge("name")`` if the app has several models. A bridge's error that leaves a
+    view becomes a response with its status: 400, 404, 429, 500, 503 or 504. Requests that a view leaves running are
+    aborted when the view returns or fails, or when its client disconnects.
 
     Args:
         app: the app to initialise; None: call ``init_app`` later.
-        account: returns the account that a request counts towards in the fair queue, such as
-            ``lambda request: request.headers["X-Tenant"]``; default: the API key where keys are configured, else the
-            address.
+        account: returns the account that an HTTP request counts towards in the fair queue, such as
+            ``lambda request: request.headers["X-Tenant"]``; default: the API key if keys are configured, else the
+            client's address.
     """
 
     def __init__(self, app: Flask | None = None, *, account: Callable[[Request], str] | None = None) -> None:
@@ -40,7 +40,7 @@ class LMBridge:
             self.init_app(app)
 
     def init_app(self, app: Flask) -> None:
-        """Read ``app.config`` and build the bridges it names; nothing is loaded yet, except with ``LMBRIDGE_PRELOAD``.
+        """Read ``app.config`` and build its bridges; loads nothing yet, except with ``LMBRIDGE_PRELOAD``.
 
         Raises:
             RuntimeError: the app has been initialised already.
@@ -58,7 +58,7 @@ class LMBridge:
             models.preload()
 
     def preload(self, app: Flask) -> None:
-        """Start loading the app's models in the background, and return at once; ``/ready`` says when they are loaded.
+        """Start loading the app's models in the background, and return at once; ``/ready`` reports when they are ready.
 
         With ``LMBRIDGE_PRELOAD``, ``init_app`` does this under gunicorn, ``waitress-serve`` and ``flask run``. Under
         another server, or in a program of your own, call it in the process that serves.
@@ -66,12 +66,12 @@ class LMBridge:
         models_of(app).preload()
 
     def close(self, app: Flask, *, drain: bool = False, timeout: float = 10.0) -> None:
-        """Refuse new requests, and close the bridges that the app built; without this the end of the process does.
+        """Refuse new requests, and close the bridges that the app built; otherwise they close when the process exits.
 
         Args:
             app: the app; its context is not needed.
-            drain: let the requests that were made finish.
-            timeout: seconds for that; what is left then is aborted.
+            drain: let pending requests finish.
+            timeout: seconds for that; remaining requests are then aborted.
         """
         models_of(app).close(drain=drain, timeout=timeout)
 
@@ -89,13 +89,13 @@ class LMBridge:
         return current_models()
 
     def stream_response(self, reader: Reader) -> Response:
-        """Send what ``reader`` reads as server-sent events; see docs/http/streaming.rst.
+        """Stream the deltas of ``reader`` as server-sent events; see docs/http/streaming.rst.
 
         Args:
             reader: what ``stream``, ``stream_many`` or ``Chat.stream`` returned.
 
         Raises:
-            LMBridgeError: it failed before anything was sent, so the response can still have the error's status.
+            LMBridgeError: the request failed before anything was sent, so the response can have the error's status.
         """
         first = first_pieces(reader)
         heartbeat = current_models().settings.heartbeat

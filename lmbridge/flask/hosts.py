@@ -1,7 +1,7 @@
-"""The names that a server goes by: a request that calls it by another one is refused.
+"""Checks the ``Host`` header: refuses requests for a name that is not this server's.
 
-Rule: HTTP only. Without this, a page of any site could have its own name lead to 127.0.0.1 (DNS rebinding), and a
-browser would then let it read what this server answers.
+Rule: HTTP only. Without this, any website could resolve its own name to 127.0.0.1 (DNS rebinding), and browsers would
+let its pages read this server's responses.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LONGEST = 253  # characters of a name in DNS
 
 
 class HostError(HTTPException):
-    """The request's ``Host`` is none of this server's names (421), or no host at all (400)."""
+    """The request's ``Host`` is not a name of this server (421), or is invalid (400)."""
 
     def __init__(self, code: int, description: str) -> None:
         super().__init__(description)
@@ -27,12 +27,10 @@ class HostError(HTTPException):
 
 
 def check_host(allowed: Sequence[str]) -> None:
-    """Refuse the current request unless it calls the server by a name that is allowed.
-
-    421 says that this server does not answer for that name; 400, which RFC 9112 asks for, that there is no name.
+    """Refuse the current request unless its ``Host`` is allowed.
 
     Raises:
-        HostError: it does not.
+        HostError: 421 if the name is not allowed; 400, as RFC 9112 requires, if it is missing or invalid.
     """
     header = request.environ.get("HTTP_HOST")
     if header is None and request.environ.get("SERVER_PROTOCOL") != "HTTP/1.1":
@@ -43,15 +41,15 @@ def check_host(allowed: Sequence[str]) -> None:
     if not is_allowed(host, allowed):
         raise HostError(
             421,
-            f"This server does not answer for the host {host!r}. Use localhost or its IP address; whoever runs it can "
-            f"allow the name with --allowed-host {host}, or LMBRIDGE_ALLOWED_HOSTS in an app.",
+            f"This server does not accept requests for the host {host!r}. Use localhost or an IP address; its operator "
+            f"can allow the name with --allowed-host {host}, or with LMBRIDGE_ALLOWED_HOSTS in an app.",
         )
 
 
 def host_of(header: str) -> str | None:
-    """The host of a ``Host`` header in lower case, without its port and a final dot; None for what is no host.
+    """The host of a ``Host`` header in lower case, without its port and a final dot; None if it is invalid.
 
-    Two headers are none either: servers that take both join them with a comma.
+    Two headers are invalid too: servers that accept both join them with a comma.
     """
     match = _HOST.fullmatch(header)
     if match is None:
@@ -63,28 +61,28 @@ def host_of(header: str) -> str | None:
 
 
 def is_allowed(host: str, allowed: Sequence[str]) -> bool:
-    """Whether a request may call the server by ``host``, as ``host_of`` gives it."""
-    # No DNS stands between an address and the server, so none can be rebound: every one of the machine's is right.
+    """Whether requests for ``host``, as returned by ``host_of``, are allowed."""
+    # An IP address needs no DNS and cannot be rebound: all are allowed.
     if ANY in allowed or _address(host) is not None or _is_localhost(host):
         return True
     return any(host == name or (name.startswith(".") and f".{host}".endswith(name)) for name in allowed)
 
 
 def allowed_name(text: str) -> str:
-    """One of the names to allow as ``is_allowed`` takes it: a host, ``.example.org`` with its subdomains, or ``*``.
+    """Normalise a name for ``is_allowed``: a host, ``.example.org`` with its subdomains, or ``*``.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: ``text`` is none of these.
     """
     text = text.strip()
     host = host_of(text.removeprefix("."))
     if text != ANY and host is None:
-        raise ValueError(f"{text!r} is not a host name, .example.org or *")
+        raise ValueError(f"{text!r} is not a host name, a domain such as .example.org, or *")
     return text if host is None else f".{host}" if text.startswith(".") else host
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens at ``host``."""
+    """Whether only this machine can reach a server that listens at ``host``."""
     address = _address(host)
     return _is_localhost(host.lower()) if address is None else address.is_loopback
 

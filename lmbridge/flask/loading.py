@@ -1,6 +1,6 @@
-"""Loads a model in the background, and logs how that goes.
+"""Loads a model in the background, and logs the progress.
 
-Rule: each load has a thread of its own here, which waits for the bridge and writes to the log; nobody waits for it.
+Rule: each load has its own thread, which waits for the bridge and writes to the log; nobody waits for the thread.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from lmbridge.errors import BridgeClosedError, EngineStartError, LMBridgeError, 
 
 logger = logging.getLogger("lmbridge")
 
-NEWS = 10.0  # seconds after which a load that takes long is told of again
+NEWS = 10.0  # seconds between log lines while a load goes on
 
 
 def load(name: str, bridge: Bridge) -> None:
     """Start loading the model of that name, and return at once."""
     logger.info("Loading the model %s in process %d", name, os.getpid())
-    with contextlib.suppress(LMBridgeError):  # it is not ready at once; the thread meets any other error again
+    with contextlib.suppress(LMBridgeError):  # not ready yet; the thread gets any other error again
         bridge.start(timeout=0)
     threading.Thread(target=_tell, args=(name, bridge), name="lmbridge loading", daemon=True).start()
 
@@ -38,16 +38,16 @@ def _tell(name: str, bridge: Bridge) -> None:
         except RequestTimeoutError:
             why = bridge.health().reason
             logger.info("Still loading %s after %.0f s%s", name, time.monotonic() - began, f": {why}" if why else "")
-        except (EngineStartError, BridgeClosedError):  # the bridge logs the first; for the second, nobody waits
+        except (EngineStartError, BridgeClosedError):  # the bridge logs the first; the second needs no log line
             return
         except LMBridgeError as error:
-            logger.error("The model %s cannot be loaded: %s", name, error)
+            logger.error("Loading the model %s failed: %s", name, error)
             return
     logger.info("%s is ready after %.1f s: %s", name, time.monotonic() - began, bridge.describe())
 
 
 class _Console(logging.Handler):
-    """Writes as Flask does, as long as nobody has configured logging."""
+    """Logs like Flask, as long as the app has not configured logging."""
 
     def emit(self, record: logging.LogRecord) -> None:
         others = [*logging.getLogger().handlers, *logger.handlers]
@@ -59,9 +59,9 @@ _console = _Console()
 
 
 def show_in_console() -> None:
-    """Show our INFO lines where nobody has configured logging, as Werkzeug does with its own when it serves.
+    """Show our INFO lines if the app has not configured logging, as Werkzeug does with its own.
 
-    Loading may take minutes, and by default Python shows warnings only: whoever waits would take the app for dead.
+    Loading may take minutes, and by default Python shows only warnings: the app would seem dead.
     """
     if not logger.hasHandlers() and logger.level == logging.NOTSET:
         logger.addHandler(_console)

@@ -1,7 +1,7 @@
-"""The bridges of one app, by the names its clients know them under.
+"""The bridges of one app, by their names for clients.
 
-Rule: ``app.extensions["lmbridge"]`` is the app's ``Models``. Bridges are built with it, which loads nothing; each
-starts at its first use, or with LMBRIDGE_PRELOAD earlier, in the process that serves, so a server may fork before that.
+Rule: ``app.extensions["lmbridge"]`` is the app's ``Models``. It builds the bridges, which loads nothing; each starts at
+its first use, or earlier with LMBRIDGE_PRELOAD, but always in the serving process, so a server may fork before that.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
 EXTENSION = "lmbridge"
-_EVERYTHING = frozenset(GenerationConfig().__dict__)  # an engine says itself what it cannot do
+_EVERYTHING = frozenset(GenerationConfig().__dict__)  # while unknown: the engine itself refuses what it cannot do
 _BRIDGE_OPTIONS = frozenset(inspect.signature(Bridge).parameters)
 _NOT_PRELOADED = (
-    "LMBRIDGE_PRELOAD had no effect: it knows gunicorn, waitress-serve and `flask run`. Under another server, or in a "
-    "program of your own, call lm.preload(app) in the process that serves."
+    "LMBRIDGE_PRELOAD had no effect: it supports gunicorn, waitress-serve and `flask run`. Under another server, or in "
+    "a program of your own, call lm.preload(app) in the serving process."
 )
 VERBS: dict[Task, str] = {"generate": "generate text", "embed": "embed", "rerank": "rerank", "call": "call a function"}
 
@@ -46,9 +46,9 @@ class Models:
 
     Attributes:
         settings: as configured.
-        account: from an HTTP request to the account whose turn it takes.
-        draining: set once the end has begun; no request is taken any more.
-        disconnects: how many HTTP requests have lost their client; ``count_disconnect`` counts one.
+        account: maps an HTTP request to its account in the fair queue.
+        draining: set once shutdown has begun; new requests are refused.
+        disconnects: HTTP requests whose client disconnected; ``count_disconnect`` adds one.
     """
 
     def __init__(self, settings: Settings, account: Callable[[Request], str] | None = None) -> None:
@@ -57,26 +57,26 @@ class Models:
         self.draining = False
         self.disconnects = 0  # guarded by _lock when written
         self._lock = threading.Lock()
-        self._loading: dict[str, Bridge] = {}  # whose load was begun here; guarded by _lock
-        self._elsewhere: set[str] = set()  # those that another server has
-        self._looked = False  # at the server's first request; set by any thread
+        self._loading: dict[str, Bridge] = {}  # those whose loading was started here; guarded by _lock
+        self._elsewhere: set[str] = set()  # models that another server runs
+        self._looked = False  # whether the server was checked; set by any thread
         self._created = int(time.time())
-        self._own: list[Bridge] = []  # closed with the app; those handed in belong to somebody else
+        self._own: list[Bridge] = []  # built here and closed with the app, unlike bridges passed in
         self._tasks: dict[str, frozenset[Task]] = {}  # as last seen; set in one atomic step by any thread
-        self._supports: dict[str, frozenset[str]] = {}  # what an engine will honour that is not loaded yet
+        self._supports: dict[str, frozenset[str]] = {}  # of engines that are not loaded yet
         self._bridges = {name: self._build(name, source) for name, source in settings.models.items()}
         _open.add(self)
 
     @property
     def default(self) -> str:
-        """The name of the model that serves requests which name none."""
+        """The name of the model for requests that do not name one."""
         return next(iter(self._bridges))
 
     def names(self) -> list[str]:
         return list(self._bridges)
 
     def created(self, name: str) -> int:
-        """When the model of that name was made available, in Unix seconds."""
+        """When the model was made available, in Unix seconds."""
         self.bridge(name)
         return self._created
 
@@ -90,52 +90,51 @@ class Models:
             return self._bridges[self.default if name is None else name]
         except KeyError:
             raise ModelNotFoundError(
-                f"There is no model {name!r} here; the models are {', '.join(self._bridges)}."
+                f"There is no model {name!r} on this server; its models are {', '.join(self._bridges)}."
             ) from None
 
     def tasks(self, name: str) -> frozenset[Task]:
-        """What the model of that name does: ``generate``, ``embed``, ``rerank``. Empty while that is not known."""
-        found = self.bridge(name).tasks()  # none before the first use, and while it loads
+        """The model's tasks: ``generate``, ``embed``, ``rerank``. Empty while unknown."""
+        found = self.bridge(name).tasks()  # empty until the model is loaded
         if found:
             self._tasks[name] = found
         return self._tasks.get(name, frozenset())
 
     def supports(self, name: str) -> frozenset[str]:
-        """The GenerationConfig fields that the model's engine honours, or will once loaded; all while not known."""
+        """The GenerationConfig fields that the model's engine supports, or will once loaded; all while unknown."""
         bridge = self.bridge(name)
         found = bridge.supports()
         return found if found or bridge.state == "ready" else self._supports.get(name, _EVERYTHING)
 
     def chosen(self, name: str | None, task: Task, timeout: float | None = None) -> str:
-        """The model for a request: the one it names, else the first that does what is asked.
+        """Choose the model for a request: the one it names, else the first that supports the task.
 
-        What a model does may not be known before it has been loaded. The one that is named is taken then, and says so
-        itself; where none is named and several may do, they are loaded, one after another.
+        A model's tasks may be unknown until it is loaded. A named model is then chosen, and refuses the task itself if
+        need be; without a name, the models are loaded one after another until one supports the task.
 
         Args:
-            timeout: seconds for loading, where that is needed.
+            timeout: seconds for loading, if necessary.
 
         Raises:
-            ModelNotFoundError: there is none of that name.
-            UnsupportedTaskError: the one named does something else; the message names those that do.
-            LMBridgeError: it takes too long to find out, or one could not be loaded.
+            ModelNotFoundError: there is no model of that name.
+            UnsupportedTaskError: the named model does not support the task; the message names those that do.
+            LMBridgeError: finding out takes too long, or a model could not be loaded.
         """
         if name is None:
             return self._first(task, timeout)
         known, able = self.tasks(name), self._able(task)
         if known and able and task not in known:
-            does = "does" if len(able) == 1 else "do"
             raise UnsupportedTaskError(
-                f"The model {name!r} does not {VERBS[task]}; of those here, {' and '.join(able)} {does}.", "model"
+                f"The model {name!r} cannot {VERBS[task]}; use {' or '.join(able)} instead.", "model"
             )
         return name
 
     def _able(self, task: Task) -> list[str]:
-        """The models that are known to do this."""
+        """The models known to support the task."""
         return [name for name in self.names() if task in self.tasks(name)]
 
     def _first(self, task: Task, timeout: float | None) -> str:
-        """The first model that does this; the default one where none does, to say what it does instead."""
+        """The first model that supports the task; if none does, the default one, whose error says what it supports."""
         unknown = [name for name in self.names() if not self.tasks(name)]
         until = None if timeout is None else time.monotonic() + timeout
         while not (able := self._able(task)) and len(unknown) > 1:
@@ -145,7 +144,7 @@ class Models:
         return next(iter(able or unknown), self.default)
 
     def preload(self) -> None:
-        """Start loading every model, in the background; in a process that forks those that serve, after the fork."""
+        """Start loading every model in the background; in a process that forks the serving ones, after the fork."""
         if role() == "forks":
             load_all = weakref.WeakMethod(self._load_all)
             after_fork(lambda: (method := load_all()) and method())
@@ -158,7 +157,7 @@ class Models:
             self.load(name)
 
     def load(self, name: str) -> None:
-        """Start loading the model of that name, in the background, unless that has begun."""
+        """Start loading the model in the background, unless that has already begun."""
         bridge = self.bridge(name)
         if bridge.state != "new":
             return
@@ -169,7 +168,7 @@ class Models:
         load(name, bridge)
 
     def look_at(self, environ: WSGIEnvironment) -> None:
-        """Check the server at its first request, and warn in the log where it does not suit."""
+        """Check the server at its first request, and log a warning if it does not suit."""
         if self._looked or not is_served(environ):
             return
         self._looked = True
@@ -180,17 +179,17 @@ class Models:
             logger.warning("%s", _NOT_PRELOADED)
 
     def check_open(self) -> None:
-        """Raise BridgeClosedError once the end has begun."""
+        """Raise BridgeClosedError once shutdown has begun."""
         if self.draining:
-            raise BridgeClosedError("The server is shutting down and takes no new requests; try again later.")
+            raise BridgeClosedError("The server is shutting down and accepts no new requests; try again later.")
 
     def count_disconnect(self) -> None:
-        """Any thread."""
+        """Count one disconnected client. Any thread."""
         with self._lock:
             self.disconnects += 1
 
     def replace(self, name: str, bridge: Bridge) -> Bridge:
-        """Put another bridge under that name, and return the one that was there. For tests; see ``testing``."""
+        """Replace the bridge of that name, and return the old one. For tests; see ``testing``."""
         old, self._bridges[name] = self.bridge(name), bridge
         self._tasks.pop(name, None)
         self._supports.pop(name, None)
@@ -204,7 +203,7 @@ class Models:
             bridge.close(drain=drain, timeout=max(0.0, until - time.monotonic()))
 
     def close_what_was_handed_in(self) -> None:
-        """At the end of the process: nobody else can close a Bridge that a module built."""
+        """Close all bridges when the process exits: nobody else can close a Bridge built by a module."""
         for bridge in self._bridges.values():
             bridge.close(timeout=0.0)
 
@@ -213,7 +212,7 @@ class Models:
             return source
         options: dict[str, Any] = dict(source) if isinstance(source, Mapping) else {"model": source}
         if "model" not in options:
-            raise InvalidRequestError(f"LMBRIDGE_MODELS: {name!r} has no 'model'.", "LMBRIDGE_MODELS")
+            raise InvalidRequestError(f"LMBRIDGE_MODELS: {name!r} has no 'model'; add it.", "LMBRIDGE_MODELS")
         settings = self.settings
         for option in ("timeout", "max_pending", "max_pending_per_client", "when_full", "stall_timeout"):
             if option in options:
@@ -243,7 +242,7 @@ class Models:
         return bridge
 
     def _default_account(self, request: Request) -> str:
-        """An API key's digest, or the address. A key that nobody checks would be a free choice of account."""
+        """The digest of the API key, or the address. Without configured keys, clients could make up any key."""
         authorization = request.authorization
         if self.settings.api_keys and authorization is not None and authorization.token:
             return f"key-{hashlib.sha256(authorization.token.encode()).hexdigest()[:12]}"
@@ -251,7 +250,7 @@ class Models:
 
 
 def _tasks_of(engine: str, wanted: Any) -> frozenset[Task]:
-    """What an engine of that name will do, given its option ``task`` where it has one; empty: the model decides."""
+    """The tasks of an engine that is not loaded yet, given its option ``task`` if any; empty: the model decides."""
     if wanted in ("embed", "rerank"):
         return frozenset({wanted})
     found = engine_class(engine)
@@ -268,11 +267,13 @@ def current_models() -> Models:
 
 
 def models_of(app: Any) -> Models:
-    """The models of ``app``; raises RuntimeError when it has none."""
+    """The models of ``app``; raises RuntimeError if it has none."""
     found = app.extensions.get(EXTENSION)
     if found is None:
         name = (app._get_current_object() if isinstance(app, LocalProxy) else app).name
-        raise RuntimeError(f"The Flask app {name!r} has no lmbridge; did you forget LMBridge(app) or lm.init_app(app)?")
+        raise RuntimeError(
+            f"LMBridge is not initialised for the Flask app {name!r}; did you forget LMBridge(app) or lm.init_app(app)?"
+        )
     assert isinstance(found, Models)
     return found
 
@@ -282,7 +283,7 @@ _open: weakref.WeakSet[Models] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """An app has no end of its own. Runs before the bridges' own exit, which would take them for forgotten."""
+    """Close all apps' models. Runs before the bridges' own exit handler, which would report them as not closed."""
     for models in list(_open):
         models.close(timeout=0.0)
         models.close_what_was_handed_in()

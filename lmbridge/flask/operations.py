@@ -1,16 +1,16 @@
-"""What runs beside the answers: liveness, readiness, metrics, status, and the exchange of a model.
+"""Routes for operators: liveness, readiness, metrics, status, and swapping a model.
 
-Rule: reads what the bridges say of themselves; only ``/ready`` starts one, and only ``/admin/swap`` changes one. Every
-route but that answers at once, however busy the engine is.
+Rule: reads the state of the bridges; only ``/ready`` starts one, and only ``/admin/swap`` changes one. All routes but
+the last respond at once, however busy the engine is.
 
 =================== ============================================================================================
-route               what it says
+route               response
 =================== ============================================================================================
-GET /health         200 while the process can serve or may come to; 503 when only a restart helps
-GET /ready          200 while every model serves; else 503 with each state. Asking loads what was not loaded yet
-GET /metrics        Prometheus
-GET /status         the same in JSON, for a page to show
-POST /admin/swap    exchange a model under its name; 404 unless ``LMBRIDGE_ADMIN_KEY`` is set
+GET /health         200 while the process serves or may recover; 503 if only a restart helps
+GET /ready          200 while every model serves; else 503 with their states. Starts loading models not loaded yet
+GET /metrics        metrics for Prometheus
+GET /status         the same figures in JSON, for a web page
+POST /admin/swap    swaps the model behind a name; 404 unless ``LMBRIDGE_ADMIN_KEY`` is set
 =================== ============================================================================================
 """
 
@@ -35,7 +35,7 @@ from lmbridge.flask.swap import exchange, parse_order
 from lmbridge.metrics import Histogram
 from lmbridge.prometheus import BridgeCollector, mean_batch_size
 
-LOOP_PATIENCE = 60.0  # seconds without a sign of life of a server thread after which it is taken for dead
+LOOP_PATIENCE = 60.0  # seconds of silence after which a server thread counts as stuck
 
 blueprint = Blueprint("lmbridge_operations", __name__)
 blueprint.record_once(lambda state: count_answers(cast(Flask, state.app)))
@@ -47,14 +47,14 @@ _started = time.monotonic()
 
 @blueprint.get("/health")
 def health() -> tuple[dict[str, Any], int]:
-    """Whether a restart would help: a model that is down for good, or a server thread that is stuck."""
+    """Report whether the process needs a restart: a model failed for good, or a server thread is stuck."""
     models = current_models()
     faults = {name: fault for name in models.names() if (fault := _fault(models.bridge(name)))}
     return {"status": "failed" if faults else "ok", "models": _states(models), "faults": faults}, 503 if faults else 200
 
 
 def _fault(bridge: Bridge) -> str:
-    """Why this bridge will not serve again by itself; "" while it may."""
+    """Why this bridge cannot recover by itself; empty if it can."""
     health = bridge.health()
     if health.state == "failed":
         return health.reason or "failed"
@@ -63,7 +63,7 @@ def _fault(bridge: Bridge) -> str:
 
 @blueprint.get("/ready")
 def ready() -> tuple[dict[str, Any], int, dict[str, str]]:
-    """Whether requests are served now; begins to load what nobody has asked for yet."""
+    """Report whether all models serve requests now; start loading those that nobody has used yet."""
     models = current_models()
     if not models.draining:
         for name in models.names():
@@ -88,11 +88,11 @@ def _states(models: Models) -> dict[str, dict[str, str]]:
 
 @blueprint.get("/metrics")
 def metrics() -> Response:
-    """What Prometheus scrapes: every model's metrics with the label ``model``, the app's, and the process's own."""
+    """Metrics for Prometheus: each model's, with the label ``model``, the app's, and the process's."""
     from prometheus_client import CollectorRegistry, ProcessCollector
     from prometheus_client.exposition import choose_encoder
 
-    registry = CollectorRegistry()  # one for each scrape: apps in one process must not share, and it costs little
+    registry = CollectorRegistry()  # one per scrape: apps in one process must not share one, and it is cheap
     registry.register(_ModelsCollector(current_models()))
     registry.register(current_answers())
     ProcessCollector(registry=registry)
@@ -101,7 +101,7 @@ def metrics() -> Response:
 
 
 class _ModelsCollector:
-    """Several bridges' metrics as one: a family must not be written twice, so the same one of each model is joined."""
+    """Merges the metrics of several bridges: each family may appear only once, with the samples of all models."""
 
     def __init__(self, models: Models) -> None:
         self._models = models
@@ -120,13 +120,13 @@ class _ModelsCollector:
                 else:
                     families[family.name] = family
         yield from families.values()
-        text = "Requests ended because their HTTP client went away."
+        text = "Requests ended because their HTTP client disconnected."
         yield CounterMetricFamily("lmbridge_http_disconnects", text, value=self._models.disconnects)
 
 
 @blueprint.get("/status")
 def status() -> dict[str, Any]:
-    """What a page shows; times are sums of seconds, so that two looks give a mean of what lies between."""
+    """Figures for a web page; times are sums of seconds, so that two readings give the mean between them."""
     models = current_models()
     return {
         "uptime": time.monotonic() - _started,
@@ -164,12 +164,12 @@ def _sum(histogram: Histogram) -> dict[str, float]:
     return {"sum": histogram.sum, "count": histogram.count}
 
 
-# --- the exchange of a model ---
+# --- swapping a model ---
 
 
 @blueprint.post("/admin/swap")
 def swap() -> Response:
-    """Exchange a model, and tell how it goes in one JSON object a line; see ``lmbridge.flask.swap``."""
+    """Swap a model, and report progress as JSON objects, one per line; see ``lmbridge.flask.swap``."""
     models, settings = current_models(), current_models().settings
     _check_admin_key(settings.admin_key)
     body = get_input_stream(request.environ, max_content_length=settings.max_request_bytes).read()
@@ -183,7 +183,7 @@ def _check_admin_key(key: str | None) -> None:
         abort(404)
     given = bearer(request.headers.get("Authorization"))
     if given is None or not is_known(given, [key]):
-        abort(401, "This needs the admin key, as `Authorization: Bearer ...`.")
+        abort(401, "This route requires the admin key; send it as `Authorization: Bearer KEY`.")
 
 
 @blueprint.errorhandler(LMBridgeError)

@@ -1,6 +1,6 @@
-"""What becomes of each request to a bridge, told: a span to OpenTelemetry, and a signal to whoever listens.
+"""Reports the outcome of each request to a bridge: as an OpenTelemetry span and as a signal.
 
-Rule: run by whichever thread learns of a request's begin or end; nothing is known of HTTP.
+Rule: runs on any thread that begins or ends a request; knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lmbridge.flask.signals import answered, failed, tell
 
 
 class Reporter(Observer):
-    """Tells of the requests to one model.
+    """Reports the requests to one model.
 
     Args:
         app: the sender of signals.
@@ -31,7 +31,7 @@ class Reporter(Observer):
 
     def ended(self, request: Request, outcome: Response | BaseException) -> None:
         if isinstance(outcome, CancelledError):
-            outcome = RequestAbortedError("The future was cancelled.")
+            outcome = RequestAbortedError("The request's future was cancelled.")
         tracing.end(request, outcome)
         if isinstance(outcome, Response):
             tell(answered, self._app, model=self._model, response=outcome)

@@ -1,8 +1,8 @@
-"""How long an HTTP request's generations may run: not a moment longer than somebody waits for them.
+"""Limits the requests of an HTTP request to its lifetime: they run only while somebody waits for them.
 
-Rule: a ``RequestScope`` belongs to one HTTP request, or to an app's context outside of requests. It ends with the view,
-with the response that streams from it, or when the HTTP client goes away; what it has running then is aborted, and
-whoever still reads that is told why.
+Rule: a ``RequestScope`` belongs to one HTTP request, or outside of requests to an app context. It ends with the view,
+with the response that it streams, or when the HTTP client disconnects. Its running requests are then aborted, and
+their readers get an error that says why.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from lmbridge.flask.reporting import Reporter
 from lmbridge.flask.signals import disconnected, tell
 
 _OVER = (
-    "The HTTP request has ended, and what it left running was aborted. Read an answer to its end in the view, or "
-    "return a response that streams it."
+    "The HTTP request has ended, so the request that it left running was aborted. Read the whole answer in the view, "
+    "or return a response that streams it."
 )
-_GONE = "The HTTP client disconnected; generation was aborted."
+_GONE = "The HTTP client disconnected; its request was aborted."
 
 
 class RequestScope:
-    """The clients of one HTTP request, one for each model that it asks, and their common end.
+    """The clients of one HTTP request, one per model that it uses, which end together.
 
     Args:
         app: the sender of signals.
-        models: the app's.
+        models: the app's models.
         request: the HTTP request; None outside of requests.
     """
 
     def __init__(self, app: Flask, models: Models, request: Request | None) -> None:
-        self.streams = False  # a response has taken it along; the request's thread only
+        self.streams = False  # handed to a streaming response; the request's thread only
         self._app = app
         self._models = models
         self._request = request
         self._lock = threading.Lock()
         self._clients: dict[str, Client] = {}  # by model; guarded by _lock when written, as are the next two
         self._unwatch: Callable[[], None] = _nothing
-        self._end: LMBridgeError | None = None  # what its readers are told once it is over
+        self._end: LMBridgeError | None = None  # the error for its readers once it is over
 
     def client(self, model: str) -> Client:
-        """The client that asks this model in the request's account; made when first asked for.
+        """The client of this model for the request's account; created at first use.
 
         Raises:
             ModelNotFoundError: there is no model of that name.
@@ -74,18 +74,18 @@ class RequestScope:
             return self._clients[model]
 
     def take_along(self, response: Response) -> None:
-        """Go on until the response, which streams, is closed."""
+        """Last until the response, which streams, is closed."""
         self.streams = True
         response.response = _Body(response.response, self)
 
     def finish(self) -> None:
-        """All was sent, or there is nobody to send it: abort what still runs. The first end counts."""
+        """End the scope and abort its running requests. Only the first end gives the error."""
         self._unwatch()
-        self._close(RequestAbortedError(_OVER))  # where the client was lost, once more, for what was begun meanwhile
+        self._close(RequestAbortedError(_OVER))  # even after ``lost``, for requests begun meanwhile
         self._clients.clear()
 
     def lost(self) -> None:
-        """The HTTP client has disconnected: abort everything, and tell. The first end counts."""
+        """Abort everything because the HTTP client disconnected, and send the signal. Only the first end counts."""
         models = self._close(DisconnectedError(_GONE))
         if models:
             self._models.count_disconnect()
@@ -93,7 +93,7 @@ class RequestScope:
             tell(disconnected, self._app, model=model)
 
     def _close(self, error: LMBridgeError) -> list[str]:
-        """End the clients, and return their models; none at any but the first end."""
+        """End the clients; return their models at the first end, and none after that."""
         with self._lock:
             models = list(self._clients) if self._end is None else []
             self._end = self._end or error
@@ -103,15 +103,15 @@ class RequestScope:
 
 
 class _Body:
-    """The body of a response that streams, with which the scope ends: once it was sent, failed, or is closed.
+    """The body of a streaming response, which ends the scope once it is sent, fails, or is closed.
 
-    Servers close it in any case but one: cheroot's own gateway does not when the connection breaks at a body's end.
+    Servers always close it, with one exception: cheroot's gateway does not if the connection breaks at a body's end.
     """
 
     def __init__(self, body: Any, scope: RequestScope) -> None:
         self._body = body
         self._scope = scope
-        self._parts: Iterator[Any] | None = None  # the thread that sends only, as is the next
+        self._parts: Iterator[Any] | None = None  # sending thread only, as is the next
         self._sending = False
 
     def __iter__(self) -> Iterator[Any]:
@@ -122,10 +122,10 @@ class _Body:
             self._parts, self._sending = iter(self._body), True
         try:
             return next(self._parts)
-        except DisconnectedError as error:  # servers know that one, and make no fuss
+        except DisconnectedError as error:  # servers handle a ConnectionResetError quietly
             self._end()
             raise ConnectionResetError(errno.ECONNRESET, str(error)) from error
-        except RequestTimeoutError as error:  # an OSError, which servers take for a lost connection and do not log
+        except RequestTimeoutError as error:  # an OSError, which servers would take for a disconnect and not log
             self._end()
             raise RuntimeError(f"A streaming response was cut off: {error}") from error
         except BaseException:  # StopIteration too
@@ -133,13 +133,13 @@ class _Body:
             raise
 
     def close(self) -> None:
-        if self._sending:  # there was nobody for the rest
+        if self._sending:  # the client left before the end
             self._scope.lost()
         try:
             if hasattr(self._body, "close"):
                 self._body.close()
         finally:
-            self._body, self._parts = (), iter(())  # a generator in it must end here, in the context it has pushed here
+            self._body, self._parts = (), iter(())  # a generator must end here, in the context that it pushed
             self._end()
 
     def _end(self) -> None:

@@ -1,6 +1,6 @@
-"""The app that ``lmbridge serve`` serves, and what stands around it: a bounded number of places, and the access log.
+"""The app of ``lmbridge serve``, and its WSGI middleware: a limit on concurrent requests, and the access log.
 
-Rule: Flask and WSGI only; it runs under any server. Everything here could stand in an app of one's own.
+Rule: Flask and WSGI only; runs under any server. Other apps may use everything here.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 access = logging.getLogger("lmbridge.access")
 
-_CROWDED = "lmbridge.crowded"  # in the WSGI environment of a request for which there is no place
+_CROWDED = "lmbridge.crowded"  # marks a request over the limit, in its WSGI environment
 
 
 def create_app(config: Mapping[str, Any], *, page: bool = True) -> Flask:
-    """An app with the OpenAI-compatible API, the reranking routes, the operations and the page.
+    """Create an app with the OpenAI-compatible API, the reranking and operations routes, and the web page.
 
     Args:
         config: ``LMBRIDGE_*`` keys.
-        page: serve the page at ``/`` too.
+        page: serve the web page at ``/``.
 
     Raises:
         LMBridgeError: a key's value is invalid, or the model does not exist.
@@ -54,14 +54,14 @@ def create_app(config: Mapping[str, Any], *, page: bool = True) -> Flask:
 
 
 class Front:
-    """Counts the requests that are inside the app until their response is sent, and marks those that are too many.
+    """Counts the requests inside the app until their response is sent, and marks those over a limit.
 
-    Marked ones are refused by the app, so that their errors have the form of its others. Probes, metrics and the page
-    need no place: with threads to spare, they are answered however many streams there are.
+    The app refuses marked requests, so that these errors have the same form as its others. Probes, metrics and the web
+    page do not count: spare threads serve them, however many streams there are.
 
     Args:
-        app: what serves them.
-        places: for how many there is room.
+        app: the app.
+        places: the limit.
     """
 
     def __init__(self, app: WSGIApplication, places: int) -> None:
@@ -88,7 +88,7 @@ class Front:
         return self._inside
 
     def wait_until_empty(self, timeout: float) -> bool:
-        """Whether everybody has left within ``timeout`` seconds."""
+        """Wait until no request is inside; return False after ``timeout`` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._inside, timeout)
 
@@ -99,7 +99,7 @@ class Front:
 
 
 class AccessLog:
-    """Logs one line a response to the logger ``lmbridge.access``: who, what, its status, and how long it took."""
+    """Logs each response to the logger ``lmbridge.access``: client, method, path, status and duration."""
 
     def __init__(self, app: WSGIApplication) -> None:
         self._app = app

@@ -1,7 +1,7 @@
-"""What an app can listen to.
+"""The signals that an app can listen to.
 
-Rule: sent once per request to a bridge, when its outcome is known: by the view's thread, by the one that sent the
-response for a stream, by the bridge's own for a future. The sender is the app. What a listener raises is logged.
+Rule: sent once per request to a bridge, when its outcome is known: on the view's thread; for a stream, on the thread
+that sends the response; for a future, on the bridge's own. The sender is the app. Errors of listeners are logged.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ _signals = Namespace()
 
 answered = _signals.signal(
     "lmbridge-answered",
-    "A request has its answer. Sent with ``model``, its name, and ``response``, an lmbridge.Response.",
+    "A request succeeded. Sent with ``model``, its name, and ``response``, an lmbridge.Response.",
 )
 failed = _signals.signal(
     "lmbridge-failed",
-    "A request ended with an error. Sent with ``model``, its name, and ``error``.",
+    "A request failed. Sent with ``model``, its name, and ``error``.",
 )
 disconnected = _signals.signal(
     "lmbridge-disconnected",
-    "An HTTP client went away before its answer was complete; its requests were aborted. Sent with ``model``. On the "
-    "thread that sent the answer, or on one of lmbridge's own, without a context.",
+    "An HTTP client disconnected before its answer was complete; its requests were aborted. Sent with ``model``, on "
+    "the thread that sent the answer or on one of lmbridge's own, without a context.",
 )
 
 
 def tell(signal: NamedSignal, app: Flask, **facts: Any) -> None:
-    """Send a signal. A listener must not end the thread that tells it, which has others to see to."""
+    """Send a signal. A listener's error must not end the sending thread, which serves others too."""
     try:
         signal.send(app, **facts)
     except BaseException:  # SystemExit too
-        logger.exception("What listens to %s has failed.", signal.name)
+        logger.exception("A listener of the signal %s failed.", signal.name)

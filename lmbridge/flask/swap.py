@@ -1,6 +1,6 @@
-"""The exchange of a served model, asked for over HTTP, and news of how it goes.
+"""Swaps a served model on an order over HTTP, and reports progress.
 
-Rule: knows no request. The bridge does the work, on a thread of its own, so that a client that leaves stops nothing.
+Rule: knows no HTTP request. The bridge works on its own thread, so a client that disconnects stops nothing.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ from lmbridge.flask.errors import http_error
 from lmbridge.flask.openai.fields import BOOL, OBJECT, TEXT, Fields, Kind, number
 from lmbridge.log import shown
 
-NEWS = 0.5  # seconds between two lines while it goes on
-LONGEST = 86_400  # seconds that an order may wait for what runs
+NEWS = 0.5  # seconds between progress lines
+LONGEST = 86_400  # seconds that an order may wait for running requests
 
-_busy: set[Bridge] = set()  # being exchanged now; added under the lock, discarded in one atomic step
+_busy: set[Bridge] = set()  # swaps in progress; added under the lock, discarded in one atomic step
 _lock = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be exchanged.
+    """An order to swap a model.
 
     Attributes:
-        model: the name it is served under, which stays.
+        model: the served name, which stays.
         to: the new model: a folder, a hub id, or ``demo``.
-        engine, options: what runs it, None: what runs the old one; and how.
-        overlap: load it beside the old one, which needs memory for both.
-        timeout: without overlap, seconds for what runs to finish.
+        engine: the new model's engine; None: that of the old one.
+        options: the engine's options.
+        overlap: load the new model beside the old one, which needs memory for both.
+        timeout: without overlap, seconds for running requests to finish.
     """
 
     model: str
@@ -59,30 +60,32 @@ _KINDS: dict[str, Kind] = {
     "timeout": number(0, LONGEST),
 }
 _NO_OPTIONS = {*_KINDS, *inspect.signature(Bridge.swap).parameters} - {"device"}  # Bridge.swap's own, such as "self"
-_OWN_ATTENTION = (None, "eager", "sdpa", "flex_attention")  # transformers may fetch any other from the hub, and run it
+_OWN_ATTENTION = (None, "eager", "sdpa", "flex_attention")  # any other may be code from the hub
 
 
 def parse_order(body: dict[str, Any], default: str, allow_remote_code: bool) -> Order:
-    """The order in a request's JSON; without ``model`` it is for the model named ``default``.
+    """Read an order from a request's JSON; without ``model``, it is for the model named ``default``.
 
     Raises:
-        InvalidRequestError: it is none; ``param`` names the field at fault.
-        Forbidden: an option runs code that comes with a model, which this server was not told to allow.
+        InvalidRequestError: the order is invalid; ``param`` names the field.
+        Forbidden: an option runs code that comes with a model, which this server does not allow.
     """
     for name in body:
         if name not in _KINDS:
-            raise InvalidRequestError(f"There is no field {name!r}; the fields are {', '.join(_KINDS)}.", name)
+            raise InvalidRequestError(f"Unknown field {name!r}; the fields are {', '.join(_KINDS)}.", name)
     fields = Fields(body)
     given = {name: value for name, kind in _KINDS.items() if (value := fields.take(name, kind)) is not None}
     if not given.get("to"):
-        raise InvalidRequestError("to is missing: the model to load.", "to")
+        raise InvalidRequestError("The field 'to' is missing; name the model to load.", "to")
     for name, value in given.get("options", {}).items():
         if name in _NO_OPTIONS:
-            raise InvalidRequestError(f"{name} is no option of an engine; the fields are {', '.join(_KINDS)}.", name)
+            raise InvalidRequestError(
+                f"{name} is not an engine option; the fields of an order are {', '.join(_KINDS)}.", name
+            )
         if _runs_code(name, value) and not allow_remote_code:
             raise Forbidden(
-                f"The option {name}={shown(value)} runs code from outside; for that the server must have been started "
-                "with --allow-remote-code, or with LMBRIDGE_ALLOW_REMOTE_CODE in an app."
+                f"The option {name}={shown(value)} runs code that comes with the model, which this server does not "
+                "allow. Its operator can start it with --allow-remote-code; an app has LMBRIDGE_ALLOW_REMOTE_CODE."
             )
     return Order(**{"model": default, **given})
 
@@ -94,15 +97,15 @@ def _runs_code(option: str, value: Any) -> bool:
 
 
 def exchange(bridge: Bridge, order: Order) -> Iterator[str]:
-    """Begin, and return the news: one JSON object a line with ``outcome`` pending, done or failed.
+    """Begin the swap; return progress lines, JSON objects with ``outcome`` pending, done or failed.
 
     Raises:
-        Conflict: this model is being exchanged already.
-        LMBridgeError: it failed at once, as what names no model or engine does.
+        Conflict: this model is already being swapped.
+        LMBridgeError: the swap failed at once, for example because the model does not exist.
     """
     with _lock:
         if bridge in _busy:
-            raise Conflict(f"The model {order.model!r} is being exchanged already.")
+            raise Conflict(f"The model {order.model!r} is already being swapped; try again later.")
         _busy.add(bridge)
     began = time.monotonic()
     swap: Future[None] = Future()
@@ -118,7 +121,7 @@ def exchange(bridge: Bridge, order: Order) -> Iterator[str]:
 
 
 def _swap(bridge: Bridge, order: Order, swap: Future[None]) -> None:
-    error: BaseException | None = EngineError("The exchange was interrupted; the server's log says how.")
+    error: BaseException | None = EngineError("The swap was interrupted; see the server's log.")
     try:
         error = _try_to_swap(bridge, order)
     finally:
@@ -130,7 +133,7 @@ def _swap(bridge: Bridge, order: Order, swap: Future[None]) -> None:
 
 
 def _try_to_swap(bridge: Bridge, order: Order) -> BaseException | None:
-    """The error it ended with."""
+    """Swap; return the error, or None."""
     try:
         bridge.swap(order.to, order.engine, overlap=order.overlap, timeout=order.timeout, **order.options)
     except UnknownEngineError as unknown:
@@ -141,7 +144,7 @@ def _try_to_swap(bridge: Bridge, order: Order) -> BaseException | None:
 
 
 def _wait(swap: Future[None]) -> BaseException | None:
-    """Wait for the end, but not for long; the error it ended with."""
+    """Wait briefly for the end; return the error, or None."""
     try:
         return swap.exception(NEWS)
     except concurrent.futures.TimeoutError:

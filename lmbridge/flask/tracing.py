@@ -1,7 +1,7 @@
-"""OpenTelemetry: one span for each request to a bridge, a child of whatever span its HTTP request has.
+"""OpenTelemetry tracing: one span per request to a bridge, a child of its HTTP request's span.
 
-Rule: nothing happens where opentelemetry-api is not installed, and next to nothing where no SDK is. The attributes are
-those of the semantic conventions for generative AI; no text of a prompt or an answer is among them.
+Rule: does nothing without opentelemetry-api, and next to nothing without an SDK. The attributes follow the semantic
+conventions for generative AI; they contain no text of prompts or answers.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ SPANS: dict[Task, str] = {
 def begin(model: str, request: Request) -> None:
     """Open the span of a request, before it is sent.
 
-    It becomes the current one in the request's own context, so that what the engine traces hangs below it.
+    It becomes the current span in the request's own context, so that the engine's spans become its children.
 
     Args:
-        model: the name it is served under.
+        model: the model's served name.
     """
     try:
         from opentelemetry import trace
@@ -49,7 +49,7 @@ def begin(model: str, request: Request) -> None:
 
 
 def end(request: Request, outcome: Response | BaseException) -> None:
-    """Close the request's span with what came of it. Any thread."""
+    """End the request's span with its outcome. Any thread."""
     opened = request.context.get(_opened)
     if opened is None:
         return
@@ -63,13 +63,13 @@ def end(request: Request, outcome: Response | BaseException) -> None:
 
 
 def _operation(request: Request) -> str:
-    """What it is in the conventions' words, where they have one."""
+    """The operation's name in the semantic conventions, if they have one."""
     if request.task != "generate":
         return "embeddings" if request.task == "embed" else request.task
     return "text_completion" if request.raw and isinstance(request.prompt, str) else "chat"
 
 
-_opened: ContextVar[tuple[Span, int]] = ContextVar("lmbridge.span")  # in a request's context: its span, and since when
+_opened: ContextVar[tuple[Span, int]] = ContextVar("lmbridge.span")  # in a request's context: its span and start
 
 
 def _enter(span: Span, began: int) -> None:
@@ -98,5 +98,5 @@ def _describe_error(span: Span, error: BaseException) -> None:
 
 
 def _at(began: int, seconds: float) -> int:
-    """Nanoseconds of the clock, ``seconds`` after ``began``."""
+    """The time ``seconds`` after ``began``, in nanoseconds."""
     return began + int(seconds * 1e9)

@@ -1,6 +1,6 @@
-"""What kind of process an app is in: one that serves, one that forks those that will, or another.
+"""Finds out the role of the app's process: it serves, it forks serving processes, or neither.
 
-Rule: looks at the process and at a request's WSGI environment; nothing is loaded or logged here.
+Rule: looks at the process and at a request's WSGI environment; loads and logs nothing.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _FORKING = ("gunicorn.",)  # with --preload, in gunicorn's master
 
 
 def role() -> Role:
-    """Which one this is, as far as the code that imports the app tells.
+    """The role of this process, as far as the code that imports the app shows.
 
-    Most processes that build an app do not serve it: tests, scripts, ``flask shell``, task queues, the reloader's
-    parent. None of them must load a model, so a process counts as serving only where that is certain.
+    Many processes that build an app do not serve it: tests, scripts, ``flask shell``, task queues, the reloader's
+    parent. None of them should load a model, so a process counts as serving only if that is certain.
     """
     context = click.get_current_context(silent=True)
     if context is not None and context.command is run_command:
@@ -40,13 +40,13 @@ def role() -> Role:
 
 
 def _watches_only(context: click.Context) -> bool:
-    """Whether this is the parent of the process that ``flask run --debug`` starts again after each change."""
+    """Whether this is the parent process of ``flask run --debug``, which restarts the serving one after changes."""
     reload = context.params.get("reload")
     return bool(get_debug_flag() if reload is None else reload) and not is_running_from_reloader()
 
 
 def after_fork(function: Callable[[], object]) -> None:
-    """Call ``function`` in each child that this process forks from now on, not in theirs."""
+    """Call ``function`` in each child that this process forks from now on, but not in their children."""
     parent = os.getpid()
 
     def run() -> None:
@@ -57,12 +57,12 @@ def after_fork(function: Callable[[], object]) -> None:
 
 
 def is_served(environ: WSGIEnvironment) -> bool:
-    """Whether this request came through a server, and not from a test client."""
+    """Whether this request came through a server, not from a test client."""
     return "SERVER_SOFTWARE" in environ
 
 
 def complaint(environ: WSGIEnvironment, copied: bool) -> str:
-    """What to change about the server that this request came through; "" where it suits.
+    """Advice on how to run the server that this request came through; empty if it suits.
 
     Args:
         copied: whether several processes mean several copies of a model.
@@ -71,7 +71,7 @@ def complaint(environ: WSGIEnvironment, copied: bool) -> str:
     if copied and environ.get("wsgi.multiprocess"):
         faults.append("runs several processes, each with its own copy of the model and its own batch")
     if not environ.get("wsgi.multithread", True):
-        faults.append("takes one request at a time, so no two are generated together")
+        faults.append("handles one request at a time, so requests cannot share a batch")
     if not faults:
         return ""
     return f"The server {', and '.join(faults)}. Run one process with threads: gunicorn -w 1 -k gthread --threads 32"

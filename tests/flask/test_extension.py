@@ -156,7 +156,7 @@ def test_not_initialised_says_so() -> None:
     ("config", "message"),
     [
         ({}, "LMBRIDGE_MODEL"),
-        ({"LMBRIDGE_MODEL": "demo", "LMBRIDGE_MODELS": {"a": "demo"}}, "exactly one"),
+        ({"LMBRIDGE_MODEL": "demo", "LMBRIDGE_MODELS": {"a": "demo"}}, "Set either"),
         ({"LMBRIDGE_MODEL": "demo", "LMBRIDGE_TIMEOUTS": 3}, "did you mean LMBRIDGE_TIMEOUT"),
         ({"LMBRIDGE_MODEL": 3}, "LMBRIDGE_MODEL must be a model's name or folder, an Engine, a function"),
         ({"LMBRIDGE_MODEL": lambda texts: texts}, "function_engine"),
@@ -184,7 +184,7 @@ def test_an_empty_file_of_keys_opens_no_door(tmp_path: Any) -> None:
     keys.write_text("# nobody yet\n")
     app = Flask("locked")
     app.config.update(LMBRIDGE_MODEL="demo", LMBRIDGE_API_KEYS_FILE=str(keys))
-    with pytest.raises(InvalidRequestError, match="holds no key"):
+    with pytest.raises(InvalidRequestError, match="contains no key"):
         LMBridge(app)
 
 
@@ -440,8 +440,8 @@ def test_the_status_command_tries_each_kind() -> None:
         app.cli.add_command(group)
         shown = app.test_cli_runner().invoke(args=["lmbridge", "status", "--load"])
     assert shown.exit_code == 0, shown.output
-    assert "made a vector of 8 dimensions" in shown.output
-    assert "gave the score 1" in shown.output
+    assert "returned a vector of 8 dimensions" in shown.output
+    assert "returned the score 1" in shown.output
 
 
 def test_the_status_command_without_the_extension() -> None:

@@ -91,8 +91,8 @@ def test_a_model_that_cannot_be_loaded_ends_no_worker(tmp_path: Path) -> None:
     ("options", "told"),
     [
         pytest.param(["-w", "2"], "runs several processes, each with its own copy", marks=pytest.mark.long),
-        pytest.param(["-k", "sync"], "takes one request at a time", marks=pytest.mark.long),
-        (["-k", "sync", "-w", "2"], "runs several processes, .*, and takes one request at a time"),
+        pytest.param(["-k", "sync"], "handles one request at a time", marks=pytest.mark.long),
+        (["-k", "sync", "-w", "2"], "runs several processes, .*, and handles one request at a time"),
     ],
 )
 def test_a_server_that_does_not_suit_is_told_once(tmp_path: Path, options: list[str], told: str) -> None:
@@ -229,7 +229,7 @@ def test_an_environment_that_cannot_work_is_told_of(
     monkeypatch.setitem(sys.modules, "gevent.monkey", patched)
     lm, app = build(ScriptedEngine)
     lm.preload(app)
-    until(lambda: "The model default cannot be loaded: threading is patched by gevent" in caplog.text)
+    until(lambda: "Loading the model default failed: threading is patched by gevent" in caplog.text)
 
 
 def test_a_program_of_ones_own_is_told_how(caplog: pytest.LogCaptureFixture) -> None:

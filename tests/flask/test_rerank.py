@@ -141,7 +141,7 @@ def test_long_documents(client: FlaskClient) -> None:
         ("/v1/rerank", {"top_n": 0}, "top_n", "from 1"),
         ("/v1/rerank", {"return_documents": "yes"}, "return_documents", "true or false"),
         ("/v1/rerank", {"rank_fields": ["title"]}, "rank_fields", "by their text"),
-        ("/v2/rerank", {"relevant_spans": {"mode": "enabled"}}, "relevant_spans", "as a whole"),
+        ("/v2/rerank", {"relevant_spans": {"mode": "enabled"}}, "relevant_spans", "scores whole documents"),
         ("/v2/rerank", {"instruction": "be strict"}, "instruction", "no instructions"),
         ("/v2/rerank", {"timeout": "soon"}, "timeout", "a number"),
         ("/rerank", {"texts": None}, "texts", "missing"),
@@ -185,7 +185,7 @@ def test_models_of_another_kind(client: FlaskClient) -> None:
         assert client.post(path, json={**body, "model": ""}).status_code == 200
         wrong = client.post(path, json={**body, "model": "chat"})
         assert wrong.status_code == 400
-        assert "of those here, ranker does" in wrong.text
+        assert "use ranker instead" in wrong.text
         assert client.post(path, json={**body, "model": "none"}).status_code == 404
     embeds = client.post("/v1/embeddings", json={"model": "ranker", "input": "a"})
     assert embeds.status_code == 400
@@ -266,7 +266,7 @@ def test_the_cohere_client(address: str) -> None:
     assert [(one.index, one.relevance_score) for one in answer.results] == BEST_FIRST
     with pytest.raises(cohere.errors.BadRequestError) as caught:
         new.rerank(model="chat", query=QUERY, documents=DOCUMENTS)
-    assert "of those here, ranker does" in caught.value.body["message"]
+    assert "use ranker instead" in caught.value.body["message"]
     with pytest.raises(cohere.errors.NotFoundError):
         new.rerank(model="none", query=QUERY, documents=DOCUMENTS)
 

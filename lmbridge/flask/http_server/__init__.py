@@ -1,12 +1,10 @@
-"""The WSGI server of ``lmbridge serve``: waitress, with what an open port and answers that take minutes need.
+"""The WSGI server of ``lmbridge serve``: waitress, hardened for an open port and for answers that take minutes.
 
-``heads`` reads the head of a request, ``connections`` looks after a client from the first byte to the last, ``answers``
-has the app answer, or says why it is not asked, and ``server`` starts and ends it all. ``library`` is what is leant on
-of waitress.
+``heads`` parses the head of a request, ``connections`` manages a client's connection, ``answers`` calls the app or
+refuses the request, and ``server`` starts and stops it all. ``library`` lists what we use of waitress.
 
-Rule: HTTP and threads only; nothing of models and Flask is known here. One thread, "lmbridge http", reads all
-connections; a request is given to a thread of the pool once all of it has come, so that whoever sends slowly, or
-nothing, holds none.
+Rule: HTTP and threads only; knows nothing of models or Flask. One thread, "lmbridge http", reads all connections; a
+request goes to a thread of the pool only once it is complete, so slow or silent clients occupy none.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What becomes of a request that has come whole: the app answers it, or it is refused.
+"""Handles a complete request: calls the app, or refuses the request.
 
-Rule: a thread of the pool.
+Rule: runs on the threads of the pool.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from lmbridge.flask.http_server.library import ErrorTask, WSGITask
 
 
 class Refusal(ErrorTask):
-    """What is answered to a request that never reaches the app: an error in the form of OpenAI's."""
+    """The response to a request that never reaches the app: an error in OpenAI's form."""
 
     channel: Any
     request: Any
@@ -23,7 +23,7 @@ class Refusal(ErrorTask):
         message = f"{error.reason}: {error.body}."
         if error.code == 413:
             most = self.channel.adj.max_request_body_size - 1
-            message = f"The request's body has more than the {most:,} bytes that are allowed."
+            message = f"The request body is too large; the limit is {most:,} bytes."
         kind = "invalid_request_error" if error.code < 500 else "server_error"
         body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": None}}).encode()
         self.status = f"{error.code} {error.reason}"
@@ -35,15 +35,15 @@ class Refusal(ErrorTask):
 
 
 class Answer(WSGITask):
-    """One request on its way through the app, on a thread of the pool."""
+    """One request that the app handles."""
 
     channel: Any
     request: Any
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
-        environ.pop("waitress.client_disconnected", None)  # the socket itself tells sooner, and costs less
-        environ["lmbridge.socket"] = self.channel.socket  # ``disconnect`` watches it, and leaves word for our own close
+        environ.pop("waitress.client_disconnected", None)  # watching the socket is faster and cheaper
+        environ["lmbridge.socket"] = self.channel.socket  # ``disconnect`` watches it
         environ["lmbridge.closed_here"] = self.channel.closed_here
         return environ
 
@@ -52,12 +52,12 @@ class Answer(WSGITask):
             super().execute()
         except Exception:
             raise
-        except BaseException as error:  # waitress would leave the connection to itself
-            raise RuntimeError(f"The app raised {error!r}, which ends this response only.") from error
+        except BaseException as error:  # waitress would leave the connection open
+            raise RuntimeError(f"The app raised {error!r}; only this response was affected.") from error
 
     def write(self, data: bytes) -> None:
         if not isinstance(data, bytes):
-            raise TypeError(f"The parts of a response must be bytes, not {type(data).__name__}.")
+            raise TypeError(f"A WSGI response must yield bytes, not {type(data).__name__}.")
         super().write(data)
 
     def build_response_header(self) -> bytes:

@@ -1,6 +1,6 @@
-"""Connections, and the socket that they come by: how much time and room each client has.
+"""Connections and the listening socket: limits the time and resources of each client.
 
-Rule: the thread that reads all connections, but for ``service`` and ``write_soon``, which are the pool's.
+Rule: runs on the thread that reads all connections, except ``service`` and ``write_soon``, which run on the pool's.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from lmbridge.flask.http_server.library import HTTPChannel, TcpWSGIServer
 
 logger = logging.getLogger("lmbridge.http")
 
-CONNECTIONS = 1000  # open at once; beyond, whoever has sent no whole request for the longest makes room
-GRACE = 1.0  # seconds in which whoever has just connected, or begun to send, need not make room
-FILES = 3  # that a connection may take: its socket, and a large body and answer
-OTHER_FILES = 100  # that the process may want to open
+CONNECTIONS = 1000  # open at once; beyond, close the one that has gone longest without sending a complete request
+GRACE = 1.0  # seconds for which a client that has just connected or begun to send is not closed for that
+FILES = 3  # file descriptors per connection: its socket, a large body and a large response
+OTHER_FILES = 100  # file descriptors for the rest of the process
 HEAD_LIMIT = 64 * 1024  # bytes
 HEAD_TIME = 10.0  # seconds for the head of a request, from its first byte
-BODY_TIME = 60.0  # seconds for all of it
-IDLE_TIME = 30.0  # seconds that a connection is kept open without a request
-READ_TIME = 30.0  # seconds in which a client must take something of its answer; it then counts as gone
-LINGER_TIME = 2.0  # seconds in which what a client still sends is thrown away, so that it reads why it was refused
-LINGER_BYTES = 64 * 1024 * 1024  # that are thrown away so
+BODY_TIME = 60.0  # seconds for the whole request
+IDLE_TIME = 30.0  # seconds for which a connection stays open without a request
+READ_TIME = 30.0  # seconds within which a client must read some of its response, or it counts as disconnected
+LINGER_TIME = 2.0  # seconds for discarding what a refused client still sends, so that it reads the response
+LINGER_BYTES = 64 * 1024 * 1024  # bytes discarded at most
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Channel(HTTPChannel):
-    """One connection; what is not about writing a response happens on the thread that reads.
+    """One connection.
 
     Attributes:
-        lingers: what comes after the response is thrown away for a while: closed with something unread, a connection
-            is reset, and the client may never see why.
-        closed_here: called when the connection is closed by this side.
+        lingers: after the response, discard input for a while: closing a connection with unread input resets it, and
+            the client may never see the response.
+        closed_here: functions to call when this side closes the connection.
     """
 
     server: Any
@@ -51,8 +51,8 @@ class Channel(HTTPChannel):
     task_class = Answer
     error_task_class = Refusal
     lingers = False
-    _begun = 0.0  # when the first byte of the present request came
-    _answered = 0.0  # when the last answer had been made
+    _begun = 0.0  # when the first byte of the current request arrived
+    _answered = 0.0  # when the last response was complete
     _lingers_until: float | None = None
     _thrown_away = 0  # bytes
 
@@ -63,11 +63,11 @@ class Channel(HTTPChannel):
     # --- time ---
 
     def since(self) -> float:
-        """When the client last had nothing to do but to send."""
+        """Since when the server has been waiting for the client to send."""
         return self.last_activity if self.request is None else max(self._begun, self._answered)
 
     def is_overdue(self, now: float) -> bool:
-        """Whether the client takes too long, with whatever it is at."""
+        """Whether the client is taking too long to send or to read."""
         if self._lingers_until is not None:
             return now > self._lingers_until
         if self.requests or self.total_outbufs_len:
@@ -81,15 +81,15 @@ class Channel(HTTPChannel):
         self._answered = time.time()
 
     def write_soon(self, data: Any) -> int:
-        if not self.total_outbufs_len:  # nothing waited for the client, whenever something last did
+        if not self.total_outbufs_len:  # nothing was waiting for the client to read
             self.last_activity = time.time()
         written: int = super().write_soon(data)
         return written
 
-    # --- what the loop asks and does ---
+    # --- called by the loop ---
 
     def readable(self) -> bool:
-        if self.socket is None:  # closed a moment ago, in the same look at all
+        if self.socket is None:  # closed in the same pass of the loop
             return False
         return self._lingers_until is not None or bool(super().readable())
 
@@ -107,9 +107,7 @@ class Channel(HTTPChannel):
         return taken
 
     def send_continue(self) -> None:
-        """With requests_lock held, by any thread; the loop's sends it. Of a request that has come whole, or was
-        refused, nothing more is wanted.
-        """
+        """Queue ``100 Continue``, unless the request is complete or refused. Any thread, with requests_lock held."""
         self.request.expect_continue = False
         if self.request.completed:
             return
@@ -123,17 +121,17 @@ class Channel(HTTPChannel):
         if self._lingers_until is None:
             before = self.last_activity
             super().handle_read()
-            self.last_activity = max(before, self._answered)  # that something comes is no activity: empty lines may
+            self.last_activity = max(before, self._answered)  # input alone is not activity: it may be empty lines
             return
-        self._thrown_away += len(self.recv(self.adj.recv_bytes))  # which closes where there is no more
+        self._thrown_away += len(self.recv(self.adj.recv_bytes))  # closes at the end of input
         if self._thrown_away > LINGER_BYTES:
             self.handle_close()
 
     def handle_write(self) -> None:
-        if self.socket is None:  # closed by what it has read
+        if self.socket is None:  # closed while reading
             return
         last = self.lingers and self.close_when_flushed
-        if last:  # or it would be closed with its last byte
+        if last:  # otherwise the last byte would close it
             self.close_when_flushed = False
         super().handle_write()
         if last and self.total_outbufs_len:
@@ -149,21 +147,21 @@ class Channel(HTTPChannel):
             tell()
 
     def handle_expt(self) -> None:
-        """A byte out of band, which HTTP does not know."""
+        """Close on out-of-band data, which HTTP does not have."""
         self.handle_close()
 
 
 def _room() -> int:
-    """For how many connections there is room."""
+    """The most connections, as the limit of open files allows."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return CONNECTIONS if files == resource.RLIM_INFINITY else max(1, min(CONNECTIONS, (files - OTHER_FILES) // FILES))
 
 
 class Listener(TcpWSGIServer):
-    """The socket that listens, and all connections of it.
+    """The listening socket and its connections.
 
     Attributes:
-        closing: each connection is closed after its next response.
+        closing: close each connection after its next response.
     """
 
     channel_class = Channel
@@ -174,15 +172,15 @@ class Listener(TcpWSGIServer):
     socket: Any
 
     def maintenance(self, now: float) -> None:
-        """Close the connections of those who take too long, and of some where there are too many."""
+        """Close overdue connections."""
         for channel in list(self.active_channels.values()):
             if channel.is_overdue(now):
                 channel.handle_close()
 
     def handle_accept(self) -> None:
         super().handle_accept()
-        # Not before: the number of a socket that is closed now may be the new one's, and what was seen of the old one
-        # is still to be looked at.
+        # Only after accepting: the new socket could otherwise reuse the number of a closed one whose events are still
+        # being processed.
         if len(self.active_channels) > _room():
             late = time.time() - GRACE
             waiting = [each for each in self.active_channels.values() if not each.requests and each.since() <= late]
@@ -190,11 +188,11 @@ class Listener(TcpWSGIServer):
                 min(waiting, key=Channel.since).handle_close()
 
     def handle_error(self) -> None:
-        """What failed was one connection's matter."""
-        logger.exception("A connection could not be taken.")
+        """Log an error that affects one connection only."""
+        logger.exception("Accepting a connection failed.")
 
     def is_sending(self) -> bool:
-        """Whether answers are made, or wait for their clients. Any thread."""
+        """Whether responses are in progress or waiting for their clients to read. Any thread."""
         return any(channel.requests or channel.total_outbufs_len for channel in list(self.active_channels.values()))
 
     def stop_listening(self) -> None:

@@ -1,6 +1,7 @@
-"""What is leant on of waitress that it does not document: classes to derive from, and their names that are used.
+"""The undocumented parts of waitress that we use: the classes we derive from, and their names.
 
-Rule: imported before anything is derived, so that another waitress is refused by name; setup.cfg bounds its version.
+Rule: checks the names before anything derives from the classes, so that an error names what another version of
+waitress lacks; setup.cfg bounds its version.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 from lmbridge.errors import MissingDependencyError
 
-_WANTED = "lmbridge serve needs: pip install 'waitress >= 3.0.1, < 3.1'"
+_WANTED = "Install the version that lmbridge serve needs: pip install 'waitress >= 3.0.1, < 3.1'"
 
 try:
     from waitress import receiver
@@ -36,12 +37,12 @@ NAMES: dict[Any, tuple[str, ...]] = {
     ErrorTask: ("execute", "set_close_on_finish", "write"),
     receiver: ("CHUNK_EXT_RE", "ONLY_HEXDIG_RE"),
 }  # fmt: skip
-"""Each class's names, and those of the module that reads chunks."""
+"""The names used of each class, and of the module that reads chunks."""
 
 _missing = [f"{owner.__name__}.{name}" for owner, names in NAMES.items() for name in names if not hasattr(owner, name)]
 if _missing:
     raise MissingDependencyError(f"This waitress has no {', '.join(_missing)}. {_WANTED}")
 
-# A line of a chunk's size that ends in a line feed of its own is one to waitress; some proxies take it for two.
+# waitress accepts a bare line feed in a chunk's size line, where some proxies see the end of the line.
 receiver.ONLY_HEXDIG_RE = re.compile(rb"[0-9a-fA-F]{1,16}\Z")  # type: ignore[attr-defined]
 receiver.CHUNK_EXT_RE = re.compile(receiver.CHUNK_EXT_RE.pattern.removesuffix(b"$") + rb"\Z")  # type: ignore[attr-defined]

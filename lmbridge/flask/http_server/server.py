@@ -1,6 +1,6 @@
-"""The server from its start to its end.
+"""Starts and stops the server.
 
-Rule: ``HttpServer`` is for whoever serves; ``_run`` is the thread that reads all connections.
+Rule: ``HttpServer`` is used by its owner; ``_run`` is the thread that reads all connections.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lmbridge.http")
 
 BACKLOG = 1024  # connections that may wait to be accepted
-SEND_BUFFER = 128 * 1024  # bytes that the kernel keeps of an answer: of more, a slow reader's progress would not show
-LOOK = 1.0  # seconds between two looks at the connections, and at threads that others wait for
-STOP_GRACE = 2.0  # seconds for threads to come home at the end
+SEND_BUFFER = 128 * 1024  # bytes buffered by the kernel per response: more would hide a slow reader's progress
+LOOK = 1.0  # seconds between checks of the connections, and of threads that others wait for
+STOP_GRACE = 2.0  # seconds for threads to end at shutdown
 
 
 class HttpServer:
-    """Serves ``app`` on threads of its own.
+    """Serves a WSGI app on its own threads.
 
     Args:
-        app: what is served.
-        host, port: where; port 0 takes a free one.
-        threads: requests at once.
-        max_body: bytes of a request's body; more is refused before the app hears of it, and never kept.
+        app: the app.
+        host, port: the address to listen on; port 0 picks a free one.
+        threads: most requests at once.
+        max_body: most bytes in a request body; a larger one is refused before the app sees it, and not stored.
     """
 
     def __init__(self, app: WSGIApplication, host: str, port: int, threads: int, max_body: int) -> None:
@@ -48,7 +48,7 @@ class HttpServer:
 
     @property
     def closing(self) -> bool:
-        """Set it to have each connection closed after its next response."""
+        """Set it to close each connection after its next response."""
         return self._closing
 
     @closing.setter
@@ -64,14 +64,14 @@ class HttpServer:
         return f"http://{host}:{port}"
 
     def open(self) -> None:
-        """Bind, and serve from now on.
+        """Bind the address and start serving.
 
         Raises:
             OSError: the address cannot be bound.
         """
         bound: Future[None] = Future()
-        # All its threads are children of this one and daemons like it: a client that reads slowly must not hold the
-        # process at its end.
+        # All its threads are started by this one and are daemons too: a client that reads slowly must not keep the
+        # process from exiting.
         thread = threading.Thread(target=self._run, args=(bound,), name="lmbridge http", daemon=True)
         thread.start()
         while not bound.done() and thread.is_alive():
@@ -80,7 +80,7 @@ class HttpServer:
         self._thread = thread
 
     def wait_until_sent(self, timeout: float) -> bool:
-        """Whether all answers have gone out within ``timeout`` seconds."""
+        """Wait until all responses are sent; return False after ``timeout`` seconds."""
         end, listener = time.monotonic() + timeout, self._listener
         while listener is not None and listener.is_sending():
             if time.monotonic() >= end:
@@ -89,7 +89,7 @@ class HttpServer:
         return True
 
     def close(self) -> None:
-        """Take no more connections, and give running responses a moment."""
+        """Accept no more connections, and give running responses a moment to finish."""
         self._ended = True
         listener = self._listener
         if listener is None:
@@ -99,7 +99,7 @@ class HttpServer:
         self._on_loop(listener.hang_up)
         self._thread.join(STOP_GRACE)
 
-    # --- the thread that reads ---
+    # --- on the reading thread ---
 
     def _run(self, bound: Future[None]) -> None:
         try:
@@ -112,7 +112,7 @@ class HttpServer:
             try:
                 listener.run()
             except BaseException:
-                logger.exception("The look at the connections failed; it goes on.")
+                logger.exception("Reading connections failed; trying again.")
 
     def _bind(self) -> Listener:
         host, port = self.bind_addr
@@ -129,9 +129,9 @@ class HttpServer:
         where = (listening.family, listening.type, listening.proto, listening.getsockname())
         listener = Listener(self._app, _sock=listening, bind_socket=False, sockinfo=where, adj=settings)
         listener.closing = self._closing
-        logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # that all threads are taken is nothing to warn of
+        logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # busy threads are nothing to warn about
         return listener
 
     def _on_loop(self, work: Callable[[], None]) -> None:
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the loop has ended
             self._listener.trigger.pull_trigger(work)  # type: ignore[union-attr]

@@ -1,6 +1,6 @@
-"""A checked call made into its answer: asks the bridge, and says what comes in OpenAI's words.
+"""Answers a checked call: sends it to the bridge, and writes the result in OpenAI's form.
 
-Rule: works with any client's verbs, on the thread of the HTTP request. What fails here is one of the bridge's errors.
+Rule: works with any Client, on the thread of the HTTP request. Errors here are the bridge's.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from lmbridge.flask.sse import Piece, Reader, first_pieces, pieces
 
 
 class Answering:
-    """One call on one bridge.
+    """One call to one bridge.
 
     Args:
-        bridge: asks in the name of the HTTP request.
-        request_id: the requests on the bridge are named after it.
+        bridge: the HTTP request's client of the bridge.
+        request_id: begins the ids of the bridge's requests.
         timeout: seconds, or None.
     """
 
@@ -31,14 +31,14 @@ class Answering:
         self._call = call
         self._bridge = bridge
         self._writer = writer
-        self._thoughts = ThoughtTokens()  # counted also where they are not told
+        self._thoughts = ThoughtTokens()  # counted even if the reasoning is not returned
         self._options: dict[str, Any] = {"raw": call.raw, "timeout": timeout, "request_id": request_id}
 
     def whole(self) -> dict[str, Any]:
         """Wait for all answers.
 
         Raises:
-            LMBridgeError: the first error; the other answers have been aborted.
+            LMBridgeError: the first error; the other answers are aborted.
         """
         try:
             responses = self._responses()
@@ -50,13 +50,13 @@ class Answering:
         return self._writer.whole(heard, total_usage(heard, self._call.n), self._thoughts.count)
 
     def stream(self, heartbeat: float) -> tuple[Reader, Iterator[str | None]]:
-        """Begin the answers; returns what they are read from, and the data of their events.
+        """Start the answers; return their reader, and the data of their events.
 
         Args:
-            heartbeat: seconds of silence after which None stands in place of data.
+            heartbeat: seconds of silence after which to yield None instead of data.
 
         Raises:
-            LMBridgeError: what failed before the first token and early enough to have a status of its own.
+            LMBridgeError: the request failed before the first token, early enough for an HTTP status.
         """
         try:
             reader = self._open()
@@ -81,7 +81,7 @@ class Answering:
         return self._bridge.stream_many(choices, self._call.configs, **self._options)
 
     def _payloads(self, reader: Reader, pieces: Iterable[Piece | None]) -> Iterator[str | None]:
-        """An error ends them without the final word: what merely ends would look like success."""
+        """Yield the data of the events. After an error, leave out ``[DONE]``: the stream must not look complete."""
         try:
             for piece in pieces:
                 if piece is None:
@@ -118,7 +118,7 @@ class Answering:
 
 
 def _check(piece: Piece) -> None:
-    """Raise what has ended an answer before it was complete."""
+    """Raise the error of an answer that ended before it was complete."""
     _, delta = piece
     if delta.error is not None:
         raise delta.error
@@ -127,7 +127,7 @@ def _check(piece: Piece) -> None:
 
 
 def _complete(reader: Reader) -> list[Response]:
-    """The answers as they are as a whole; raises unless all of them are complete."""
+    """The whole answers; raises unless all are complete."""
     found = reader.responses if isinstance(reader, StreamGroup) else [reader.response]
     for response in found:
         if not isinstance(response, Response):

@@ -1,6 +1,6 @@
-"""What every request with a body begins with: it is read, and the model that it is for is found.
+"""The first step of every request with a body: reads the body, and finds the model.
 
-Rule: runs in the HTTP request's context, and asks no bridge yet. What else the body holds is read by others.
+Rule: runs in the HTTP request's context, and does not use the bridge yet. Other modules read the rest of the body.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class Asked:
     """One request with a JSON object as its body.
 
     Args:
-        task: what its model must do.
+        task: the task that its model must support.
 
     Attributes:
         values: the body.
-        timeout: seconds that it may take: the least of what the client and the server allow; None is for ever.
-        model: the name of the model that it is for.
+        timeout: seconds, the lower of the client's and the server's limits; None: no limit.
+        model: the name of its model.
 
     Raises:
-        LMBridgeError, HTTPException: the body is no such object, there is no such model, or it does something else.
+        LMBridgeError, HTTPException: the body is not a JSON object, or its model does not exist or support the task.
     """
 
     def __init__(self, task: Task) -> None:
@@ -51,35 +51,35 @@ class Asked:
 
     @property
     def client(self) -> Client:
-        """What asks the model in the name of the HTTP request."""
+        """The HTTP request's client of the model."""
         return request_bridge(self.model)
 
     def log(self, what: object) -> None:
-        """Log what is asked, where that was configured."""
+        """Log the prompt, if so configured."""
         if self._settings.log_prompts:
             logger.info("%s asks %s: %r", guard.request_id(), self.model, what)
 
 
 def read_truncate(fields: Fields, default: Literal["error", "end"]) -> Literal["error", "end"]:
-    """What to do with a text longer than the model reads: ``true`` or ``"end"`` cuts off its end."""
+    """What to do with a text that is too long for the model: ``true`` or ``"end"`` cuts off its end."""
     given = fields.take("truncate", _TRUNCATE)
     return default if given is None else "end" if given in (True, "end") else "error"
 
 
 def refuse_too_many(count: int, field: str) -> None:
-    """Raise InvalidRequestError where a list is longer than one request may have it."""
+    """Raise InvalidRequestError if a list is too long for one request."""
     if count > MAX_ITEMS:
         raise InvalidRequestError(
-            f"One request takes at most {MAX_ITEMS:,} items; {field} has {count:,}. Send several requests.", field
+            f"{field} has {count:,} items; one request takes at most {MAX_ITEMS:,}. Send several requests.", field
         )
 
 
 def put_in_clients_words(error: LMBridgeError, field: str, whole: tuple[str, ...] = ()) -> None:
-    """Have the error of one of a list's items say where that stands in the client's request: ``input[3]``.
+    """Make the error of a list's item name its place in the client's request, such as ``input[3]``.
 
     Args:
-        field: what the list is called there.
-        whole: fields of the request that concern all items, so that the first one is no more at fault than the others.
+        field: the list's name there.
+        whole: fields that concern all items, whose errors name no item.
     """
     place, error.listed = error.index, field.rstrip("s").capitalize()
     if not isinstance(error, InvalidRequestError):

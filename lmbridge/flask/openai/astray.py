@@ -1,6 +1,6 @@
-"""What is asked for beside the routes: a client whose base URL lacks the prefix is told the right path.
+"""Handles unknown paths: tells a client whose base URL lacks the prefix the right path.
 
-Rule: HTTP only. Beside the prefix it speaks up only where the app has no route of its own.
+Rule: HTTP only. Outside the prefix, it responds only if the app has no route for the path.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ ROUTES = ("/chat/completions", "/completions", "/responses", "/embeddings", "/mo
 
 
 def no_such_route(rest: str = "") -> NoReturn:
-    """For what is asked for below the prefix."""
+    """Refuse an unknown path below the prefix."""
     base = _base(".chat_completions")
     listed = ", ".join(f"{base}{route}" for route in ROUTES)
-    raise NotFound(f"There is no such route here; there are {listed} and {base}/models/{{id}}.")
+    raise NotFound(f"There is no such route; use {listed} or {base}/models/{{id}}.")
 
 
 def install(state: BlueprintSetupState) -> None:
-    """Have an app that registers the blueprint answer what lacks the prefix."""
+    """Make an app that registers the blueprint respond to paths that lack the prefix."""
 
     def tell() -> Response | None:
         path = request.path.rstrip("/")
@@ -33,7 +33,7 @@ def install(state: BlueprintSetupState) -> None:
         if not known or not isinstance(request.routing_exception, NotFound):
             return None
         right = f"{_base(endpoint)}{path}"
-        return guard.finish(error_response(NotFound(f"There is no {path} here; ask for {right}.")))
+        return guard.finish(error_response(NotFound(f"There is no route {path}; use {right} instead.")))
 
     endpoint = f"{state.name_prefix}.{state.name}.chat_completions".lstrip(".")
     assert isinstance(state.app, Flask)
@@ -41,5 +41,5 @@ def install(state: BlueprintSetupState) -> None:
 
 
 def _base(endpoint: str) -> str:
-    """What stands before the routes as clients see them: the prefix, and below it whatever the app is mounted on."""
+    """The part of the routes' paths before their own names: where the app is mounted, and the prefix."""
     return url_for(endpoint).removesuffix("/chat/completions")

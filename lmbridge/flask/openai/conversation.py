@@ -1,6 +1,6 @@
-"""Chat messages as OpenAI's clients send them, made into a conversation that a chat template takes.
+"""Reads chat messages from OpenAI's clients into a conversation for a chat template.
 
-Rule: pure functions of the client's JSON. What is no text is refused rather than left out.
+Rule: pure functions of the client's JSON. Content other than text is refused, not ignored.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from lmbridge.errors import InvalidRequestError
 from lmbridge.flask.openai.fields import wrong
 from lmbridge.messages import Message, ToolCall
 
-ROLES = {  # as clients say it: as templates know it
+ROLES = {  # the client's name: the template's name
     "system": "system",
     "developer": "system",
     "user": "user",
@@ -19,10 +19,10 @@ ROLES = {  # as clients say it: as templates know it
     "tool": "tool",
     "function": "function",
 }
-_TEXT_KEYS = {"text": "text", "refusal": "refusal"}  # type of a part: where its text is
-_REASONING = ("reasoning", "reasoning_content")  # servers' names of it; the latter wins
-_INSTEAD = ("tool_calls", "refusal", *_REASONING)  # what an answer without content has
-_REFUSED = {  # would change the prompt
+_TEXT_KEYS = {"text": "text", "refusal": "refusal"}  # a part's type: the key of its text
+_REASONING = ("reasoning", "reasoning_content")  # names that servers use; the latter takes precedence
+_INSTEAD = ("tool_calls", "refusal", *_REASONING)  # an assistant's message without content has one of these
+_REFUSED = {  # they would change the prompt
     "audio": "it is not supported here",
     "function_call": "send tool_calls instead",
     "prefix": "send continue_final_message instead",
@@ -30,10 +30,10 @@ _REFUSED = {  # would change the prompt
 
 
 def read_messages(messages: Any) -> list[Message]:
-    """The conversation; each message has a role and one text as its content.
+    """Read the conversation; each message has a role and a string as its content.
 
     Raises:
-        InvalidRequestError: there is none, or one is malformed or holds more than text.
+        InvalidRequestError: there are no messages, or one is malformed or contains anything but text.
     """
     if not isinstance(messages, list) or not messages:
         raise InvalidRequestError("messages must be a list of at least one message.", "messages")
@@ -54,11 +54,11 @@ def _read_message(message: Any, path: str) -> Message:
 
 
 def _of_role(role: str, message: dict[str, Any], path: str) -> Message:
-    """What messages of that role alone hold."""
+    """The fields that only messages of that role have."""
     if role == "assistant":
         return _of_assistant(message, path)
     if message.get("tool_calls"):
-        raise wrong(f"{path}.tool_calls", "left out (it is the assistant that calls)", message["tool_calls"])
+        raise wrong(f"{path}.tool_calls", "left out (only assistant messages have it)", message["tool_calls"])
     return {"tool_call_id": _text(message, "tool_call_id", path)} if role == "tool" else {}
 
 

@@ -1,4 +1,4 @@
-"""Which pages of other origins a browser lets read the answers: none, unless LMBRIDGE_CORS_ORIGINS names them.
+"""CORS: lets pages of the origins in LMBRIDGE_CORS_ORIGINS read the responses.
 
 Rule: response headers only. Credentials are never allowed: a page sends its key itself.
 """
@@ -14,7 +14,7 @@ MAX_AGE = "600"  # seconds that a browser may remember a preflight
 
 
 def allow(request: Request, response: Response, origins: Sequence[str]) -> None:
-    """Add the headers for the request's origin where it is one of ``origins`` (``*`` is all)."""
+    """Add the headers for the request's origin if it is one of ``origins`` (``*`` means all)."""
     if not origins:
         return
     headers = response.headers

@@ -1,7 +1,7 @@
-"""Embeddings as OpenAI's clients ask for them.
+"""Embeddings for OpenAI's clients.
 
-Rule: reading and writing are pure functions of JSON; asking works with any client's verbs, on the thread of the HTTP
-request. Each input is a request of its own to the bridge, so that the inputs of many clients share batches.
+Rule: reading and writing are pure functions of JSON; asking works with any Client, on the thread of the HTTP request.
+Each input is a separate request to the bridge, so that the inputs of many clients share batches.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class EmbeddingCall:
     """One checked request.
 
     Attributes:
-        texts: one text, a string or token ids, or a list of those.
-        options: for the bridge.
+        texts: one text, as a string or token ids, or a list of texts.
+        options: options of ``embed``.
         base64: write vectors as base64 of little-endian float32.
     """
 
@@ -46,13 +46,13 @@ class EmbeddingCall:
 
 
 def read_embeddings(values: dict[str, Any]) -> EmbeddingCall:
-    """A body of ``embeddings``.
+    """Read a body of ``embeddings``.
 
     Raises:
-        InvalidRequestError: a field is missing or impossible; ``param`` names it.
+        InvalidRequestError: a field is missing or invalid; ``param`` names it.
     """
     fields = Fields(values)
-    fields.take("user", TEXT)  # checked and otherwise ignored: it buys no turns
+    fields.take("user", TEXT)  # checked but ignored: clients cannot choose their account
     options = {
         "dimensions": fields.take("dimensions", _DIMENSIONS),
         "normalize": fields.take("normalize", BOOL, True),
@@ -67,10 +67,10 @@ def read_embeddings(values: dict[str, Any]) -> EmbeddingCall:
 
 
 def ask_embeddings(call: EmbeddingCall, bridge: Client, request_id: str, timeout: float | None) -> list[Response]:
-    """Wait for one Response for each text, with its vector as ``value``.
+    """Wait for one Response per text, with its vector as ``value``.
 
     Raises:
-        LMBridgeError: the first error, in the client's words; the other texts have been aborted.
+        LMBridgeError: the first error, with the client's field names; the other texts are aborted.
     """
     try:
         found = bridge.embed(call.texts, details=True, request_id=request_id, timeout=timeout, **call.options)
@@ -81,7 +81,7 @@ def ask_embeddings(call: EmbeddingCall, bridge: Client, request_id: str, timeout
 
 
 def write_embeddings(responses: Sequence[Response], model: str, as_base64: bool) -> dict[str, Any]:
-    """The answer's JSON object, with the vectors in the order of their texts."""
+    """The JSON object of the response, with the vectors in the order of the texts."""
     import numpy as np
 
     data = []
@@ -115,7 +115,7 @@ _INPUT = Kind(
 def _read_texts(fields: Fields) -> Any:
     given = fields.take("input", _INPUT)
     if given is None:
-        raise InvalidRequestError("input is missing: the texts to embed.", "input")
+        raise InvalidRequestError("input is missing; send the texts to embed.", "input")
     if isinstance(given, list) and not is_int(given[0]):
         refuse_too_many(len(given), "input")
     return given

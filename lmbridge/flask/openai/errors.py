@@ -1,6 +1,6 @@
-"""Errors in OpenAI's envelope, as responses and as the last event of a stream.
+"""Writes errors in OpenAI's envelope, as responses and as the last event of a stream.
 
-Rule: which status and words an error has is said by ``lmbridge.flask.errors``; here is only their form.
+Rule: ``lmbridge.flask.errors`` decides an error's status and message; only the form is decided here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class RefusedError(Exception):
-    """A request that is turned away before it gets near a bridge."""
+    """A request refused before it reaches a bridge."""
 
     def __init__(self, error: HttpError) -> None:
         super().__init__(error.message)
@@ -25,18 +25,18 @@ class RefusedError(Exception):
 
 
 def error_response(error: BaseException) -> Response:
-    """The response to a request that failed."""
+    """The error response to a failed request."""
     described = describe(error)
     return Response(_envelope(described), described.status, described.headers, mimetype="application/json")
 
 
 def error_payload(error: BaseException) -> str:
-    """The data of an event that ends a stream which failed; its status was sent long before."""
+    """The data of the event that ends a failed stream, whose status has already been sent."""
     return _envelope(describe(error))
 
 
 def describe(error: BaseException) -> HttpError:
-    """What an error is over HTTP; the server's own faults are logged."""
+    """An error's HTTP form; logs errors that are the server's fault."""
     if isinstance(error, RefusedError):
         return error.error
     described = http_error(error)
@@ -47,7 +47,7 @@ def describe(error: BaseException) -> HttpError:
 
 
 def _names(error: BaseException | None) -> str:
-    """The error and its causes by their classes. Their messages may quote the prompt, which is nobody's to log."""
+    """The class names of the error and its causes. Messages may quote the prompt, which must not be logged."""
     names = []
     while error is not None:
         names.append(type(error).__name__)

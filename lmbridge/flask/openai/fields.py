@@ -1,7 +1,7 @@
-"""One JSON object's fields, each checked as it is taken.
+"""Reads the fields of a JSON object, and checks each one.
 
-Rule: pure functions of what the client sent; neither Flask nor an engine is known. ``null`` counts as not given, as in
-OpenAI's own API. A wrong value raises InvalidRequestError with ``param`` set to the field's name in OpenAI's words.
+Rule: pure functions of the client's JSON; knows neither Flask nor an engine. ``null`` counts as not given, as in
+OpenAI's own API. An invalid value raises InvalidRequestError with ``param`` set to the client's name of the field.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any, NoReturn
 
 from lmbridge.errors import InvalidRequestError
 
-LARGEST_ID = 2**31 - 1  # of a token, and the largest count of anything
-_SHOWN = 80  # characters of a wrong value
+LARGEST_ID = 2**31 - 1  # the largest token id, and the largest count of anything
+_SHOWN = 80  # characters of an invalid value shown in its error
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a field may hold, how to say so, and the plain value of what it holds."""
+    """A field's check, the words for it in errors, and the conversion of valid values."""
 
     holds: Callable[[Any], bool]
     expected: str
@@ -30,7 +30,7 @@ class Kind:
 
 
 def integer(low: int, high: int) -> Kind:
-    """An int from ``low`` to ``high``, as ``is_int`` takes it."""
+    """An integer from ``low`` to ``high``, as ``is_int`` defines it."""
     return Kind(lambda value: is_int(value) and low <= value <= high, f"an integer from {low} to {high}", int)
 
 
@@ -40,7 +40,7 @@ def number(low: float, high: float) -> Kind:
 
 
 def is_int(value: object) -> bool:
-    """Whether it is a whole number. JSON has one kind of number, so that 20.0 is one too; true and false are none."""
+    """Whether it is an integer. JSON has only one kind of number, so 20.0 is one too; true and false are not."""
     if isinstance(value, float):
         return value.is_integer()
     return isinstance(value, int) and not isinstance(value, bool)
@@ -52,12 +52,12 @@ def is_number(value: object) -> bool:
 
 
 def are_ids(value: object) -> bool:
-    """Whether it is a list of what may be token ids, with at least one of them."""
+    """Whether it is a list of possible token ids that is not empty."""
     return isinstance(value, list) and bool(value) and all(is_int(item) and 0 <= item <= LARGEST_ID for item in value)
 
 
 def plain_ids(value: Any) -> Any:
-    """The numbers in a list, or in lists of one, as ints; what else there is stays as it is."""
+    """Convert the numbers in a list, or in its lists, to ints; leave everything else as it is."""
     if isinstance(value, list):
         return [plain_ids(item) for item in value]
     return int(value) if isinstance(value, float) else value
@@ -69,32 +69,32 @@ OBJECT = Kind(lambda value: isinstance(value, dict), "an object")
 
 
 def as_json(value: object) -> str:
-    """What a client sent, as it sent it, but for the middle of what is long."""
+    """A client's value as JSON, without the middle if it is long."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}…{text[-_SHOWN // 4 :]}"
 
 
 def wrong(path: str, expected: str, value: object) -> InvalidRequestError:
-    """The error of a value that is not what it must be; ``path`` is where the client wrote it."""
+    """The error for an invalid value; ``path`` is its place in the client's JSON."""
     return InvalidRequestError(f"{path} must be {expected}, not {as_json(value)}.", path)
 
 
 class Fields:
-    """The fields of one object. ``path`` stands before their names in errors."""
+    """The fields of one object. Errors put ``path`` before their names."""
 
     def __init__(self, values: dict[str, Any], path: str = "") -> None:
         self._values = values
         self._path = path
 
     def get(self, name: str) -> Any:
-        """The value as it came; None where it was not given."""
+        """The unchecked value; None if not given."""
         return self._values.get(name)
 
     def take(self, name: str, kind: Kind, default: Any = None) -> Any:
-        """The checked, plain value; ``default`` where it was not given.
+        """The checked and converted value; ``default`` if not given.
 
         Raises:
-            InvalidRequestError: it is not of the kind.
+            InvalidRequestError: the value is invalid.
         """
         value = self._values.get(name)
         if value is None:
@@ -104,30 +104,30 @@ class Fields:
         return kind.plain(value)
 
     def refuse(self, name: str, expected: str) -> NoReturn:
-        """Raise InvalidRequestError: the field must be what ``expected`` says."""
+        """Raise InvalidRequestError: the field must be ``expected``."""
         raise wrong(self._path + name, expected, self._values.get(name))
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
-    """A request's body as the JSON object it must be.
+    """Parse a request body, which must be a JSON object.
 
     Raises:
-        InvalidRequestError: it is no JSON of UTF-8, no object, nests too deeply, or holds NaN, Infinity or half a
-            character.
+        InvalidRequestError: it is not JSON in UTF-8, not an object, nests too deeply, or contains NaN, Infinity or half
+            of a surrogate pair.
     """
     try:
         value = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant)
-        if _SURROGATE.search(raw):  # an escaped half of a pair is JSON, but no text that could be encoded again
+        if _SURROGATE.search(raw):  # an escaped half of a pair is valid JSON, but cannot be encoded again
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as cause:  # bad UTF-8 and integers of thousands of digits are ValueErrors
-        raise InvalidRequestError(f"The request's body is not valid JSON: {_reason(cause)}.") from None
+        raise InvalidRequestError(f"The request body is not valid JSON: {_reason(cause)}.") from None
     if not isinstance(value, dict):
-        raise InvalidRequestError(f"The request's body must be a JSON object, not {as_json(value)}.")
+        raise InvalidRequestError(f"The request body must be a JSON object, not {as_json(value)}.")
     return value
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _reason(cause: Exception) -> str:

@@ -1,6 +1,6 @@
-"""Log-probabilities in the two forms OpenAI's clients know: a chat's, and a completion's.
+"""Writes log-probabilities in the two forms of OpenAI's API: for chats, and for completions.
 
-Rule: plain data in, plain data out. Every number is finite, since JSON knows no other.
+Rule: plain data in, plain data out. All numbers are finite, as JSON requires.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from typing import Any, Protocol
 
 from lmbridge.messages import Logprobs
 
-UNLIKELY = -9999.0  # OpenAI's word for a probability of nothing
-AT_ONCE = 1000  # tokens: the engine looks them up where it also makes everybody's next ones
+UNLIKELY = -9999.0  # OpenAI's value for a probability of zero
+AT_ONCE = 1000  # tokens per question: the engine's thread, which also serves all others, looks them up
 
 AskTexts = Callable[[Sequence[int]], list[str]]
 
 
 class TokenTexts:
-    """Each token's own text, asked of the engine once per answer and token; ``token_id:7`` where it cannot tell.
+    """The text of each token, looked up in the engine once per answer; ``token_id:7`` if the engine has none.
 
     Args:
-        as_ids: write all tokens like that; ``own`` still tells their texts.
+        as_ids: write all tokens like that; ``own`` still returns their texts.
     """
 
     def __init__(self, ask: AskTexts, as_ids: bool = False) -> None:
         self.as_ids = as_ids
         self._ask = ask
-        self._known: dict[int, str] = {}  # "" where the engine cannot tell
+        self._known: dict[int, str] = {}  # empty if the engine has none
 
     def learn(self, token_ids: Iterable[int]) -> None:
-        """Ask for those that are not known yet, as few times as may be."""
+        """Look up the unknown ones, in as few questions as possible."""
         new = list(dict.fromkeys(token for token in token_ids if token not in self._known))
         for start in range(0, len(new), AT_ONCE):
             asked = new[start : start + AT_ONCE]
@@ -38,16 +38,16 @@ class TokenTexts:
             self._known.update(zip(asked, texts, strict=True))
 
     def joined(self, token_ids: Sequence[int]) -> str:
-        """A text of the tokens' texts; of a character that several tokens share, U+FFFD for each."""
+        """The joined texts of the tokens; a character that spans several tokens becomes one U+FFFD per token."""
         self.learn(token_ids)
         return "".join([self[token] for token in token_ids])
 
     def own(self, token: int) -> str:
-        """A token's text; "" where the engine cannot tell."""
+        """A token's text; empty if the engine has none."""
         return self._known[token]
 
     def __getitem__(self, token: int) -> str:
-        """How a token is written."""
+        """The written form of a token."""
         return (not self.as_ids and self._known[token]) or f"token_id:{token}"
 
 
@@ -55,12 +55,12 @@ class LogprobsForm(Protocol):
     """One of the two forms."""
 
     def render(self, index: int, entries: Sequence[Logprobs], first: int | None = None) -> dict[str, Any]:
-        """One answer's next places.
+        """Write the log-probabilities of an answer's next tokens.
 
         Args:
-            index: the answer's.
-            entries: one for each place.
-            first: a token that goes before them, of whose probability nothing is known.
+            index: the answer's index.
+            entries: one per token.
+            first: a token before them, whose probability is unknown.
         """
         ...
 
@@ -69,7 +69,7 @@ class ChatLogprobs:
     """``{"content": [{"token", "logprob", "bytes", "top_logprobs": [...]}]}``.
 
     Args:
-        top: how many of the likeliest tokens each place lists.
+        top: how many of the likeliest tokens to list for each token.
     """
 
     def __init__(self, texts: TokenTexts, top: int) -> None:
@@ -90,12 +90,12 @@ class ChatLogprobs:
 
 
 class CompletionLogprobs:
-    """``{"tokens", "token_logprobs", "top_logprobs", "text_offset"}``, lists of one entry per place.
+    """``{"tokens", "token_logprobs", "top_logprobs", "text_offset"}``, lists with one entry per token.
 
-    Tokens written as ids are followed by ``token_texts``, which says what each of them stands for.
+    If tokens are written as ids, ``token_texts`` has the text of each.
 
     Args:
-        answers: how many there are.
+        answers: the number of answers.
     """
 
     def __init__(self, texts: TokenTexts, answers: int) -> None:
@@ -139,5 +139,5 @@ def _finite(logprob: float) -> float:
 
 
 def _bytes(text: str) -> list[int] | None:
-    """None for a token whose text is not known, or is part of a character, whose bytes it does not show."""
+    """The bytes of a token's text; None if the text is unknown, or part of a character and its bytes therefore are."""
     return list(text.encode()) if text and "\N{REPLACEMENT CHARACTER}" not in text else None

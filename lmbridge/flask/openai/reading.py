@@ -1,7 +1,7 @@
-"""A request's JSON object made into a checked call.
+"""Reads a request's JSON object into a checked call.
 
-Rule: pure functions of the client's JSON and of what the model's engine supports; nothing is sent here. Every fault is
-an InvalidRequestError with ``param`` in the client's own words.
+Rule: pure functions of the client's JSON and of what the model's engine supports; sends nothing. Every error is an
+InvalidRequestError whose ``param`` is the client's own field.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lmbridge.flask.openai.sampling import WHAT_FITS, Body, given_name, read_con
 from lmbridge.flask.openai.table import CHAT, COMPLETIONS, MAX_CHOICES
 from lmbridge.messages import GenerationConfig, Prompt
 
-COMPLETION_TOKENS = 16  # what OpenAI's completions default to; chats go on for as long as they fit
+COMPLETION_TOKENS = 16  # OpenAI's default for completions; for chats, it is what fits into the context
 
 
 @dataclass(frozen=True)
@@ -25,18 +25,18 @@ class Call:
     """One checked request.
 
     Attributes:
-        fields: what it was read from.
-        prompt_name: what the prompt is called there.
-        prompts: at least one; ``n`` answers are wanted of each.
+        fields: the request's body.
+        prompt_name: the prompt's name in it.
+        prompts: at least one; each gets ``n`` answers.
         config: how to generate; see ``configs``.
-        raw: texts go to the model as they are.
-        stream: answer with server-sent events.
+        raw: send texts to the model without a chat template.
+        stream: respond with server-sent events.
         include_usage: end the events with the token counts.
         echo: put the prompt before its answers.
-        silent: leave the answers out; the one token that an engine makes at least is nobody's.
-        reasoning: tell what the model thinks before its answers.
-        token_ids: tell the prompt's and the answers' token ids.
-        tokens_as_ids: write the tokens of log-probabilities as their ids.
+        silent: return no answers: ``max_tokens`` is 0, but an engine generates at least one token.
+        reasoning: return the model's reasoning.
+        token_ids: return the token ids of the prompt and the answers.
+        tokens_as_ids: write the tokens of log-probabilities as ids.
     """
 
     fields: Body
@@ -55,12 +55,12 @@ class Call:
 
     @property
     def choices(self) -> list[Prompt]:
-        """One prompt for each answer, in the order of the answers."""
+        """One prompt per answer, in the order of the answers."""
         return [prompt for prompt in self.prompts for _ in range(self.n)]
 
     @property
     def configs(self) -> list[GenerationConfig]:
-        """One config for each answer. A prompt's answers draw with seeds of their own, or they would be the same."""
+        """One config per answer. Each answer to a prompt has its own seed; otherwise all would be the same."""
         seed = self.config.random_seed
         if seed is None or self.n == 1:
             return [self.config] * len(self.choices)
@@ -68,10 +68,10 @@ class Call:
 
 
 def read_chat(values: dict[str, Any], supported: Set[str]) -> Call:
-    """A body of ``chat/completions``."""
+    """Read a body of ``chat/completions``."""
     body = Body(values, CHAT)
     if body.value("continue_final_message") and body.value("add_generation_prompt"):
-        body.refuse("continue_final_message", "false where add_generation_prompt is true")
+        body.refuse("continue_final_message", "false if add_generation_prompt is true")
     told = body.value("include_reasoning", True)
     config = read_config(
         body,
@@ -93,7 +93,7 @@ def read_chat(values: dict[str, Any], supported: Set[str]) -> Call:
 
 
 def read_completion(values: dict[str, Any], supported: Set[str]) -> Call:
-    """A body of ``completions``."""
+    """Read a body of ``completions``."""
     body = Body(values, COMPLETIONS)
     prompts = _read_prompts(body)
     most, logprobs, echo = _most_tokens(body, COMPLETION_TOKENS), body.value("logprobs"), body.value("echo", False)
@@ -101,7 +101,7 @@ def read_completion(values: dict[str, Any], supported: Set[str]) -> Call:
     if echo:
         more |= _echoing(body, most, logprobs)
     elif not most:
-        body.refuse(given_name("max_new_tokens", body), "at least 1 where the prompt is not echoed")
+        body.refuse(given_name("max_new_tokens", body), "at least 1 unless echo is true")
     return Call(
         body,
         "prompt",
@@ -116,13 +116,13 @@ def read_completion(values: dict[str, Any], supported: Set[str]) -> Call:
 
 
 def _manners(body: Body) -> dict[str, Any]:
-    """How to answer. ``user`` is checked and otherwise ignored: it buys no turns."""
+    """How to respond. ``user`` is checked but ignored: clients cannot choose their account."""
     body.value("user")
     stream = body.value("stream", False)
     options = body.value("stream_options")
     if options and not stream:
         raise InvalidRequestError(
-            "stream_options is for streams; set stream to true, or leave it out.", "stream_options"
+            "stream_options requires stream; set stream to true, or leave stream_options out.", "stream_options"
         )
     return {
         "stream": stream,
@@ -133,11 +133,11 @@ def _manners(body: Body) -> dict[str, Any]:
 
 
 def _count(body: Body, prompts: int) -> int:
-    """``n``, such that there are at most MAX_CHOICES answers in all."""
+    """Read ``n``, and check that the request has at most MAX_CHOICES answers."""
     n: int = body.value("n", 1)
     if n * prompts > MAX_CHOICES:
         raise InvalidRequestError(
-            f"One request gets at most {MAX_CHOICES} answers; {prompts} prompts with n = {n} ask for {n * prompts}. "
+            f"{prompts} prompts with n = {n} ask for {n * prompts} answers; one request gets at most {MAX_CHOICES}. "
             "Send several requests.",
             "n" if n > 1 else "prompt",
         )
@@ -145,7 +145,7 @@ def _count(body: Body, prompts: int) -> int:
 
 
 def _most_tokens(body: Body, default: int) -> int:
-    """The newer name wins where both are given."""
+    """The limit of an answer's tokens. The newer name takes precedence."""
     older: int = body.value("max_tokens", default)
     newer: int = body.value("max_completion_tokens", older)
     return newer
@@ -158,7 +158,7 @@ def _chat_logprobs(body: Body) -> int | None:
     wanted = body.value("logprobs", False)
     top: int | None = body.value("top_logprobs")
     if top and not wanted:
-        raise InvalidRequestError("top_logprobs needs logprobs set to true.", "top_logprobs")
+        raise InvalidRequestError("top_logprobs requires logprobs; set logprobs to true.", "top_logprobs")
     return (top or 0) if wanted else None
 
 
@@ -174,19 +174,19 @@ def _template_variables(body: Body) -> dict[str, Any] | None:
 def _read_prompts(body: Body) -> list[Prompt]:
     given = body.value("prompt")
     if given is None:
-        raise InvalidRequestError("prompt is missing.", "prompt")
+        raise InvalidRequestError("prompt is missing; send a prompt.", "prompt")
     single = isinstance(given, str) or is_int(given[0])
     return [given] if single else list(given)
 
 
 def _echoing(body: Body, most: int, logprobs: int | None) -> dict[str, Any]:
-    """The options of a request whose prompt is echoed.
+    """The options of a request with ``echo``.
 
-    Clients that want the prompt's log-probabilities and one token more cut that token's off the end. Of an answer that
-    ends at once there would be none to cut, so it must not end.
+    Clients that want only the prompt's log-probabilities ask for one more token and drop the last entry. If the answer
+    ended at once there would be nothing to drop, so it must not end.
     """
     if body.get("truncate_prompt_tokens") is not None:
-        body.refuse("echo", "false beside truncate_prompt_tokens")
+        body.refuse("echo", "false with truncate_prompt_tokens")
     if logprobs is None:
         return {}
     return {"prompt_logprobs": logprobs, **({"ignore_eos": True} if most == 1 else {})}

@@ -1,6 +1,6 @@
 """The blueprint and its views.
 
-Rule: HTTP only. Reading a body, asking a bridge and writing an answer are done by the modules named after it.
+Rule: HTTP only; ``reading`` reads bodies, ``answering`` uses the bridge, and ``writing`` writes answers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ blueprint = Blueprint("lmbridge_openai", __name__, url_prefix="/v1")
 blueprint.before_request(guard.begin)
 blueprint.after_request(guard.finish)
 blueprint.register_error_handler(Exception, error_response)
-for _status in default_exceptions:  # or an app's own handlers of these would go first
+for _status in default_exceptions:  # otherwise an app's own handlers of these would take precedence
     blueprint.register_error_handler(_status, error_response)
 blueprint.record(astray.install)
 
@@ -68,7 +68,7 @@ def list_models() -> Response:
 
 @blueprint.get("/models/<path:name>")
 def show_model(name: str) -> Response:
-    """Clients write the slash of ``org/model`` as ``%2F``, which some servers leave as it came."""
+    """Describe a model. Clients may encode the slash of ``org/model`` as ``%2F``, which some servers do not decode."""
     models = current_models()
     return _json(_model(models, name if name in models.names() else unquote(name)))
 
@@ -103,7 +103,7 @@ def _completion_writer(call: Call, bridge: Bridge, model: str) -> Writer:
 
 
 def _echo(prompts: list[Any], texts: TokenTexts) -> Callable[[int], str]:
-    """The engine is asked for the texts of token ids once it has answered: before, it may not be loaded."""
+    """Return the echo of an answer's prompt. The engine has the texts of token ids only once it is loaded."""
     return lambda index: prompts[index] if isinstance(prompts[index], str) else texts.joined(prompts[index])
 
 
@@ -112,7 +112,7 @@ def _facts(model: str) -> tuple[str, int, str]:
 
 
 def _model(models: Models, name: str) -> dict[str, Any]:
-    """``lmbridge`` is ours: ``tasks``, where they are known, and whether it is the model that comes with lmbridge."""
+    """A model's JSON. The member ``lmbridge`` is our own: the ``tasks``, if known, and whether the model is bundled."""
     facts = {"id": name, "object": "model", "created": models.created(name), "owned_by": "lmbridge"}
     ours: dict[str, Any] = {"tasks": tasks} if (tasks := sorted(models.tasks(name))) else {}
     if models.bridge(name).describe().partition(" on ")[0] == DEMO:
@@ -124,7 +124,7 @@ def _json(value: object) -> Response:
     return Response(json.dumps(value, allow_nan=False), mimetype="application/json")
 
 
-# --- whatever else is asked for under the prefix gets its error in the envelope too ---
+# --- wrong methods and unknown paths below the prefix, whose errors have the envelope too ---
 
 
 for _rule, _name, _method in (

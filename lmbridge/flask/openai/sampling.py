@@ -1,6 +1,6 @@
-"""From OpenAI's sampling fields to a GenerationConfig, and back to OpenAI's names in errors.
+"""Translates OpenAI's sampling fields into a GenerationConfig, and GenerationConfig's names in errors into OpenAI's.
 
-Rule: pure functions of one request's fields and of its route's table, which says what they mean.
+Rule: pure functions of a request's fields and its route's table, which defines them.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from lmbridge.flask.openai.table import Field
 from lmbridge.messages import GenerationConfig, Overrides
 
 TEMPERATURE = 1.0  # OpenAI's default
-BY_DEFAULT = ("temperature", "separate_reasoning")  # GenerationConfig's fields that are set though nobody gave them
-WHAT_FITS = LARGEST_ID  # tokens; the engine ends an answer where the model's context does
+BY_DEFAULT = ("temperature", "separate_reasoning")  # GenerationConfig's fields that are set by default
+WHAT_FITS = LARGEST_ID  # tokens; the engine ends an answer when the model's context is full
 
 
 class Body(Fields):
-    """The fields of a request's body, each of the kind that its route's table says."""
+    """The fields of a request's body, checked as its route's table says."""
 
     def __init__(self, values: dict[str, Any], table: Mapping[str, Field]) -> None:
         super().__init__(values)
         self.table = table
 
     def value(self, name: str, default: Any = None) -> Any:
-        """The checked value; ``default`` where it was not given."""
+        """The checked value; ``default`` if not given."""
         return self.take(name, self.table[name].kind, default)
 
 
 def read_config(body: Body, supported: Set[str], **more: Any) -> GenerationConfig:
-    """The request's GenerationConfig.
+    """Make the request's GenerationConfig.
 
     Args:
-        supported: the GenerationConfig fields that the engine honours; the defaults keep to them.
-        more: fields of it that take more than one of the client's to tell.
+        supported: the GenerationConfig fields that the engine supports; only these get defaults.
+        more: GenerationConfig fields that depend on several of the client's.
 
     Raises:
-        InvalidRequestError: a value is impossible, or nothing here can honour it.
+        InvalidRequestError: a value is invalid or not supported.
     """
     refuse_unanswerable(body)
     overrides: dict[str, Any] = {"temperature": TEMPERATURE} if "temperature" in supported else {}
@@ -55,12 +55,12 @@ def read_config(body: Body, supported: Set[str], **more: Any) -> GenerationConfi
         value = body.value(field.name)
         if value is not None and value not in field.neutral:
             if field.option == "grammar" and overrides.get("grammar", field.convert(value)) != field.convert(value):
-                body.refuse(field.name, "left out: another field says already what form the answer has")
+                body.refuse(field.name, "left out: another field already sets the answer's format")
             overrides[field.option] = field.convert(value)
     overrides.update(more)
     drop_idle(overrides)
     most = given_name("max_new_tokens", body)
-    if "max_new_tokens" not in supported and body.get(most) is None:  # a limit of our own is nothing to be refused
+    if "max_new_tokens" not in supported and body.get(most) is None:  # our default must not be refused
         del overrides["max_new_tokens"]
     elif overrides.get("min_new_tokens", 0) > overrides["max_new_tokens"]:
         body.refuse("min_tokens", f"at most {most}, which is {overrides['max_new_tokens']}")
@@ -77,27 +77,27 @@ def _typed(overrides: dict[str, Any]) -> Overrides:
 
 
 def refuse_unanswerable(body: Body) -> None:
-    """Raise InvalidRequestError, naming the field, for what would change the answer and cannot be honoured."""
-    excused = {"best_of"}  # of these some values ask for nothing beside others
+    """Raise InvalidRequestError for an unsupported field that would change the answer."""
+    excused = {"best_of"}  # without effect in combination with certain values of other fields
     if body.get("function_call") == "none":
         excused.add("functions")
     for field in body.table.values():
         if field.fate == "refused" and field.name not in excused:
             body.value(field.name)
     if body.get("best_of") not in (None, body.value("n", 1)):
-        body.refuse("best_of", "the same as n (answers are not ranked here)")
+        body.refuse("best_of", "the same as n (ranking answers is not supported)")
 
 
-# --- errors in the client's words ---
+# --- errors with the client's field names ---
 
 
 def in_clients_words(error: InvalidRequestError, body: Body, prompt: str) -> LMBridgeError:
-    """The error with OpenAI's name for the field at fault, where the bridge or its engine found the fault.
+    """Translate an error of the bridge or its engine: use OpenAI's name of the field.
 
-    What is asked for by default is nobody's fault: what the engine knows was not known yet while it was loading.
+    An unsupported default is not the client's fault: while the engine was loading, its options were unknown.
 
     Args:
-        prompt: what the prompt is called in this request: ``messages`` or ``prompt``.
+        prompt: the prompt's name in this request: ``messages``, ``prompt`` or ``input``.
     """
     if error.param == "prompt":
         error.param = prompt
@@ -112,12 +112,12 @@ def in_clients_words(error: InvalidRequestError, body: Body, prompt: str) -> LMB
     if not isinstance(error, UnsupportedOptionError):
         return error
     if option in BY_DEFAULT and body.get(name) is None:
-        return EngineStartError("The model was still being loaded; send the request again.")
-    return UnsupportedOptionError(f"{name} is not supported by the engine of this model; leave it out.", name)
+        return EngineStartError("The model was still loading; send the request again.")
+    return UnsupportedOptionError(f"This model's engine does not support {name}; leave it out.", name)
 
 
 def given_name(option: str, body: Body) -> str:
-    """What the client calls GenerationConfig's field: of several names the one that it has given."""
+    """The client's name for a field of GenerationConfig: if there are several, the one given."""
     names = [field.name for field in body.table.values() if field.option == option]
     given = [name for name in reversed(names) if body.get(name) is not None]
     return next(iter([*given, *names]), option)

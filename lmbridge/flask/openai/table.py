@@ -1,8 +1,8 @@
-"""The fields of chats and completions: what each may hold, and what becomes of it.
+"""The fields of chats and completions: their values, and how they are handled.
 
-Rule: data only, one table for each of the two routes. Whoever reads a body takes its fields by it, and the table in the
-documentation is written from it. A field that would change the answer and that nothing here can honour is refused by
-name; one that would not is tolerated, known or unknown.
+Rule: data only, one table for each of the two routes. Bodies are read by it, and the table in the documentation is
+generated from it. An unsupported field that would change the answer is refused by name; any other, known or unknown,
+is ignored.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from lmbridge.tools import MOST_TOOLS, read_choice
 
 Fate = Literal["served", "refused", "ignored"]
 
-MAX_CHOICES = 128  # of one request: its prompts times n
+MAX_CHOICES = 128  # answers per request: prompts times n
 MAX_LOGPROBS = 20
-MAX_STOPS = 32  # each is looked for in every new piece of text, on the server's thread
+MAX_STOPS = 32  # the server thread searches every new piece of text for each
 MAX_STOP_LENGTH = 1000  # characters
 MAX_STOP_TOKENS = 64
 MAX_BIASES = 1024
 LONGEST = 10**9  # seconds
-GREEDY = 1e-5  # temperatures below are 0: scores divided by them would overflow
+GREEDY = 1e-5  # lower temperatures count as 0: dividing scores by them would overflow
 
 _TOKEN_ID = re.compile(r"[0-9]{1,10}")
 
@@ -35,12 +35,12 @@ class Field:
     """One field.
 
     Attributes:
-        name: the client's.
-        kind: what it may hold; of one that is refused, what asks for nothing.
-        note: its default, and what else there is to know.
-        option: the field of GenerationConfig that it becomes; None for what is done here, whatever the engine.
-        neutral: values that ask for nothing.
-        convert: from the client's value to GenerationConfig's; None where that takes other fields too.
+        name: its name in the client's JSON.
+        kind: its valid values; for a refused field, the values without effect.
+        note: its default, and other remarks.
+        option: the field of GenerationConfig that it sets; None if it does not depend on the engine.
+        neutral: values without effect.
+        convert: converts the client's value to GenerationConfig's; None if other fields are involved.
     """
 
     name: str
@@ -94,7 +94,7 @@ _FORMS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "choice": lambda texts: {"choice": texts},
     "grammar": lambda text: {"lark": text},
 }
-"""vLLM's names of what an answer may have to follow, to GenerationConfig's ``grammar``."""
+"""vLLM's names for the form of an answer, and their conversion to GenerationConfig's ``grammar``."""
 
 
 def _forms(value: dict[str, Any]) -> list[str]:
@@ -120,7 +120,7 @@ CHOICE = Kind(
     lambda value: read_choice(value) is not None,
     'none, auto, required, {"type": "function", "function": {"name": …}}, or an object of type allowed_tools',
 )
-GIVEN = Kind(lambda value: True, "a grammar")  # what is wrong with one is found where it is read
+GIVEN = Kind(lambda value: True, "a grammar")  # the engine checks it
 STOP = Kind(_is_stop, f"a string or a list of at most {MAX_STOPS} strings, each of 1 to {MAX_STOP_LENGTH:,} characters")
 STOP_IDS = Kind(
     lambda value: value == [] or (are_ids(value) and len(value) <= MAX_STOP_TOKENS),
@@ -149,13 +149,13 @@ def _nothing(hint: str) -> Kind:
 
 
 def _only(value: object, expected: str) -> Kind:
-    """That value, and of numbers and flags only the one or the other: to Python 1 is True."""
+    """Exactly that value: to Python 1 equals True, so also compare whether both are bools."""
     return Kind(lambda given: given == value and isinstance(given, bool) == isinstance(value, bool), expected)
 
 
-_NOTHING = _nothing("it is not supported here")
-_NO_CHOICE = Kind(lambda value: value in ("none", "auto"), '"none" or left out (there is nothing to call here)')
-_ONLY_TEXT = _only(["text"], 'left out or ["text"] (this server answers with text)')
+_NOTHING = _nothing("it is not supported")
+_NO_CHOICE = Kind(lambda value: value in ("none", "auto"), '"none" or left out (there are no functions to call)')
+_ONLY_TEXT = _only(["text"], 'left out or ["text"] (this server generates text only)')
 
 # --- what is served ---
 
@@ -172,7 +172,7 @@ _SAMPLING = (
         convert=lambda value: 0 if value < GREEDY else value,
     ),
     _in_engine("top_p", number(0, 1), "top_p", "1", 1, convert=lambda value: max(value, 1e-9)),
-    _in_engine("top_k", integer(-1, LARGEST_ID), "top_k", "-1; -1 and 0 are all", -1, 0),
+    _in_engine("top_k", integer(-1, LARGEST_ID), "top_k", "-1; -1 and 0 mean all", -1, 0),
     _in_engine("min_p", number(0, 1), "min_p", "0", 0),
     _in_engine("repetition_penalty", number(0.01, 100), "repetition_penalty", "1", 1),
     _in_engine("frequency_penalty", PENALTY, "frequency_penalty", "0", 0),
@@ -183,7 +183,7 @@ _SAMPLING = (
     ),
     _in_engine(
         "seed", integer(-(2**63), 2**63 - 1), "random_seed",
-        "none. The answers of one request draw with seed, seed + 1, …", convert=lambda value: value % 2**63,
+        "none. The answers of one request use seed, seed + 1, …", convert=lambda value: value % 2**63,
     ),
     _in_engine(
         "stop", STOP, "stop_words", "none", [],
@@ -197,22 +197,22 @@ _SAMPLING = (
     _in_engine("truncate_prompt_tokens", TOKENS, "truncate_prompt_tokens", "none; keeps the prompt's last tokens"),
     _in_engine(
         "response_format", FORMAT, "response_format",
-        '{"type": "text"}; {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": …}}: the '
-        "answer is JSON that the schema describes, if max_tokens lets it end", {"type": "text"},
+        '{"type": "text"}. With {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": …}} the '
+        "answer is JSON that follows the schema, if max_tokens suffices", {"type": "text"},
     ),
     _in_engine(
         "structured_outputs", ONE_FORM, "grammar",
-        "none; vLLM's: one of json (a schema), regex, choice (a list), grammar (Lark or GBNF), json_object",
+        "none; as in vLLM, one of json (a schema), regex, choice (a list), grammar (Lark or GBNF), json_object",
         convert=_form_of,
     ),
     *(
-        _in_engine(f"guided_{name}", GIVEN, "grammar", f"none; as {name} of structured_outputs", convert=_FORMS[name])
+        _in_engine(f"guided_{name}", GIVEN, "grammar", f"none; as {name} in structured_outputs", convert=_FORMS[name])
         for name in ("json", "regex", "choice", "grammar")
     ),
     _in_engine(
         "return_token_ids", BOOL, "return_prompt_token_ids",
-        "false; prompt_token_ids in the answer (completions: in each choice), token_ids in each choice, the ending "
-        "token left out. In streams prompt_token_ids comes with a choice's first chunk", False,
+        "false; adds prompt_token_ids to the answer (completions: to each choice) and token_ids, without the ending "
+        "token, to each choice. In streams, prompt_token_ids comes with a choice's first chunk", False,
     ),
 )  # fmt: skip
 _MANNERS = (
@@ -220,31 +220,31 @@ _MANNERS = (
     Field("stream", BOOL, "false"),
     Field(
         "stream_options", OBJECT,
-        "none; of it include_usage: a last chunk without choices has the token counts. Other members have no effect",
+        "none; with include_usage, a last chunk without choices has the token counts. Other members have no effect",
     ),
-    Field("return_tokens_as_token_ids", BOOL, "false; tokens of log-probabilities are written as token_id:7"),
-    Field("timeout", SECONDS, "LMBRIDGE_TIMEOUT, which bounds it too"),
+    Field("return_tokens_as_token_ids", BOOL, "false; writes the tokens of log-probabilities as token_id:7"),
+    Field("timeout", SECONDS, "LMBRIDGE_TIMEOUT, which is also its maximum"),
 )  # fmt: skip
 _CHAT = (
     Field("model", TEXT, "the app's first model that generates text"),
     Field(
         "messages", MESSAGES,
-        "roles system, developer (= system), user, assistant, tool, function; the model's template decides which it "
-        "takes. Content is a string or a list of text parts, which are joined with nothing between",
+        "roles: system, developer (= system), user, assistant, tool, function; the model's template decides which it "
+        "accepts. Content is a string or a list of text parts, which are joined without a separator",
     ),
     Field("max_tokens", TOKENS, "what fits into the model's context", option="max_new_tokens"),
-    Field("max_completion_tokens", TOKENS, "as max_tokens, over which it wins", option="max_new_tokens"),
+    Field("max_completion_tokens", TOKENS, "as max_tokens, and takes precedence over it", option="max_new_tokens"),
     *_SAMPLING,
     Field("logprobs", BOOL, "false", option="logprobs"),
-    Field("top_logprobs", LOGPROBS, "0; needs logprobs", option="logprobs"),
+    Field("top_logprobs", LOGPROBS, "0; requires logprobs", option="logprobs"),
     Field("chat_template_kwargs", OBJECT, "none; variables for the chat template", option="chat_template_kwargs"),
     Field(
-        "reasoning_effort", EFFORT, "none; a variable for the chat template, which may not look at it",
+        "reasoning_effort", EFFORT, "none; a variable for the chat template, which may ignore it",
         option="chat_template_kwargs",
     ),
     Field(
         "include_reasoning", BOOL,
-        "true; reasoning_content in the answer has what a reasoning model thinks, unless this is false",
+        "true; the answer has a model's reasoning as reasoning_content, unless this is false",
         option="separate_reasoning",
     ),
     _in_engine(
@@ -252,38 +252,40 @@ _CHAT = (
     ),
     _in_engine(
         "tool_choice", CHOICE, "tool_choice",
-        "auto; none keeps the tools from the model, required and a function's name have it call", "auto",
+        "auto; none hides the tools from the model, required or a function's name forces a call", "auto",
     ),
     _in_engine(
-        "parallel_tool_calls", BOOL, "parallel_tool_calls", "true; false: at most one call in an answer", True
+        "parallel_tool_calls", BOOL, "parallel_tool_calls", "true; false: at most one call per answer", True
     ),
     _in_engine(
         "add_generation_prompt", BOOL, "add_generation_prompt", "true, and false with continue_final_message", True
     ),
     _in_engine(
         "continue_final_message", BOOL, "continue_final_message",
-        "false; the answer goes on with the last message. Not with add_generation_prompt", False,
+        "false; the answer continues the last message. Not with add_generation_prompt", False,
     ),
     *_MANNERS,
 )  # fmt: skip
 _COMPLETIONS = (
     _CHAT[0],
-    Field("prompt", PROMPTS, "goes to the model as it is, without a chat template"),
-    Field("max_tokens", TOKENS_OR_NONE, "16; 0 with echo only", option="max_new_tokens"),
-    Field("max_completion_tokens", TOKENS_OR_NONE, "as max_tokens, over which it wins", option="max_new_tokens"),
+    Field("prompt", PROMPTS, "the model gets it unchanged, without a chat template"),
+    Field("max_tokens", TOKENS_OR_NONE, "16; 0 only with echo", option="max_new_tokens"),
+    Field(
+        "max_completion_tokens", TOKENS_OR_NONE, "as max_tokens, and takes precedence over it", option="max_new_tokens"
+    ),
     *_SAMPLING,
     Field("logprobs", LOGPROBS, "none", option="logprobs"),
     Field(
         "echo", BOOL,
-        "false; any engine without logprobs. With them the prompt's tokens have theirs too, but for the first; with "
-        "max_tokens 1 a token that would end the answer is listed as well. max_tokens 0 gives the prompt alone. Not "
+        "false; any engine without logprobs. With logprobs, the prompt's tokens but the first have theirs too; with "
+        "max_tokens 1, a token that would end the answer is also listed. max_tokens 0 returns only the prompt. Not "
         "with truncate_prompt_tokens",
         option="prompt_logprobs",
     ),
     *_MANNERS,
 )  # fmt: skip
 
-# --- what would be a wrong answer if it were ignored ---
+# --- refused: ignoring these would give a wrong answer ---
 
 
 def _refused(kind: Kind, *names: str, note: str = "") -> tuple[Field, ...]:
@@ -294,8 +296,8 @@ _REFUSED = (
     *_refused(_nothing("send tools instead"), "functions", note="unless function_call is none"),
     *_refused(_NO_CHOICE, "function_call", note="other than none and auto"),
     *_refused(_ONLY_TEXT, "modalities", note='other than ["text"]'),
-    *_refused(_nothing("text cannot be inserted here"), "suffix"),
-    *_refused(_nothing("answers are not ranked here"), "best_of", note="other than n"),
+    *_refused(_nothing("inserting text is not supported"), "suffix"),
+    *_refused(_nothing("ranking answers is not supported"), "best_of", note="other than n"),
     *_refused(_NOTHING, "audio", "moderation", "web_search_options"),
     *_refused(
         _NOTHING,
@@ -305,22 +307,22 @@ _REFUSED = (
         "use_beam_search", "vllm_xargs", "watermarking",
     ),
     *_refused(
-        _only(True, "true or left out (it is not supported here)"), "spaces_between_special_tokens", note="false"
+        _only(True, "true or left out (false is not supported)"), "spaces_between_special_tokens", note="false"
     ),
-    *_refused(_only("left", '"left" or left out (the last tokens are kept here)'), "truncation_side", note="right"),
-    *_refused(_only(-1, "-1 or left out (it is not supported here)"), "thinking_token_budget", note="other than -1"),
+    *_refused(_only("left", '"left" or left out (this server keeps the last tokens)'), "truncation_side", note="right"),
+    *_refused(_only(-1, "-1 or left out (it is not supported)"), "thinking_token_budget", note="other than -1"),
     *_refused(Kind(lambda value: False, "left out (use echo with logprobs)"), "prompt_logprobs"),
-    # names of other servers for what is served here
+    # other servers' names of fields that we serve
     *_refused(_nothing('send chat_template_kwargs {"enable_thinking": …} instead'), "enable_thinking"),
     *_refused(_nothing("send max_tokens instead"), "max_new_tokens"),
     *_refused(_nothing("send min_tokens instead"), "min_new_tokens"),
     *_refused(_nothing("send repetition_penalty instead"), "repeat_penalty"),
 )  # fmt: skip
 _REFUSED_IN_CHATS = (
-    *_refused(_nothing("only completions have it"), "echo"),
+    *_refused(_nothing("only completions support it"), "echo"),
     *_refused(_only(False, "false or left out (the chat template adds them)"), "add_special_tokens", note="true"),
 )
-_FOR_CHATS = _nothing("only chats have it")
+_FOR_CHATS = _nothing("only chats support it")
 _REFUSED_IN_COMPLETIONS = (
     *_refused(_FOR_CHATS, "chat_template_kwargs", "reasoning_effort", "add_generation_prompt"),
     *_refused(_FOR_CHATS, "continue_final_message", "top_logprobs", "tools"),
@@ -328,7 +330,7 @@ _REFUSED_IN_COMPLETIONS = (
     *_refused(_only(True, "true or left out (the tokenizer decides)"), "add_special_tokens", note="false"),
 )
 
-# --- what changes no answer ---
+# --- ignored: these change no answer ---
 
 _ANYTHING = Kind(lambda value: True, "anything")
 
@@ -338,7 +340,7 @@ def _ignored(*names: str) -> tuple[Field, ...]:
 
 
 _IGNORED = (
-    Field("user", TEXT, "checked; whose turn a request takes is the API key's, or the address'", "ignored"),
+    Field("user", TEXT, "checked; a request counts towards the account of its API key or address", "ignored"),
     *_ignored(
         "metadata", "prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
         "safety_identifier", "service_tier", "store", "verbosity",

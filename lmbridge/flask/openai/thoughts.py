@@ -1,4 +1,4 @@
-"""How many tokens of the answers to a request were thoughts: OpenAI's ``reasoning_tokens``.
+"""Counts the reasoning tokens of a request's answers: OpenAI's ``reasoning_tokens``.
 
 Rule: plain data in, a number out.
 """
@@ -9,9 +9,9 @@ from lmbridge.messages import Delta, Response
 
 
 class ThoughtTokens:
-    """Counts them as answers come, whole or in deltas.
+    """Counts reasoning tokens of whole answers or of deltas.
 
-    Tokens are not told apart; where something has more than reasoning, that has a share by its length.
+    Engines do not say which tokens are reasoning; if there is other text too, the share is estimated by length.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""Answers as OpenAI's clients read them: whole, and as the chunks of a stream.
+"""Writes answers in OpenAI's form: whole, and as the chunks of a stream.
 
-Rule: plain data in, JSON out; nothing is sent here. A chunk is put together from text that was serialised once per
-answer, because at many streams its cost is paid many thousand times a second.
+Rule: plain data in, JSON out; sends nothing. A chunk is assembled from text serialised once per answer, because with
+many streams there are thousands of chunks per second.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ class Writer:
     """Writes the answers to one request.
 
     Args:
-        answer_id: the ``id`` of every object written.
+        answer_id: the ``id`` of every object written, without its prefix.
         created: seconds since the epoch.
         model: the model's name.
-        logprobs: None where none were asked for.
-        usage: every chunk says whether it has the token counts; the last one does.
-        echo: from an answer's index to the text put before it; None where nothing is echoed.
-        token_ids: tell the prompt's and the answers' token ids.
+        logprobs: None if not requested.
+        usage: write ``usage`` into every chunk: null, except in the last.
+        echo: returns the text to put before an answer, by its index; None: no echo.
+        token_ids: write the token ids of the prompt and the answers.
     """
 
     object_name: ClassVar[str]
     chunk_name: ClassVar[str]
     prefix: ClassVar[str]  # of the id
-    prompt_beside_choices: ClassVar[bool]  # where its token ids stand: there is one prompt, or one for each choice
+    prompt_beside_choices: ClassVar[bool]  # whether the prompt's token ids are beside the choices, or in each choice
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Writer:
         self._logprobs = logprobs
         self._echo = echo
         self._token_ids = token_ids
-        self._begun: set[int] = set()  # answers that have had their first chunk
+        self._begun: set[int] = set()  # answers whose first chunk was written
         facts = _compact({**self._facts, "object": self.chunk_name})[:-1]
         no_usage = '"usage":null,' if usage else ""
         self._head = f'{facts},{no_usage}"choices":[{{"index":'
@@ -81,7 +81,7 @@ class Writer:
     # --- chunks ---
 
     def chunk(self, index: int, delta: Delta) -> str | None:
-        """What a delta of an answer adds; None when that is nothing a client could see."""
+        """Write a delta of an answer; None if it contains nothing for the client."""
         first = index not in self._begun
         tokens = self._token_ids and (delta.token_ids or delta.prompt_token_ids)
         said = delta.text or delta.reasoning or delta.tool_calls or delta.logprobs or delta.finish_reason or tokens
@@ -99,14 +99,14 @@ class Writer:
         """The last chunk, with the token counts."""
         return f"{self._tail}{_compact(usage_object(usage, reasoning_tokens))}}}"
 
-    # --- what chats and completions say differently ---
+    # --- different for chats and completions ---
 
     def _said(self, text: str, response: Response) -> dict[str, Any]:
-        """The part of a choice that holds its whole text, and what else was said."""
+        """The part of a choice with its whole text, and its reasoning and calls."""
         raise NotImplementedError
 
     def _piece(self, text: str, first: bool, delta: Delta) -> str:
-        """The part of a chunk that holds its text, and what else the delta says, as JSON."""
+        """The part of a chunk with the delta's text, reasoning and calls, as JSON."""
         raise NotImplementedError
 
     # --- parts ---
@@ -115,7 +115,7 @@ class Writer:
         return "" if self._echo is None else self._echo(index)
 
     def _probabilities(self, index: int, said: Response | Delta) -> dict[str, Any] | None:
-        """Of what is new, and before it of an echoed prompt, whose first token has none."""
+        """The log-probabilities of the new tokens, after those of an echoed prompt, whose first token has none."""
         if self._logprobs is None:
             return None
         if said.prompt_logprobs is not None and said.prompt_token_ids is not None:
@@ -128,7 +128,7 @@ class Writer:
         return {"prompt_token_ids": None if ids is None else list(ids)} if self._token_ids else {}
 
     def _ids(self, delta: Delta, first: bool) -> tuple[str, str]:
-        """The ends of a chunk's choice and of the chunk, which hold token ids."""
+        """The ends of a chunk's choice and of the chunk, with the token ids."""
         of_prompt = "," + _compact(self._of_prompt(delta))[1:-1] if first else ""
         of_answer = f',"token_ids":{_compact(delta.token_ids)}'
         return (of_answer, of_prompt) if self.prompt_beside_choices else (of_prompt + of_answer, "")
@@ -156,7 +156,7 @@ class ChatWriter(Writer):
 
 
 class CompletionWriter(Writer):
-    """``text_completion``, which is what its chunks are called too."""
+    """``text_completion``; its chunks have the same name."""
 
     object_name = "text_completion"
     chunk_name = "text_completion"
@@ -171,7 +171,7 @@ class CompletionWriter(Writer):
 
 
 def _parts(text: str, first: bool, delta: Delta) -> dict[str, Any]:
-    """A chunk's delta that is not text alone. Where there is no content none is written, so that none is read."""
+    """A chunk's delta with more than text. Without content, leave the member out: some clients read null as text."""
     parts: dict[str, Any] = {"role": "assistant", "content": None} if first else {}
     if text or (first and delta.finish_reason):
         parts["content"] = text
@@ -183,7 +183,7 @@ def _parts(text: str, first: bool, delta: Delta) -> dict[str, Any]:
 
 
 def _pieces(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
-    """One for each call, since clients take what a chunk holds for that; a call's first has what names it."""
+    """One piece per call, since clients expect one per chunk; a call's first piece has its id and name."""
     pieces: dict[int, dict[str, Any]] = {}
     for call in calls:
         if call.index in pieces:
@@ -200,7 +200,7 @@ def _compact(value: object) -> str:
 
 
 def total_usage(responses: Sequence[Response], n: int) -> Usage:
-    """The tokens of all answers together, where each prompt has ``n`` answers in a row and counts once."""
+    """The token counts of all answers; each prompt has ``n`` consecutive answers and counts once."""
     return Usage(
         prompt_tokens=sum(response.usage.prompt_tokens for response in responses[::n]),
         completion_tokens=sum(response.usage.completion_tokens for response in responses),
@@ -208,23 +208,23 @@ def total_usage(responses: Sequence[Response], n: int) -> Usage:
 
 
 def parted(delta: Delta) -> Sequence[Delta]:
-    """The delta for one chunk, or two: clients take a call for complete when the chunk after it comes."""
+    """Split a delta that ends an answer with calls: clients expect the finish reason in a chunk after the calls."""
     if not delta.tool_calls or delta.finish_reason is None:
         return (delta,)
     return replace(delta, finish_reason=None), Delta(finish_reason=delta.finish_reason)
 
 
 def without_reasoning(said: Said) -> Said:
-    """A response, or a delta, without what the model thought."""
+    """A response or delta without its reasoning."""
     return replace(said, reasoning="") if said.reasoning else said
 
 
 def silenced(response: Response) -> Response:
-    """The response without its answer, which nobody has asked for."""
+    """The response without its answer, which was not requested."""
     usage = Usage(prompt_tokens=response.usage.prompt_tokens)
     return replace(response, text="", token_ids=[], logprobs=None, finish_reason="length", usage=usage)
 
 
 def silenced_delta(delta: Delta) -> Delta:
-    """The delta without what it adds to an answer that nobody has asked for."""
+    """The delta without its part of an answer that was not requested."""
     return replace(delta, text="", token_ids=[], logprobs=None, finish_reason="length" if delta.finish_reason else None)

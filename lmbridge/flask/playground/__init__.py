@@ -1,7 +1,7 @@
-"""A page to talk to the served models: ``app.register_blueprint(lmbridge.flask.playground.blueprint)``.
+"""A web page for trying the served models: ``app.register_blueprint(lmbridge.flask.playground.blueprint)``.
 
-Rule: serves one template and its files, and knows no bridge. In the browser the page is a client like any other: it
-speaks to the OpenAI-compatible routes, to those that rerank and to ``GET /status`` where the app has them.
+Rule: serves one template and its static files, and knows no bridge. The page is a client like any other: it uses the
+OpenAI-compatible routes, and the reranking routes and ``GET /status`` if the app has them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EMBEDDINGS = "lmbridge_openai.embeddings"
 RERANK = "lmbridge_rerank.rerank_v1"
 STATUS = "lmbridge_operations.status"
 
-# The page runs nothing but its own script, takes nothing from elsewhere, and cannot be framed by another page.
+# The page runs only its own scripts, loads nothing from elsewhere, and cannot be framed by another page.
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
@@ -37,7 +37,10 @@ def page() -> str:
         RuntimeError: the app has no OpenAI-compatible routes.
     """
     if CHAT not in current_app.view_functions:
-        raise RuntimeError("The playground needs the API too: app.register_blueprint(lmbridge.flask.openai.blueprint).")
+        raise RuntimeError(
+            "The playground needs the OpenAI-compatible routes; add them with "
+            "app.register_blueprint(lmbridge.flask.openai.blueprint)."
+        )
     routes = {"models": MODELS, "chat": CHAT, "embeddings": EMBEDDINGS, "rerank": RERANK, "status": STATUS}
     return render_template(
         "lmbridge_playground/page.html",
@@ -55,5 +58,5 @@ def _protect(response: Response) -> Response:
 
 
 def _from_page(path: str) -> str:
-    """An address relative to the page's, which holds also behind a proxy that takes a prefix away and does not say."""
+    """A URL relative to the page, which works even behind a proxy that strips a prefix without telling."""
     return posixpath.relpath(path, url_for(".page"))

@@ -1,7 +1,7 @@
 """Reranking for Cohere's, Jina's and TEI's clients: ``app.register_blueprint(lmbridge.flask.rerank.blueprint)``.
 
-Rule: the blueprint asks in the name of its HTTP request, as any view would; it knows no engine. ``reading`` and
-``writing`` know the dialects, ``routes`` has the views. What surrounds them, keys and sizes say, is that of the
+Rule: the blueprint uses the bridge on behalf of its HTTP request, like any view; it knows no engine. ``reading`` and
+``writing`` know the dialects, ``routes`` has the views. Keys, size limits and the like are shared with the
 OpenAI-compatible routes.
 """
 

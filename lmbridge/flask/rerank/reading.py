@@ -1,7 +1,7 @@
-"""A reranking request's JSON object, in any of the dialects, made into one checked call.
+"""Reads the JSON of a reranking request, in any of the dialects, into one checked call.
 
-Rule: pure functions of the client's JSON. Every fault is an InvalidRequestError with ``param`` in the client's own
-words. A field that would change the order and that nothing here can honour is refused by name; others are tolerated.
+Rule: pure functions of the client's JSON. Every error is an InvalidRequestError whose ``param`` is the client's own
+field. Unsupported fields that would change the order are refused by name; others are ignored.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class RerankCall:
     """One checked request.
 
     Attributes:
-        field: what its list of documents is called.
+        field: the name of the list of documents in the request.
         query: a string.
-        documents: at least one, as they came: strings, or objects with a ``text``.
-        top_n: how many of the best are wanted, or None for all.
-        with_documents: repeat them in the answer.
-        truncate: what to do with a document longer than the model reads.
+        documents: at least one, as received: strings, or objects with a ``text``.
+        top_n: how many of the best to return, or None for all.
+        with_documents: repeat the documents in the response.
+        truncate: what to do with a document that is too long for the model.
     """
 
     field: str
@@ -38,7 +38,7 @@ class RerankCall:
 
 
 def read_cohere(values: dict[str, Any]) -> RerankCall:
-    """A body of Cohere's (v1 and v2), Jina's, vLLM's or infinity's clients: ``query`` and ``documents``."""
+    """Read a body from Cohere's (v1 and v2), Jina's, vLLM's or infinity's clients: ``query`` and ``documents``."""
     fields = Fields(values)
     for name, kind in _UNANSWERABLE.items():
         fields.take(name, kind)
@@ -53,7 +53,7 @@ def read_cohere(values: dict[str, Any]) -> RerankCall:
 
 
 def read_tei(values: dict[str, Any]) -> RerankCall:
-    """A body of text-embeddings-inference's clients: ``query``, ``texts``. Other servers take ``documents`` there."""
+    """Read a body from text-embeddings-inference's clients, with ``texts``, or from others, with ``documents``."""
     if "documents" in values and "texts" not in values:
         return read_cohere(values)
     fields = Fields(values)
@@ -86,33 +86,34 @@ _DOCUMENT = Kind(_has_text, 'a string, or an object such as {"text": "…"}')
 _LIST = Kind(lambda value: isinstance(value, list) and bool(value), "a list of at least one document")
 _UNANSWERABLE = {
     "rank_fields": Kind(
-        lambda value: value in ([], ["text"]), 'left out or ["text"]: documents are ranked by their text here'
+        lambda value: value in ([], ["text"]), 'left out or ["text"] (this server ranks documents by their text)'
     ),
     "relevant_spans": Kind(
         lambda value: isinstance(value, dict) and value.get("mode") == "disabled",
-        "left out: a document is scored as a whole here",
+        "left out (this server scores whole documents)",
     ),
-    "instruction": Kind(_is_empty, "left out: the models here take no instructions; put it into the query"),
+    "instruction": Kind(_is_empty, "left out (this server's models take no instructions; add it to the query)"),
 }
 _NO_RAW_SCORES = Kind(
-    lambda value: value is False, "false or left out: scores are given as the model's own function has made them"
+    lambda value: value is False, "false or left out (this server returns scores after the model's own activation)"
 )
 _RIGHT = Kind(
-    lambda value: isinstance(value, str) and value.lower() == "right", '"right" or left out: ends are cut off here'
+    lambda value: isinstance(value, str) and value.lower() == "right",
+    '"right" or left out (this server cuts off the end)',
 )
 
 
 def _query(fields: Fields) -> str:
     query: str | None = fields.take("query", TEXT)
     if query is None:
-        raise InvalidRequestError("query is missing: the text that the documents are compared with.", "query")
+        raise InvalidRequestError("query is missing; send the text to compare the documents with.", "query")
     return query
 
 
 def _documents(fields: Fields, name: str, kind: Kind) -> list[Any]:
     documents: list[Any] | None = fields.take(name, _LIST)
     if documents is None:
-        raise InvalidRequestError(f"{name} is missing: the documents to rank.", name)
+        raise InvalidRequestError(f"{name} is missing; send the documents to rank.", name)
     refuse_too_many(len(documents), name)
     for place, document in enumerate(documents):
         if not kind.holds(document):

@@ -1,7 +1,7 @@
 """The blueprint and its views.
 
-Rule: HTTP only. Reading a body and writing an answer are done by the modules named after it. Each document is a request
-of its own to the bridge, so that the documents of many clients share batches.
+Rule: HTTP only; ``reading`` reads bodies and ``writing`` writes responses. Each document is a separate request to the
+bridge, so that the documents of many clients share batches.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _answer(read: Callable[[dict[str, Any]], RerankCall], write: Write) -> Respo
         responses = asked.client.rerank(call.query, call.documents, details=True, **options)
     except LMBridgeError as error:
         at_query = isinstance(error, InvalidRequestError) and error.param == "query"
-        if at_query:  # of which there is one, whichever document it came with
+        if at_query:  # there is only one query, whichever document's request failed
             error.index = None
         put_in_clients_words(error, "query" if at_query else call.field, ("query",))
         raise
@@ -67,7 +67,7 @@ def _answer(read: Callable[[dict[str, Any]], RerankCall], write: Write) -> Respo
 
 @blueprint.errorhandler(Exception)
 def _refuse(error: Exception) -> Response:
-    """The response to a request that failed, in its dialect."""
+    """The error response to a failed request, in its dialect."""
     told = describe(error)
     is_tei = str(request.endpoint).endswith("_tei")
     response = _json(tei_error(told) if is_tei else cohere_error(told))

@@ -1,6 +1,6 @@
-"""Rankings, and errors, as the clients of each dialect read them.
+"""Writes rankings and errors in each dialect.
 
-Rule: plain data in, JSON objects out; nothing is sent here.
+Rule: plain data in, JSON objects out; sends nothing.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from lmbridge.flask.errors import HttpError
 from lmbridge.flask.rerank.reading import RerankCall
 
 Write = Callable[[RerankCall, Sequence[Ranked], str, int], Any]
-"""From a call, its ranking, the model's name and the tokens read to JSON."""
+"""Makes JSON from a call, its ranking, the model's name and the number of prompt tokens."""
 
 
 def cohere_writer(version: str) -> Write:
-    """What writes answers for Cohere's clients of that version of its API, and for Jina's, vLLM's and infinity's."""
+    """A writer for Cohere's clients of this API version, and for Jina's, vLLM's and infinity's clients."""
 
     def write(call: RerankCall, ranking: Sequence[Ranked], model: str, tokens: int) -> dict[str, Any]:
         return {
@@ -41,7 +41,7 @@ def _result(call: RerankCall, ranked: Ranked) -> dict[str, Any]:
 
 
 def write_tei(call: RerankCall, ranking: Sequence[Ranked], model: str, tokens: int) -> Any:
-    """For text-embeddings-inference's clients; for those that sent ``documents``, as for Cohere's."""
+    """Write for text-embeddings-inference's clients; as for Cohere's if the request had ``documents``."""
     if call.field == "documents":
         return cohere_writer("1")(call, ranking, model, tokens)
     results = []
@@ -55,7 +55,7 @@ def write_tei(call: RerankCall, ranking: Sequence[Ranked], model: str, tokens: i
 
 
 def cohere_error(error: HttpError) -> dict[str, Any]:
-    """Cohere's clients look for ``message``; the rest is as on the OpenAI-compatible routes."""
+    """Write an error for Cohere's clients, which read ``message``; the rest is as on the OpenAI-compatible routes."""
     facts = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
     return {"message": error.message, "error": facts}
 
@@ -64,6 +64,6 @@ _TEI_TYPES = {429: "overloaded", 503: "unhealthy"}
 
 
 def tei_error(error: HttpError) -> dict[str, Any]:
-    """``error`` is a text there, and ``error_type`` a word; ``param`` and ``code`` are ours."""
+    """Write an error for TEI's clients: ``error`` and ``error_type`` are strings; ``param`` and ``code`` are ours."""
     kind = _TEI_TYPES.get(error.status, "validation" if error.status < 500 else "backend")
     return {"error": error.message, "error_type": kind, "param": error.param, "code": error.code}

@@ -185,7 +185,7 @@ def test_one_bad_text(client: OpenAI, encoder: ScriptedEncoder) -> None:
         ({"input": [-1]}, "input", "token ids"),
         ({"input": [True]}, "input", "token ids"),
         ({"input": {"text": "a"}}, "input", "a string"),
-        ({"input": ["a"] * 2049}, "input", "at most 2,048 items; input has 2,049"),
+        ({"input": ["a"] * 2049}, "input", "input has 2,049 items; one request takes at most 2,048"),
         ({"input": "a", "dimensions": 0}, "dimensions", "from 1"),
         ({"input": "a", "dimensions": "3"}, "dimensions", "an integer"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format", "base64"),
@@ -243,12 +243,12 @@ def test_models_of_another_kind() -> None:
         encoder.start()
         wrong = error_of(post(client, model="chat", input="a"))
         assert (wrong["param"], wrong["code"]) == ("model", "unsupported_task")
-        assert wrong["message"] == "The model 'chat' does not embed; of those here, minilm does."
+        assert wrong["message"] == "The model 'chat' cannot embed; use minilm instead."
         talk = client.post(
             "/v1/chat/completions", json={"model": "minilm", "messages": [{"role": "user", "content": "a"}]}
         )
         assert (talk.status_code, error_of(talk)["param"]) == (400, "model")
-        assert "chat does" in error_of(talk)["message"]
+        assert "use chat instead" in error_of(talk)["message"]
         alone = build_app({"chat": chat}).test_client()
         for body in ({"model": "chat"}, {}):
             wrong = error_of(post(alone, input=["a"], **body))

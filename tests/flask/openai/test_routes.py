@@ -67,7 +67,7 @@ def test_a_base_url_without_the_prefix(app: Flask, path: str, right: str, method
     answer = app.test_client().open(path, method=method, headers={"x-request-id": "mine"})
     told: Any = answer.get_json()
     assert (answer.status_code, answer.headers["x-request-id"]) == (404, "mine")
-    assert told["error"]["message"].endswith(f"ask for {right}.")
+    assert told["error"]["message"].endswith(f"use {right} instead.")
 
 
 def test_routes_that_do_not_exist_are_answered_with_those_that_do(app: Flask) -> None:

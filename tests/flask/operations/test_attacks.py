@@ -189,7 +189,7 @@ def test_a_refusal_has_the_form_of_the_others() -> None:
         response = client.getresponse()
         told = json.loads(response.read())
         assert (response.status, response.headers["Content-Type"]) == (413, "application/json")
-        assert told["error"]["message"] == "The request's body has more than the 200,000 bytes that are allowed."
+        assert told["error"]["message"] == "The request body is too large; the limit is 200,000 bytes."
         assert told["error"]["type"] == "invalid_request_error"
     with serving(hello, max_body=LIMIT) as (_, address), connect(address) as client:
         client.request("POST", "/", b"x" * LIMIT)

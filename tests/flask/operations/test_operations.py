@@ -282,7 +282,7 @@ def test_a_swap_goes_on_without_its_client(app: Flask) -> None:
 
 
 def test_a_swap_that_cannot_begin(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine out of threads fails one order, and not every later one with "is being exchanged already"."""
+    """A machine out of threads fails one order, and not every later one with "is already being swapped"."""
 
     def fail(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

@@ -196,7 +196,7 @@ def test_errors_speak_to_the_visitor(visit: Open, site: Site) -> None:
         for error, words in {
             PromptTooLongError("It has 9 tokens. Raise max_context."): "Shorten it, or start a new conversation.",
             QueueFullError("max_pending=3"): "The server is busy. Try again in a moment.",
-            RuntimeError("KeyError: 7"): "The model failed at this. Try again.",
+            RuntimeError("KeyError: 7"): "The model failed to answer. Try again.",
         }.items():
             engine.refuse(words, error)
             ask(page, words)
@@ -255,7 +255,7 @@ def test_lost_connection_is_shown(visit: Open, site: Site) -> None:
             "The connection was lost before the answer was complete."
         )
         page.context.set_offline(True)
-        expect(page.locator("#state")).to_have_text("The server does not answer")
+        expect(page.locator("#state")).to_have_text("The server does not respond")
         page.get_by_role("button", name="Try again").click()
         expect(page.locator(".exchange").get_by_role("alert")).to_have_text(re.compile("The server cannot be reached"))
         page.context.set_offline(False)
@@ -327,11 +327,11 @@ def test_api_key(visit: Open) -> None:
     """A server with keys asks for one in the page, says when it is wrong, and the key is kept nowhere but in memory."""
     page = visit("keyed/")
     field = page.get_by_label("API key")
-    expect(page.get_by_text("This server wants an API key")).to_be_visible()
+    expect(page.get_by_text("This server requires an API key")).to_be_visible()
     expect(field).to_be_focused()
     field.fill("a-wrong-key")
     field.press("Enter")
-    expect(page.get_by_text("The server wants a valid API key.")).to_be_visible()
+    expect(page.get_by_text("The server requires a valid API key.")).to_be_visible()
     field.fill(KEY)
     field.press("Enter")
     expect(field).to_be_hidden()

@@ -88,7 +88,7 @@ def test_ranked_list(visit: Open, site: Site) -> None:
         items = page.locator(".rank")
         expect(items.locator(".text")).to_have_text(["the red fox", "a <b>fox</b> fox", "a hen"])
         expect(items.locator(".score")).to_have_text(["1.000", "0.500", "0.000"])
-        expect(page.locator("#announcer")).to_have_text("The most relevant: the red fox")
+        expect(page.locator("#announcer")).to_have_text("Most relevant: the red fox")
         page.reload()
         expect(page.get_by_label("Query")).to_have_value("red fox")
 

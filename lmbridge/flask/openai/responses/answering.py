@@ -1,6 +1,6 @@
-"""A checked call made into its answer: asks the bridge, and says what comes as items or as events.
+"""Answers a checked call: sends it to the bridge, and writes the result as items or events.
 
-Rule: works with any client's verbs, on the thread of the HTTP request. What fails here is one of the bridge's errors.
+Rule: works with any Client, on the thread of the HTTP request. Errors here are the bridge's.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from lmbridge.flask.sse import Payload, Piece, first_pieces, pieces
 
 
 class Answering:
-    """One call on one bridge.
+    """One call to one bridge.
 
     Args:
-        bridge: asks in the name of the HTTP request.
-        request_id: the request on the bridge is named after it.
+        bridge: the HTTP request's client of the bridge.
+        request_id: the id of the bridge's request.
         timeout: seconds, or None.
-        remember: told the items that were said, before the client has heard the last of them.
+        remember: called with the answer's items, before the client gets the last event.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class Answering:
         self._options: dict[str, Any] = {"timeout": timeout, "request_id": request_id}
 
     def whole(self) -> dict[str, Any]:
-        """Wait for the answer, and return the object that it is.
+        """Wait for the answer, and return its object.
 
         Raises:
-            LMBridgeError: it has failed.
+            LMBridgeError: the request failed.
         """
         try:
             *_, last = self._events()
@@ -60,13 +60,13 @@ class Answering:
         return response
 
     def stream(self, heartbeat: float) -> tuple[Stream, Iterator[Payload | None]]:
-        """Begin the answer; returns what it is read from, and its events.
+        """Start the answer; return its reader, and its events.
 
         Args:
-            heartbeat: seconds of silence after which None stands in place of an event.
+            heartbeat: seconds of silence after which to yield None instead of an event.
 
         Raises:
-            LMBridgeError: what failed before the first token and early enough to have a status of its own.
+            LMBridgeError: the request failed before the first token, early enough for an HTTP status.
         """
         try:
             reader = self._open()
@@ -79,7 +79,7 @@ class Answering:
         return self._bridge.stream(self._prompt, self._call.config, **self._options)
 
     def _events(self) -> Iterator[Event]:
-        """Of the whole answer; only its deltas say which log-probabilities are those of its text."""
+        """The events of the whole answer. With log-probabilities, stream: only deltas show which belong to its text."""
         if self._call.config.logprobs is None:
             response = self._bridge.infer(self._prompt, self._call.config, **self._options)
             yield from self._telling.add(_at_once(response))
@@ -101,9 +101,9 @@ class Answering:
             yield None if event is None else write_event(event, next(numbers))
 
     def _told(self, stream: Stream, pieces: Iterable[Piece | None]) -> Iterator[Event | None]:
-        """The last event says how the answer has ended; what merely ends would look like a lost connection.
+        """Yield the events. The last one says how the answer ended: without it, the connection would seem lost.
 
-        Also of an answer that was cut short, or left, what was said may be referred to.
+        Items are remembered even if the answer failed or the client left, since later requests may refer to them.
         """
         yield from self._telling.begin()
         try:

@@ -1,6 +1,6 @@
-"""Tools as responses describe them, flat, made into those of chats.
+"""Converts the flat tools of responses into those of chats.
 
-Rule: pure functions of the client's JSON. What a tool says of its function is checked by ``lmbridge.tools``.
+Rule: pure functions of the client's JSON. ``lmbridge.tools`` checks the definition of each function.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ _TOLD = ("name", "description", "parameters", "strict")
 
 
 def read_flat(tools: list[Any]) -> list[dict[str, Any]]:
-    """The functions.
+    """Read the functions.
 
     Raises:
-        InvalidRequestError: one is none, or malformed; the message has its place, such as ``tools[0].type``.
+        InvalidRequestError: a tool is not a function or is malformed; the message has its path, such as
+            ``tools[0].type``.
     """
     nested = [_nested(tool, f"tools[{place}]") for place, tool in enumerate(tools)]
     try:
@@ -30,7 +31,7 @@ def read_flat(tools: list[Any]) -> list[dict[str, Any]]:
 
 
 def nested_choice(choice: Any) -> str | dict[str, Any] | None:
-    """A ``tool_choice`` as chats have it; None if it is none."""
+    """Convert a ``tool_choice`` to the form of chats; None if it is invalid."""
     if not isinstance(choice, dict):
         return read_choice(choice)
     if choice.get("type") == "function":
@@ -43,12 +44,12 @@ def nested_choice(choice: Any) -> str | dict[str, Any] | None:
 
 
 def told_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Checked tools as the answer repeats them."""
+    """Checked tools in the form in which the answer repeats them."""
     return [{"type": "function", **{name: tool.get(name) for name in _TOLD}} for tool in tools]
 
 
 def told_choice(choice: str | dict[str, Any]) -> str | dict[str, Any]:
-    """A checked choice as the answer repeats it."""
+    """A checked choice in the form in which the answer repeats it."""
     if isinstance(choice, str):
         return choice
     told = ("type", "name") if choice["type"] == "function" else ("type", "mode", "tools")
@@ -59,7 +60,7 @@ def _nested(tool: Any, path: str) -> dict[str, Any]:
     if not isinstance(tool, dict):
         raise wrong(path, TOOL, tool)
     if tool.get("type") != "function":
-        raise wrong(f"{path}.type", '"function" (no other tools are supported here)', tool.get("type"))
+        raise wrong(f"{path}.type", '"function" (other tools are not supported)', tool.get("type"))
     Fields(tool, f"{path}.").take("strict", BOOL)
     return {"type": "function", "function": {name: tool[name] for name in _TOLD if tool.get(name) is not None}}
 

@@ -1,8 +1,8 @@
-"""The items of ``input`` made into the conversation that a chat is.
+"""Converts the items of ``input`` into a chat's conversation.
 
-Rule: pure functions of the client's JSON. Each item is read as a chat's message; those of one turn of the assistant's
-then become one message, since templates know its reasoning, its text and its calls as one. What this server has no use
-for is refused rather than left out.
+Rule: pure functions of the client's JSON. Each item is read as a chat message; the messages of one assistant turn are
+then merged, since templates expect its reasoning, text and calls in one message. Unsupported content is refused, not
+ignored.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ KINDS = ("message", "function_call", "function_call_output", "reasoning")
 _TEXT_PARTS = ("input_text", "output_text", "text")
 
 Find = Callable[[str], dict[str, Any] | None]
-"""From an item's id to the item, or to None where it is not known."""
+"""Finds an item by its id; None if unknown."""
 _Names = dict[str, str]
-"""Where a chat's message has something: where the item has it."""
+"""Paths in a chat message, and the corresponding paths in the item."""
 
 
 def read_input(given: str | list[Any], instructions: str | None, find: Find) -> list[Message]:
-    """The conversation.
+    """Read the conversation.
 
     Args:
-        given: a string that the user says, or at least one item.
-        instructions: what the system says first.
-        find: for items that are only referred to.
+        given: the user's message as a string, or at least one item.
+        instructions: a system message to put first.
+        find: finds the items of references.
 
     Raises:
-        InvalidRequestError: an item is malformed, not known, or of a kind that is not served; ``param`` has its path.
+        InvalidRequestError: an item is malformed, unknown, or of an unsupported type; ``param`` has its path.
     """
     items = [{"role": "user", "content": given}] if isinstance(given, str) else _resolved(given, find)
     messages: list[Message] = []
@@ -43,16 +43,16 @@ def read_input(given: str | list[Any], instructions: str | None, find: Find) -> 
         if message is not None:
             _join(messages, message)
     if not messages:
-        raise InvalidRequestError("input has nothing that was said: send what the user says.", "input")
+        raise InvalidRequestError("input contains no message; send at least one.", "input")
     if instructions:
         opening = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else ""
-        said = f"{instructions}\n\n{opening}" if opening else instructions  # many templates take one such message
+        said = f"{instructions}\n\n{opening}" if opening else instructions  # many templates accept only one
         messages.insert(0, {"role": "system", "content": said})
     return messages
 
 
 def _join(messages: list[Message], message: Message) -> None:
-    """Append the message, or have the assistant's last one say it too."""
+    """Append the message, or merge it into the assistant's last one."""
     last = messages[-1] if messages else None
     if last is None or not _is_one_turn(last, message):
         messages.append(message)
@@ -67,11 +67,11 @@ def _is_one_turn(last: Message, message: Message) -> bool:
     return last["role"] == message["role"] == "assistant" and not (last["content"] and message["content"])
 
 
-# --- items that are referred to ---
+# --- references to items ---
 
 
 def _resolved(items: list[Any], find: Find) -> list[Any]:
-    """The items, each reference replaced by what it refers to. What is short to send must not be long many times."""
+    """Replace each reference by its item. Repeated references are refused: a short body must not expand without end."""
     seen: set[str] = set()
     found = []
     for place, item in enumerate(items):
@@ -97,26 +97,26 @@ def _referred(item_id: Any, path: str, seen: set[str], find: Find) -> dict[str, 
     item = find(item_id)
     if item is None:
         raise InvalidRequestError(
-            f"{path} refers to {item_id!r}, which is not known here: items are remembered by the process that gave the "
-            "answer only, for about an hour, and for the same API key or address. Send the item itself. A client that "
-            'refers to items by default sends them once its "store" is false.',
+            f"{path} refers to {item_id!r}, which is unknown: only the process that gave the answer remembers its "
+            "items, for about an hour and for the same API key or address. Send the item itself; a client that sends "
+            'references by default sends items if "store" is false.',
             path,
         )
     return item
 
 
-# --- one item, as a message ---
+# --- items to messages ---
 
 
 def _read_item(item: Any, path: str) -> Message | None:
-    """None for reasoning of which there is no text."""
+    """Read one item; None for reasoning without text."""
     if not isinstance(item, dict):
         raise wrong(path, "an object with type, or with role and content", item)
     kind = item.get("type")
     if kind is None and "role" in item:
         kind = "message"
     if kind not in KINDS:
-        raise wrong(f"{path}.type", f"one of {', '.join(KINDS)} (no others are supported here)", kind)
+        raise wrong(f"{path}.type", f"one of {', '.join(KINDS)} (other types are not supported)", kind)
     if kind == "message" and item.get("role") not in ROLES:
         raise wrong(f"{path}.role", f"one of {', '.join(ROLES)}", item.get("role"))
     message, names = _FORMS[kind](item, path)
@@ -129,7 +129,7 @@ def _read_item(item: Any, path: str) -> Message | None:
 
 
 def _renamed(error: InvalidRequestError, names: _Names) -> InvalidRequestError:
-    """The error with the item's own names for its parts."""
+    """The error with the item's own paths."""
     told, param = str(error), error.param or ""
     for theirs, own in names.items():
         told, param = told.replace(theirs, own, 1), param.replace(theirs, own, 1)
@@ -153,7 +153,7 @@ def _output(item: dict[str, Any], path: str) -> tuple[Message, _Names]:
 
 
 def _reasoning(item: dict[str, Any], path: str) -> tuple[Message, _Names]:
-    """The text of it, else its summary; what was encrypted by others cannot be read here."""
+    """Read the reasoning's text, else its summary; content encrypted by other servers cannot be read."""
     texts: list[str] = []
     for name in ("content", "summary"):
         parts = item.get(name) or []
@@ -170,7 +170,7 @@ def _reasoning(item: dict[str, Any], path: str) -> tuple[Message, _Names]:
 
 
 def _parts(content: Any) -> Any:
-    """The content with parts as chats have them; what is none stays as it is, to be refused."""
+    """Convert content parts to the form of chats; others stay as they are, to be refused later."""
     if not isinstance(content, list):
         return content
     return [

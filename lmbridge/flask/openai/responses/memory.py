@@ -1,7 +1,7 @@
-"""What responses have said lately, for clients that refer to an item rather than send it again.
+"""Remembers the items of recent answers, for clients that send references instead of items.
 
-Rule: plain data in, plain data out; any thread. It is bounded in items, bytes and time, and no step takes longer for
-what is kept already.
+Rule: plain data in, plain data out; any thread. Bounded in items, bytes and time; every step takes constant time,
+however much is kept.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MOST_BYTES = 32 * 2**20
 SECONDS = 3600.0
 
 _Key = tuple[str, str]
-"""An account, and the id of an item that was said to it."""
+"""An account, and the id of an item sent to it."""
 
 
 class _Kept(NamedTuple):
@@ -27,12 +27,12 @@ class _Kept(NamedTuple):
 
 
 class Memory:
-    """The items of an app's answers; what was not said or asked for the longest goes first.
+    """The items of an app's answers; drops the least recently used first.
 
     Args:
-        most_items, most_bytes: of all accounts together.
-        seconds: for how long an item is kept that nobody asks for.
-        clock: seconds, going up.
+        most_items, most_bytes: limits for all accounts together.
+        seconds: for how long to keep an unused item.
+        clock: a monotonic clock, in seconds.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Memory:
         self._bytes = 0
 
     def remember(self, account: str, items: Iterable[dict[str, Any]]) -> None:
-        """Keep what was said to an account."""
+        """Keep the items sent to an account."""
         for item in items:
             text = json.dumps(_worth_keeping(item), separators=(",", ":")).encode()
             with self._lock:
@@ -60,7 +60,7 @@ class Memory:
                 self._make_room()
 
     def find(self, account: str, item_id: str) -> dict[str, Any] | None:
-        """The item that was said to this account; None if it is not known, or not any more."""
+        """The item of that id sent to this account; None if unknown, or no longer kept."""
         key = account, item_id
         with self._lock:
             self._make_room()
@@ -95,7 +95,7 @@ class Memory:
 
 
 def _worth_keeping(item: dict[str, Any]) -> dict[str, Any]:
-    """The item without log-probabilities, which can be a hundred times as long as its text."""
+    """The item without its log-probabilities, which can be a hundred times as long as its text."""
     if not item.get("content"):
         return item
     parts = [{name: value for name, value in part.items() if name != "logprobs"} for part in item["content"]]

@@ -1,7 +1,7 @@
-"""The items of an answer while they grow, and the events that say so.
+"""The growing items of an answer, and their events.
 
-Rule: plain data in, plain data out. An event lacks its number only, which is the stream's. One of more text is put
-together from what was serialised once an item, because at many streams its cost is paid many thousand times a second.
+Rule: plain data in, plain data out. An event is complete but for its number in the stream. Text events are assembled
+from JSON serialised once per item, because with many streams there are thousands per second.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 
 class TextDelta(NamedTuple):
-    """The event of more text.
+    """An event with more text.
 
     Attributes:
         type: its type.
-        head: the JSON of it, up to the text.
-        text: what is new.
-        tail: what follows the text, if anything does.
+        head: its JSON up to the text.
+        text: the new text.
+        tail: its JSON after the text, without the number.
     """
 
     type: str
@@ -36,12 +36,12 @@ class Item:
     """One item.
 
     Args:
-        place: its index among the answer's.
+        place: its index in the answer.
     """
 
     prefix: ClassVar[str]  # of the id
-    texts: ClassVar[str]  # the events of its text
-    index: ClassVar[dict[str, int]] = {}  # where these say that the text stands
+    texts: ClassVar[str]  # the name of its text's events
+    index: ClassVar[dict[str, int]] = {}  # the text's place, as these events give it
 
     def __init__(self, place: int) -> None:
         self._id = f"{self.prefix}_{secrets.token_hex(12)}"
@@ -53,31 +53,31 @@ class Item:
 
     @property
     def object(self) -> dict[str, Any]:
-        """The item as it is now."""
+        """The current item."""
         raise NotImplementedError
 
     def begin(self) -> Iterator[Event]:
-        """It is there, with nothing in it yet."""
+        """The events of a new, empty item."""
         yield self._of_item("added")
 
     def grow(self, text: str, logprobs: Sequence[dict[str, Any]]) -> Event:
-        """More of its text, and the log-probabilities of that."""
+        """Add text with its log-probabilities; return the event."""
         self._pieces.append(text)
         return TextDelta(*self._delta, text)
 
     def end(self, status: ItemStatus) -> Iterator[Event]:
-        """There is no more of it."""
+        """Complete the item; return the events."""
         self._status = status
         yield from self._whole()
         yield self._of_item("done")
 
     def cut(self) -> None:
-        """It has failed before its end, if it had none yet."""
+        """Mark the item as incomplete, unless it has ended."""
         if self._status == "in_progress":
             self._status = "incomplete"
 
     def _whole(self) -> Iterator[Event]:
-        """What there is to say of its text once that is whole."""
+        """The events of its complete text."""
         raise NotImplementedError
 
     def _of_text(self, what: str, **members: Any) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class Item:
 
 
 class Call(Item):
-    """``function_call``. Clients know it by ``call_id``, and answer it by that."""
+    """``function_call``. Clients return its result under its ``call_id``."""
 
     prefix = "fc"
     texts = "function_call_arguments"
@@ -133,7 +133,7 @@ class TextItem(Item):
 
     @property
     def _parts(self) -> list[dict[str, Any]]:
-        """Of an item that begins, the part is yet to be added."""
+        """The parts; a new item has none yet."""
         return [self._part] if self._pieces or self._status != "in_progress" else []
 
     def _of_part(self, what: str) -> Event:
@@ -141,7 +141,7 @@ class TextItem(Item):
 
 
 class Reasoning(TextItem):
-    """``reasoning``, as the model thinks it."""
+    """``reasoning`` with the model's reasoning as its text."""
 
     prefix = "rs"
     kind = texts = "reasoning_text"
@@ -153,7 +153,7 @@ class Reasoning(TextItem):
 
 
 class Summary(TextItem):
-    """``reasoning`` for clients that ask for a summary, and show nothing else: the same text stands in for that."""
+    """``reasoning`` for clients that ask for a summary and show only that: it contains the full text."""
 
     prefix = "rs"
     kind = "summary_text"
@@ -167,7 +167,7 @@ class Summary(TextItem):
 
 
 class Message(TextItem):
-    """``message``, the answer's text. Events have less to say of log-probabilities than the part has."""
+    """``message``, the answer's text. Its events have shorter log-probabilities than its part."""
 
     prefix = "msg"
     kind = texts = "output_text"
@@ -198,10 +198,10 @@ class Message(TextItem):
 
 
 def write_event(event: Event, number: int) -> tuple[str, str]:
-    """The type and the JSON of a stream's event.
+    """Return an event's type and JSON.
 
     Args:
-        number: its place in the stream.
+        number: its index in the stream.
     """
     if isinstance(event, TextDelta):
         return event.type, f'{event.head}{json.dumps(event.text)}{event.tail},"sequence_number":{number}}}'
@@ -213,7 +213,7 @@ def _compact(value: object) -> str:
 
 
 def _with_bytes(entry: dict[str, Any]) -> dict[str, Any]:
-    """Bytes are a list in this API, also where they are not known."""
+    """The entry with lists as ``bytes``, even if unknown, as this API requires."""
     likeliest = [{**each, "bytes": each["bytes"] or []} for each in entry["top_logprobs"]]
     return {**entry, "bytes": entry["bytes"] or [], "top_logprobs": likeliest}
 

@@ -1,7 +1,7 @@
-"""A body of ``responses`` made into the call that a chat makes.
+"""Reads a body of ``responses`` into the same kind of call as a chat's.
 
-Rule: pure functions of the client's JSON and of what the model's engine supports; nothing is sent here. Every fault is
-an InvalidRequestError with ``param`` in the client's own words.
+Rule: pure functions of the client's JSON and of what the model's engine supports; sends nothing. Every error is an
+InvalidRequestError whose ``param`` is the client's own field.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from lmbridge.flask.openai.responses.items import Find, read_input
 from lmbridge.flask.openai.responses.table import LOGPROBS_INCLUDED, RESPONSES
 from lmbridge.flask.openai.sampling import WHAT_FITS, Body, read_config
 
-SUMMARY = ("reasoning.summary", "reasoning.generate_summary")  # the latter is what it was called first
+SUMMARY = ("reasoning.summary", "reasoning.generate_summary")  # the latter is its older name
 _INSIDE = ("text.format", "reasoning.effort", *SUMMARY)
-_CHECKED = ("user", "metadata", "truncation", "text", "reasoning", "store", *SUMMARY)  # of which no config tells
+_CHECKED = ("user", "metadata", "truncation", "text", "reasoning", "store", *SUMMARY)  # not in a GenerationConfig
 
 
 def read_response(values: dict[str, Any], supported: Set[str], find: Find) -> Call:
-    """The checked call.
+    """Read and check the call.
 
     Args:
-        find: for items of the input that are only referred to.
+        find: finds the items of references in the input.
     """
     body = Body(_flat(values), RESPONSES)
     for name in _CHECKED:
         body.value(name)
     given = body.value("input")
     if given is None:
-        raise InvalidRequestError("input is missing.", "input")
+        raise InvalidRequestError("input is missing; send a string or a list of items.", "input")
     told = body.value("include_reasoning", True)
     config = read_config(
         body,
@@ -53,12 +53,12 @@ def read_response(values: dict[str, Any], supported: Set[str], find: Find) -> Ca
 
 
 def wants_summary(body: Body) -> bool:
-    """Whether the client shows what the model thinks as a summary."""
+    """Whether the client asks for a summary of the model's reasoning."""
     return any(body.value(name) is not None for name in SUMMARY)
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """The fields, and beside them those inside of others, by the names that the table has for them."""
+    """The fields, and the nested ones under the table's dotted names."""
     flat = dict(values)
     for name in _INSIDE:
         holder, _, member = name.partition(".")

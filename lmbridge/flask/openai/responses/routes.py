@@ -1,6 +1,6 @@
 """The views of responses.
 
-Rule: HTTP only. Reading a body, asking a bridge and writing an answer are done by the modules named after it.
+Rule: HTTP only; ``reading`` reads bodies, ``answering`` uses the bridge, and ``writing`` writes answers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _OF_KEPT = (("", "GET"), ("", "DELETE"), ("/cancel", "POST"), ("/input_items", "
 
 
 def register(blueprint: Blueprint) -> None:
-    """Add the routes, and to each app a memory."""
+    """Add the routes, and give each app a memory."""
     blueprint.record(_give_memory)
     blueprint.add_url_rule("/responses", "responses", create, methods=["POST"], strict_slashes=False)
     guard.refuse_other_methods(blueprint, "/responses", "not_responses", "POST")
@@ -56,10 +56,10 @@ def create() -> Response:
 
 
 def none_kept(response_id: str) -> NoReturn:
-    """For whoever asks for a response that was given before."""
+    """Refuse to fetch, cancel or delete an earlier response."""
     raise NotFound(
-        f"There is no response {response_id} here: none is kept, so that none can be fetched, cancelled or deleted. "
-        "Send the whole conversation as input, and close the connection of an answer that is not wanted."
+        f"There is no response {response_id}: this server does not store responses, so they cannot be fetched, "
+        "cancelled or deleted. Send the whole conversation as input; to cancel an answer, close its connection."
     )
 
 

@@ -1,7 +1,7 @@
-"""The fields of responses: what each may hold, and what becomes of it.
+"""The fields of responses: their values, and how they are handled.
 
-Rule: data only, as of the table of chats, whose fields mean the same here unless this one says otherwise. What is
-inside of ``text`` and ``reasoning`` is a field of its own, with a dot in its name.
+Rule: data only, like the table of chats, whose fields apply here too unless this table overrides them. Members of
+``text`` and ``reasoning`` are separate fields, with a dot in their names.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _is_format(value: object) -> bool:
 
 
 def _nested_format(value: dict[str, Any]) -> dict[str, Any]:
-    """As chats have it."""
+    """Convert a format to the form of chats."""
     if value["type"] != "json_schema":
         return value
     return {"type": "json_schema", "json_schema": {name: each for name, each in value.items() if name != "type"}}
@@ -67,49 +67,49 @@ FACTS = Kind(
 SUMMARIES = Kind(lambda value: value in ("auto", "concise", "detailed"), "auto, concise or detailed")
 TRUNCATION = Kind(lambda value: value in ("auto", "disabled"), "auto or disabled")
 
-# --- what is said otherwise than in chats ---
+# --- different from chats ---
 
 _SERVED = (
     Field(
         "input", INPUT,
-        "a string is what the user says. The items are message (roles user, assistant, system, developer; content a "
-        "string or parts input_text, output_text, text and refusal), function_call, function_call_output, reasoning, "
-        "item_reference",
+        "a string is a message of the user's. Types of items: message (roles user, assistant, system, developer; "
+        "content a string or parts input_text, output_text, text and refusal), function_call, function_call_output, "
+        "reasoning, item_reference",
     ),
-    Field("instructions", TEXT, "none; a system message that goes first, and before one that opens the input"),
+    Field("instructions", TEXT, "none; a system message put first, before one at the beginning of the input"),
     Field("max_output_tokens", TOKENS, "what fits into the model's context", option="max_new_tokens"),
     Field(
-        "include", TEXTS, f"none; of it {LOGPROBS_INCLUDED}: log-probabilities. Other members have no effect",
+        "include", TEXTS, f"none; {LOGPROBS_INCLUDED} adds log-probabilities. Other members have no effect",
         option="logprobs",
     ),
-    Field("top_logprobs", LOGPROBS, f"0; above it as if {LOGPROBS_INCLUDED} was included", option="logprobs"),
+    Field("top_logprobs", LOGPROBS, f"0; above 0, {LOGPROBS_INCLUDED} is implied", option="logprobs"),
     Field("text", OBJECT, "none; its verbosity has no effect"),
     Field(
         "text.format", FORMAT,
-        '{"type": "text"}; else the answer is JSON, which the schema describes, if max_output_tokens lets it end',
+        '{"type": "text"}; otherwise the answer is JSON that follows the schema, if max_output_tokens suffices',
         option="response_format", neutral=({"type": "text"},), convert=_nested_format,
     ),
     Field("reasoning", OBJECT, "none"),
     Field(
-        "reasoning.effort", EFFORT, "none; a variable for the chat template, which may not look at it",
+        "reasoning.effort", EFFORT, "none; a variable for the chat template, which may ignore it",
         option="chat_template_kwargs",
     ),
     Field(
         "reasoning.summary", SUMMARIES,
-        "none; any of them: reasoning items have their text, which is not summed up, as summary instead of as content",
+        "none; with any of them, reasoning items have their full text, unsummarized, as summary instead of content",
     ),
     Field("reasoning.generate_summary", SUMMARIES, "none; the older name of reasoning.summary"),
-    Field("store", BOOL, "true: the answer's items may be referred to for a while; false: they are not remembered"),
+    Field("store", BOOL, "true: later requests may refer to the answer's items for a while; false: they may not"),
     Field("include_reasoning", BOOL, "true; false: no reasoning items", option="separate_reasoning"),
     Field(
         "tools", TOOLS, "none; functions that the model may call", option="tools", neutral=([],), convert=read_flat
     ),
     Field(
-        "tool_choice", CHOICE, "auto; none keeps the tools from the model, required and a function's name have it call",
+        "tool_choice", CHOICE, "auto; none hides the tools from the model, required or a function's name forces a call",
         option="tool_choice", neutral=("auto",), convert=nested_choice,
     ),
-    Field("metadata", FACTS, "none; comes back with the answer"),
-    Field("truncation", TRUNCATION, "disabled, and so is auto: nothing is dropped, and what does not fit is an error"),
+    Field("metadata", FACTS, "none; returned with the answer"),
+    Field("truncation", TRUNCATION, "disabled; auto means the same: input that does not fit is an error"),
     replace(CHAT["min_tokens"], note="0; at most max_output_tokens"),
     replace(CHAT["seed"], note="none"),
 )  # fmt: skip
@@ -119,11 +119,16 @@ def _other(fate: Fate, kind: Kind, *names: str, note: str = "") -> tuple[Field, 
     return tuple(Field(name, kind, note, fate) for name in names)
 
 
-_UNKEPT = _left_out("nothing is kept here: send the whole conversation as input")
+_UNKEPT = _left_out("this server stores no conversations: send the whole conversation as input")
 _REFUSED = (
     *_other("refused", _UNKEPT, "previous_response_id", "conversation", "previous_input_messages"),
-    *_other("refused", _left_out("nothing is kept here: send instructions and input"), "prompt"),
-    *_other("refused", _left_out("nothing is kept here: wait for the answer, or stream it"), "background", note="true"),
+    *_other("refused", _left_out("this server stores no prompts: send instructions and input"), "prompt"),
+    *_other(
+        "refused",
+        _left_out("this server stores no answers: wait for the answer, or stream it"),
+        "background",
+        note="true",
+    ),
     *_other(
         "refused", Kind(lambda value: value == 1, "1 or left out (a request has one answer)"), "n", note="other than 1"
     ),
@@ -134,8 +139,8 @@ _REFUSED = (
     *_other("refused", _left_out("send text.format instead"), "response_format"),
     *_other("refused", _left_out("send reasoning.effort instead"), "reasoning_effort"),
     *_other("refused", _left_out(f"send include with {LOGPROBS_INCLUDED} instead"), "logprobs"),
-    *_other("refused", _left_out("chats and completions have it"), "return_token_ids", "prompt_logprobs"),
-    *_other("refused", _left_out("it is not supported here"), "enable_response_messages"),
+    *_other("refused", _left_out("only chats and completions support it"), "return_token_ids", "prompt_logprobs"),
+    *_other("refused", _left_out("it is not supported"), "enable_response_messages"),
 )
 _IGNORED = _other(
     "ignored", Kind(lambda value: True, "anything"),

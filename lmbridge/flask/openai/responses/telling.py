@@ -1,7 +1,6 @@
-"""An answer's deltas made into its items, and into the events that tell of them in the order that clients expect.
+"""Turns an answer's deltas into its items, and into their events in the order that clients expect.
 
-Rule: plain data in, plain data out; nothing is asked or sent here. One item is open at a time: what belongs to another
-one ends it.
+Rule: plain data in, plain data out; sends nothing. One item is open at a time: a delta for another item ends it.
 """
 
 from __future__ import annotations
@@ -18,18 +17,17 @@ from lmbridge.flask.openai.thoughts import ThoughtTokens
 from lmbridge.messages import Delta, FinishReason, Usage
 
 _Key = str | int
-"""Which item something belongs to: ``message``, ``reasoning``, or a call's index."""
+"""Identifies an item: ``message``, ``reasoning``, or a call's index."""
 _Part = tuple[_Key, Callable[[int], Item], str]
-"""Some text of an item, and how to make that one of its place where it has not begun."""
+"""An item's key, a function that makes the item from its place, and some of its text."""
 
 
 class Telling:
     """One answer.
 
     Args:
-        logprobs: None where none were asked for.
-        reasoning: the kind of item that tells what the model thinks, or None where nobody is told; its tokens are
-            counted in any case.
+        logprobs: None if not requested.
+        reasoning: the class of reasoning items; None: do not return reasoning, but count its tokens.
     """
 
     def __init__(self, form: Form, logprobs: ChatLogprobs | None, reasoning: type[TextItem] | None) -> None:
@@ -38,16 +36,16 @@ class Telling:
         self._reasoning = reasoning
         self._items: list[Item] = []
         self._open: _Key | None = None  # the last item, unless that has ended
-        self._unplaced: list[dict[str, Any]] = []  # log-probabilities of tokens that have shown no text yet
+        self._unplaced: list[dict[str, Any]] = []  # log-probabilities of tokens whose text is still to come
         self._thoughts = ThoughtTokens()
 
     def begin(self) -> Iterator[Event]:
-        """The answer is begun."""
+        """The first events of the answer."""
         for what in ("created", "in_progress"):
             yield {"type": f"response.{what}", "response": self._form.write("in_progress")}
 
     def add(self, delta: Delta) -> Iterator[Event]:
-        """What a delta adds."""
+        """Add a delta; return its events."""
         self._thoughts.add(delta)
         self._place(delta)
         for key, make, text in self._parts(delta):
@@ -60,9 +58,9 @@ class Telling:
                 yield self._items[-1].grow(text, logprobs)
 
     def end(self, reason: FinishReason, usage: Usage) -> Iterator[Event]:
-        """The answer is whole, or as long as it may be; the last event has the object that it is.
+        """End the answer, complete or cut off at its limit; the last event has its whole object.
 
-        A model that has ended its answer without a word has said nothing, which is a message too.
+        If the model ended without a word, the answer is an empty message.
         """
         if reason == "stop" and not any(isinstance(item, (Message, Call)) for item in self._items):
             yield from self._turn_to("message", Message)
@@ -72,7 +70,7 @@ class Telling:
         yield {"type": f"response.{status}", "response": response}
 
     def fail(self, error: HttpError) -> Iterator[Event]:
-        """There is no more of the answer than was told."""
+        """End the answer with an error."""
         for item in self._items:
             item.cut()
         response = self._form.write("failed", self.output, error=write_error(error))
@@ -80,13 +78,13 @@ class Telling:
 
     @property
     def output(self) -> list[dict[str, Any]]:
-        """The items as they are now."""
+        """The current items."""
         return [item.object for item in self._items]
 
     def _parts(self, delta: Delta) -> Iterator[_Part]:
         begun = [
             piece for piece in delta.tool_calls if not piece.id
-        ]  # the rest of what is open comes before what ends it
+        ]  # pieces of the open call come before whatever ends it
         for piece in begun:
             yield piece.index, functools.partial(Call, call_id=piece.id, name=piece.name), piece.arguments
         if delta.reasoning and self._reasoning is not None:
@@ -97,7 +95,7 @@ class Telling:
             yield piece.index, functools.partial(Call, call_id=piece.id, name=piece.name), piece.arguments
 
     def _turn_to(self, key: _Key, make: Callable[[int], Item]) -> Iterator[Event]:
-        """Have an item with this key be the open one."""
+        """Close the open item, and open one with this key."""
         yield from self._close("completed")
         self._open = key
         self._items.append(make(len(self._items)))
@@ -109,7 +107,7 @@ class Telling:
             yield from self._items[-1].end(status)
 
     def _place(self, delta: Delta) -> None:
-        """Keep the log-probabilities of what is, or may become, a message's text."""
+        """Keep the log-probabilities of tokens that are, or may become, a message's text."""
         if (delta.reasoning or delta.tool_calls) and not delta.text:
             self._unplaced = []
         elif self._logprobs is not None and delta.logprobs and (delta.text or self._open in (None, "message")):

@@ -1,6 +1,6 @@
-"""The object that an answer is, and that the events of a stream begin and end with.
+"""Writes the ``response`` object: the whole answer, and part of a stream's first and last events.
 
-Rule: plain data in, plain data out; nothing is sent here.
+Rule: plain data in, plain data out; sends nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
 
 class Form:
-    """Writes the ``response`` objects of one request, which repeat what it has asked for.
+    """Writes the ``response`` objects of one request, which repeat the request's settings.
 
     Args:
         model: the model's name.
@@ -44,7 +44,7 @@ class Form:
             "top_logprobs": body.value("top_logprobs", 0),
             "top_p": body.value("top_p", 1.0),
             "user": body.value("user"),
-            # what is the same for all
+            # the same for all requests
             "background": False,
             "previous_response_id": None,
             "service_tier": "default",
@@ -59,7 +59,7 @@ class Form:
         usage: dict[str, Any] | None = None,
         error: dict[str, str] | None = None,
     ) -> dict[str, Any]:
-        """The object as it is now."""
+        """The object in its current state."""
         return {
             **self._facts,
             "status": status,
@@ -72,7 +72,7 @@ class Form:
 
 
 def write_usage(usage: Usage, reasoning_tokens: int) -> dict[str, Any]:
-    """Token counts in the words of this API."""
+    """The token counts in this API's form."""
     return {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
@@ -83,7 +83,7 @@ def write_usage(usage: Usage, reasoning_tokens: int) -> dict[str, Any]:
 
 
 def write_error(error: HttpError) -> dict[str, str]:
-    """An error that came too late for a status of its own; this API has few codes for it."""
+    """An error that came too late for an HTTP status; this API has only a few codes for it."""
     codes = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
     return {"code": codes.get(error.status, "server_error"), "message": error.message}
 

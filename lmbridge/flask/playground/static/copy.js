@@ -5,7 +5,7 @@ const MOMENT = 2000; // milliseconds
 /** Copy a text, and say so in the button, which keeps its width, and to whoever listens. */
 export async function copy(text, button, announce) {
   const done = await toClipboard(text);
-  announce(done ? "Copied" : "The browser did not allow it to be copied");
+  announce(done ? "Copied" : "The browser did not allow copying");
   const before = (button.dataset.words ??= button.textContent);
   button.textContent = done ? "Copied" : "Failed";
   clearTimeout(button.timer);

@@ -11,8 +11,8 @@ const STATES = {
   new: ["waiting", "Loads with the first message"],
   starting: ["waiting", "Loading"],
   restarting: ["waiting", "Restarting"],
-  draining: ["waiting", "Being exchanged"],
-  unloaded: ["waiting", "Loads again with the next call"],
+  draining: ["waiting", "Being replaced"],
+  unloaded: ["waiting", "Loads again with the next message"],
   ready: ["good", "Ready"],
   failed: ["bad", "Failed"],
   closed: ["bad", "Closed"],
@@ -140,7 +140,7 @@ export class Live {
   #lost() {
     this.#before = null;
     byId("figures").classList.add("stale");
-    showState("bad", "The server does not answer");
+    showState("bad", "The server does not respond");
   }
 }
 

@@ -29,7 +29,7 @@ export class Models {
       this.tabs.offer(offered.length ? offered.map(({ name }) => name) : ["chat"], this.wanted ?? this.tabs.current);
       this.wanted = null;
     } catch (error) {
-      if (error.status === 401) return this.askForKey(this.server.key ? error.message : "This server wants an API key.");
+      if (error.status === 401) return this.askForKey(this.server.key ? error.message : "This server requires an API key.");
       byId("trouble").hidden = false;
       byId("trouble").firstElementChild.textContent = error.message;
     }

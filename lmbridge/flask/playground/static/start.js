@@ -11,7 +11,7 @@ const BUNDLED = {
 };
 const OTHER = {
   title: "Ask the model something",
-  about: "Write below, or begin with one of these.",
+  about: "Type a message, or start with one of these.",
   prompts: [
     "Explain in three sentences how a rainbow forms.",
     "Compare trains and planes in a small table.",

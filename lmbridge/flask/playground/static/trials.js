@@ -106,8 +106,8 @@ export class Similarity extends Trial {
 
   async ask(signal) {
     const sentences = linesOf(this.values.sentences);
-    if (sentences.length < 2) throw new Error("Write at least two sentences, each on a line of its own.");
-    if (sentences.length > MOST) throw new Error(`There is room for ${MOST} sentences here; these are ${sentences.length}.`);
+    if (sentences.length < 2) throw new Error("Enter at least two sentences, one per line.");
+    if (sentences.length > MOST) throw new Error(`Enter at most ${MOST} sentences; these are ${sentences.length}.`);
     const { vectors, tokens } = await this.host.server.embed({ model: this.host.model, input: sentences }, signal);
     const cosines = vectors.map((one) => vectors.map((other) => cosine(one, other)));
     this.part(".result").replaceChildren(heatMap(sentences, cosines));
@@ -171,13 +171,13 @@ export class Ranking extends Trial {
   async ask(signal) {
     const query = this.values.query.trim();
     const documents = linesOf(this.values.documents);
-    if (!query) throw new Error("Write a query.");
-    if (!documents.length) throw new Error("Write at least one document, each on a line of its own.");
+    if (!query) throw new Error("Enter a query.");
+    if (!documents.length) throw new Error("Enter at least one document, one per line.");
     const { ranks, tokens } = await this.host.server.rerank({ model: this.host.model, query, documents }, signal);
     const most = Math.max(1, ...ranks.map(({ score }) => score)); // a score may be any number
     this.part(".result").replaceChildren(...ranks.map((rank) => rankItem(documents[rank.index], rank.score, most)));
     this.part(".result").hidden = false;
-    return { count: `${documents.length} documents`, tokens, words: `The most relevant: ${documents[ranks[0].index]}` };
+    return { count: `${documents.length} documents`, tokens, words: `Most relevant: ${documents[ranks[0].index]}` };
   }
 }
 

@@ -9,7 +9,7 @@ const AGAIN = "If it happens again, tell whoever runs this server.";
 const BY_CODE = {
   context_length_exceeded: "This is more text than the model can read at once. Shorten it, or start a new conversation.",
   unsupported_parameter: "This model does not support one of the settings. Clear the settings, then try again.",
-  unsupported_task: "This model does something else. Choose another model.",
+  unsupported_task: "This model does not support this task. Choose another model.",
   model_not_found: "The server no longer has this model. Reload the page, then choose another one.",
   queue_full: "The server is busy. Try again in a moment.",
   deadline_exceeded: "The answer took longer than the server allows. Try again, or set a lower Max tokens.",
@@ -19,7 +19,7 @@ const BY_CODE = {
 };
 
 const BY_STATUS = {
-  401: "The server wants a valid API key. Enter it below.",
+  401: "The server requires a valid API key. Enter it below.",
   403: "The server does not allow this.",
   404: "The server does not offer this. Reload the page.",
   413: "This is more text than the server accepts. Shorten it, or start a new conversation.",
@@ -36,5 +36,5 @@ export function wordsFor({ message = "", code, param }, status) {
   const known = BY_CODE[code] ?? BY_STATUS[status];
   if (known) return { message: known, details: message };
   if (message && status >= 400 && status < 500) return { message, details: "" };
-  return { message: `The model failed at this. Try again. ${AGAIN}`, details: message };
+  return { message: `The model failed to answer. Try again. ${AGAIN}`, details: message };
 }

@@ -322,4 +322,4 @@ def test_keys_and_limits_are_those_of_the_other_routes() -> None:
         assert client.post("/v1/responses/", json={"input": "x"}, headers=key).status_code == 200
         assert client.post("/v1/responses", json={"input": "x" * 60}, headers=key).status_code == 413
         assert client.get("/v1/responses", headers=key).status_code == 405
-        assert "ask for /v1/responses" in client.post("/responses", json={}).text
+        assert "use /v1/responses instead" in client.post("/responses", json={}).text

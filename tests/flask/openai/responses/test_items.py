@@ -130,9 +130,9 @@ def test_what_is_refused(item: Any, param: str) -> None:
     [
         ({"input": None}, "input", "missing"),
         ({"input": []}, "input", "at least one item"),
-        ({"input": [{"type": "reasoning", "summary": []}]}, "input", "what the user says"),
+        ({"input": [{"type": "reasoning", "summary": []}]}, "input", "contains no message"),
         ({"input": 3}, "input", "a string or a list"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "no other tools are supported"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "other tools are not supported"),
         ({"tools": [{"type": "function", "name": "f"}, {"type": "mcp"}]}, "tools[1].type", "mcp"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools", r"tools\[0\]\.name"),
         ({"tools": [{"type": "function", "name": "f", "parameters": 3}]}, "tools", r"tools\[0\]\.parameters"),

@@ -54,7 +54,7 @@ def test_a_reference_is_as_good_as_the_item(api: Api, asked: str, stream: bool, 
 
 def test_an_unknown_reference(client: OpenAI) -> None:
     """Who refers to what is not known hears for how long it would be, and what to do."""
-    words = r"not known here.*an hour.*Send the item itself.*\"store\" is false"
+    words = r"which is unknown.*an hour.*Send the item itself.*\"store\" is false"
     with pytest.raises(BadRequestError, match=words) as caught:
         client.responses.create(model="scripted", input=[{"type": "item_reference", "id": "msg_1"}])
     assert caught.value.param == "input[0]"
@@ -65,7 +65,7 @@ def test_nothing_is_remembered_that_must_not_be_stored(api: Api) -> None:
     for fields in ({"store": False}, {"store": False, "stream": True}):
         text = requests.post(f"{api.served.url}/responses", json={"input": "Hello", **fields}, timeout=PATIENCE).text
         item_id = text[text.index('"msg_') + 1 :].partition('"')[0]
-        assert "not known here" in api.post(input=[refer({"id": item_id})])["error"]["message"]
+        assert "which is unknown" in api.post(input=[refer({"id": item_id})])["error"]["message"]
 
 
 def test_a_reference_counts_once(api: Api) -> None:
