@@ -1,7 +1,7 @@
 """A model calls a Python function: the chat runs it and tells the model what it gave.
 
-Run it with ``python examples/tools.py``. The bundled model's chat template does not support tools, so ``tool_choice`` forces
-the call; ``Bridge("Qwen/Qwen3-0.6B")`` decides by itself, without it.
+Run it with ``python examples/tools.py``. The bundled model cannot choose to call, so ``tool_choice`` forces it to;
+``Bridge("Qwen/Qwen3-0.6B")`` decides by itself, without it.
 """
 
 from __future__ import annotations
