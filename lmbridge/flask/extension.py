@@ -71,7 +71,8 @@ class LMBridge:
         Args:
             app: the app; its context is not needed.
             drain: let pending requests finish.
-            timeout: seconds for that; remaining requests are then aborted.
+            timeout: seconds for that; remaining requests are then aborted. Closing the engines may take another 10
+                seconds.
         """
         models_of(app).close(drain=drain, timeout=timeout)
 

@@ -6,7 +6,6 @@ its first use, or earlier with LMBRIDGE_PRELOAD, but always in the serving proce
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import inspect
 import threading
@@ -65,7 +64,6 @@ class Models:
         self._tasks: dict[str, frozenset[Task]] = {}  # as last seen; set in one atomic step by any thread
         self._supports: dict[str, frozenset[str]] = {}  # of engines that are not loaded yet
         self._bridges = {name: self._build(name, source) for name, source in settings.models.items()}
-        _open.add(self)
 
     @property
     def default(self) -> str:
@@ -199,13 +197,11 @@ class Models:
         """Refuse new requests, and close the bridges that the app built; ``drain`` and ``timeout`` as for a Bridge."""
         self.draining = True
         until = time.monotonic() + timeout
+        if not drain:
+            for bridge in self._own:  # signal all before waiting for the first
+                bridge._server_thread.drop()
         for bridge in self._own:
             bridge.close(drain=drain, timeout=max(0.0, until - time.monotonic()))
-
-    def close_what_was_handed_in(self) -> None:
-        """Close all bridges when the process exits: nobody else can close a Bridge built by a module."""
-        for bridge in self._bridges.values():
-            bridge.close(timeout=0.0)
 
     def _build(self, name: str, source: ModelSource) -> Bridge:
         if isinstance(source, Bridge):
@@ -276,14 +272,3 @@ def models_of(app: Any) -> Models:
         )
     assert isinstance(found, Models)
     return found
-
-
-_open: weakref.WeakSet[Models] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    """Close all apps' models. Runs before the bridges' own exit handler, which would report them as not closed."""
-    for models in list(_open):
-        models.close(timeout=0.0)
-        models.close_what_was_handed_in()

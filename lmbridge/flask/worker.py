@@ -46,14 +46,22 @@ def _watches_only(context: click.Context) -> bool:
 
 
 def after_fork(function: Callable[[], object]) -> None:
-    """Call ``function`` in each child that this process forks from now on, but not in their children."""
+    """Call ``function`` in each worker that gunicorn's master, this process, forks from now on.
+
+    Not in what else it forks: its own successor (USR2), and processes of the app's.
+    """
     parent = os.getpid()
 
     def run() -> None:
-        if os.getppid() == parent:
+        if os.getppid() == parent and _is_worker():
             function()
 
     os.register_at_fork(after_in_child=run)
+
+
+def _is_worker() -> bool:
+    """Whether the fork was made for a worker; gunicorn does not document ``spawn_worker``; tests notice if it goes."""
+    return any(frame.f_code.co_name == "spawn_worker" for frame, _ in traceback.walk_stack(None))
 
 
 def is_served(environ: WSGIEnvironment) -> bool:

@@ -6,6 +6,7 @@ Rule: created by any thread, used only by the server thread, except where noted.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 
 from lmbridge.crossing.handle import ServerHandle
 from lmbridge.metrics import Metrics
@@ -18,7 +19,8 @@ class ServerLoop:
     """One server thread's loop with its inbox, its calls and its sweep."""
 
     def __init__(self, handle: ServerHandle, metrics: Metrics, stall_timeout: float | None) -> None:
-        self.loop = asyncio.new_event_loop()
+        # a loop keeps the context it is made in, which would be the first caller's, with a web request in it
+        self.loop = contextvars.Context().run(asyncio.new_event_loop)
         self.handle = handle
         self.calls = Calls(handle, self.loop, metrics)
         self.inbox = Inbox(handle, self.calls)

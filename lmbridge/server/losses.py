@@ -5,6 +5,8 @@ Rule: pure functions. The reader may be at a command line, behind HTTP or in a p
 
 from __future__ import annotations
 
+import threading
+
 from lmbridge.errors import EngineStartError, LMBridgeError
 from lmbridge.log import said, shown
 from lmbridge.server.place import Place
@@ -20,6 +22,12 @@ def not_again(cause: BaseException) -> str:
 
 def start_error(cause: BaseException) -> EngineStartError:
     """The error of every call while the failed engine is not replaced."""
+    if _is_late(cause):
+        return _error(
+            "The main thread ended before the model was loaded, and Python then starts no thread pools, which loading "
+            "needs. Load the model first (bridge.start()), or join your threads.",
+            cause,
+        )
     return _error(f"The engine could not be loaded: {said(cause)}. Fix this, then restart.", cause)
 
 
@@ -33,6 +41,11 @@ def swap_error(cause: BaseException, place: Place | None, unloaded: bool = False
     if isinstance(cause, LMBridgeError):
         return cause
     return _error(f"The new model could not be loaded: {said(cause)}. {_goes_on(place, unloaded)}", cause)
+
+
+def _is_late(cause: BaseException) -> bool:
+    """Whether this is how ``concurrent.futures`` and ``threading`` fail once the main thread has ended."""
+    return isinstance(cause, RuntimeError) and "shutdown" in str(cause) and not threading.main_thread().is_alive()
 
 
 def _goes_on(place: Place | None, unloaded: bool) -> str:

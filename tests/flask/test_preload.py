@@ -148,6 +148,17 @@ def test_a_module_may_preload_by_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_what_else_is_forked_loads_nothing(tmp_path: Path) -> None:
+    """A process pool that the app starts in gunicorn's master takes no memory for models."""
+    forks = "import multiprocessing; multiprocessing.get_context('fork').Pool(3).map(abs, range(9))"
+    source = f"{PRELOADS}\n    {forks}\n"
+    with on_gunicorn(tmp_path, source, "--preload") as (process, _):
+        process.wait_for("is ready after")
+        process.end()
+    assert process.printed.count("Loading the model") == 1
+
+
+@pytest.mark.long
 def test_a_configured_log_has_each_line_once(tmp_path: Path) -> None:
     """An app that sets up logging, be it after the extension, gets our lines in its own form, and no second time."""
     source = PRELOADS + "\n    import logging\n    logging.basicConfig(level='INFO', format='OWN %(message)s')\n"
@@ -239,6 +250,25 @@ def test_a_program_of_ones_own_is_told_how(caplog: pytest.LogCaptureFixture) -> 
         assert get(f"{url}/ask")[1] == "hello"
     assert caplog.text.count("call lm.preload(app)") == 1
     lm.close(app)
+
+
+def test_models_close_together() -> None:
+    """An app with several models ends within the time of one; each of them would hold up a restart for its own."""
+    together = threading.Barrier(3)
+
+    class Sociable(ScriptedEngine):
+        async def close(self) -> None:
+            together.wait(5)  # all have been told before any is waited for
+            await super().close()
+
+    lm, app = LMBridge(), Flask("several")
+    app.config["LMBRIDGE_MODELS"] = dict.fromkeys(("one", "two", "three"), Sociable)
+    lm.init_app(app)
+    with app.app_context():
+        for name in ("one", "two", "three"):
+            lm.models.bridge(name).start()
+    lm.close(app)
+    assert not together.broken
 
 
 def test_preload_and_close_need_no_context(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import copy
 import functools
 import gc
@@ -13,6 +15,7 @@ import textwrap
 import threading
 import types
 import warnings
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -541,6 +544,46 @@ def test_mistakes_in_the_constructor_raise_there() -> None:
         Bridge("demo", when_full="wait")  # type: ignore[arg-type]
     with pytest.raises(InvalidRequestError, match="model must be"):
         Bridge(5)  # type: ignore[arg-type]
+
+
+def test_a_load_after_the_main_thread_has_ended() -> None:
+    """Python then refuses the thread pools that loading needs; the error says what to change."""
+    done = run_script("""
+        import lmbridge, threading
+        class Pooled(ScriptedEngine):
+            async def start(self):
+                from concurrent.futures import ThreadPoolExecutor
+                with ThreadPoolExecutor(1) as pool:
+                    pool.submit(int).result()
+        bridge = Bridge(Pooled)
+        def ask():
+            threading.main_thread().join()
+            try:
+                bridge.infer("hello")
+            except lmbridge.EngineStartError as error:
+                print(error)
+        threading.Thread(target=ask).start()
+    """)
+    assert "bridge.start()" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_the_first_caller_is_not_kept() -> None:
+    """What the caller's context holds, such as a web request, is free once its answer is there."""
+    held = contextvars.ContextVar[object]("held")
+
+    class Thing:
+        pass
+
+    def ask() -> weakref.ref[Thing]:
+        thing = Thing()
+        held.set(thing)
+        bridge.infer("hello")
+        return weakref.ref(thing)
+
+    with contextlib.closing(Bridge(ScriptedEngine())) as bridge:
+        kept = contextvars.copy_context().run(ask)
+        until(lambda: gc.collect() >= 0 and kept() is None)
 
 
 def test_errors_pickle() -> None:

@@ -11,7 +11,7 @@ import { Models } from "./models.js";
 import { Server } from "./server.js";
 import { Settings } from "./settings.js";
 import { showStart } from "./start.js";
-import { load, save } from "./store.js";
+import { forget, load, save } from "./store.js";
 import { Tabs } from "./tabs.js";
 import { Ranking, Similarity } from "./trials.js";
 
@@ -122,4 +122,9 @@ class Page {
   }
 }
 
-new Page(new Server({ ...document.body.dataset }));
+try {
+  new Page(new Server({ ...document.body.dataset }));
+} catch (error) {
+  if (!forget()) throw error; // else what was stored does not fit: begin without it
+  location.reload();
+}

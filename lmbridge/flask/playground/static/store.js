@@ -10,6 +10,17 @@ export function load() {
   }
 }
 
+/** Whether there was something to forget. */
+export function forget() {
+  try {
+    const known = sessionStorage.getItem(PLACE) !== null;
+    sessionStorage.removeItem(PLACE);
+    return known;
+  } catch {
+    return false;
+  }
+}
+
 export function save(state) {
   try {
     sessionStorage.setItem(PLACE, JSON.stringify(state));
