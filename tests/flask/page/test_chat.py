@@ -368,6 +368,24 @@ def test_reload_keeps_the_conversation(visit: Open, site: Site) -> None:
         expect(page.locator(".exchange")).to_have_count(0)
 
 
+POISON = """
+if (!window.name) { // which a tab keeps over a reload
+  window.name = "poisoned";
+  sessionStorage.setItem(`lmbridge ${location.pathname}`, '{"exchanges": {"a": 1}}');
+}
+"""
+
+
+@pytest.mark.long
+def test_what_was_stored_and_does_not_fit_is_dropped(visit: Open) -> None:
+    """A conversation that the page cannot show would otherwise keep it from starting until the tab is closed."""
+    page = visit()
+    page.context.add_init_script(POISON)
+    page.reload()
+    ask(page, "hello")
+    expect(answers(page)).to_have_text("hello")
+
+
 def test_reload_keeps_the_model(visit: Open) -> None:
     """The chosen model is chosen still after a reload."""
     page = visit("two/")
