@@ -47,7 +47,7 @@ def test_orders_that_are_attacks() -> None:
         for name in ("self", "kwargs", "engine_options", "no_such"):
             assert name in refused({**order, "options": {name: 1}})
         for words, timeouts in {
-            "no JSON number": ("NaN", "Infinity", "-Infinity"),
+            "not a JSON number": ("NaN", "Infinity", "-Infinity"),
             "timeout must be": ("-1", "-0.001", "1e999", "9" * 400, "true", '"1"', "[]"),
         }.items():
             for timeout in timeouts:

@@ -209,7 +209,7 @@ def test_variables_without_a_template_are_refused(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").unlink()
 
     async def scenario(driver: Driver) -> None:
-        with pytest.raises(InvalidRequestError, match="without one") as refused:
+        with pytest.raises(InvalidRequestError, match="need a chat template") as refused:
             driver.add("hi", raw=False, chat_template_kwargs={"enable_thinking": False})
         assert refused.value.param == "chat_template_kwargs"
 
