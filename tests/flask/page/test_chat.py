@@ -236,7 +236,7 @@ def test_error_in_mid_stream_is_shown(visit: Open, site: Site) -> None:
         expect(page.locator(".exchange").get_by_role("alert")).to_have_text(re.compile("scripted failure"))
         expect(answers(page)).to_have_text("one")
         page.get_by_role("button", name="Try again").press("Enter")
-        expect(page.locator("#log")).to_be_focused()
+        expect(page.get_by_label("Message")).to_be_focused()
         engine.wait_for(lambda engine: len(engine.started) == 2)
         engine.step(3)
         expect(answers(page)).to_have_text("one two three")
@@ -382,8 +382,9 @@ def test_what_was_stored_and_does_not_fit_is_dropped(visit: Open) -> None:
     page = visit()
     page.context.add_init_script(POISON)
     page.reload()
-    ask(page, "hello")
-    expect(answers(page)).to_have_text("hello")
+    expect(page.get_by_label("Model", exact=True)).to_be_enabled()  # it is connected, after a reload of its own
+    ask(page, "What is the capital of Peru?")
+    expect(answers(page)).to_have_text("The capital of Peru is Lima.")
 
 
 def test_reload_keeps_the_model(visit: Open) -> None:

@@ -67,7 +67,8 @@ export class Conversation {
   }
 
   #again() {
-    byId("log").focus({ preventScroll: true }); // the button that had the focus goes
+    // the button that had the focus goes; on a phone the message's field would bring up the keyboard
+    byId(matchMedia("(pointer: fine)").matches ? "prompt" : "log").focus({ preventScroll: true });
     this.#answer();
   }
 
