@@ -2,13 +2,13 @@
 
 Run it with ``python examples/flask_background.py [PORT]``, and start a job::
 
-    curl http://127.0.0.1:5000/jobs -d 'prompt=What is the capital of Peru?' -d 'prompt=What is the opposite of hot?'
+    curl http://127.0.0.1:5000/jobs -d 'prompt=What is the capital of Peru?'
 """
 
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from flask import Flask, request
+from flask import Flask, abort, request
 
 from lmbridge import Client
 from lmbridge.flask import LMBridge
@@ -33,8 +33,11 @@ def start() -> tuple[dict[str, int], int]:
 
 @app.get("/jobs/<int:job>")
 def result(job: int) -> dict[str, list[str] | None]:
+    if job >= len(jobs):
+        abort(404)
     return {"texts": jobs[job].result() if jobs[job].done() else None}
 
 
 if __name__ == "__main__":
+    lm.preload(app)  # jobs that wait at Ctrl-C are still done, but a model can no longer be loaded then
     app.run(port=int(sys.argv[1]) if len(sys.argv) > 1 else 5000)

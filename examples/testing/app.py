@@ -1,6 +1,6 @@
 """A small Flask app over a model, as it goes into production; its tests beside it need no model.
 
-Run it with ``flask --app examples/testing/app.py run``, and its tests with ``python -m pytest examples/testing``.
+In this folder, run it with ``flask run``, and its tests with ``python -m pytest``.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from lmbridge.cli import values
 from lmbridge.cli.faults import in_words
 from lmbridge.cli.model import add_model_arguments, loaded
-from lmbridge.cli.terminal import complain
+from lmbridge.cli.terminal import complain, is_terminal, printable
 from lmbridge.errors import BridgeClosedError, LMBridgeError, PromptTooLongError
 from lmbridge.messages import FinishReason, GenerationConfig, Message
 
@@ -64,8 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     with loaded(arguments, quiet=True) as bridge:
         chat = bridge.chat(config, system=arguments.system)
-        if not (sys.stdin.isatty() and sys.stdout.isatty()):
-            return 0 if answer_each(chat, sys.stdin) else 1
+        if not is_terminal(sys.stdin, sys.stdout):
+            return 0 if answer_each(chat, sys.stdin or ()) else 1
         print(f"Chatting with {arguments.model}. Ctrl-C stops an answer, /help lists commands, Ctrl-D leaves.")
         converse(chat)
         return 0
@@ -119,10 +119,11 @@ def message(read: Callable[[str], str]) -> str | None:
     """
     try:
         text = read(PROMPT)
-        while text.startswith(QUOTES) and (text.strip() == QUOTES or not text.rstrip().endswith(QUOTES)):
-            text += f"\n{read(MORE)}"
     except EOFError:
         return None
+    with contextlib.suppress(EOFError):  # the end of the input ends the message, too
+        while text.startswith(QUOTES) and (text.strip() == QUOTES or not text.rstrip().endswith(QUOTES)):
+            text += f"\n{read(MORE)}"
     return text
 
 
@@ -156,9 +157,10 @@ def turn(chat: Chat, text: str) -> bool:
 def print_answer(chat: Chat, text: str) -> FinishReason | None:
     """Print the answer as it arrives; return its finish reason."""
     reason: FinishReason | None = None
+    shown = printable if is_terminal(sys.stdout) else str  # a pipe gets what the model wrote
     try:
         for delta in chat.stream(text):
-            print(delta.text, end="", flush=True)
+            print(shown(delta.text), end="", flush=True)
             reason = delta.finish_reason
     finally:
         print(flush=True)
@@ -173,8 +175,8 @@ def obey(chat: Chat, line: str) -> bool:
     name, _, rest = line.partition(" ")
     command = COMMANDS.get(name)
     if command is None:
-        hint = values.did_you_mean(name, COMMANDS)
-        complain(f"unknown command {name}{hint or '; type /help for a list'}")
+        hint = values.did_you_mean(name, [known for known in COMMANDS if f"\n{known} " in f"\n{HELP}"])
+        complain(f"unknown command {name[:40]}{hint or '; type /help for a list'}")
         return False
     command(chat, rest.strip())
     return True

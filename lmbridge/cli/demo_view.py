@@ -12,6 +12,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from lmbridge.cli.terminal import is_terminal
+
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.text import Text
@@ -50,7 +52,7 @@ class View(Protocol):
 
 def choose_view() -> View:
     """Panels if stdout is a terminal that can show them, else plain lines."""
-    if sys.stdout.isatty():
+    if is_terminal(sys.stdout):
         from rich.console import Console
 
         console = Console()

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lmbridge.cli import values
-from lmbridge.cli.terminal import quiet_libraries, show_notes, spinner
+from lmbridge.cli.terminal import is_terminal, quiet_libraries, show_notes, spinner
 
 if TYPE_CHECKING:
     from lmbridge.bridge import Bridge
@@ -108,6 +108,6 @@ def _leaving_by_ctrl_c() -> Iterator[None]:
 
 
 def _leave(signal_number: int, frame: object) -> None:
-    if sys.stderr.isatty():
+    if is_terminal(sys.stderr):
         os.write(sys.stderr.fileno(), b"\r\x1b[2K\x1b[?25h")  # clear the spinner's line and show the cursor
     os._exit(130)

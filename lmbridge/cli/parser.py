@@ -11,7 +11,10 @@ import os
 import re
 from typing import NoReturn
 
+from lmbridge.cli.terminal import one_line
 from lmbridge.cli.values import did_you_mean
+
+MOST = 400  # characters of a message; what was typed by mistake may be a file
 
 
 class UsageError(Exception):
@@ -23,7 +26,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ").replace("the following arguments are required:", "missing:")
-        self.exit(2, f"lmbridge: {message} (see `{self.prog} --help`)\n")
+        message = message if len(message) <= MOST else f"{message[:MOST]} …"
+        self.exit(2, f"lmbridge: {one_line(message)} (see `{self.prog} --help`)\n")
 
     def refuse(self, unknown: str) -> NoReturn:
         """Exit with an error about an unknown argument."""

@@ -12,6 +12,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 from lmbridge.cli.faults import in_words
 from lmbridge.errors import LMBridgeError
@@ -40,13 +41,28 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def complain(problem: object) -> None:
-    """Print a problem as one line on stderr."""
-    print(f"lmbridge: {one_line(problem)}", file=sys.stderr, flush=True)
+    """Print a problem as one line on stderr, unless that is closed."""
+    if sys.stderr is not None:
+        print(f"lmbridge: {one_line(problem)}", file=sys.stderr, flush=True)
 
 
 def one_line(text: object) -> str:
     """``text`` with each run of whitespace, line ends included, as one space."""
-    return " ".join(str(text).split())
+    return printable(" ".join(str(text).split()))
+
+
+_CONTROLS = (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_SHOWN = {code: "\N{REPLACEMENT CHARACTER}" for code in _CONTROLS if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """``text`` without the characters that drive a terminal: its title, its clipboard, its screen."""
+    return text.translate(_SHOWN)
+
+
+def is_terminal(*streams: TextIO | None) -> bool:
+    """Whether all of these are terminals; one that the shell has closed is None."""
+    return all(stream is not None and stream.isatty() for stream in streams)
 
 
 def program() -> str:
@@ -86,7 +102,7 @@ def show_notes() -> None:
 @contextlib.contextmanager
 def spinner(text: str) -> Iterator[None]:
     """Show a spinner on stderr if that is a terminal."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield
         return
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would overwrite the spinner

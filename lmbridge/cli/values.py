@@ -21,6 +21,8 @@ MOST = 2**63 - 1  # the largest integer that engines accept
 
 def did_you_mean(text: str, known: Iterable[str]) -> str:
     """``; did you mean X?`` with the known name closest to ``text``, or an empty string."""
+    if len(text) > 100:  # comparing takes time in proportion to its square
+        return ""
     by_lower = {name.lower(): name for name in known}
     close = difflib.get_close_matches(text.lower(), by_lower, 1, 0.6)
     return f"; did you mean {by_lower[close[0]]}?" if close else ""
@@ -98,7 +100,7 @@ def option(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
     try:
         return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):  # a plain word: device=cpu
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # a plain word: device=cpu
         return name, value
 
 

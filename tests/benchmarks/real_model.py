@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import http.client
 import itertools
 import json
@@ -249,7 +250,12 @@ class Polled:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        self._native.close()
+
+
+def poll(native: Native, questions: Sequence[str]) -> Reading:
+    """One round: the loop ends with it, since it would go on polling beside the other candidates."""
+    with contextlib.closing(Polled(native)) as polled:
+        return Crowd(polled.read)(questions)
 
 
 def read_served(port: int, folder: str, question: str) -> float:
@@ -312,10 +318,10 @@ def candidates(folder: str, threads: int, serve: bool) -> Iterator[dict[str, Ask
     with contextlib.ExitStack() as stack:
         bridge = stack.enter_context(Bridge(folder))
         found: dict[str, Ask] = {"lmbridge": Crowd(lambda question: read_stream(bridge, question))}
-        for name, ours in (("native", False), ("native-ours", True)):
-            found[name] = stack.enter_context(contextlib.closing(Native(load(folder), tokenizer, ours=ours)))
-        polled = stack.enter_context(contextlib.closing(Polled(Native(load(folder), tokenizer, ours=True))))
-        found["polled"] = Crowd(polled.read)
+        found["native"] = stack.enter_context(contextlib.closing(Native(load(folder), tokenizer, ours=False)))
+        ours = stack.enter_context(contextlib.closing(Native(load(folder), tokenizer, ours=True)))
+        found["native-ours"] = ours
+        found["polled"] = functools.partial(poll, ours)
         found |= {"static batch": generate.in_one_batch, "lock": Crowd(generate.behind_a_lock)}
         if serve:
             from tests.benchmarks.engine_speed import Serve  # its packages are an extra

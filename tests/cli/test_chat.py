@@ -139,13 +139,30 @@ def test_what_begins_with_a_slash(scripted: Scripted, capsys: pytest.CaptureFixt
 
 
 def test_a_message_of_several_lines(scripted: Scripted) -> None:
-    """What stands between quotation marks is one message with its line ends, blank lines and slashes included."""
+    """What stands between quotation marks is one message with its line ends; one that the input's end cuts off, too."""
     bridge, _ = scripted()
     conversation = bridge.chat()
     lines = ['"""one\n', "\n", "/two\n", 'three"""\n', '"""four"""\n', '"""\n', "five\n", '"""\n', '"""unfinished\n']
     assert chat.answer_each(conversation, lines)
     asked = [message["content"] for message in conversation.messages if message["role"] == "user"]
-    assert asked == ["one\n\n/two\nthree", "four", "five"]
+    assert asked == ["one\n\n/two\nthree", "four", "five", "unfinished"]
+
+
+def test_a_model_drives_no_terminal(
+    scripted: Scripted, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither an answer nor a server's error changes a terminal's title, its clipboard or what stands on it."""
+    monkeypatch.setattr(chat, "is_terminal", lambda *streams: True)
+    bridge, engine = scripted(ScriptedEngine(lambda request: ["\x1b]0;title\x07", "fine\r\x9b2J\u202e", "\n\t."]))
+    engine.refuse("bad", InvalidRequestError("no\x1b]52;c;Y2FsYw==\x07 thanks"))
+    with bridge:
+        conversation = bridge.chat()
+        assert chat.turn(conversation, "hello")
+        assert not chat.turn(conversation, "bad")
+    shown = capsys.readouterr()
+    assert "fine" in shown.out
+    assert "thanks" in shown.err
+    assert not {character for character in shown.out + shown.err if not character.isprintable()} - {"\n", "\t"}
 
 
 def test_a_bridge_that_is_closed_ends_the_conversation(scripted: Scripted) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,7 @@ import lmbridge
 from lmbridge import Bridge, BridgeClosedError, EngineStartError, PromptTooLongError, RequestTimeoutError
 from lmbridge.cli.faults import in_words
 from lmbridge.cli.terminal import guarded
+from lmbridge.cli.values import option
 from lmbridge.server.losses import start_error
 from lmbridge.testing import ScriptedEngine
 
@@ -97,6 +99,22 @@ def test_a_model_that_cannot_be_loaded(run: Run, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert_one_line(done.stderr, ["could not be loaded"])
     assert "start anew" not in done.stderr
+
+
+def test_long_mistakes_stay_short(run: Run) -> None:
+    """A file pasted for a command, or for a value, is neither echoed whole nor a traceback."""
+    done = run("x" * 50_000)
+    assert (done.returncode, len(done.stderr) < 1000) == (2, True)
+    assert option("depth=" + "-" * 5000 + "1") == ("depth", "-" * 5000 + "1")
+
+
+def test_closed_streams(tmp_path: Path) -> None:
+    """A service manager that closes stderr or stdin gets the answers, or an exit status, as anybody."""
+    for closed in ("2>&-", "<&-"):
+        command = f"{shlex.quote(sys.executable)} -m lmbridge chat {tmp_path} {closed}"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 1
+        assert "unexpected" not in done.stderr
 
 
 @pytest.mark.parametrize(

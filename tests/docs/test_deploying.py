@@ -141,7 +141,8 @@ def test_who_leaves_nginx_is_noticed(nginx: str, app: str) -> None:
 @pytest.mark.long
 def test_nginx_keeps_what_is_private(nginx: str, app: str) -> None:
     """Anybody could read the figures, or try admin keys."""
-    assert get(f"{nginx}/metrics")[0] == get(f"{nginx}/admin/swap")[0] == 404
+    for private in ("metrics", "status", "admin/swap"):
+        assert get(f"{nginx}/{private}")[0] == 404
     assert get(f"{nginx}/ready")[0] == get(f"{app}/metrics")[0] == 200
 
 

@@ -34,6 +34,7 @@ from lmbridge.cli.bench.url import UrlTarget, find_model, open_client
 from lmbridge.cli.faults import in_words
 from lmbridge.cli.model import add_model_arguments, loaded
 from lmbridge.cli.parser import UsageError
+from lmbridge.cli.terminal import is_terminal
 from lmbridge.engines.auto import is_url
 from lmbridge.errors import EngineError, LMBridgeError
 from lmbridge.messages import GenerationConfig
@@ -291,7 +292,7 @@ class Bench:
 @contextlib.contextmanager
 def progress(requests: int) -> Iterator[Advance]:
     """Show a progress bar while the context lasts, if stderr is a terminal. Drawn rarely: drawing takes the GIL."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield lambda count: None
         return
     from rich.console import Console
