@@ -23,7 +23,8 @@ from tests.conftest import until
 
 ROOT = Path(__file__).parents[2]
 FILES = ROOT / "examples" / "deploying"
-METRIC = re.compile(r"\b((?:lmbridge|process)_\w+)(?=[{\[\s)]|$)")
+METRIC = re.compile(r"\b((?:lmbridge|process)_\w+|up)(?=[{\[\s)]|$)")
+OF_PROMETHEUS = {"up"}  # it makes this one itself, for each server that it asks
 STORY = b"Tell me a story about a fox."
 PATIENCE = 60.0  # seconds after which a test is taken to hang
 
@@ -34,9 +35,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def get(url: str) -> tuple[int, str]:
+def get(url: str, **headers: str) -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=PATIENCE) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -77,13 +78,13 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="module")
-def nginx(app: str) -> Iterator[str]:
-    """A real nginx with the file as it stands, but for its ports."""
+@contextmanager
+def behind_nginx(server: str) -> Iterator[str]:
+    """A real nginx with the file as it stands, but for its ports, in front of a server that is ready."""
     program = shutil.which("nginx") or pytest.skip("there is no nginx: apt-get install nginx-light")
     port = free_port()
     site = (FILES / "nginx.conf").read_text().replace("listen 80;", f"listen 127.0.0.1:{port};")
-    site = site.replace("http://127.0.0.1:8000", app)
+    site = site.replace("http://127.0.0.1:8000", server)
     with tempfile.TemporaryDirectory(prefix="nginx") as name:
         folder, scratch = Path(name), ""
         folder.chmod(0o755)  # nginx' workers are another user
@@ -99,6 +100,12 @@ def nginx(app: str) -> Iterator[str]:
         with running(*arguments, log=folder / "said"):
             until(lambda: is_ready(f"http://127.0.0.1:{port}"), PATIENCE)
             yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
+def nginx(app: str) -> Iterator[str]:
+    with behind_nginx(app) as url:
+        yield url
 
 
 def tell(url: str) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
@@ -144,6 +151,18 @@ def test_nginx_keeps_what_is_private(nginx: str, app: str) -> None:
     for private in ("metrics", "status", "admin/swap"):
         assert get(f"{nginx}/{private}")[0] == 404
     assert get(f"{nginx}/ready")[0] == get(f"{app}/metrics")[0] == 200
+
+
+@pytest.mark.long
+def test_nginx_passes_the_host_name_on(tmp_path: Path) -> None:
+    """Behind the proxy a server would take any host name for its own, which opens it to DNS rebinding."""
+    port = str(free_port())
+    serve = [sys.executable, "-m", "lmbridge", "serve", "demo", "--port", port, "--allowed-host", "lm.example.org"]
+    with running(*serve, log=tmp_path / "serve.log"):
+        until(lambda: is_ready(f"http://127.0.0.1:{port}"), PATIENCE)
+        with behind_nginx(f"http://127.0.0.1:{port}") as url:
+            assert get(f"{url}/v1/models", Host="lm.example.org")[0] == 200
+            assert get(f"{url}/v1/models", Host="evil.example.org")[0] == 421
 
 
 @pytest.mark.long
@@ -212,7 +231,8 @@ def test_every_metric_of_the_dashboard_and_the_alerts_exists(app: str) -> None:
     told = get(f"{app}/metrics")[1]
     named = {name for query in expressions() for name in METRIC.findall(query)}
     assert len(named) > 15
-    assert {name for name in named if not re.search(rf"^{name}[{{ ]", told, re.MULTILINE)} == set()
+    assert "up" in named
+    assert {name for name in named - OF_PROMETHEUS if not re.search(rf"^{name}[{{ ]", told, re.MULTILINE)} == set()
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="there is no promtool: apt-get install prometheus")
