@@ -7,6 +7,7 @@ Run it with ``python examples/flask_background.py [PORT]``, and start a job::
 
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 
 from flask import Flask, abort, request
 
@@ -17,7 +18,9 @@ app = Flask(__name__)
 app.config["LMBRIDGE_MODEL"] = "demo"
 lm = LMBridge(app)
 pool = ThreadPoolExecutor(4)
-jobs: list[Future[list[str]]] = []
+jobs: dict[int, Future[list[str]]] = {}
+numbers = count()
+KEPT = 1000  # jobs; older ones are forgotten
 
 
 def work(client: Client, prompts: list[str]) -> list[str]:  # not current_bridge: its requests end with the view
@@ -27,17 +30,19 @@ def work(client: Client, prompts: list[str]) -> list[str]:  # not current_bridge
 
 @app.post("/jobs")
 def start() -> tuple[dict[str, int], int]:
-    jobs.append(pool.submit(work, lm.models.bridge().client("jobs"), request.form.getlist("prompt")))
-    return {"job": len(jobs) - 1}, 202
+    number = next(numbers)
+    jobs[number] = pool.submit(work, lm.models.bridge().client("jobs"), request.form.getlist("prompt"))
+    jobs.pop(number - KEPT, None)
+    return {"job": number}, 202
 
 
 @app.get("/jobs/<int:job>")
 def result(job: int) -> dict[str, list[str] | None]:
-    if job >= len(jobs):
-        abort(404)
-    return {"texts": jobs[job].result() if jobs[job].done() else None}
+    found = jobs.get(job) or abort(404)
+    return {"texts": found.result() if found.done() else None}
 
 
 if __name__ == "__main__":
-    lm.preload(app)  # jobs that wait at Ctrl-C are still done, but a model can no longer be loaded then
+    with app.app_context():  # jobs that wait at Ctrl-C are still done, but a model can no longer be loaded then
+        lm.models.bridge().start()
     app.run(port=int(sys.argv[1]) if len(sys.argv) > 1 else 5000)

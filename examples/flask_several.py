@@ -9,9 +9,11 @@ Run it with ``python examples/flask_several.py [PORT]``, and ask ``/at-once``, `
 from __future__ import annotations
 
 import sys
+from itertools import chain
 
 from flask import Flask, Response, request, stream_with_context
 
+from lmbridge import InvalidRequestError
 from lmbridge.flask import LMBridge, current_bridge
 
 app = Flask(__name__)
@@ -32,8 +34,16 @@ def stream() -> Response:
 
 @app.post("/in-turn")
 def in_turn() -> Response:
-    lines = (current_bridge.infer(prompt).text + "\n" for prompt in request.form.getlist("prompt"))
-    return Response(stream_with_context(lines), mimetype="text/plain")
+    first, *others = request.form.getlist("prompt") or [""]
+    begun = current_bridge.infer(first).text + "\n"  # an error here still gives the response its status
+    return Response(stream_with_context(chain([begun], map(line, others))), mimetype="text/plain")
+
+
+def line(prompt: str) -> str:
+    try:
+        return current_bridge.infer(prompt).text + "\n"
+    except InvalidRequestError as error:  # the others are answered all the same
+        return f"{error.message}\n"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Run it with ``python examples/flask_streaming.py [PORT]``, and open http://127.0
 from __future__ import annotations
 
 import sys
+from itertools import chain
 
 from flask import Flask, Response, request, send_file
 
@@ -27,7 +28,11 @@ def events() -> Response:
 @app.post("/text")
 def text() -> Response:
     stream = current_bridge.stream(request.form["prompt"])
-    return Response((delta.text for delta in stream), mimetype="text/plain", headers={"X-Accel-Buffering": "no"})
+    first = next(stream)
+    if first.error:  # raised here, it still gives the response its status
+        raise first.error
+    texts = (delta.text for delta in chain([first], stream))
+    return Response(texts, mimetype="text/plain", headers={"X-Accel-Buffering": "no"})
 
 
 @app.get("/")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from lmbridge import PromptTooLongError
 from lmbridge.flask.models import models_of
 from lmbridge.flask.testing import scripted_engine
 from lmbridge.testing import ScriptedEngine
@@ -96,14 +97,21 @@ def test_an_error_before_and_within_a_stream() -> None:
     """A refusal has its status; what fails later is an event, or breaks a plain body off: it never looks whole."""
     with served("flask_streaming", on_serve, manual=True) as (url, engine, _):
         for path in ("/events", "/text"):
-            with pytest.raises(urllib.error.HTTPError) as refused:
-                opened(url + path, "")
-            with refused.value:
-                assert refused.value.code == 400
-                assert "empty" in json.load(refused.value)["error"]
+            assert "empty" in refusal(url + path, "")
+            engine.refuse("long", PromptTooLongError("It is too long."))  # which only the engine knows
+            assert "too long" in refusal(url + path, "long")
         assert events(failing(engine, f"{url}/events", "fox b"))[-1]["type"] == "EngineError"
         with pytest.raises(IncompleteRead):
             failing(engine, f"{url}/text", "fox d")
+
+
+def refusal(url: str, *prompts: str) -> str:
+    """The error of a form that is answered 400."""
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        opened(url, *prompts)
+    with refused.value:
+        assert refused.value.code == 400
+        return str(json.load(refused.value)["error"])
 
 
 def failing(engine: ScriptedEngine, url: str, prompt: str) -> str:
@@ -142,7 +150,9 @@ def test_several_questions() -> None:
             texts = json.loads(body) if path == "/at-once" else texts_of(body)
             assert texts == ["one", "two"]
     with served("flask_several") as (url, engine, _):
-        assert ask(f"{url}/in-turn", "one", "two") == "one\ntwo\n"
+        assert ask(f"{url}/in-turn", "one", "", "two") == "one\nThe prompt is empty.\ntwo\n"
+        engine.refuse("long", PromptTooLongError("It is too long."))
+        assert "too long" in refusal(f"{url}/in-turn", "long", "two")
 
 
 def test_a_job_outlives_its_view() -> None:
@@ -158,6 +168,32 @@ def test_a_job_outlives_its_view() -> None:
         engine.wait_for(lambda engine: len(engine.started) == 2 and engine.active == 1)
         engine.step()
         until(lambda: json.loads(ask(f"{url}/jobs/0")) == {"texts": ["one", "two"]})
+
+
+def test_jobs_are_forgotten() -> None:
+    """A job that nobody started would be a fault of the server, or old ones would fill the memory."""
+    with served("flask_background") as (url, _, _):
+        sys.modules["flask_background"].KEPT = 1  # type: ignore[attr-defined]
+        for number in range(2):
+            assert json.loads(ask(f"{url}/jobs", "one")) == {"job": number}
+        until(lambda: json.loads(ask(f"{url}/jobs/1")) == {"texts": ["one"]})
+        for number in (0, 99):
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                ask(f"{url}/jobs/{number}")
+
+
+@pytest.mark.long
+def test_jobs_that_wait_at_the_end(start_example: StartExample, tmp_path: Path) -> None:
+    """Ctrl-C would lose the jobs that were accepted and not begun."""
+    told = "import atexit\natexit.register(lambda: print(*[job.result() for job in jobs.values()]))\n"
+    (tmp_path / "program.py").write_text((EXAMPLES / "flask_background.py").read_text() + told)
+    with start_example(str(tmp_path / "program.py"), "0") as server:
+        url = listening_url(server)
+        for _ in range(8):  # of which four begin at once
+            ask(f"{url}/jobs", CAPITAL)
+        server.send_signal(signal.SIGINT)
+        out, err = server.communicate(timeout=60)
+        assert out.count("Lima") == 8, err
 
 
 @pytest.mark.long
