@@ -11,7 +11,9 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from lmbridge import Bridge, InvalidRequestError, LMBridgeError
+from lmbridge import Bridge, InvalidRequestError, LMBridgeError, QueueFullError, RequestTimeoutError
+
+STATUS = {InvalidRequestError: 400, QueueFullError: 429, RequestTimeoutError: 504, LMBridgeError: 503}
 
 bridge = Bridge("demo", max_pending=256, when_full="reject")
 
@@ -28,8 +30,8 @@ app = FastAPI(lifespan=lifespan)
 
 @app.exception_handler(LMBridgeError)
 async def refuse(request, error):
-    status = 400 if isinstance(error, InvalidRequestError) else 503
-    return JSONResponse({"error": str(error)}, status)
+    status = next(status for kind, status in STATUS.items() if isinstance(error, kind))
+    return JSONResponse({"error": error.message}, status)
 
 
 @app.get("/ask")
@@ -53,8 +55,14 @@ async def ask_while_there(prompt: str, request: Request):  # for long answers: n
 
 @app.get("/tell")
 async def tell(prompt: str):
+    stream = bridge.astream(prompt, timeout=60)
+    first = await anext(stream)
+    if first.error:  # raised here, it still gives the response its status
+        raise first.error
+
     async def texts():
-        async for delta in bridge.astream(prompt, timeout=60):
+        yield first.text
+        async for delta in stream:
             yield delta.text
 
     return StreamingResponse(texts(), media_type="text/plain; charset=utf-8")
