@@ -27,6 +27,7 @@ def test_piped(run: Run) -> None:
     assert "Lima" in second
 
 
+@pytest.mark.long
 def test_typed_and_stopped(terminal: Open) -> None:
     """With the bundled model: Ctrl-C stops a story, the next question is answered, Ctrl-D leaves."""
     with terminal("chat") as command:

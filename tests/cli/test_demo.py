@@ -44,6 +44,7 @@ def test_plain(run: Run) -> None:
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
+@pytest.mark.long
 def test_in_a_terminal(terminal: Open) -> None:
     """In a terminal of 80 by 24 the answers grow side by side, and the measurements stand below."""
     with terminal("demo") as command:
