@@ -25,7 +25,7 @@ from lmbridge.cli import values
 from lmbridge.cli.demo_view import Screen, View, choose_view
 from lmbridge.cli.faults import in_words
 from lmbridge.cli.model import add_model_arguments, loaded
-from lmbridge.cli.terminal import one_line, printable, program
+from lmbridge.cli.terminal import one_line, program
 from lmbridge.messages import GenerationConfig, Response
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def stream_answer(bridge: Bridge, turn: Turn, config: GenerationConfig, screen: 
     stream = bridge.stream(turn.prompt, config)
     for delta in stream:
         turn.text += delta.text
-        screen.grew(turn, printable(delta.text))
+        screen.grew(turn, delta.text)
     turn.response = stream.response
     screen.grew(turn, "\n")
 

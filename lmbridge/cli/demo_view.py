@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from lmbridge.cli.terminal import is_terminal
+from lmbridge.cli.terminal import is_terminal, printable
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -78,7 +78,7 @@ class PlainView:
         yield self
 
     def say(self, line: str) -> None:
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
     def grew(self, turn: ShownTurn, text: str) -> None:
         with self._lock:
@@ -127,7 +127,7 @@ class PanelView:
             yield panels
 
     def say(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False)
+        self._console.print(printable(line), highlight=False, markup=False)
 
 
 class Panels:
@@ -164,7 +164,7 @@ class Panels:
         style = {"waiting": "dim", "answering": "cyan", "done": "green"}.get(turn.state, "red")
         title = Text(f"{turn.thread.removeprefix('thread ')} {turn.prompt}")
         title.truncate(width - 6, overflow="ellipsis")
-        body = tail(console, Text(turn.text or turn.state), width - 4, self._height - 2)
+        body = tail(console, Text(printable(turn.text) or turn.state), width - 4, self._height - 2)
         return Panel(body, title=title, title_align="left", border_style=style, height=self._height)
 
 

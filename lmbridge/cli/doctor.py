@@ -16,7 +16,7 @@ from importlib import metadata
 
 import lmbridge
 from lmbridge.cli.model import add_model_arguments, loaded
-from lmbridge.cli.terminal import one_line
+from lmbridge.cli.terminal import one_line, printable
 from lmbridge.device.sizes import in_words
 from lmbridge.engines import engine_class, engine_names
 from lmbridge.engines.base import Engine, Library
@@ -121,7 +121,7 @@ def _load(arguments: argparse.Namespace) -> None:
     """Load the model, and print how it runs."""
     arguments.model = arguments.model or "demo"
     with loaded(arguments) as bridge:
-        print(f"Engine: {bridge.describe()}")
+        print(printable(f"Engine: {bridge.describe()}"))
         print(f"Tasks: {', '.join(sorted(bridge.tasks()))}")
         if arguments.attempt and "generate" in bridge.tasks():
             config = GenerationConfig(max_new_tokens=1) if "max_new_tokens" in bridge.supports() else None

@@ -26,8 +26,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ").replace("the following arguments are required:", "missing:")
-        message = message if len(message) <= MOST else f"{message[:MOST]} …"
-        self.exit(2, f"lmbridge: {one_line(message)} (see `{self.prog} --help`)\n")
+        self.exit(2, f"lmbridge: {one_line(message, MOST)} (see `{self.prog} --help`)\n")
 
     def refuse(self, unknown: str) -> NoReturn:
         """Exit with an error about an unknown argument."""

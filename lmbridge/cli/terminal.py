@@ -17,6 +17,7 @@ from typing import TextIO
 from lmbridge.cli.faults import in_words
 from lmbridge.errors import LMBridgeError
 
+MOST = 2000  # characters of a line about a problem; what a server answers, or somebody pastes, may be a file
 DEBUG = "LMBRIDGE_TRACEBACK"  # the environment variable that shows the tracebacks of errors
 
 
@@ -46,12 +47,13 @@ def complain(problem: object) -> None:
         print(f"lmbridge: {one_line(problem)}", file=sys.stderr, flush=True)
 
 
-def one_line(text: object) -> str:
-    """``text`` with each run of whitespace, line ends included, as one space."""
-    return printable(" ".join(str(text).split()))
+def one_line(text: object, most: int = MOST) -> str:
+    """``text`` on one line that may go to a terminal, cut after ``most`` characters."""
+    line = printable(" ".join(str(text).split()))
+    return line if len(line) <= most else f"{line[:most]} …"
 
 
-_CONTROLS = (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_CONTROLS = (*range(0x20), *range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A))
 _SHOWN = {code: "\N{REPLACEMENT CHARACTER}" for code in _CONTROLS if chr(code) not in "\n\t"}
 
 
@@ -84,6 +86,13 @@ def quiet_libraries() -> None:
         warnings.simplefilter("ignore")
 
 
+class LogFormatter(logging.Formatter):
+    """Formats log records, which may quote what clients and other servers sent."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 class _Notes(logging.Handler):
     """Prints log records of loading; looks up ``sys.stderr`` each time, since the spinner replaces it."""
 
@@ -109,7 +118,7 @@ def spinner(text: str) -> Iterator[None]:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         progress.add_task(text, total=None)
         yield

@@ -9,11 +9,13 @@ from lmbridge.cli import chat, demo, terminal
 from lmbridge.cli.demo_view import choose_view
 from lmbridge.testing import ScriptedEngine, prompt_text
 
+TITLE = "\x1b]0;owned\x07"  # sets a terminal's title
+
 
 def endless(request: Request) -> list[str]:
-    """A short answer to what is short, and to anything about a story one that nobody waits for."""
+    """A short answer, to a question one that would drive the terminal, and to a story one that nobody waits for."""
     text = prompt_text(request.prompt)
-    return ["Once ", *["and again "] * 10_000] if "story" in text else [f"You said {text}."]
+    return ["Once ", *["and again "] * 10_000] if "story" in text else [f"You said {text}.", TITLE * text.endswith("?")]
 
 
 def run_demo() -> int:

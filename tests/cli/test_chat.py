@@ -166,6 +166,30 @@ def test_a_model_drives_no_terminal(
     assert not {character for character in shown.out + shown.err if not character.isprintable()} - {"\n", "\t"}
 
 
+def test_in_a_real_terminal_too(terminal: Open, scripted_command: list[str]) -> None:
+    """An answer that sets the terminal's title is read as text by whoever chats."""
+    with terminal("chat", command=scripted_command) as command:
+        command.read_until("you> ")
+        command.send("well?\n")
+        command.read_until("You said well?.\N{REPLACEMENT CHARACTER}]0;owned")
+        command.read_until("you> ")
+        assert "\x1b]0;" not in command.raw
+
+
+def test_a_pipe_gets_what_the_model_wrote(scripted: Scripted, capsys: pytest.CaptureFixture[str]) -> None:
+    """A program that reads the answers gets every character of them."""
+    bridge, _ = scripted(ScriptedEngine(lambda request: ["\x1b[1mbold\x1b[0m", "\x9b\u202e"]))
+    assert chat.answer_each(bridge.chat(), ["hello"])
+    assert capsys.readouterr().out == "\x1b[1mbold\x1b[0m\x9b\u202e\n"
+
+
+def test_a_line_that_is_a_file(scripted: Scripted, capsys: pytest.CaptureFixture[str]) -> None:
+    """What begins with a slash and goes on for megabytes is neither echoed whole nor compared with every command."""
+    bridge, _ = scripted()
+    assert not chat.answer_each(bridge.chat(), ["/" + "a" * 3_000_000])
+    assert len(capsys.readouterr().err) < 200
+
+
 def test_a_bridge_that_is_closed_ends_the_conversation(scripted: Scripted) -> None:
     """When the bridge is gone the conversation ends, instead of failing at every line."""
     bridge, _ = scripted()

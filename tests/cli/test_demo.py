@@ -193,6 +193,13 @@ def test_reader_that_leaves(scripted_command: list[str]) -> None:
         assert process.wait(60) == 1
 
 
+def test_a_model_drives_no_terminal(terminal: Open, scripted_command: list[str]) -> None:
+    """An answer that sets the terminal's title is text in its panel."""
+    with terminal("demo", command=scripted_command) as command:
+        command.read_until("\N{REPLACEMENT CHARACTER}]0;owned")
+        assert "\x1b]0;" not in command.raw
+
+
 def test_ctrl_c(terminal: Open, scripted_command: list[str]) -> None:
     """Ctrl-C in the middle of the answers ends the demo with status 130 and without a traceback."""
     with terminal("demo", command=scripted_command) as command:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import subprocess
 import sys
@@ -15,10 +16,11 @@ import pytest
 import lmbridge
 from lmbridge import Bridge, BridgeClosedError, EngineStartError, PromptTooLongError, RequestTimeoutError
 from lmbridge.cli.faults import in_words
-from lmbridge.cli.terminal import guarded
+from lmbridge.cli.terminal import LogFormatter, complain, guarded
 from lmbridge.cli.values import option
 from lmbridge.server.losses import start_error
 from lmbridge.testing import ScriptedEngine
+from tests.cli.conftest import ENVIRONMENT, LMBRIDGE
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Open, Run
@@ -101,20 +103,33 @@ def test_a_model_that_cannot_be_loaded(run: Run, tmp_path: Path) -> None:
     assert "start anew" not in done.stderr
 
 
-def test_long_mistakes_stay_short(run: Run) -> None:
-    """A file pasted for a command, or for a value, is neither echoed whole nor a traceback."""
+def test_long_mistakes_stay_short(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file pasted for a command or a value is neither echoed whole nor a traceback; nor is a page from a server."""
     done = run("x" * 50_000)
     assert (done.returncode, len(done.stderr) < 1000) == (2, True)
     assert option("depth=" + "-" * 5000 + "1") == ("depth", "-" * 5000 + "1")
+    complain("page " * 50_000)
+    assert len(capsys.readouterr().err) < 3000
 
 
-def test_closed_streams(tmp_path: Path) -> None:
+@pytest.mark.parametrize("closed", ["2>&-", "<&-", "<&- 2>&-"])
+def test_closed_streams(tmp_path: Path, closed: str) -> None:
     """A service manager that closes stderr or stdin gets the answers, or an exit status, as anybody."""
-    for closed in ("2>&-", "<&-"):
-        command = f"{shlex.quote(sys.executable)} -m lmbridge chat {tmp_path} {closed}"
-        done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 1
-        assert "unexpected" not in done.stderr
+    (tmp_path / "an_app.py").write_text("def answer(messages):\n    return messages[-1]['content'].upper()\n")
+    command = (
+        f"echo hello | {shlex.join(LMBRIDGE)} chat an_app:answer --engine function --option task=generate {closed}"
+    )
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
+    )
+    answers = "" if "<" in closed else "HELLO\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, answers, "")
+
+
+def test_a_log_drives_no_terminal() -> None:
+    """What a client or another server sent is text in the server's log, tracebacks and their lines included."""
+    record = logging.LogRecord("name", logging.ERROR, "path", 1, "asked %s\nto", ("\x1b]0;title\x07",), None)
+    assert LogFormatter("%(message)s").format(record) == "asked \ufffd]0;title\ufffd\nto"
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from lmbridge.cli.bench.url import UrlTarget, find_model, open_client
 from lmbridge.cli.faults import in_words
 from lmbridge.cli.model import add_model_arguments, loaded
 from lmbridge.cli.parser import UsageError
-from lmbridge.cli.terminal import is_terminal
+from lmbridge.cli.terminal import is_terminal, printable
 from lmbridge.engines.auto import is_url
 from lmbridge.errors import EngineError, LMBridgeError
 from lmbridge.messages import GenerationConfig
@@ -223,7 +223,7 @@ class Bench:
             print("Interrupted before the first request ended; nothing was measured.")
             return 130
         summary = summarize(result)
-        print(as_text(result, summary), flush=True)
+        print(printable(as_text(result, summary)), flush=True)
         if arguments.json:
             with open(arguments.json, "w", encoding="utf-8") as file:
                 json.dump(as_json(result, summary), file, indent=1, default=str)  # an option may be anything

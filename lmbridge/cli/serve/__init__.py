@@ -23,7 +23,7 @@ from lmbridge.cli.serve.configuration import check_kinds, configuration
 from lmbridge.cli.serve.ending import Signals, drain, end
 from lmbridge.cli.serve.port import allow_files, opened, warn_of_strangers
 from lmbridge.cli.serve.welcome import welcome
-from lmbridge.cli.terminal import quiet_libraries, spinner
+from lmbridge.cli.terminal import LogFormatter, quiet_libraries, spinner
 from lmbridge.errors import RequestTimeoutError
 
 if TYPE_CHECKING:
@@ -80,7 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def log_to_stderr(arguments: argparse.Namespace) -> None:
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    stderr = logging.StreamHandler()
+    stderr.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[stderr], level=logging.WARNING)
     logging.getLogger("lmbridge").setLevel(logging.CRITICAL)  # while loading, the command itself reports a failure
     logging.getLogger("lmbridge.loading").setLevel(logging.INFO)
     if arguments.access_log:
