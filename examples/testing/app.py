@@ -1,6 +1,7 @@
 """A small Flask app over a model, as it goes into production; its tests beside it need no model.
 
-In this folder, run it with ``flask run``, and its tests with ``python -m pytest``.
+Run it in this folder with ``flask run``; run its tests with ``python -m pytest`` here, or with
+``python -m pytest examples/testing`` at the top.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -30,12 +31,27 @@ def test_an_answer() -> None:
 
 
 def test_a_stream() -> None:
-    """Each piece is an event, and the last one says how the answer ended."""
+    """An event may have several pieces, so the test compares the joined text; the last event says how it ended."""
     app = create_app()
-    with scripted_engine(app):  # without a script it echoes the prompt, a word a step
-        events = app.test_client().post("/tell", data={"prompt": "one two"}).text
-    assert '{"text": "one' in events
-    assert '"finish_reason": "stop"' in events
+    with scripted_engine(app, script=lambda request: ["Hello", " there"]):
+        body = app.test_client().post("/tell", data={"prompt": "Hi"}).text
+    events = [json.loads(line.removeprefix("data: ")) for line in body.splitlines() if line.startswith("data: ")]
+    assert "".join(event.get("text", "") for event in events) == "Hello there"
+    assert events[-1]["finish_reason"] == "stop"
+
+
+def test_a_stream_piece_by_piece() -> None:
+    """With an engine that waits for step(), each piece is an event of its own."""
+    app = create_app()
+    with scripted_engine(app, script=lambda request: ["Hello", " there"], manual=True) as engine:
+        response = app.test_client().post("/tell", data={"prompt": "Hi"}, buffered=False)
+        sent = response.iter_encoded()
+        assert next(sent).startswith(b":")  # the comment that opens the stream
+        engine.step()
+        assert next(sent) == b'data: {"text": "Hello"}\n\n'
+        engine.step()
+        assert next(sent) == b'data: {"text": " there"}\n\n'
+        response.close()
 
 
 def test_a_reader_who_leaves() -> None:

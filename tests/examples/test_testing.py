@@ -7,13 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-FOLDER = Path(__file__).parents[2] / "examples" / "testing"
+import pytest
+
+ROOT = Path(__file__).parents[2]
 
 
-def test_its_own_tests_pass() -> None:
-    """A reader who copies the example starts from tests that pass, without a model and within seconds."""
-    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parents[1]), "PYTEST_ADDOPTS": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=prepend", str(FOLDER)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=110)
+@pytest.mark.parametrize(("folder", "tests"), [("examples/testing", "."), (".", "examples/testing")])
+def test_its_own_tests_pass(folder: str, tests: str) -> None:
+    """A reader who runs the example's tests, in its folder or at the top, would not see them pass within seconds."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests]
+    done = subprocess.run(command, cwd=ROOT / folder, capture_output=True, text=True, env=environment, timeout=110)
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
