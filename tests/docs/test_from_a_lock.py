@@ -45,3 +45,15 @@ def test_streams_tell_the_same(page: list[Names]) -> None:
     with Bridge("demo") as bridge:
         after["bridge"] = bridge
         assert "".join(before["tell"](QUESTIONS[2])) == "".join(after["tell"](QUESTIONS[2]))
+
+
+@pytest.mark.long
+def test_views_answer_alike(page: list[Names]) -> None:
+    """Whoever moves a Flask view from a lock would get other answers than before."""
+    locked, shared = (names["app"].test_client() for names in page if "app" in names)
+    for question in QUESTIONS:
+        form = {"prompt": question}
+        assert shared.post("/ask", data=form).json == locked.post("/ask", data=form).json
+    for names in page:
+        if "lm" in names:
+            names["lm"].close(names["app"])
