@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     with loaded(arguments, quiet=True) as bridge:
         chat = bridge.chat(config, system=arguments.system)
         if not is_terminal(sys.stdin, sys.stdout):
-            return 0 if answer_each(chat, sys.stdin or ()) else 1
+            return 0 if answer_each(chat, sys.stdin) else 1
         print(f"Chatting with {arguments.model}. Ctrl-C stops an answer, /help lists commands, Ctrl-D leaves.")
         converse(chat)
         return 0

@@ -23,6 +23,7 @@ DEBUG = "LMBRIDGE_TRACEBACK"  # the environment variable that shows the tracebac
 
 def guarded(command: Callable[[], int]) -> int:
     """Run ``command``; an exception becomes one line on stderr and status 1, Ctrl-C status 130."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # the terminal's encoding may lack characters that a model writes
             stream.reconfigure(errors="replace")
@@ -41,10 +42,16 @@ def guarded(command: Callable[[], int]) -> int:
         return 1
 
 
+def _open_closed_streams() -> None:
+    """Open as empty what the shell has closed (``2>&-``): it is None then, and input() needs even stderr."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  (open until the end)
+
+
 def complain(problem: object) -> None:
-    """Print a problem as one line on stderr, unless that is closed."""
-    if sys.stderr is not None:
-        print(f"lmbridge: {one_line(problem)}", file=sys.stderr, flush=True)
+    """Print a problem as one line on stderr."""
+    print(f"lmbridge: {one_line(problem)}", file=sys.stderr, flush=True)
 
 
 def one_line(text: object, most: int = MOST) -> str:
@@ -62,9 +69,9 @@ def printable(text: str) -> str:
     return text.translate(_SHOWN)
 
 
-def is_terminal(*streams: TextIO | None) -> bool:
-    """Whether all of these are terminals; one that the shell has closed is None."""
-    return all(stream is not None and stream.isatty() for stream in streams)
+def is_terminal(*streams: TextIO) -> bool:
+    """Whether all of these are terminals."""
+    return all(stream.isatty() for stream in streams)
 
 
 def program() -> str:

@@ -126,6 +126,14 @@ def test_closed_streams(tmp_path: Path, closed: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, answers, "")
 
 
+def test_a_terminal_without_stderr(terminal: Open, scripted_command: list[str]) -> None:
+    """``lmbridge chat 2>&-``, typed by somebody who wants no notes, still asks and answers."""
+    with terminal(command=["/bin/sh", "-c", f"{shlex.join(scripted_command)} chat 2>&-"]) as command:
+        command.read_until("you> ")
+        command.send("hello\n")
+        command.read_until("You said hello.")
+
+
 def test_a_log_drives_no_terminal() -> None:
     """What a client or another server sent is text in the server's log, tracebacks and their lines included."""
     record = logging.LogRecord("name", logging.ERROR, "path", 1, "asked %s\nto", ("\x1b]0;title\x07",), None)
