@@ -217,8 +217,8 @@ def leave_by_break(bridge: Bridge, turn: Turn, config: GenerationConfig) -> str:
             break
     made = engine_count(bridge) - before
     return (
-        f"One thread left its stream after {seen} of {turn.tokens} tokens: the engine generated {made} of them\n"
-        f"and saved {turn.tokens - made}."
+        f"One thread left its stream after {seen} of {turn.tokens} tokens: the engine generated {made}\n"
+        f"of them, and saved {turn.tokens - made}."
     )
 
 

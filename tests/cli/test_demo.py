@@ -63,7 +63,7 @@ def measured_and_right(text: str) -> None:
     """The ratio is there, and the engine stopped soon after an answer was left."""
     line = " ".join(text.split())
     assert re.search(r"Sharing the model was \d+\.\d times as fast here", line)
-    counts = r"left its stream after (\d+) of (\d+) tokens: the engine generated (\d+) of them and saved (\d+)"
+    counts = r"left its stream after (\d+) of (\d+) tokens: the engine generated (\d+) of them, and saved (\d+)"
     left = re.search(counts, line)
     assert left, line
     seen, whole, made, saved = map(int, left.groups())
